@@ -1,0 +1,365 @@
+"""Every setting of the program, described once, beside its default.
+
+A run is one YAML file. It may name another as its `base:`; its own keys win. On the
+command line `--set model.memory.slots=6` overrides a key by its dotted path. Unknown keys
+are errors. The three slots of the transformer (attention, memory, feed-forward) are unions
+told apart by their `kind`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Config(BaseModel):
+    """A frozen group of settings that refuses unknown keys and non-finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- the generator -------------------------------------------------------------------------
+
+
+class MHAConfig(Config):
+    """Multi-head attention; keys and values of every head are cached."""
+
+    kind: Literal["mha"] = "mha"
+
+
+class NoMemoryConfig(Config):
+    """The standard transformer: no value memory."""
+
+    kind: Literal["none"] = "none"
+
+
+class LaVEConfig(Config):
+    """Layer-wise value embeddings: a table of its own for each chosen layer, one slot each."""
+
+    kind: Literal["lave"] = "lave"
+    layers: Literal["alternate", "all"] | tuple[NonNegativeInt, ...] = Field(
+        "alternate",
+        description="which layers have a table: alternate (every second one, the last included; "
+        "the paper's x1), all (x2), or a list of layer indices",
+    )
+    gate_standard: bool = Field(
+        False, description="also gate the standard path V by g_0 (an ablation for LaVE)"
+    )
+    class_rows: bool = Field(
+        False, description="memory rows for the class token too (default: zero rows there)"
+    )
+
+
+class MoVEConfig(Config):
+    """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
+
+    kind: Literal["move"] = "move"
+    slots: PositiveInt = Field(
+        description="M, value embeddings a code; the paper's x1 is n_layer / 2, x2 is n_layer"
+    )
+    gate_standard: bool = Field(True, description="gate the standard path V by g_0")
+    class_rows: bool = Field(
+        False, description="memory rows for the class token too (default: zero rows there)"
+    )
+
+
+class SwiGLUConfig(Config):
+    """w2(silu(w1 x) * w3 x), as in Llama."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    hidden: PositiveInt | None = Field(
+        None, description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of"
+    )
+    multiple_of: PositiveInt = Field(256, description="what a derived hidden width is rounded to")
+
+
+AttentionConfig = Annotated[MHAConfig, Field(discriminator="kind")]
+MemoryConfig = Annotated[NoMemoryConfig | LaVEConfig | MoVEConfig, Field(discriminator="kind")]
+FeedForwardConfig = Annotated[SwiGLUConfig, Field(discriminator="kind")]
+
+# LlamaGen's named sizes (arXiv 2406.06525, table 1), and one for the digits.
+SIZES: dict[str, dict[str, int]] = {
+    "digits": {"n_layer": 6, "n_head": 4, "width": 128},
+    "B": {"n_layer": 12, "n_head": 12, "width": 768},
+    "L": {"n_layer": 24, "n_head": 16, "width": 1024},
+    "XL": {"n_layer": 36, "n_head": 20, "width": 1280},
+    "XXL": {"n_layer": 48, "n_head": 24, "width": 1536},
+    "3B": {"n_layer": 24, "n_head": 32, "width": 3200},
+}
+
+
+class ModelConfig(Config):
+    """The class-conditional transformer: its size, its alphabet and its three slots."""
+
+    n_layer: PositiveInt = Field(description="transformer blocks")
+    n_head: PositiveInt = Field(description="attention heads")
+    width: PositiveInt = Field(description="width of the residual stream")
+    codebook_size: PositiveInt = Field(16384, description="codes of the tokenizer, V")
+    n_classes: PositiveInt = Field(1000, description="classes; the null label is n_classes")
+    grid: tuple[PositiveInt, PositiveInt] = Field(
+        (16, 16), description="rows and columns of codes in an image"
+    )
+    attention: AttentionConfig = MHAConfig()
+    memory: MemoryConfig = NoMemoryConfig()
+    ffn: FeedForwardConfig = SwiGLUConfig()
+    token_dropout: Rate = Field(0.1, description="dropout on the embedded label and codes")
+    resid_dropout: Rate = Field(0.1, description="dropout on the output of attention")
+    ffn_dropout: Rate = Field(0.1, description="dropout on the output of the feed-forward")
+    rope_base: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of the RMS norms")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_size(cls, data: Any) -> Any:
+        """Expand `size: B` into n_layer, n_head and width; explicit keys win."""
+        if not isinstance(data, dict) or "size" not in data:
+            return data
+        data = dict(data)
+        size = data.pop("size")
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}, expected one of {', '.join(SIZES)}")
+        return SIZES[size] | data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.width % self.n_head or self.head_dim % 4:
+            raise ValueError(
+                f"width {self.width} over {self.n_head} heads: each head's width must be a "
+                "multiple of 4 (2D rotary positions take pairs from its two halves)"
+            )
+        if isinstance(self.memory, LaVEConfig) and isinstance(self.memory.layers, tuple):
+            layers = self.memory.layers
+            if not layers or max(layers) >= self.n_layer or len(set(layers)) != len(layers):
+                raise ValueError(
+                    f"memory.layers {list(layers)} must be distinct layer indices "
+                    f"in 0..{self.n_layer - 1}"
+                )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.n_head
+
+    @property
+    def seq_len(self) -> int:
+        """T, codes in an image."""
+        return self.grid[0] * self.grid[1]
+
+
+# --- sampling ------------------------------------------------------------------------------
+
+
+class SamplingSettings(Config):
+    """How codes are drawn from logits; a model's own defaults stand in its `sampling.json`."""
+
+    cfg_scale: NonNegativeFloat = Field(
+        1.0,
+        description="classifier-free guidance: logits = uncond + (cond - uncond) * cfg_scale; "
+        "1 is no guidance, 0 ignores the class",
+    )
+    cfg_schedule: Literal["constant", "linear", "power-cosine"] = Field(
+        "constant", description="how guidance grows from 1 to cfg_scale along the codes"
+    )
+    cfg_power: PositiveFloat = Field(
+        2.75, description="exponent of the power-cosine schedule; larger guides later"
+    )
+    cfg_start: Rate = Field(
+        0.0, description="fraction of the codes drawn without guidance before it starts"
+    )
+    temperature: NonNegativeFloat = Field(1.0, description="divides the logits; 0 is greedy")
+    top_k: NonNegativeInt = Field(0, description="keep the k likeliest codes; 0 keeps all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="keep the smallest set of codes whose probability reaches p"
+    )
+
+
+# --- training ------------------------------------------------------------------------------
+
+Crops = Literal["center", "flip", "five", "ten"]
+
+
+class ImagesConfig(Config):
+    """Where images come from and how they are cut."""
+
+    source: str = Field(description="a folder of class subfolders, or `digits`")
+    size: PositiveInt = Field(256, description="pixels of a side")
+    crops: Crops = Field("center", description="views of an image: center, flip, five or ten crops")
+    ranges: tuple[Annotated[float, Field(ge=1)], ...] = Field(
+        (1.0,), min_length=1, description="each view is cut from size * range pixels"
+    )
+
+
+class DataConfig(Config):
+    """What the generator is trained on: codes made by `moveimg encode`, or images."""
+
+    codes: Path | None = Field(None, description="packed codes, with train/ and val/ in it")
+    images: ImagesConfig | None = Field(None, description="images to encode first, once")
+    tokenizer: Path = Field(description="directory of the tokenizer (or of a model holding one)")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.codes is None) == (self.images is None):
+            raise ValueError("give either `codes` (packed codes) or `images`, one of the two")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW; weight decay falls on tensors of two or more dimensions only."""
+
+    lr: PositiveFloat = Field(1e-4, description="peak learning rate (LlamaGen: 1e-4 a 256 images)")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="Adam's moment decays")
+    weight_decay: NonNegativeFloat = Field(0.05, description="decoupled weight decay")
+    clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    final_lr: Probability = Field(0.0, description="end of the cosine, as a share of lr")
+
+
+class RunConfig(Config):
+    """What training a generator and training a tokenizer share."""
+
+    out: Path = Field(description="the directory to make")
+    seed: NonNegativeInt = Field(0, description="seeds weights, data order and dropout")
+    steps: PositiveInt = Field(description="optimizer steps")
+    batch_size: PositiveInt = Field(256, description="images a step, over all processes")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9999, description="decay of the weights' moving average, warmed up; 0 turns it off"
+    )
+    log_every: PositiveInt = Field(20, description="steps between log lines")
+    validate_every: PositiveInt = Field(500, description="steps between held-out losses")
+    preview_every: PositiveInt = Field(1000, description="steps between preview pictures")
+    checkpoint_every: PositiveInt = Field(500, description="steps between checkpoints")
+
+
+class TrainConfig(RunConfig):
+    """`moveimg train CONFIG`: one generator."""
+
+    data: DataConfig
+    model: ModelConfig
+    class_dropout: Probability = Field(
+        0.1, description="share of labels replaced by the null label, for guidance"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="autocast type of the forward pass; auto: bfloat16 on CUDA"
+    )
+    sampling: SamplingSettings = Field(
+        SamplingSettings(), description="for previews, and the model's `sampling.json`"
+    )
+
+
+class TokenizerTrainConfig(RunConfig):
+    """`moveimg train-tokenizer CONFIG`: one tokenizer. No class label enters it."""
+
+    images: ImagesConfig
+    tokenizer: dict[str, Any] = Field(description="the tokenizer's own config (see tokenizer/)")
+    l1_weight: NonNegativeFloat = Field(0.0, description="weight of |x - y|")
+    l2_weight: NonNegativeFloat = Field(1.0, description="weight of (x - y)^2")
+
+
+class ModelFile(BaseModel):
+    """Any run's YAML, of which only the model matters."""
+
+    model: ModelConfig
+
+
+# --- files ---------------------------------------------------------------------------------
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def one_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error as `key.path: what is expected (got value)`."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    what = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        what = "unknown key"
+    elif problem["type"] not in ("value_error", "missing"):
+        what += f" (got {problem['input']!r})"
+    more = len(error.errors()) - 1
+    return (f"{where}: {what}" if where else what) + (f" (and {more} more)" if more else "")
+
+
+def validate(cls: type[C], data: Any, origin: str) -> C:
+    """`cls` from plain data. Raises ValueError: one line with `origin`, the key and the value."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{origin}: {one_line(error)}") from None
+
+
+def load_config(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
+    """Read a YAML file with its bases and `key.path=value` overrides into `cls`.
+
+    Raises FileNotFoundError for a missing file, ValueError for anything wrong in it.
+    """
+    data = _read_yaml(Path(path), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set {override}: expected key.path=value")
+        nested: Any = _parse_yaml(text, f"--set {override}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        data = _merge(data, nested)
+    return validate(cls, data, str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; FileNotFoundError or a one-line ValueError when it cannot be."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: `base` leads back to itself")
+    data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected keys and values, found {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), data)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{origin}: not valid YAML ({problem})") from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """`over` on top of `base`, key by key. A new `kind` starts afresh: it has other keys."""
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    if "kind" in over and over["kind"] != base.get("kind"):
+        return over
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}

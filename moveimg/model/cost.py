@@ -1,0 +1,115 @@
+"""What a model costs, from its config alone: parameters, FLOPs, bytes.
+
+FLOPs count a multiply and an add as two, in matrix products only, as torch's FlopCounterMode does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moveimg.config import ModelConfig
+from moveimg.model.memory import GatedMixer, ValueBank
+from moveimg.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs.
+
+    Attributes:
+        parameters: all of them; the next four add up to it.
+        backbone, embeddings, router, bank: blocks, norms and head; label and code tables;
+            gates' W_G; value memory.
+        flops_per_token: of a forward pass, averaged over the T positions of an image.
+        router_share: part of those spent on gates, 2 D H (gates a head) a token and layer.
+        flops_per_image: of generating T codes without guidance; guidance doubles it.
+        cache_bytes_per_token: kept for a position while generating, all layers.
+        bank_bytes_per_token: of the value memory, looked up for a position, once for all layers.
+        seq_len: T.
+    """
+
+    parameters: int
+    backbone: int
+    embeddings: int
+    router: int
+    bank: int
+    flops_per_token: float
+    router_share: float
+    flops_per_image: float
+    cache_bytes_per_token: int
+    bank_bytes_per_token: int
+    seq_len: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
+    """The cost of the model of `config`, with its cache and bank in `dtype`."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    length = config.seq_len
+    parts = count_parameters(model)
+    flops = token_flops(model, (length + 1) / 2)  # position t attends to t + 1
+    mixers = [m for m in model.modules() if isinstance(m, GatedMixer)]
+    router = sum(token_flops(mixer.router, 0) for mixer in mixers)
+    bank = model.memory
+    bank_width = bank.slots * bank.value_width if isinstance(bank, ValueBank) else 0
+    caches = model.make_cache(1).layers
+    cached = sum(cache.numel_per_token() for cache in caches)
+    return Cost(
+        parameters=sum(parts.values()),
+        **parts,
+        flops_per_token=flops,
+        router_share=router / flops,
+        flops_per_image=flops * length,
+        cache_bytes_per_token=cached * dtype.itemsize,
+        bank_bytes_per_token=bank_width * dtype.itemsize,
+        seq_len=length,
+    )
+
+
+def describe_cost(cost: Cost, dtype: str) -> str:
+    """The cost as lines for people."""
+    parts = {key: getattr(cost, key) for key in ("backbone", "embeddings", "router", "bank")}
+    lines = [f"parameters            {cost.parameters:>15,}"]
+    lines += [f"  {part:<20}{count:>15,}" for part, count in parts.items()]
+    overhead = f"gates {cost.router_share:.2%}"
+    lines += [
+        f"FLOPs a token         {cost.flops_per_token:>15,.0f}  ({overhead})",
+        f"FLOPs an image        {cost.flops_per_image:>15,.0f}  ({cost.seq_len} codes, unguided)",
+        f"cache bytes a token   {cost.cache_bytes_per_token:>15,}  ({dtype})",
+        f"bank bytes a token    {cost.bank_bytes_per_token:>15,}  ({dtype}, one look-up a pass)",
+    ]
+    return "\n".join(lines)
+
+
+def count_parameters(model: Transformer) -> dict[str, int]:
+    """Parameters by part."""
+    parts = {"backbone": 0, "embeddings": 0, "router": 0, "bank": 0}
+    for name, parameter in model.named_parameters():
+        part = "backbone"
+        if name.startswith("memory."):
+            part = "bank"
+        elif ".router." in name:
+            part = "router"
+        elif name.startswith(("label_embedding.", "code_embedding.")):
+            part = "embeddings"
+        parts[part] += parameter.numel()
+    return parts
+
+
+def token_flops(module: nn.Module, context: float) -> float:
+    """FLOPs of a token through `module` when attention sees `context` positions on average.
+
+    A linear layer takes 2 FLOPs a weight. A module whose own products are not linear layers
+    says so in a method `own_flops(context)`.
+    """
+    own = getattr(module, "own_flops", lambda _: 0.0)(context)
+    if isinstance(module, nn.Linear):
+        own += 2.0 * module.weight.numel()
+    return own + sum(token_flops(child, context) for child in module.children())

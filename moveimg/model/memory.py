@@ -1,0 +1,160 @@
+"""Value memories: tables of value vectors, indexed by code, mixed into attention's values.
+
+    B batch   S positions   D width   H heads   K width of a head   M slots   V codebook size
+
+The transformer owns one memory and looks its rows up once per forward pass; each attention
+layer holds a mixer made by that memory and calls `v = mixer(x, v, rows)`.
+
+MoVE (arXiv 2601.22887): M_t = E[w_t], gates g = 2 sigmoid(x W_G) in (0, 2), and for head h
+V = g_0 V + sum_i g_i M_i. W_G starts at zero, where every gate is 1. LaVE is the same sum with
+a table of its own, one slot, for each chosen layer, and by default no g_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moveimg.config import LaVEConfig, ModelConfig, MoVEConfig, NoMemoryConfig
+
+Mixer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class PassThrough(nn.Module):
+    """The mixer of a layer without memory: v as it is."""
+
+    def forward(self, x: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        return v
+
+
+class GatedMixer(nn.Module):
+    """v -> g_0 * v + sum_i g_i * rows_i per head, with gates 2 sigmoid(x W_G).
+
+    Args:
+        config: the transformer's config; gates are computed from its hidden state, for H heads.
+        value_width: H * K, of v and of the rows, which are cut into H chunks.
+        slots: which slots of the looked-up rows this layer reads.
+        gate_standard: whether v has a gate (g_0) of its own.
+    """
+
+    def __init__(
+        self, config: ModelConfig, value_width: int, slots: range, gate_standard: bool
+    ) -> None:
+        super().__init__()
+        self.n_head, self.value_width = config.n_head, value_width
+        self.slots, self.gate_standard = slots, gate_standard
+        n_gates = config.n_head * (len(slots) + gate_standard)
+        self.router = nn.Linear(config.width, n_gates, bias=False)
+
+    def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """x [B, S, D] -> g_0 [B, S, H, 1] (None where ungated) and g_1.. [B, S, H, M]."""
+        gates = 2 * torch.sigmoid(self.router(x)).unflatten(-1, (self.n_head, -1))
+        if not self.gate_standard:
+            return None, gates
+        return gates[..., :1], gates[..., 1:]
+
+    def own_flops(self, context: float) -> float:
+        """The weighted sum of M rows of `value_width`."""
+        return 2.0 * len(self.slots) * self.value_width
+
+    def forward(self, x: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """x [B, S, D], v [B, S, H, K], rows [B, S, all slots, H * K] -> v [B, S, H, K]."""
+        if rows is None:
+            raise ValueError("this layer mixes value memory into V and was handed no rows")
+        g_0, g_i = self.gates(x)  # [B, S, H, 1], [B, S, H, M]
+        rows = rows[:, :, self.slots.start : self.slots.stop]  # [B, S, M, H * K]
+        rows = rows.to(v.dtype).unflatten(-1, (self.n_head, -1))  # [B, S, M, H, K]
+        memory = torch.einsum("bshm,bsmhk->bshk", g_i.to(v.dtype), rows)
+        return memory + (v if g_0 is None else g_0.to(v.dtype) * v)
+
+
+class NoMemory(nn.Module):
+    """No table and no rows."""
+
+    def __init__(self, config: ModelConfig, spec: NoMemoryConfig, value_width: int) -> None:
+        super().__init__()
+
+    def mixer(self, layer: int) -> nn.Module:
+        return PassThrough()
+
+    def class_rows(self, labels: Tensor) -> Tensor | None:
+        return None
+
+    def code_rows(self, codes: Tensor) -> Tensor | None:
+        return None
+
+
+class ValueBank(nn.Module):
+    """A table of `slots` value vectors a code, and optionally as many a class.
+
+    Args:
+        config: the transformer's config.
+        spec: the memory's; with `class_rows`, classes (the null label included) have rows as
+            codes do; without, the class token's rows are zero, since no code stands there.
+        slots: how many value vectors of `value_width` a code has in all.
+        value_width: H * K, the width of the values mixed into.
+    """
+
+    def __init__(
+        self, config: ModelConfig, spec: LaVEConfig | MoVEConfig, slots: int, value_width: int
+    ) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.slots, self.value_width = slots, value_width
+        self.bank = nn.Embedding(config.codebook_size, slots * value_width)
+        self.class_bank = (
+            nn.Embedding(config.n_classes + 1, slots * value_width) if spec.class_rows else None
+        )
+
+    def _mixer(self, slots: range) -> GatedMixer:
+        return GatedMixer(self.config, self.value_width, slots, self.spec.gate_standard)
+
+    def class_rows(self, labels: Tensor) -> Tensor:
+        """labels [B] -> rows of the class token [B, 1, slots, value_width]."""
+        if self.class_bank is None:
+            shape = (len(labels), 1, self.slots, self.value_width)
+            return torch.zeros(shape, dtype=self.bank.weight.dtype, device=labels.device)
+        return self.class_bank(labels)[:, None].unflatten(-1, (self.slots, -1))
+
+    def code_rows(self, codes: Tensor) -> Tensor:
+        """codes [B, S] -> rows [B, S, slots, value_width]: M_t = E[w_t]."""
+        return self.bank(codes).unflatten(-1, (self.slots, -1))
+
+
+class LaVE(ValueBank):
+    """A table for each chosen layer. They are kept side by side, so that one lookup serves all."""
+
+    def __init__(self, config: ModelConfig, spec: LaVEConfig, value_width: int) -> None:
+        self.layers = lave_layers(spec, config.n_layer)
+        super().__init__(config, spec, len(self.layers), value_width)
+
+    def mixer(self, layer: int) -> nn.Module:
+        if layer not in self.layers:
+            return PassThrough()
+        slot = self.layers.index(layer)
+        return self._mixer(range(slot, slot + 1))
+
+
+class MoVE(ValueBank):
+    """One global bank of M slots a code; every layer mixes all of them."""
+
+    def __init__(self, config: ModelConfig, spec: MoVEConfig, value_width: int) -> None:
+        super().__init__(config, spec, spec.slots, value_width)
+
+    def mixer(self, layer: int) -> nn.Module:
+        return self._mixer(range(self.slots))
+
+
+def lave_layers(spec: LaVEConfig, n_layer: int) -> tuple[int, ...]:
+    """The layers that have a table, in order."""
+    if spec.layers == "all":
+        return tuple(range(n_layer))
+    if spec.layers == "alternate":
+        return tuple(layer for layer in range(n_layer) if (n_layer - layer) % 2)
+    return tuple(sorted(spec.layers))
+
+
+MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}

@@ -1,0 +1,165 @@
+"""The class-conditional transformer (LlamaGen's decoder, arXiv 2406.06525) with value memory.
+
+B batch   S positions in this call   T codes in an image   D width   V codebook size
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moveimg.config import ModelConfig
+from moveimg.model.attention import ATTENTIONS, KVCache, MultiHeadAttention, rope_2d
+from moveimg.model.feedforward import FEEDFORWARDS
+from moveimg.model.memory import MEMORIES, GatedMixer
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind an RMS norm and added to the stream."""
+
+    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
+        super().__init__()
+        attention, ffn = config.attention, config.ffn
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = ATTENTIONS[attention.kind](config, attention, mixer)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = FEEDFORWARDS[ffn.kind](config, ffn)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(
+        self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        attended = self.attention(self.attention_norm(x), rows, rope, cache)
+        x = x + self.resid_dropout(attended)
+        return x + self.ffn_dropout(self.ffn(self.ffn_norm(x)))
+
+
+class Cache:
+    """What decoding keeps between steps: each layer's cache, the rotations, the position."""
+
+    def __init__(self, model: Transformer, batch: int) -> None:
+        length = model.config.seq_len  # the class token and every code but the last
+        self.batch = batch
+        self.layers = [attention.make_cache(batch, length) for attention in model.attentions()]
+        self.rope = model.rope()[:length]
+        self.position = 0
+
+
+class Transformer(nn.Module):
+    """logits = generator(codes, labels): the distribution of every code given those before it.
+
+    The class token stands before the first code, so T inputs (label, codes 0..T-2) predict
+    T codes. Dropout is all that differs between train and eval mode.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        attention = ATTENTIONS[config.attention.kind]
+        value_width = attention.value_width(config)
+        self.label_embedding = nn.Embedding(config.n_classes + 1, config.width)
+        self.code_embedding = nn.Embedding(config.codebook_size, config.width)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.memory = MEMORIES[config.memory.kind](config, config.memory, value_width)
+        self.layers = nn.ModuleList(
+            Block(config, self.memory.mixer(layer)) for layer in range(config.n_layer)
+        )
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """LlamaGen's start: matrices and tables N(0, 0.02), the head zero; routers zero (MoVE)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        for module in self.modules():
+            if isinstance(module, GatedMixer):
+                nn.init.zeros_(module.router.weight)
+
+    def attentions(self) -> list[MultiHeadAttention]:
+        """The attention of each layer, first to last."""
+        return [block.attention for block in self.layers]  # type: ignore[misc]
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for no class (C, after the classes 0..C-1)."""
+        return self.config.n_classes
+
+    def rope(self) -> Tensor:
+        """Rotation table of every position, [1 + T, pairs, 2], in float32 or better."""
+        config = self.config
+        dim = ATTENTIONS[config.attention.kind].rope_dim(config)
+        like = self.head.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return rope_2d(config.grid, dim, config.rope_base, like.device, dtype)
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Teacher forcing: codes int64 [B, T], labels int64 [B] -> logits [B, T, V].
+
+        `logits[:, t]` predicts `codes[:, t]` from the label and `codes[:, :t]`; the last code
+        is not looked at. Raises ValueError for other shapes.
+        """
+        config = self.config
+        if codes.shape != (len(labels), config.seq_len):
+            raise ValueError(
+                f"codes {tuple(codes.shape)} for {len(labels)} labels: expected "
+                f"[{len(labels)}, {config.seq_len}] ({config.grid[0]} x {config.grid[1]} codes)"
+            )
+        return self.logits(self.hidden(codes, labels))
+
+    def hidden(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """The normed stream before the output head, [B, T, D] (arguments as of forward)."""
+        before = codes[:, :-1]
+        x = torch.cat([self.label_embedding(labels)[:, None], self.code_embedding(before)], dim=1)
+        rows = self.memory.class_rows(labels)
+        if rows is not None:
+            rows = torch.cat([rows, self.memory.code_rows(before)], dim=1)
+        return self._blocks(x, rows, self.rope()[: x.shape[1]])
+
+    def make_cache(self, batch: int) -> Cache:
+        """An empty cache for decoding `batch` sequences side by side."""
+        return Cache(self, batch)
+
+    def start(self, labels: Tensor, cache: Cache) -> Tensor:
+        """First step of decoding: labels [B] -> logits of the first code [B, V]."""
+        if cache.position or cache.batch != len(labels):
+            raise ValueError(
+                f"start takes an empty cache for {len(labels)} labels, got one for "
+                f"{cache.batch} at position {cache.position}"
+            )
+        x = self.label_embedding(labels)[:, None]
+        return self._step(x, self.memory.class_rows(labels), cache)
+
+    def decode(self, codes: Tensor, cache: Cache) -> Tensor:
+        """Next step of decoding: the codes just drawn [B] -> logits of the next ones [B, V]."""
+        if not 0 < cache.position < self.config.seq_len:
+            raise ValueError(
+                f"decode at position {cache.position}: expected 1..{self.config.seq_len - 1}, "
+                "after start and before the last code"
+            )
+        x = self.code_embedding(codes[:, None])
+        return self._step(x, self.memory.code_rows(codes[:, None]), cache)
+
+    def _step(self, x: Tensor, rows: Tensor | None, cache: Cache) -> Tensor:
+        rope = cache.rope[cache.position : cache.position + 1]
+        x = self._blocks(x, rows, rope, cache)
+        cache.position += 1
+        return self.logits(x)[:, 0]
+
+    def _blocks(
+        self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        x = self.token_dropout(x)
+        for index, block in enumerate(self.layers):
+            x = block(x, rows, rope, None if cache is None else cache.layers[index])
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normed stream [B, S, D] -> logits [B, S, V], float32 (float64 in a float64 model)."""
+        out = self.head(x)
+        return out.to(torch.promote_types(out.dtype, torch.float32))

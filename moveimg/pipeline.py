@@ -1,0 +1,205 @@
+"""Pipeline: class names in, pictures out. The one object most users touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moveimg.checkpoint import ModelParts, load_model
+from moveimg.config import SamplingSettings, validate
+from moveimg.device import pick_device, pick_dtype
+from moveimg.pictures import to_pil
+from moveimg.sampling import image_rngs, iter_codes, sample_codes
+
+BUNDLED = Path(__file__).parent / "bundled"
+DEFAULT_MODEL = "digits"
+
+
+class Pipeline:
+    """A generator with its tokenizer, class names and sampling settings.
+
+    >>> pipeline = Pipeline.from_pretrained("digits")
+    >>> images = pipeline.sample(["seven", 3], seed=0)
+
+    Attributes: generator, tokenizer, class_names, sampling (the model's own settings), device.
+    """
+
+    def __init__(self, parts: ModelParts, device: torch.device) -> None:
+        self.generator = parts.generator
+        self.tokenizer = parts.tokenizer
+        self.class_names = parts.class_names
+        self.sampling = parts.sampling
+        self.device = device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> Pipeline:
+        """Load a bundled name (`digits`) or a model directory.
+
+        Args:
+            name_or_path: what to load.
+            device: cpu, cuda, mps, ...; left out, an accelerator where there is one.
+            dtype: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else float32.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: it is damaged, or the device or dtype cannot be used.
+        """
+        where = pick_device(device)
+        parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where))
+        return cls(parts, where)
+
+    def label(self, name_or_index: str | int) -> int:
+        """The label of a class: its index, its name, one of its synonyms, or an unambiguous part.
+
+        Raises ValueError for an unknown class, one out of range, or a part that fits several.
+        """
+        text = str(name_or_index).strip()
+        if text.lstrip("-").isdigit():
+            index = int(text)
+            if not 0 <= index < len(self.class_names):
+                raise ValueError(f"class {index}: expected 0..{len(self.class_names) - 1}")
+            return index
+        wanted = text.casefold()
+        matches = self.search_classes(wanted)
+        exact = [i for i in matches if wanted in synonyms(self.class_names[i])]
+        if len(exact or matches) == 1:
+            return (exact or matches)[0]
+        if not matches:
+            known = ", ".join(self.class_names[:10])
+            more = ", ..." if len(self.class_names) > 10 else ""
+            raise ValueError(f"unknown class {text!r}: expected an index or a name ({known}{more})")
+        some = ", ".join(f"{i} ({self.class_names[i]})" for i in (exact or matches)[:5])
+        raise ValueError(f"class {text!r} fits {len(exact or matches)} classes: {some}; be exact")
+
+    def search_classes(self, part: str) -> list[int]:
+        """Labels of the classes whose name contains `part`, without regard to case."""
+        wanted = part.casefold()
+        return [i for i, name in enumerate(self.class_names) if wanted in name.casefold()]
+
+    def settings(self, **overrides: Any) -> SamplingSettings:
+        """The model's sampling settings with those not None replaced. ValueError if invalid."""
+        given = {key: value for key, value in overrides.items() if value is not None}
+        return validate(SamplingSettings, self.sampling.model_dump() | given, "sampling settings")
+
+    def sample(
+        self,
+        classes: Sequence[str | int] | str | int,
+        *,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_schedule: str | None = None,
+        cfg_power: float | None = None,
+        cfg_start: float | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[Image.Image]:
+        """One picture for each class given; settings left out are the model's own.
+
+        Args:
+            classes: indices or names (see label); a class given n times makes n pictures.
+            cfg_scale, temperature, top_k, top_p, cfg_schedule, cfg_power, cfg_start: see
+                SamplingSettings.
+            seed: picture i is drawn with seed + i, and can be made again alone.
+            batch_size: pictures generated side by side; more is faster and takes more memory.
+        """
+        settings = self.settings(
+            cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p,
+            cfg_schedule=cfg_schedule, cfg_power=cfg_power, cfg_start=cfg_start,
+        )  # fmt: skip
+        codes = self.sample_codes(classes, settings, seed=seed, batch_size=batch_size)
+        return [image for part in codes.split(batch_size) for image in self.decode(part)]
+
+    def sample_codes(
+        self,
+        classes: Sequence[str | int] | str | int,
+        settings: SamplingSettings,
+        *,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """As sample, but the codes: int64 [B, T] on the pipeline's device."""
+        labels = self._labels(classes)
+        rngs = image_rngs(range(seed, seed + len(labels)))
+        parts = [
+            sample_codes(self.generator, part, settings, rngs[i : i + batch_size])
+            for i, part in zip(
+                range(0, len(labels), batch_size), labels.split(batch_size), strict=True
+            )
+        ]
+        return torch.cat(parts)
+
+    def stream(
+        self,
+        classes: Sequence[str | int] | str | int,
+        settings: SamplingSettings,
+        *,
+        seed: int = 0,
+        every: int | None = None,
+    ) -> Iterator[tuple[int, list[Image.Image]]]:
+        """Pictures while they grow: (codes drawn so far, pictures), after every `every` codes.
+
+        Left out, `every` is one row of the grid. Codes still to come are shown as mid-grey. The
+        last item holds the finished pictures; to stop early, stop iterating.
+        """
+        labels = self._labels(classes)
+        height, width = self.generator.config.grid
+        every = every or width
+        codes = torch.zeros(len(labels), height * width, dtype=torch.int64, device=self.device)
+        rngs = image_rngs(range(seed, seed + len(labels)))
+        for position, drawn in enumerate(iter_codes(self.generator, labels, settings, rngs)):
+            codes[:, position] = drawn
+            done = position + 1
+            if done % every == 0 or done == height * width:
+                yield done, self._decode_partial(codes, done)
+
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """codes int64 [B, T] -> pictures."""
+        return to_pil(self.tokenizer.decode(codes, self.generator.config.grid))
+
+    def _decode_partial(self, codes: Tensor, done: int) -> list[Image.Image]:
+        height, width = self.generator.config.grid
+        images = self.tokenizer.decode(codes, (height, width))  # [B, 3, H, W]
+        known = torch.arange(height * width, device=images.device) < done
+        known = known.view(1, 1, height, width)
+        mask = known.float().repeat_interleave(images.shape[2] // height, dim=2)
+        mask = mask.repeat_interleave(images.shape[3] // width, dim=3)
+        return to_pil(images * mask)
+
+    def _labels(self, classes: Sequence[str | int] | str | int) -> Tensor:
+        if isinstance(classes, str | int):
+            classes = [classes]
+        if not classes:
+            raise ValueError("no classes given: expected at least one index or name")
+        labels = [self.label(item) for item in classes]
+        return torch.tensor(labels, dtype=torch.int64, device=self.device)
+
+
+def synonyms(class_name: str) -> list[str]:
+    """`Goldfish, Carassius auratus` -> its names, case-folded."""
+    return [part.strip() for part in class_name.casefold().split(",")]
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The directory of a bundled name or of a path. FileNotFoundError if there is neither."""
+    for path in (Path(name_or_path), BUNDLED / str(name_or_path)):
+        if (path / "config.json").is_file():
+            return path
+    if Path(name_or_path).is_dir():
+        raise FileNotFoundError(f"{name_or_path}: no model here (it has no config.json)")
+    bundled = ", ".join(sorted(path.name for path in BUNDLED.glob("*"))) or "none"
+    raise FileNotFoundError(
+        f"no model {str(name_or_path)!r}: expected a model directory or a bundled name ({bundled})"
+    )

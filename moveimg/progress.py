@@ -1,0 +1,21 @@
+"""A progress bar with rate and time left; in a log file, a line now and then."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress_bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
+    """A tqdm bar on stderr; use it as a context manager."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        desc=what,
+        total=total,
+        initial=initial,
+        unit=unit,
+        dynamic_ncols=terminal,
+        mininterval=0.1 if terminal else 15,
+        maxinterval=10 if terminal else 60,
+    )

@@ -1,0 +1,147 @@
+"""Labels -> codes: free functions over a generator, with every random draw explicit.
+
+    B batch   T codes in an image   V codebook size
+
+Each image has a random generator of its own, and a code takes one uniform number from it. So an
+image's draws depend on its own seed alone: not on the batch, its neighbours or the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moveimg.config import SamplingSettings
+from moveimg.model import Transformer
+
+MAX_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
+
+
+def image_rngs(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU random generator for each image's seed. Raises ValueError beyond 0..2^32-1."""
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED}")
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def sample_codes(
+    generator: Transformer,
+    labels: Tensor,
+    settings: SamplingSettings,
+    rng: Sequence[torch.Generator],
+) -> Tensor:
+    """Draw an image's codes for every label.
+
+    Args:
+        generator: the model, in eval mode.
+        labels: int64 [B] in 0..C, where C is the null label.
+        settings: guidance, temperature and filters.
+        rng: one CPU random generator for each image (see image_rngs).
+
+    Returns:
+        codes int64 [B, T]. The same arguments give the same bits.
+    """
+    return torch.stack(list(iter_codes(generator, labels, settings, rng)), dim=1)
+
+
+@torch.inference_mode()
+def iter_codes(
+    generator: Transformer,
+    labels: Tensor,
+    settings: SamplingSettings,
+    rng: Sequence[torch.Generator],
+) -> Iterator[Tensor]:
+    """As sample_codes, but yields the codes [B] position by position, in raster order."""
+    if len(rng) != len(labels):
+        raise ValueError(f"{len(rng)} random generators for {len(labels)} labels: expected equal")
+    length = generator.config.seq_len
+    scales = guidance_scales(settings, length)
+    guided = any(scale not in (0.0, 1.0) for scale in scales) or len(set(scales)) > 1
+    if guided:  # one doubled batch: with the class, and without
+        labels = torch.cat([labels, torch.full_like(labels, generator.null_label)])
+    elif scales[0] == 0:
+        labels = torch.full_like(labels, generator.null_label)
+    draws = torch.stack([torch.rand(length, generator=g) for g in rng]).to(labels.device)
+
+    cache = generator.make_cache(len(labels))
+    logits = generator.start(labels, cache)
+    for position, scale in enumerate(scales):
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, scale)
+        codes = draw(logits, draws[:, position], settings)
+        yield codes
+        if position < length - 1:
+            logits = generator.decode(codes.repeat(2) if guided else codes, cache)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on logits: uncond + (cond - uncond) * scale (LlamaGen)."""
+    if scale == 1:
+        return conditional
+    return unconditional + (conditional - unconditional) * scale
+
+
+def guidance_scales(settings: SamplingSettings, length: int) -> list[float]:
+    """The guidance scale of each of `length` positions.
+
+    Before `cfg_start` it is 1. From there, with progress p in [0, 1): constant is cfg_scale,
+    linear 1 + (cfg_scale - 1) p (MAR, arXiv 2406.11838), power-cosine
+    1 + (cfg_scale - 1) (1 - cos(pi p^power)) / 2 (MDT, arXiv 2303.14389; RAR).
+    """
+    shapes = {
+        "constant": lambda p: 1.0,
+        "linear": lambda p: p,
+        "power-cosine": lambda p: (1 - math.cos(math.pi * p**settings.cfg_power)) / 2,
+    }
+    shape = shapes[settings.cfg_schedule]
+    scales = []
+    for position in range(length):
+        p = (position / length - settings.cfg_start) / (1 - settings.cfg_start)
+        # Written so that a constant schedule gives cfg_scale itself, unrounded.
+        weight = shape(p) if p >= 0 else 0.0
+        scales.append(settings.cfg_scale * weight + (1.0 - weight))
+    return scales
+
+
+def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
+    """One code for each row of logits [B, V], by inverting the cumulative distribution.
+
+    Args:
+        logits: guided logits [B, V].
+        uniforms: random numbers [B] in [0, 1), one a row.
+        settings: temperature (0: the likeliest code), top-k and top-p.
+
+    Returns:
+        codes int64 [B].
+    """
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = keep_top(logits / settings.temperature, settings.top_k, settings.top_p)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # [B, V]
+    # Strictly below the total even after rounding, so that no code of probability zero behind
+    # the last possible one can be reached.
+    total = cumulative[:, -1:] * (1 - torch.finfo(cumulative.dtype).eps)
+    target = uniforms[:, None].to(cumulative.dtype) * total
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set to -inf every logit [B, V] outside the top k, then outside the nucleus of mass p.
+
+    Ties with the k-th are kept. The nucleus (arXiv 1904.09751) is the smallest set of likeliest
+    codes whose probability reaches p; it holds one code at least.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(dim=-1)
+        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return logits

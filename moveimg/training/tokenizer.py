@@ -1,0 +1,120 @@
+"""Training a VQ tokenizer: reconstruction, codebook and commitment losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import tokenizer as vq
+from moveimg.config import TokenizerTrainConfig
+from moveimg.data.codes import crop_choice, epoch_order
+from moveimg.data.crops import count_views, crop_views, to_tensor
+from moveimg.data.images import ImageSource, open_images
+from moveimg.pictures import labelled_grid, to_pil
+from moveimg.training.loop import fit
+
+PREVIEW_COLUMNS = 8
+MOST_VALIDATED = 2048  # held-out images that are reconstructed for a validation
+
+
+class RandomViews(Dataset):
+    """One view of an image, (index, view) -> float32 [3, H, W] in [-1, 1]."""
+
+    def __init__(self, source: ImageSource, config: TokenizerTrainConfig) -> None:
+        self.source, self.images = source, config.images
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        index, view = key
+        image, _ = self.source[index]
+        views = crop_views(image, self.images.size, self.images.crops, self.images.ranges)
+        return to_tensor([views[view]])[0]
+
+
+class TokenizerTask:
+    """loss = l1 and l2 reconstruction + codebook + beta * commitment (VQ-VAE, eq. 3)."""
+
+    model: nn.Module
+
+    def __init__(
+        self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, device: torch.device
+    ) -> None:
+        self.config, self.model, self.device = config, model, device
+        self.train = open_images(config.images.source, "train")
+        val = open_images(config.images.source, "val")
+        shown = range(min(len(val), MOST_VALIDATED))
+        size, ranges = config.images.size, config.images.ranges[:1]
+        views = [crop_views(val[i][0], size, "center", ranges)[0] for i in shown]
+        self.val = to_tensor(views)
+        self.weights = dict(vq.DEFAULT_WEIGHTS) | {"l1": config.l1_weight, "l2": config.l2_weight}
+        self._batches: Iterator[Tensor] | None = None
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._batches is None:
+            workers = 0 if len(self.train) < MOST_VALIDATED else 4
+            views = RandomViews(self.train, self.config)
+            loader = DataLoader(views, batch_sampler=self._keys(step), num_workers=workers)
+            self._batches = iter(loader)
+        out = self.model(next(self._batches).to(self.device))
+        return vq.total_loss(out.losses, self.weights), {**out.losses, **out.stats}
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Mean squared error on [-1, 1] of held-out images as decoded, and their code usage."""
+        assert isinstance(model, vq.AutoencoderTokenizer)
+        errors, counts = [], torch.zeros(model.codebook_size, dtype=torch.int64)
+        for images in self.val.split(self.config.batch_size):
+            codes = model.encode(images)
+            grid = tuple(side // model.downsample for side in images.shape[2:])
+            decoded = model.decode(codes, (grid[0], grid[1])).cpu()
+            errors.append((decoded - images).square().flatten(1).mean(1))
+            counts += codes.flatten().bincount(minlength=model.codebook_size).cpu()
+        stats = {key: value.item() for key, value in vq.code_statistics(counts).items()}
+        return {"mse": torch.cat(errors).mean().item(), **stats}
+
+    def preview(self, model: nn.Module) -> Image.Image:
+        """Held-out images above their reconstructions."""
+        assert isinstance(model, vq.AutoencoderTokenizer)
+        images = self.val[:PREVIEW_COLUMNS]
+        grid = tuple(side // model.downsample for side in images.shape[2:])
+        decoded = model.decode(model.encode(images), (grid[0], grid[1]))
+        return labelled_grid([to_pil(images), to_pil(decoded)], ["image", "decoded"])
+
+    def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
+        assert isinstance(model, vq.AutoencoderTokenizer)
+        vq.save(model, directory)
+
+    def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        """(image, view) keys of the batches from `step` on: functions of (seed, step) alone."""
+        n, size, seed = len(self.train), self.config.batch_size, self.config.seed
+        n_views = count_views(self.config.images.crops, self.config.images.ranges)
+        place = step * size
+        while True:
+            batch: list[tuple[int, int]] = []
+            while len(batch) < size:
+                epoch, start = divmod(place, n)
+                order = epoch_order(n, seed, epoch)[start : start + size - len(batch)]
+                choice = crop_choice(n, n_views, seed, epoch)
+                batch += [(int(i), int(choice[i])) for i in order]
+                place += len(order)
+            yield batch
+
+
+def train_tokenizer(
+    config: TokenizerTrainConfig, device: torch.device, restart: bool = False
+) -> dict:
+    """`moveimg train-tokenizer`: make a tokenizer directory at config.out."""
+    settings = vq.parse_config({"kind": "vq"} | config.tokenizer, "tokenizer")
+    torch.manual_seed(config.seed)
+    model = vq.build(settings).to(device)
+    if config.images.size % model.downsample:
+        raise ValueError(
+            f"images.size {config.images.size}: expected a multiple of the tokenizer's "
+            f"downsampling, {model.downsample}"
+        )
+    return fit(TokenizerTask(config, model, device), config, device, restart)

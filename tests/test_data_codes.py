@@ -1,0 +1,220 @@
+"""Packed codes: reading them, and the order of batches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moveimg.data.codes import Batches, PackedCodes, crop_choice, epoch_order
+from moveimg.data.manifest import EncodeSettings, Manifest, write_record, write_shard
+
+
+def pack(directory: Path, codes: np.ndarray, labels: np.ndarray, shard_size: int) -> PackedCodes:
+    """Write codes [N, crops, T] without a tokenizer."""
+    directory.mkdir(exist_ok=True)
+    starts = range(0, len(codes), shard_size)
+    shards = tuple(
+        write_shard(
+            directory,
+            number,
+            codes[start : start + shard_size].astype(np.uint16),
+            labels[start : start + shard_size].astype(np.int32),
+        )
+        for number, start in enumerate(starts)
+    )
+    made_by = EncodeSettings(
+        tokenizer_fingerprint="f" * 64,
+        codebook_size=int(codes.max()) + 1,
+        grid=(1, codes.shape[2]),
+        image_size=8,
+        crops="center",
+        ranges=(1.0,),
+        n_crops=codes.shape[1],
+        class_names=tuple(str(i) for i in range(labels.max() + 1)),
+        source_digest="0" * 64,
+        dtype="unchanged",
+        batch_size=1,
+        shard_size=shard_size,
+    )
+    manifest = Manifest(
+        source="a test", settings=made_by, n_images=len(codes), shards=shards, skipped=()
+    )
+    write_record(directory / "manifest.json", manifest)
+    return PackedCodes(directory)
+
+
+def packed_numbers(directory: Path, n: int, n_crops: int = 2, shard_size: int = 4) -> PackedCodes:
+    """Codes that tell image and crop: code = image * n_crops + crop, T = 3."""
+    codes = np.arange(n * n_crops).reshape(n, n_crops, 1).repeat(3, 2)
+    return pack(directory, codes, np.arange(n) % 3, shard_size)
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def test_the_largest_code_survives(tmp_path: Path) -> None:
+    codes = np.array([65535, 0]).reshape(2, 1, 1)
+    packed = pack(tmp_path / "out", codes, np.array([0, 0]), shard_size=1)
+    assert packed.get(np.array([0, 1]), np.array([0, 0]))[0].tolist() == [[65535], [0]]
+
+
+@pytest.mark.parametrize("n, shard_size", [(1, 4), (4, 4), (5, 4), (9, 2)])
+def test_get_gathers_over_shard_boundaries(tmp_path: Path, n: int, shard_size: int) -> None:
+    packed = packed_numbers(tmp_path / "out", n, shard_size=shard_size)
+    images = np.array([*range(n), *range(n)[::-1], 0])
+    crops = np.arange(len(images)) % 2
+    codes, labels = packed.get(images, crops)
+    assert codes.tolist() == [[i * 2 + c] * 3 for i, c in zip(images, crops, strict=True)]
+    assert labels.tolist() == (images % 3).tolist()
+    for bad in ((np.array([n]), np.array([0])), (np.array([-1]), np.array([0]))):
+        with pytest.raises(IndexError, match="image indices"):
+            packed.get(*bad)
+    with pytest.raises(IndexError, match="crop indices"):
+        packed.get(np.array([0]), np.array([2]))
+
+
+def test_wrong_tokenizer_is_refused(tmp_path: Path) -> None:
+    packed = packed_numbers(tmp_path / "out", 5)
+    packed.require_tokenizer("f" * 64)
+    with pytest.raises(ValueError, match=r"out' was encoded by tokenizer f{12}, not by 0{12}:"):
+        packed.require_tokenizer("0" * 64)
+
+
+def test_damaged_directories_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    packed = packed_numbers(out, 9)
+    packed.verify()
+    shard, whole = out / "codes-00001.npy", (out / "codes-00001.npy").read_bytes()
+    shard.write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=r"codes-00001\.npy' is corrupt: sha256"):
+        PackedCodes(out).verify()
+    for damaged in (whole[:-2], whole[:50], b"", b"no array at all"):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"codes-00001\.npy' is corrupt or truncated"):
+            PackedCodes(out)
+    np.save(shard, np.zeros((4, 2, 3), np.int64))
+    with pytest.raises(ValueError, match=r"int64 \[4, 2, 3\]: expected uint16"):
+        PackedCodes(out)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"codes-00001\.npy' is missing"):
+        PackedCodes(out)
+    with pytest.raises(FileNotFoundError, match="nowhere' holds no manifest"):
+        PackedCodes(tmp_path / "nowhere")
+
+
+def test_bad_manifests_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    packed_numbers(out, 9)
+    path = out / "manifest.json"
+    good = json.loads(path.read_text())
+
+    def refused(changes: dict, match: str) -> None:
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(ValueError, match=match) as caught:
+            PackedCodes(out)
+        assert "\n" not in str(caught.value)
+
+    refused({"format_version": 2}, r"manifest\.json' is malformed: format_version")
+    refused({"extra": 1}, "extra: Extra inputs")
+    refused({"n_images": 8}, "n_images is 8, but the shards hold 9")
+    refused({"settings": {**good["settings"], "codebook_size": 2**16 + 1}}, "codebook_size")
+    refused({"settings": {**good["settings"], "codebook_size": 3}}, "expected less than")
+    refused({"settings": {**good["settings"], "class_names": ["0"]}}, r"labels 0\.\.2")
+    outside = {**good["shards"][0], "codes": "../codes-00000.npy"}
+    refused({"shards": [outside, *good["shards"][1:]]}, "shards.0.codes")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="malformed"):
+        PackedCodes(out)
+
+
+# --- batches -------------------------------------------------------------------------------
+
+
+def test_orders_are_pure_and_differ() -> None:
+    orders = [epoch_order(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert np.array_equal(epoch_order(50, 0, 1), orders[1])
+    choice = crop_choice(5000, 10, 0, 0)
+    assert np.bincount(choice).min() > 400 and choice.max() == 9
+    assert np.array_equal(crop_choice(5000, 10, 0, 0), choice)
+    assert not np.array_equal(crop_choice(5000, 10, 0, 1), choice)
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory) -> dict[int, PackedCodes]:
+    root = tmp_path_factory.mktemp("numbers")
+    return {n: packed_numbers(root / str(n), n) for n in (3, 12, 14)}
+
+
+def test_every_image_once_an_epoch(numbers: dict[int, PackedCodes]) -> None:
+    batches = Batches(numbers[12], batch_size=4, seed=5)
+    for epoch in (0, 1, 7):
+        seen = np.concatenate([batches.batch(3 * epoch + k)[2] for k in range(3)])
+        assert np.array_equal(seen, epoch_order(12, 5, epoch))
+    partial = Batches(numbers[14], batch_size=4, seed=5)  # 14 = 3 * 4 + 2: two are left out
+    seen = np.concatenate([partial.batch(3 + k)[2] for k in range(3)])
+    assert np.array_equal(seen, epoch_order(14, 5, 1)[:12])
+
+
+def test_few_images_fill_a_batch_from_several_epochs(numbers: dict[int, PackedCodes]) -> None:
+    batches = Batches(numbers[3], batch_size=7, seed=0)
+    seen = np.concatenate([batches.batch(step)[2] for step in range(3)])
+    assert np.array_equal(seen, np.concatenate([epoch_order(3, 0, e) for e in range(7)]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.sampled_from([3, 12, 14]),
+    world_size=st.integers(1, 4),
+    local=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+    step=st.integers(0, 1000),
+)
+def test_ranks_partition_the_global_batch(numbers, n, world_size, local, seed, step) -> None:
+    batches = Batches(numbers[n], world_size * local, seed)
+    codes, labels, indices = batches.batch(step)
+    parts = [batches.batch(step, rank, world_size) for rank in range(world_size)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), codes)
+    assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+    assert np.array_equal(np.concatenate([part[2] for part in parts]), indices)
+    assert codes.shape == (world_size * local, 3)
+    # codes tell image and crop, so they must agree with indices and labels
+    assert np.array_equal(codes[:, 0].numpy() // 2, indices)
+    assert labels.tolist() == (indices % 3).tolist()
+
+
+def test_batch_arguments_are_checked(numbers: dict[int, PackedCodes]) -> None:
+    for arguments in ((0,), (4, -1)):
+        with pytest.raises(ValueError, match="expected at least"):
+            Batches(numbers[12], *arguments)
+    for rank, world_size in ((0, 3), (2, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="batch_size 4 on rank"):
+            Batches(numbers[12], 4).batch(0, rank, world_size)
+
+
+def test_a_shuffled_pass_feeds_a_million_codes_a_second(tmp_path: Path) -> None:
+    codes = np.random.default_rng(0).integers(0, 4096, (4096, 2, 64))
+    batches = Batches(pack(tmp_path / "out", codes, np.zeros(4096, int), shard_size=64), 256)
+    start = time.perf_counter()
+    n_codes = sum(batches.batch(step)[0].numel() for step in range(32))
+    assert n_codes / (time.perf_counter() - start) > 1e6
+
+
+def test_reading_codes_loads_neither_torchvision_nor_sklearn() -> None:
+    program = """
+import sys, types
+sys.modules["torch"] = types.ModuleType("torch")  # slow to import, and not in question
+import moveimg.data.codes
+assert not {"torchvision", "sklearn", "PIL"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,185 @@
+"""Encoding image sources into packed codes: order, interruptions, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moveimg.data.codes import PackedCodes
+from moveimg.data.crops import crop_views, to_tensor
+from moveimg.data.encode import encode_images
+from moveimg.data.images import ImageSource, open_images
+
+
+class PatchTokenizer:
+    """Codes that are a hash of 4x4 patches; can be told to fail at its n-th call."""
+
+    downsample = 4
+
+    def __init__(self, codebook_size: int = 1000, fail_at: int | None = None) -> None:
+        self.codebook_size, self.fail_at, self.calls = codebook_size, fail_at, 0
+        self.fingerprint = f"{codebook_size:064x}"
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise RuntimeError("interrupted")
+        pixels = ((images + 1) * 127.5).round().long()
+        patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4)  # [B, 3, h, w, 4, 4]
+        weights = torch.arange(1, 49).view(3, 1, 1, 4, 4) ** 2
+        return (patches * weights).sum((1, 4, 5)).flatten(1) % self.codebook_size
+
+
+OPTIONS: dict[str, Any] = {
+    "size": 8,
+    "crops": "ten",
+    "ranges": (1.25,),
+    "batch_size": 40,
+    "shard_size": 5,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """13 images in 2 classes, 2 of them broken: 3 shards of 5, 5, 3 image indices."""
+    rng = np.random.default_rng(0)
+    for i in range(13):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(path)
+    for name in ("a/02.png", "b/11.png"):
+        (tmp_path / "images" / name).write_bytes(b"broken")
+    return tmp_path / "images"
+
+
+def opened(folder: Path) -> ImageSource:
+    return open_images(folder, "train", val_fraction=0)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_encoding_packs_every_view_in_order(folder: Path, tmp_path: Path) -> None:
+    source, tokenizer = opened(folder), PatchTokenizer()
+    seen: list[tuple[int, int]] = []
+    out = tmp_path / "codes"
+    manifest = encode_images(
+        source, tokenizer, out, progress=lambda *now: seen.append(now), **OPTIONS
+    )
+    assert seen[-1] == (13, 13) and seen == sorted(seen)
+    assert [skipped.path for skipped in manifest.skipped] == ["a/02.png", "b/11.png"]
+    assert all("UnidentifiedImageError" in skipped.reason for skipped in manifest.skipped)
+    assert [shard.n for shard in manifest.shards] == [4, 5, 2] and manifest.n_images == 11
+    assert set(contents(out)) == {"manifest.json"} | {
+        f"{kind}-{number:05d}.npy" for kind in ("codes", "labels") for number in range(3)
+    }
+
+    codes = PackedCodes(out)
+    codes.verify()
+    assert (len(codes), codes.n_crops, codes.grid, codes.image_size) == (11, 10, (2, 2), 8)
+    assert codes.class_names == ["a", "b"] and codes.codebook_size == 1000
+    readable = [
+        i for i, name in enumerate(source.identifiers) if name not in ("a/02.png", "b/11.png")
+    ]
+    views = [to_tensor(crop_views(source[i][0], 8, "ten", (1.25,))) for i in readable]
+    expected = torch.stack([PatchTokenizer().encode(view) for view in views])  # [11, 10, 4]
+    images, crops = np.divmod(np.random.default_rng(0).permutation(110), 10)
+    found, labels = codes.get(images, crops)
+    assert found.dtype == labels.dtype == torch.int64
+    assert torch.equal(found, expected[images, crops])
+    assert labels.tolist() == [source.labels[readable[i]] for i in images]
+
+
+# 4 images of 10 views a call, so the shards take 2, 2 and 1 calls.
+@pytest.mark.parametrize("fail_at, calls_left", [(1, 5), (2, 5), (3, 3), (5, 1)])
+def test_interrupted_encoding_resumes_to_the_same_bytes(
+    folder: Path, tmp_path: Path, fail_at: int, calls_left: int
+) -> None:
+    source, out = opened(folder), tmp_path / "out"
+    encode_images(source, PatchTokenizer(), tmp_path / "whole", **OPTIONS)
+    broken = PatchTokenizer(fail_at=fail_at)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        encode_images(source, broken, out, **OPTIONS)
+    with pytest.raises(FileNotFoundError, match="finished"):
+        PackedCodes(out)
+    rest = PatchTokenizer()
+    encode_images(source, rest, out, **OPTIONS)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert rest.calls == calls_left  # finished shards are kept
+
+
+def test_damaged_shards_of_an_interrupted_run_are_redone(folder: Path, tmp_path: Path) -> None:
+    source, out = opened(folder), tmp_path / "out"
+    encode_images(source, PatchTokenizer(), tmp_path / "whole", **OPTIONS)
+    with pytest.raises(RuntimeError):
+        encode_images(source, PatchTokenizer(fail_at=5), out, **OPTIONS)
+    (out / "codes-00000.npy").write_bytes(b"damaged")
+    encode_images(source, PatchTokenizer(), out, **OPTIONS)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_worker_count_does_not_change_bytes(folder: Path, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    for workers in (0, 2):
+        encode_images(
+            opened(folder), PatchTokenizer(), tmp_path / str(workers), workers=workers, **OPTIONS
+        )
+    assert contents(tmp_path / "0") == contents(tmp_path / "2")
+    assert torch.equal(torch.get_rng_state(), state)  # training's random stream is left alone
+
+
+def test_a_finished_directory_is_left_or_refused(folder: Path, tmp_path: Path) -> None:
+    source, out = opened(folder), tmp_path / "out"
+    first = encode_images(source, PatchTokenizer(), out, **OPTIONS)
+    before, again = contents(out), PatchTokenizer()
+    assert encode_images(source, again, out, **OPTIONS) == first and again.calls == 0
+    with pytest.raises(ValueError, match="image_size 8 there, 16 asked"):
+        encode_images(source, again, out, **{**OPTIONS, "size": 16})
+    with pytest.raises(ValueError, match="tokenizer_fingerprint"):
+        encode_images(source, PatchTokenizer(999), out, **OPTIONS)
+    assert contents(out) == before
+    with pytest.raises(ValueError, match="not empty"):
+        encode_images(source, again, folder, **OPTIONS)
+
+
+def test_interrupted_run_of_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:
+    source, out = opened(folder), tmp_path / "out"
+    with pytest.raises(RuntimeError):
+        encode_images(source, PatchTokenizer(fail_at=1), out, **OPTIONS)
+    options = {**OPTIONS, "batch_size": 20}  # nothing is finished yet: a new start
+    with pytest.raises(RuntimeError):
+        encode_images(source, PatchTokenizer(fail_at=6), out, **options)
+    with pytest.raises(ValueError, match="batch_size 20 there, 40 asked"):
+        encode_images(source, PatchTokenizer(), out, **OPTIONS)
+
+
+def test_a_source_without_readable_images_is_an_error(folder: Path, tmp_path: Path) -> None:
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"none of 13 images could be read: a/00\.png"):
+        encode_images(opened(folder), PatchTokenizer(), tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_encoding_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
+    source, out = opened(folder), tmp_path / "out"
+    with pytest.raises(ValueError, match="codebook_size is 65537"):
+        encode_images(source, PatchTokenizer(65537), out, **OPTIONS)
+    with pytest.raises(ValueError, match="size is 10"):
+        encode_images(source, PatchTokenizer(), out, **{**OPTIONS, "size": 10})
+    with pytest.raises(ValueError, match="unknown crops"):
+        encode_images(source, PatchTokenizer(), out, **{**OPTIONS, "crops": "nine"})
+    wrong = PatchTokenizer()
+    wrong.codebook_size = 3
+    wrong.encode = lambda images: torch.full((len(images), 4), 3)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"codes 3\.\.3"):
+        encode_images(source, wrong, out, **OPTIONS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        encode_images(source, PatchTokenizer(), tmp_path / "file" / "out", **OPTIONS)

@@ -1,0 +1,195 @@
+"""Sampling: the cache, guidance, filters, and draws that depend on an image's own seed alone."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from moveimg.config import SamplingSettings
+from moveimg.sampling import draw, guidance_scales, guide, image_rngs, keep_top, sample_codes
+from tests.conftest import VARIANTS, lively, tiny_config
+
+SETTINGS = SamplingSettings(cfg_scale=2.0, temperature=0.9, top_k=8, top_p=0.95)
+
+
+def sample(model, labels, chosen=SETTINGS, seed=0):
+    labels = torch.tensor(labels)
+    return sample_codes(model, labels, chosen, image_rngs(range(seed, seed + len(labels))))
+
+
+def recompute(model, label, chosen, seed):
+    """One image, the whole sequence again for every code, with a plain inverse-CDF draw."""
+    config = model.config
+    uniforms = torch.rand(config.seq_len, generator=torch.Generator().manual_seed(seed))
+    codes = torch.zeros(1, config.seq_len, dtype=torch.int64)
+    for t in range(config.seq_len):
+        with torch.no_grad():
+            conditional = model(codes, torch.tensor([label]))[0, t]
+            unconditional = model(codes, torch.tensor([config.n_classes]))[0, t]
+        logits = unconditional + (conditional - unconditional) * chosen.cfg_scale
+        logits = keep_top((logits / chosen.temperature)[None], chosen.top_k, chosen.top_p)[0]
+        cumulative = np.cumsum(torch.softmax(logits, -1).numpy())
+        target = uniforms[t].item() * cumulative[-1]
+        codes[0, t] = int(np.argmax(cumulative > target))
+    return codes[0]
+
+
+def test_sampling_with_the_cache_equals_recomputing_every_step(variant):
+    model = lively(variant)
+    codes = sample(model, [0, 4, 2], seed=5)
+    for i, label in enumerate([0, 4, 2]):
+        assert torch.equal(codes[i], recompute(model, label, SETTINGS, 5 + i))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_image_is_the_same_in_any_batch(name):
+    model = lively(tiny_config(**VARIANTS[name]))
+    labels = [0, 1, 2, 3, 4, 0, 1]
+    together = sample(model, labels)
+    for size in (1, 2, 3):
+        parts = [sample(model, labels[i : i + size], seed=i) for i in range(0, len(labels), size)]
+        assert torch.equal(torch.cat(parts), together)
+    assert len({tuple(row) for row in together.tolist()}) > 1
+
+
+def test_the_same_call_gives_the_same_bits_and_leaves_the_global_rng_alone():
+    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    state = torch.get_rng_state()
+    assert torch.equal(sample(model, [1, 2]), sample(model, [1, 2]))
+    assert not torch.equal(sample(model, [1, 2]), sample(model, [1, 2], seed=7))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Recorder(torch.nn.Module):
+    """A hand-written model: fixed logits, and a record of what it was asked."""
+
+    def __init__(self, conditional, unconditional):
+        super().__init__()
+        self.config = tiny_config(codebook_size=len(conditional))
+        self.null_label = self.config.n_classes
+        self.tables = torch.tensor([conditional, unconditional])
+        self.asked = []
+
+    def make_cache(self, batch):
+        return None
+
+    def start(self, labels, cache):
+        self.labels = labels
+        return self._logits()
+
+    def decode(self, codes, cache):
+        assert len(codes) == len(self.labels)
+        return self._logits()
+
+    def _logits(self):
+        self.asked.append(self.labels.tolist())
+        return self.tables[(self.labels == self.null_label).long()]
+
+
+@pytest.mark.parametrize(
+    ("scale", "batches", "greedy"),
+    [(1.0, [2], 0), (0.0, [None], 2), (2.0, [2, None], 1)],
+)
+def test_guidance_makes_only_the_passes_it_needs(scale, batches, greedy):
+    # cond likes code 0, uncond code 2, and doubling the difference makes code 1 win
+    model = Recorder([2.0, 1.9, 0.0], [1.0, 0.5, 3.0])
+    codes = sample(model, [2], SamplingSettings(cfg_scale=scale, temperature=0))
+    expected = [model.null_label if b is None else b for b in batches]
+    assert all(asked == expected for asked in model.asked)
+    assert codes.unique().tolist() == [greedy]
+
+
+def test_guidance_formula():
+    c, u = torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, 2.0]])
+    assert guide(c, u, 1.5).tolist() == [[0.0, 5.0]]
+    assert guide(c, u, 1.0) is c
+    assert torch.equal(guide(c, u, 0.0), u)
+
+
+def test_guidance_schedules():
+    def scales(**kw):
+        return guidance_scales(SamplingSettings(cfg_scale=3.0, **kw), 4)
+
+    assert scales() == [3.0] * 4
+    assert scales(cfg_schedule="linear") == [1.0, 1.5, 2.0, 2.5]
+    cosine = [1 + 2 * (1 - math.cos(math.pi * (t / 4) ** 2)) / 2 for t in range(4)]
+    assert scales(cfg_schedule="power-cosine", cfg_power=2.0) == pytest.approx(cosine)
+    assert scales(cfg_start=0.5) == [1.0, 1.0, 3.0, 3.0]
+    assert scales(cfg_start=0.5, cfg_schedule="linear") == [1.0, 1.0, 1.0, 2.0]
+
+
+def test_scheduled_guidance_is_used_position_by_position():
+    model = Recorder([2.0, 1.9, 0.0], [1.0, 0.5, 3.0])
+    chosen = SamplingSettings(cfg_scale=2.0, cfg_start=0.5, temperature=0)
+    assert sample(model, [2], chosen)[0].tolist() == [0] * 6 + [1] * 6
+
+
+rows = st.lists(
+    st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6), min_size=1, max_size=4
+)
+
+
+@settings(deadline=None)
+@given(rows, st.integers(0, 8), st.floats(0.01, 1))
+def test_filters_equal_their_definition(logits, top_k, top_p):
+    logits = torch.tensor(logits, dtype=torch.float64)
+    kept = keep_top(logits.clone(), top_k, top_p).isfinite()
+    for row, keep in zip(logits, kept, strict=True):
+        allowed = row >= row.sort(descending=True).values[min(top_k or 6, 6) - 1]
+        p = row.masked_fill(~allowed, -math.inf).softmax(-1)
+        nucleus, total = torch.zeros(6, dtype=torch.bool), 0.0
+        for i in p.sort(descending=True, stable=True).indices:
+            if total < top_p or top_p == 1:
+                nucleus[i] = True
+            total += p[i].item()
+        # cumulative sums may round to either side of p exactly at its edge
+        if abs(p[nucleus].sum().item() - top_p) > 1e-9:
+            assert torch.equal(keep, allowed & nucleus)
+        assert keep[row.argmax()]
+
+
+@settings(deadline=None)
+@given(rows, st.floats(0, 1, exclude_max=True, width=32), st.sampled_from([0, 1, 3]))
+def test_draws_invert_the_distribution_and_never_take_an_excluded_code(logits, u, top_k):
+    logits = torch.tensor(logits)
+    chosen = SamplingSettings(top_k=top_k)
+    codes = draw(logits, torch.full((len(logits),), u), chosen)
+    p = keep_top(logits, top_k, 1.0).softmax(-1)
+    cumulative = p.double().cumsum(-1)
+    for row, code in enumerate(codes.tolist()):
+        assert p[row, code] > 0
+        below = cumulative[row, code - 1].item() if code else 0.0
+        assert below - 1e-5 <= u <= cumulative[row, code].item() + 1e-5
+
+
+def test_draws_have_the_right_frequencies():
+    p = torch.tensor([0.5, 0.2, 0.0, 0.3])
+    uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    codes = draw(p.log().expand(20000, 4), uniforms, SamplingSettings())
+    frequencies = codes.bincount(minlength=4) / 20000
+    torch.testing.assert_close(frequencies, p, atol=0.015, rtol=0)
+    assert frequencies[2] == 0
+
+
+def test_temperature_zero_is_greedy_and_small_temperature_nearly_so():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(draw(logits, uniforms, SamplingSettings(temperature=0)), logits.argmax(-1))
+    cold = draw(logits, uniforms, SamplingSettings(temperature=1e-4))
+    assert (cold == logits.argmax(-1)).float().mean() > 0.95
+
+
+def test_bad_input_is_named():
+    model = lively(tiny_config())
+    with pytest.raises(ValueError, match="2 random generators for 1 labels"):
+        sample_codes(model, torch.tensor([0]), SETTINGS, image_rngs([0, 1]))
+    with pytest.raises(ValueError, match="seed -1: expected"):
+        image_rngs([-1])
+    for bad in ({"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"cfg_scale": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SamplingSettings(**bad)

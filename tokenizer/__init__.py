@@ -1,0 +1,41 @@
+"""Images <-> codes: VQ tokenizers, their quantizers, files and training losses.
+
+Importing this needs torch, pydantic and safetensors; taming-transformers only when a tokenizer of
+that kind is built.
+"""
+
+from tokenizer.base import AutoencoderTokenizer, Tokenizer, TrainingOutput
+from tokenizer.config import (
+    TamingConfig,
+    TokenizerConfig,
+    VQConfig,
+    VQQuantizerConfig,
+    parse_config,
+)
+from tokenizer.foreign import load_llamagen_vq, load_taming
+from tokenizer.io import build, load, save
+from tokenizer.losses import DEFAULT_WEIGHTS, total_loss
+from tokenizer.quantizers import code_statistics
+from tokenizer.taming import TamingTokenizer
+from tokenizer.vq import VQTokenizer
+
+__all__ = [
+    "DEFAULT_WEIGHTS",
+    "AutoencoderTokenizer",
+    "TamingConfig",
+    "TamingTokenizer",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TrainingOutput",
+    "VQConfig",
+    "VQQuantizerConfig",
+    "VQTokenizer",
+    "build",
+    "code_statistics",
+    "load",
+    "load_llamagen_vq",
+    "load_taming",
+    "parse_config",
+    "save",
+    "total_loss",
+]

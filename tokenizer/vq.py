@@ -1,0 +1,176 @@
+"""The convolutional VQ tokenizer of LlamaGen (arXiv 2406.06525), after VQGAN (arXiv 2012.09841).
+
+Names of modules and parameters are those of LlamaGen's checkpoints, so its weights load unchanged.
+Letters: B batch, C channels, h and w the current resolution.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.base import AutoencoderTokenizer
+from tokenizer.config import VQConfig
+from tokenizer.quantizers import QUANTIZERS
+
+
+class VQTokenizer(AutoencoderTokenizer):
+    """The tokenizer of kind `vq`.
+
+    >>> tokenizer = VQTokenizer(VQConfig(width=32)).freeze()
+    >>> images = tokenizer.decode(tokenizer.encode(images))
+    """
+
+    config: VQConfig
+
+    def __init__(self, config: VQConfig) -> None:
+        quantize = QUANTIZERS[config.quantizer.kind](
+            config.quantizer, config.codebook_size, config.codebook_dim, config.l2_normalize
+        )
+        super().__init__(config, Encoder(config), Decoder(config), quantize)
+
+
+class Encoder(nn.Module):
+    """Images [B, C, H, W] -> [B, z_channels, H / downsample, W / downsample]."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.conv_in = _conv3(config.in_channels, config.width)
+        self.conv_blocks = nn.Sequential()
+        last = len(config.channels) - 1
+        for level, (before, after) in enumerate(pairwise((config.width, *config.channels))):
+            blocks = [before] + [after] * config.n_res_blocks
+            self.conv_blocks.append(EncoderLevel(config, blocks, lowest=level == last))
+        self.mid = _middle(config)
+        self.norm_out = _norm(config, config.channels[-1])
+        self.conv_out = _conv3(config.channels[-1], config.z_channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.mid(self.conv_blocks(self.conv_in(images)))  # [B, channels[-1], h, w]
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, z_channels, h, w]
+
+
+class Decoder(nn.Module):
+    """[B, z_channels, h, w] -> images [B, C, h * downsample, w * downsample]."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.conv_in = _conv3(config.z_channels, config.channels[-1])
+        self.mid = _middle(config)
+        self.conv_blocks = nn.Sequential()  # lowest resolution first
+        last = len(config.channels) - 1
+        rising = config.channels[::-1]
+        for level, (before, after) in enumerate(pairwise((rising[0], *rising))):
+            blocks = [before] + [after] * (config.n_res_blocks + 1)
+            self.conv_blocks.append(
+                DecoderLevel(config, blocks, lowest=level == 0, highest=level == last)
+            )
+        self.norm_out = _norm(config, config.channels[0])
+        self.conv_out = _conv3(config.channels[0], config.in_channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_blocks(self.mid(self.conv_in(z)))  # [B, channels[0], H, W]
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, C, H, W]
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention at the lowest one."""
+
+    def __init__(self, config: VQConfig, channels: Sequence[int], lowest: bool) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResidualBlock(config, a, b) for a, b in pairwise(channels))
+        self.attn = nn.ModuleList(
+            AttentionBlock(config, b) for b in channels[1:] if lowest and config.attention
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, res in enumerate(self.res):
+            x = res(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return x
+
+
+class EncoderLevel(Level):
+    """A level that ends by halving the resolution, unless it is the lowest."""
+
+    def __init__(self, config: VQConfig, channels: Sequence[int], lowest: bool) -> None:
+        super().__init__(config, channels, lowest)
+        c = channels[-1]
+        # padded on the right and at the bottom only, as VQGAN's weights expect
+        steps = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
+        self.downsample = nn.Identity() if lowest else nn.Sequential(steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class DecoderLevel(Level):
+    """A level that ends by doubling the resolution, unless it is the highest."""
+
+    def __init__(
+        self, config: VQConfig, channels: Sequence[int], lowest: bool, highest: bool
+    ) -> None:
+        super().__init__(config, channels, lowest)
+        c = channels[-1]
+        steps = OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=_conv3(c, c))
+        self.upsample = nn.Identity() if highest else nn.Sequential(steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 convolution on x where widths differ."""
+
+    def __init__(self, config: VQConfig, before: int, after: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(config, before)
+        self.conv1 = _conv3(before, after)
+        self.norm2 = _norm(config, after)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = _conv3(after, after)
+        self.nin_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        return self.nin_shortcut(x) + y
+
+
+class AttentionBlock(nn.Module):
+    """x + single-head self-attention over all h*w positions."""
+
+    def __init__(self, config: VQConfig, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(config, channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        # [B, C, h, w] -> [B, 1, h*w, C]; the fast kernels want C contiguous
+        q, k, v = (f(y).flatten(2).mT.unsqueeze(1).contiguous() for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h*w, C]
+        return x + self.proj_out(y.squeeze(1).mT.reshape(x.shape))
+
+
+def _middle(config: VQConfig) -> nn.Sequential:
+    c = config.channels[-1]
+    # without attention its place stays, so that names do not depend on it
+    attention = AttentionBlock(config, c) if config.attention else nn.Identity()
+    return nn.Sequential(ResidualBlock(config, c, c), attention, ResidualBlock(config, c, c))
+
+
+def _norm(config: VQConfig, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
+def _conv3(before: int, after: int) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, padding=1)
