@@ -98,10 +98,10 @@ def _read_torch(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it names {named[1]}" if named else "it is damaged or no PyTorch file"
+        reason = f"it needs {named[1]}" if named else "it needs more, or is damaged"
         raise ValueError(
-            f"{file}: not readable as plain tensors: {reason}. If you trust the file, rewrite it "
-            "where its own packages are installed: torch.save(torch.load(file, "
+            f"{file}: not readable as plain tensors: {reason}. If you trust the file, extract its "
+            "weights where its own packages are installed: torch.save(torch.load(file, "
             "weights_only=False)['state_dict'], 'weights.pt')"
         ) from None
     except Exception as error:  # a damaged pickle can end in any of them

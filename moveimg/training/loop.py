@@ -68,12 +68,12 @@ def fit(task: Task, config: RunConfig, device: torch.device, restart: bool = Fal
     """
     run = Run(task, config, device)
     run.open(restart)
-    with SummaryWriter(str(run.logs), purge_step=run.step) as writer:
-        with progress_bar(config.steps, "train", "step", run.step) as bar:
-            while run.step < config.steps:
-                scalars = run.advance()
-                bar.update()
-                run.report(scalars, writer, bar)
+    bar = progress_bar(config.steps, "train", "step", run.step)
+    with SummaryWriter(str(run.logs), purge_step=run.step) as writer, bar:
+        while run.step < config.steps:
+            scalars = run.advance()
+            bar.update()
+            run.report(scalars, writer, bar)
     return run.finish()
 
 

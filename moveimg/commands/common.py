@@ -1,0 +1,74 @@
+"""The app, the options that several commands take, and how bad input ends a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich would take a quarter of a second to load
+    pretty_exceptions_enable=False,
+    help="Images from class labels, one code after another, with a Mixture of Value Embeddings.",
+)
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on CUDA)")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the config"),
+]
+Restart = Annotated[bool, typer.Option(help="start over where an earlier run left its state")]
+
+
+def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[..., Any]:
+    """Register a command of `group`; bad input ends it with one line on stderr and exit code 2."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            if os.environ.get("MOVEIMG_TRACEBACK"):
+                raise
+            print(f"error: {describe(error)}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return group.command(name=function.__name__.replace("_", "-"))(run)
+
+
+def describe(error: Exception) -> str:
+    """An error on one line; an OSError with its path."""
+    if isinstance(error, OSError) and error.strerror:
+        path = error.filename2 or error.filename
+        return f"{path}: {error.strerror}" if path else error.strerror
+    return " ".join(str(error).split())
+
+
+def device_of(name: str | None) -> Any:
+    """The torch device of a --device option."""
+    from moveimg.device import pick_device
+
+    return pick_device(name)
+
+
+def numbers(result: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in result.items())
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))

@@ -1,0 +1,44 @@
+"""`moveimg info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moveimg.commands.common import Set, command, print_json
+
+
+@command
+def info(
+    what: Annotated[Path, typer.Argument(help="a config (YAML), a model directory, or `digits`")],
+    set: Set = None,
+    dtype: Annotated[str, typer.Option(help="type of the cache and the bank")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="plain JSON instead of a table")] = False,
+) -> None:
+    """Parameters by part, FLOPs and cache bytes of a config or a model."""
+    from moveimg.device import DTYPES
+    from moveimg.model.cost import describe_cost, model_cost
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    cost = model_cost(_model_config(what, set or []), DTYPES[dtype])
+    if as_json:
+        print_json(cost.as_dict())
+    else:
+        print(describe_cost(cost, dtype))
+
+
+def _model_config(what: Path, overrides: list[str]) -> Any:
+    """The generator's config of a YAML file or of a model."""
+    from moveimg.config import ModelFile, load_config
+
+    if what.suffix in (".yaml", ".yml"):
+        return load_config(what, ModelFile, overrides).model
+    from moveimg.checkpoint import read_model_config
+    from moveimg.pipeline import resolve
+
+    if overrides:
+        raise ValueError("--set changes a config file; a model is as it was trained")
+    return read_model_config(resolve(what))

@@ -1,0 +1,56 @@
+"""`moveimg train`, `train-tokenizer` and `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moveimg.commands.common import Device, Restart, Set, command, device_of, numbers
+
+
+@command
+def train(
+    config: Annotated[Path, typer.Argument(help="a YAML file, as in configs/")],
+    set: Set = None,
+    restart: Restart = False,
+    device: Device = None,
+) -> None:
+    """Codes or images -> model directory. The same command continues a run that was stopped."""
+    from moveimg.config import TrainConfig, load_config
+    from moveimg.training.generator import train_generator
+
+    settings = load_config(config, TrainConfig, set or [])
+    result = train_generator(settings, device_of(device), restart)
+    print(f"{settings.out}: {numbers(result)}")
+
+
+@command
+def train_tokenizer(
+    config: Annotated[Path, typer.Argument(help="a YAML file, as in configs/")],
+    set: Set = None,
+    restart: Restart = False,
+    device: Device = None,
+) -> None:
+    """Images -> tokenizer directory. The same command continues a run that was stopped."""
+    from moveimg.config import TokenizerTrainConfig, load_config
+    from moveimg.training import tokenizer
+
+    settings = load_config(config, TokenizerTrainConfig, set or [])
+    result = tokenizer.train_tokenizer(settings, device_of(device), restart)
+    print(f"{settings.out}: {numbers(result)}")
+
+
+@command
+def compare(
+    configs: Annotated[list[Path], typer.Argument(help="YAML files, as for train")],
+    out: Annotated[Path, typer.Option(help="folder for the runs and the table")],
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
+    set: Set = None,
+    device: Device = None,
+) -> None:
+    """Several configs, several seeds -> a table. Runs that are finished are not repeated."""
+    from moveimg.training.compare import compare, parse_seeds
+
+    print(compare(configs, parse_seeds(seeds), out, set or [], device_of(device)))
