@@ -3,7 +3,6 @@
 import argparse
 import os
 import pickle
-import re
 import subprocess
 import sys
 from typing import TypeVar
@@ -14,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 import tokenizer as tok
+from tests.test_tokenizer import one_line_error
 
 LLAMAGEN = tok.VQConfig(
     width=32, multipliers=(1, 2), n_res_blocks=1, z_channels=8, codebook_size=20, codebook_dim=4
@@ -31,12 +31,6 @@ DDCONFIG = {
     "dropout": 0.0,
 }
 VQGAN = {"embed_dim": 6, "n_embed": 20, "ddconfig": DDCONFIG}
-
-
-def one_line_error(kind: type[Exception], *parts: str):
-    """Expect an error whose message is one line and holds every part in order."""
-    pattern = r"[^\n]*".join(map(re.escape, parts))
-    return pytest.raises(kind, match=rf"\A[^\n]*{pattern}[^\n]*\Z")
 
 
 def make_images() -> torch.Tensor:
