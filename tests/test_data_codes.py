@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -200,14 +199,6 @@ def test_batch_arguments_are_checked(numbers: dict[int, PackedCodes]) -> None:
     for rank, world_size in ((0, 3), (2, 2), (-1, 2)):
         with pytest.raises(ValueError, match="batch_size 4 on rank"):
             Batches(numbers[12], 4).batch(0, rank, world_size)
-
-
-def test_a_shuffled_pass_feeds_a_million_codes_a_second(tmp_path: Path) -> None:
-    codes = np.random.default_rng(0).integers(0, 4096, (4096, 2, 64))
-    batches = Batches(pack(tmp_path / "out", codes, np.zeros(4096, int), shard_size=64), 256)
-    start = time.perf_counter()
-    n_codes = sum(batches.batch(step)[0].numel() for step in range(32))
-    assert n_codes / (time.perf_counter() - start) > 1e6
 
 
 def test_reading_codes_loads_neither_torchvision_nor_sklearn() -> None:

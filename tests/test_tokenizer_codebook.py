@@ -94,6 +94,15 @@ def test_dead_codes_are_revived():
     assert quantizer(as_grid(batch)).stats["reseeded"] == 0
 
 
+def test_a_revived_code_has_its_time_again():
+    quantizer = make_quantizer(size=4, reseed_after=2)
+    with torch.no_grad():
+        quantizer.embedding.weight.fill_(100.0)
+    batch = as_grid(torch.ones(9, 2))  # codes on equal vectors: only the first is chosen
+    moved = [int(quantizer(batch).stats["reseeded"]) for _ in range(5)]
+    assert moved == [0, 0, 3, 0, 3]
+
+
 def test_reseeding_takes_no_more_codes_than_vectors_and_can_be_off():
     torch.manual_seed(0)
     for reseed_after, expected in ((1, 2), (0, 0)):

@@ -27,6 +27,14 @@ def test_round_trip(tmp_path):
     assert tok.load(tmp_path / "a" / "tokenizer").fingerprint == tokenizer.fingerprint
 
 
+def test_saving_over_a_tokenizer_in_use_does_not_change_it(tmp_path):
+    tok.save(make(), tmp_path)
+    loaded = tok.load(tmp_path)
+    tok.save(make(seed=1), tmp_path)
+    assert torch.equal(loaded.last_layer, make().last_layer)
+    assert tok.load(tmp_path).fingerprint == make(seed=1).fingerprint
+
+
 def test_fingerprint_knows_config_and_weights_and_no_casts(tmp_path):
     base = make().fingerprint
     assert re.fullmatch(r"[0-9a-f]{64}", base)

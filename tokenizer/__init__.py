@@ -12,7 +12,7 @@ from tokenizer.config import (
     VQQuantizerConfig,
     parse_config,
 )
-from tokenizer.foreign import load_llamagen_vq, load_taming
+from tokenizer.foreign import load_llamagen_vq, load_taming, read_weights
 from tokenizer.io import build, load, save
 from tokenizer.losses import DEFAULT_WEIGHTS, total_loss
 from tokenizer.quantizers import code_statistics
@@ -36,6 +36,7 @@ __all__ = [
     "load_llamagen_vq",
     "load_taming",
     "parse_config",
+    "read_weights",
     "save",
     "total_loss",
 ]

@@ -235,7 +235,8 @@ def _forget_fingerprint(module: nn.Module, _: object) -> None:
 def fingerprint(config: VQConfig | TamingConfig, weights: Mapping[str, Tensor]) -> str:
     """sha256, in hex, of a config and of weights as float32."""
     digest = hashlib.sha256()
-    settings = config.model_dump(mode="json")
+    # without what is at its default, so that a field added later changes no fingerprint
+    settings = config.model_dump(mode="json", exclude_defaults=True) | {"kind": config.kind}
     digest.update(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(weights):
         array = weights[name].detach().to("cpu", torch.float32).contiguous().numpy()

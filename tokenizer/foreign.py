@@ -38,7 +38,7 @@ def load_llamagen_vq(file: str | os.PathLike[str]) -> VQTokenizer:
         ValueError: the file is damaged, needs code to be read, or holds something else.
     """
     file = existing(Path(file))
-    weights = _read_weights(file)
+    weights = read_weights(file)
     weights.pop("quantize.codebook_used", None)  # a record of training
     tokenizer = assemble(_llamagen_config(weights, file), weights, str(file))
     assert isinstance(tokenizer, VQTokenizer)
@@ -64,7 +64,7 @@ def load_taming(
     config = _taming_config(model_yaml)
     weights = {
         name: tensor
-        for name, tensor in _read_weights(checkpoint).items()
+        for name, tensor in read_weights(checkpoint).items()
         if not name.startswith("loss.")  # perceptual and adversarial networks of its training
     }
     tokenizer = assemble(config, weights, str(checkpoint))
@@ -72,8 +72,17 @@ def load_taming(
     return tokenizer
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    """Names and tensors of a checkpoint, out of whatever container they are in."""
+def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Names and tensors of a checkpoint, out of whatever container they are in.
+
+    They stand under one of `CONTAINERS`, or bare, in a PyTorch file or, by its suffix, safetensors.
+    Tensors stay in the file until they are used.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, needs code to be read, or holds something else.
+    """
+    file = existing(Path(file))
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     content = _read_torch(file)

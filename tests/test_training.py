@@ -1,0 +1,185 @@
+"""Training: the recipe's pieces, resume to the bit, and refusals; on digits, at tiny size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from moveimg.checkpoint import load_model
+from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig, validate
+from moveimg.data.encode import encode_splits
+from moveimg.training.generator import load_tokenizer, train_generator
+from moveimg.training.loop import Run
+from moveimg.training.optimizer import learning_rate, make_optimizer
+from moveimg.training.tokenizer import train_tokenizer
+from tests.conftest import lively, tiny_config
+
+CPU = torch.device("cpu")
+TOKENIZER = {
+    "width": 8, "multipliers": [1, 1, 1, 1], "n_res_blocks": 1, "z_channels": 8, "norm_groups": 4,
+    "codebook_size": 16, "codebook_dim": 4, "attention": False, "quantizer": {"reseed_after": 2},
+}  # fmt: skip
+EVERY = {"log_every": 2, "validate_every": 4, "preview_every": 8, "checkpoint_every": 2}
+
+
+def tokenizer_config(out, **changes) -> TokenizerTrainConfig:
+    settings = {
+        "out": out, "images": {"source": "digits", "size": 32}, "tokenizer": TOKENIZER,
+        "steps": 8, "batch_size": 4, "ema": 0.9, "optimizer": {"lr": 1e-3}, **EVERY,
+    }  # fmt: skip
+    return validate(TokenizerTrainConfig, settings | changes, "test")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A tokenizer trained for a few steps, and the digits packed by it."""
+    folder = tmp_path_factory.mktemp("digits")
+    train_tokenizer(tokenizer_config(folder / "tokenizer"), CPU)
+    config = tokenizer_config(folder).images
+    encode_splits(config, load_tokenizer(folder / "tokenizer", CPU), folder / "codes")
+    return folder
+
+
+def train_config(digits, out, **changes) -> TrainConfig:
+    settings = {
+        "out": out, "data": {"codes": digits / "codes", "tokenizer": digits / "tokenizer"},
+        "model": {"n_layer": 2, "n_head": 2, "width": 16, "memory": {"kind": "move", "slots": 2}},
+        "steps": 8, "batch_size": 16, "ema": 0.9, "sampling": {"cfg_scale": 1.5},
+        "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": 2}, **EVERY,
+    }  # fmt: skip
+    return validate(TrainConfig, settings | changes, "test")
+
+
+def weights_of(directory):
+    return load_model(directory).generator.state_dict()
+
+
+def die_at_step_5(monkeypatch, run_it):
+    """Interrupt a run between two checkpoints: step 4 is saved, step 5 is lost."""
+    advance = Run.advance
+
+    def dying(run):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return advance(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_it()
+
+
+def test_a_run_makes_a_model_that_samples_and_has_learned(digits, tmp_path):
+    result = train_generator(train_config(digits, tmp_path, steps=40), CPU)
+    parts = load_model(tmp_path)
+    assert result["loss"] < math.log(16)  # better than not looking
+    assert parts.generator.config.codebook_size == 16  # filled from the codes
+    assert parts.generator.config.grid == (4, 4) and parts.class_names[7] == "seven"
+    lines = [json.loads(s) for s in (tmp_path / "training/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(4, 41, 4))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert (tmp_path / "training/preview-000008.png").is_file()
+    about = json.loads((tmp_path / "config.json").read_text())["about"]
+    assert about["step"] == 40 and about["run"]["optimizer"]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize("memory", ["none", "move"])
+def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, monkeypatch, memory):
+    chosen = {"kind": "none"} if memory == "none" else {"kind": "move", "slots": 2}
+    model = {"n_layer": 2, "n_head": 2, "width": 16, "memory": chosen}
+    whole = train_config(digits, tmp_path / "whole", model=model)
+    train_generator(whole, CPU)
+
+    parted = train_config(digits, tmp_path / "parted", model=model)
+    die_at_step_5(monkeypatch, lambda: train_generator(parted, CPU))
+    train_generator(parted, CPU)
+    expected = weights_of(tmp_path / "whole")
+    assert all(torch.equal(v, expected[k]) for k, v in weights_of(tmp_path / "parted").items())
+    states = [torch.load(tmp_path / d / "training/state.pt") for d in ("whole", "parted")]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key])
+
+
+def test_a_tokenizer_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    whole, parted = tokenizer_config(tmp_path / "whole"), tokenizer_config(tmp_path / "parted")
+    train_tokenizer(whole, CPU)
+    die_at_step_5(monkeypatch, lambda: train_tokenizer(parted, CPU))
+    train_tokenizer(parted, CPU)
+    fingerprints = [load_tokenizer(c.out, CPU).fingerprint for c in (whole, parted)]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_a_finished_run_is_not_trained_again(digits, tmp_path, monkeypatch):
+    config = train_config(digits, tmp_path)
+    first = train_generator(config, CPU)
+    monkeypatch.setattr(Run, "advance", lambda run: pytest.fail("trained again"))
+    assert train_generator(config, CPU) == first
+
+
+def test_a_folder_with_another_run_is_left_alone(digits, tmp_path):
+    train_generator(train_config(digits, tmp_path, steps=2), CPU)
+    other = train_config(digits, tmp_path, steps=2, optimizer={"lr": 1e-5})
+    with pytest.raises(ValueError, match="holds a run with other settings \\(optimizer"):
+        train_generator(other, CPU)
+    train_generator(other, CPU, restart=True)
+    written = yaml.safe_load((tmp_path / "training/config.yaml").read_text())
+    assert written["optimizer"]["lr"] == 1e-5
+
+
+def test_a_damaged_checkpoint_is_named(digits, tmp_path):
+    config = train_config(digits, tmp_path, steps=4)
+    train_generator(config, CPU)
+    path = tmp_path / "training" / "state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"state.pt: damaged checkpoint .*--restart"):
+        train_generator(config, CPU)
+
+
+def test_codes_of_another_tokenizer_are_refused(digits, tmp_path):
+    train_tokenizer(tokenizer_config(tmp_path / "other", seed=1, steps=1), CPU)
+    data = {"codes": digits / "codes", "tokenizer": tmp_path / "other"}
+    with pytest.raises(ValueError, match="was encoded by tokenizer"):
+        train_generator(train_config(digits, tmp_path / "run", data=data), CPU)
+
+
+@pytest.mark.parametrize(("key", "value"), [("codebook_size", 32), ("n_classes", 9)])
+def test_a_model_that_does_not_fit_the_codes_is_refused(digits, tmp_path, key, value):
+    model = {"n_layer": 1, "n_head": 2, "width": 16, key: value}
+    with pytest.raises(ValueError, match=f"model.{key} is {value}, but"):
+        train_generator(train_config(digits, tmp_path, model=model), CPU)
+
+
+def test_images_are_encoded_on_the_way(digits, tmp_path):
+    data = {"images": {"source": "digits", "size": 32}, "tokenizer": digits / "tokenizer"}
+    train_generator(train_config(digits, tmp_path, data=data, steps=2), CPU)
+    assert (tmp_path / "codes/train/manifest.json").is_file()
+    assert load_model(tmp_path).generator.config.n_classes == 10
+
+
+def test_a_non_finite_loss_stops_the_run(digits, tmp_path):
+    with pytest.raises(ValueError, match="not finite"):
+        train_generator(train_config(digits, tmp_path, optimizer={"lr": 1e30}, steps=8), CPU)
+
+
+def test_learning_rates():
+    config = OptimizerConfig(lr=1.0, warmup=4, schedule="cosine", final_lr=0.1)
+    rates = [learning_rate(config, step, 104) for step in range(105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[54] == pytest.approx(0.55) and rates[104] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
+    constant = OptimizerConfig(lr=2.0, warmup=2)
+    assert [learning_rate(constant, step, 9) for step in (0, 1, 5, 8)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_weight_decay_falls_on_matrices_and_tables_alone():
+    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.05))
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == ("norm" not in name), name
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
