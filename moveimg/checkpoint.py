@@ -92,6 +92,13 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     return validate(ModelConfig, data["model"], str(path))
 
 
+def read_about(directory: str | Path) -> dict[str, Any]:
+    """What a model directory says on how it was made; empty where it says nothing."""
+    data = read_json(Path(directory) / "config.json")
+    about = data.get("about") if isinstance(data, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
 def load_generator(
     directory: str | Path,
     device: str | torch.device = "cpu",

@@ -255,6 +255,14 @@ class TrainConfig(RunConfig):
 
     data: DataConfig
     model: ModelConfig
+    init_from: Path | None = Field(
+        None,
+        description="start from this model's weights (a directory or a name); settings of `model` "
+        "that are left out are its own",
+    )
+    train: Literal["all", "memory"] = Field(
+        "all", description="what learns: everything, or the value memory (bank and routers) alone"
+    )
     class_dropout: Probability = Field(
         0.1, description="share of labels replaced by the null label, for guidance"
     )
@@ -264,6 +272,12 @@ class TrainConfig(RunConfig):
     sampling: SamplingSettings = Field(
         SamplingSettings(), description="for previews, and the model's `sampling.json`"
     )
+
+    @model_validator(mode="after")
+    def _memory_alone_needs_a_backbone(self) -> TrainConfig:
+        if self.train == "memory" and self.init_from is None:
+            raise ValueError("train: memory needs `init_from`: there is no trained backbone")
+        return self
 
 
 class TokenizerTrainConfig(RunConfig):

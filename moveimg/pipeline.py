@@ -14,6 +14,7 @@ from moveimg.checkpoint import ModelParts, load_model
 from moveimg.config import SamplingSettings, validate
 from moveimg.device import pick_device, pick_dtype
 from moveimg.pictures import to_pil
+from moveimg.pretrained.hub import PUBLISHED, fetch
 from moveimg.sampling import image_rngs, iter_codes, sample_codes
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -44,15 +45,16 @@ class Pipeline:
         device: str | None = None,
         dtype: str | None = None,
     ) -> Pipeline:
-        """Load a bundled name (`digits`) or a model directory.
+        """Load a model: bundled (`digits`), in a directory, published or on the Hub.
 
         Args:
-            name_or_path: what to load.
+            name_or_path: a bundled name, a model directory, a name of LlamaGen's public weights
+                (`llamagen-b-256`; downloaded and converted once), or a Hub id `owner/name`.
             device: cpu, cuda, mps, ...; left out, an accelerator where there is one.
             dtype: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else float32.
 
         Raises:
-            FileNotFoundError: there is no such model.
+            FileNotFoundError: there is no such model, or it cannot be downloaded.
             ValueError: it is damaged, or the device or dtype cannot be used.
         """
         where = pick_device(device)
@@ -193,13 +195,20 @@ def synonyms(class_name: str) -> list[str]:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The directory of a bundled name or of a path. FileNotFoundError if there is neither."""
+    """The directory of a path or a name, downloaded if need be (see Pipeline.from_pretrained).
+
+    Raises FileNotFoundError if there is no such model or it is not to be had.
+    """
     for path in (Path(name_or_path), BUNDLED / str(name_or_path)):
         if (path / "config.json").is_file():
             return path
     if Path(name_or_path).is_dir():
         raise FileNotFoundError(f"{name_or_path}: no model here (it has no config.json)")
+    fetched = fetch(str(name_or_path))
+    if fetched is not None:
+        return fetched
     bundled = ", ".join(sorted(path.name for path in BUNDLED.glob("*"))) or "none"
     raise FileNotFoundError(
-        f"no model {str(name_or_path)!r}: expected a model directory or a bundled name ({bundled})"
+        f"no model {str(name_or_path)!r}: expected a model directory, a bundled name ({bundled}), "
+        f"public weights ({', '.join(PUBLISHED)}) or a Hugging Face Hub id (owner/name)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,12 @@ from moveimg.commands.common import Device, Restart, Set, command, device_of, nu
 def train(
     config: Annotated[Path, typer.Argument(help="a YAML file, as in configs/")],
     set: Set = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="start from this model: a directory or a name")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="all, or memory: bank and routers alone (with --init-from)")
+    ] = None,
     restart: Restart = False,
     device: Device = None,
 ) -> None:
@@ -21,7 +28,9 @@ def train(
     from moveimg.config import TrainConfig, load_config
     from moveimg.training.generator import train_generator
 
-    settings = load_config(config, TrainConfig, set or [])
+    given = {"init_from": init_from, "train": train}
+    chosen = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings = load_config(config, TrainConfig, [*(set or []), *chosen])
     result = train_generator(settings, device_of(device), restart)
     print(f"{settings.out}: {numbers(result)}")
 

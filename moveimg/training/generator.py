@@ -18,6 +18,7 @@ from moveimg.device import pick_dtype
 from moveimg.model import Transformer
 from moveimg.pictures import labelled_grid, to_pil
 from moveimg.sampling import image_rngs, sample_codes
+from moveimg.training.initial import initial_model
 from moveimg.training.loop import fit
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 10, 6
@@ -98,15 +99,16 @@ class GeneratorTask:
 def train_generator(config: TrainConfig, device: torch.device, restart: bool = False) -> dict:
     """`moveimg train`: make a model directory at config.out. Returns the held-out scalars.
 
-    Raises ValueError or FileNotFoundError for codes or a tokenizer that are missing or do not
-    belong together.
+    Raises ValueError or FileNotFoundError for codes, a tokenizer or a model to start from that
+    are missing or do not belong together.
     """
     tokenizer = load_tokenizer(config.data.tokenizer, device)
     train, val = _open_codes(config, tokenizer, device)
     for codes in (train, val):
         codes.require_tokenizer(tokenizer.fingerprint)
     torch.manual_seed(config.seed)
-    model = Transformer(fit_to_codes(config.model, train)).to(device)
+    settings = fit_to_codes(config.model, train)
+    model = initial_model(config, settings, train.class_names, tokenizer.fingerprint).to(device)
     return fit(GeneratorTask(config, model, tokenizer, train, val, device), config, device, restart)
 
 

@@ -182,11 +182,14 @@ class Run:
         self.held_out = state["held_out"]
 
     def _require_same(self, before: dict, now: dict) -> None:
-        differing = [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
+        # a key that is newer than the run had its default then
+        fields = type(self.config).model_fields
+        before = {key: fields[key].default for key in now} | before
+        differing = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
         if differing:
             key = differing[0]
             raise ValueError(
-                f"{self.config.out}: holds a run with other settings ({key}: {before.get(key)}, "
+                f"{self.config.out}: holds a run with other settings ({key}: {before[key]}, "
                 f"now {now[key]}); choose another `out`, or start over with --restart"
             )
 

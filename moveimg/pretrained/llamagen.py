@@ -1,0 +1,226 @@
+"""LlamaGen's class-conditional generators (arXiv 2406.06525), read without running anything.
+
+The architecture is this program's standard transformer under other names, so conversion renames
+tensors. What tensors cannot tell is asked for: the image size, where no rotation table is stored,
+and the heads of sizes that have no name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenizer as vq
+from moveimg.checkpoint import ModelParts, check_shapes, save_model
+from moveimg.config import SIZES, ModelConfig, SamplingSettings, SwiGLUConfig, validate
+from moveimg.files import atomic_directory
+from moveimg.model import Transformer
+from moveimg.model.attention import rope_2d
+from moveimg.model.feedforward import swiglu_hidden
+
+# Our names -> LlamaGen's; the rest of a name is the same.
+RENAMED = {
+    "label_embedding.": "cls_embedding.embedding_table.",
+    "code_embedding.": "tok_embeddings.",
+    ".ffn.": ".feed_forward.",
+    "head.": "output.",
+}
+TABLE = "freqs_cis"  # the rotation table [1 + T, head_dim / 2, 2]: not a weight, sometimes stored
+# The guidance that LlamaGen's figures are published with; temperature 1, all codes.
+PUBLISHED_CFG = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
+
+
+def convert_llamagen(
+    gpt: str | Path,
+    vq_file: str | Path,
+    out: str | Path,
+    image_size: int | None = None,
+    n_head: int | None = None,
+) -> ModelConfig:
+    """A LlamaGen generator and its tokenizer -> a model directory, which appears whole.
+
+    Args:
+        gpt: such as `c2i_B_256.pt`; see load_llamagen.
+        vq_file: such as `vq_ds16_c2i.pt`; see tokenizer.load_llamagen_vq.
+        out: the directory to make.
+        image_size, n_head: asked for only where the tensors do not tell them.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        FileExistsError: `out` is there already.
+        ValueError: a file is damaged, needs code to be read, holds something else, or the two do
+            not belong together.
+    """
+    with atomic_directory(out) as temporary:
+        tokenizer = vq.load_llamagen_vq(vq_file)
+        generator = load_llamagen(gpt, tokenizer.downsample, image_size, n_head)
+        config = generator.config
+        if config.codebook_size != tokenizer.codebook_size:
+            raise ValueError(
+                f"{gpt} has {config.codebook_size} codes, {vq_file} {tokenizer.codebook_size}: "
+                "expected a generator and the tokenizer it was trained with"
+            )
+        names = class_names(config.n_classes)
+        parts = ModelParts(generator, tokenizer, names, published_settings(config))
+        files = {"gpt": Path(gpt).name, "vq": Path(vq_file).name}
+        save_model(temporary, parts, {"source": "LlamaGen", "files": files})
+    return config
+
+
+def load_llamagen(
+    file: str | Path,
+    downsample: int = 16,
+    image_size: int | None = None,
+    n_head: int | None = None,
+) -> Transformer:
+    """Read a LlamaGen generator, in eval mode, in the number type it is stored in.
+
+    Its weights stand under `model`, `module` or `state_dict`, or bare, in a PyTorch file (read as
+    plain tensors only, and left in the file until they are used) or in safetensors.
+
+    Args:
+        file: the checkpoint.
+        downsample: pixels of a side for each code, of the tokenizer it was trained with.
+        image_size: pixels of a side; needed unless the file holds its rotation table.
+        n_head: attention heads; needed where neither a table nor a named size tells them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, needs code to be read, lacks or has weights that a LlamaGen
+            generator does not, or an argument is missing or contradicts the file.
+    """
+    weights = vq.read_weights(file)
+    table = weights.pop(TABLE, None)
+    config = llamagen_config(weights, table, str(file), downsample, image_size, n_head)
+    with torch.device("meta"):  # no memory, no initialisation
+        generator = Transformer(config)
+    expected = {llamagen_name(k): tuple(v.shape) for k, v in generator.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in weights.items()}
+    check_shapes(expected, found, str(file))
+    for key, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{file}: {key!r} holds {value.dtype}, expected floats")
+    state = {key: weights[llamagen_name(key)] for key in generator.state_dict()}
+    generator.load_state_dict(state, assign=True)  # the file's own tensors: no second copy
+    return generator.eval()
+
+
+def llamagen_config(
+    weights: Mapping[str, Tensor],
+    table: Tensor | None,
+    origin: str,
+    downsample: int,
+    image_size: int | None,
+    n_head: int | None,
+) -> ModelConfig:
+    """The config that tensors in LlamaGen's layout were made with (arguments: load_llamagen)."""
+
+    def size(key: str) -> list[int]:
+        if key not in weights:
+            raise ValueError(f"{origin}: no class-conditional LlamaGen generator: lacks {key!r}")
+        if weights[key].ndim != 2:
+            raise ValueError(f"{origin}: {key!r} is {list(weights[key].shape)}, expected a matrix")
+        return list(weights[key].shape)
+
+    n_labels, width = size("cls_embedding.embedding_table.weight")
+    layers = [int(found[1]) for key in weights if (found := re.match(r"layers\.(\d+)\.", key))]
+    n_layer = max(layers, default=-1) + 1
+    hidden = size("layers.0.feed_forward.w1.weight")[0]
+    named = {(s["n_layer"], s["width"]): s["n_head"] for s in SIZES.values()}
+    n_head = _agreed("heads", n_head, _table_heads(table, width, origin), origin)
+    n_head = n_head or named.get((n_layer, width))
+    if n_head is None:
+        raise ValueError(
+            f"{origin}: {n_layer} layers of width {width} are no named size, and tensors do not "
+            "tell the number of heads: give --heads"
+        )
+    settings = {
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "width": width,
+        "codebook_size": size("tok_embeddings.weight")[0],
+        "n_classes": n_labels - 1,  # the last row is the null label
+        "grid": [_side(table, origin, downsample, image_size)] * 2,
+        "ffn": {"kind": "swiglu"},
+    }
+    if hidden != swiglu_hidden(width, SwiGLUConfig()):
+        settings["ffn"] = {"kind": "swiglu", "hidden": hidden}
+    config = validate(ModelConfig, settings, origin)
+    if table is not None:
+        _check_table(table, config, origin)
+    return config
+
+
+def llamagen_name(key: str) -> str:
+    """LlamaGen's name of one of our weights."""
+    for ours, theirs in RENAMED.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+def class_names(n_classes: int) -> list[str]:
+    """ImageNet's names in WordNet-id order for 1,000 classes; else their numbers."""
+    if n_classes != 1000:
+        return [str(label) for label in range(n_classes)]
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [info.index_to_description(label) for label in range(n_classes)]
+
+
+def published_settings(config: ModelConfig) -> SamplingSettings:
+    """The settings of LlamaGen's published figures for a named size; else the defaults."""
+    for name, cfg_scale in PUBLISHED_CFG.items():
+        if (SIZES[name]["n_layer"], SIZES[name]["width"]) == (config.n_layer, config.width):
+            return SamplingSettings(cfg_scale=cfg_scale)
+    return SamplingSettings()
+
+
+def _side(table: Tensor | None, origin: str, downsample: int, image_size: int | None) -> int:
+    """Codes along a side of the image."""
+    stored = None if table is None else math.isqrt(max(0, table.shape[0] - 1)) * downsample
+    image_size = _agreed("image size", image_size, stored, origin)
+    if image_size is None:
+        raise ValueError(
+            f"{origin}: tensors do not tell the image size: give --image-size (LlamaGen's "
+            "files are for 256 or 384 pixels, as their names say)"
+        )
+    if image_size < downsample or image_size % downsample:
+        raise ValueError(
+            f"image size {image_size}: expected a multiple of the tokenizer's {downsample} pixels"
+        )
+    return image_size // downsample
+
+
+def _table_heads(table: Tensor | None, width: int, origin: str) -> int | None:
+    if table is None:
+        return None
+    if table.ndim != 3 or table.shape[2] != 2 or width % (2 * table.shape[1] or 1):
+        raise ValueError(
+            f"{origin}: {TABLE!r} is {list(table.shape)}, expected [1 + codes, half a head's "
+            f"width, 2] where heads divide the width {width}"
+        )
+    return width // (2 * table.shape[1])
+
+
+def _agreed(what: str, given: Any, stored: Any, origin: str) -> Any:
+    if given is not None and stored is not None and given != stored:
+        raise ValueError(f"{origin}: {what} {given} was given, but its {TABLE!r} says {stored}")
+    return stored if given is None else given
+
+
+def _check_table(table: Tensor, config: ModelConfig, origin: str) -> None:
+    """Refuse weights that were trained with other rotary positions than ours."""
+    ours = rope_2d(config.grid, config.head_dim, config.rope_base, table.device, torch.float32)
+    # a table cast to bfloat16 is off by up to 2^-9
+    if table.shape != ours.shape or not torch.allclose(table.float(), ours, atol=4e-3, rtol=0):
+        raise ValueError(
+            f"{origin}: its {TABLE!r} is not LlamaGen's 2D rotation of {config.grid[0]} x "
+            f"{config.grid[1]} codes: weights trained with it would mean something else here"
+        )

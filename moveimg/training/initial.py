@@ -1,0 +1,158 @@
+"""The model a run starts from: a new one, or another model's weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokenizer as vq
+from moveimg.checkpoint import check_shapes, load_generator, read_model_config
+from moveimg.config import ModelConfig, TrainConfig, read_json
+from moveimg.model import Transformer
+from moveimg.model.memory import GatedMixer, ValueBank
+from moveimg.pipeline import resolve
+
+# Settings that hold no weights: a run has its own.
+FREE = ("token_dropout", "resid_dropout", "ffn_dropout", "n_classes")
+# Tables with a row a class, the null label's last.
+LABEL_TABLES = ("label_embedding.weight", "memory.class_bank.weight")
+
+
+def initial_model(
+    config: TrainConfig, model: ModelConfig, class_names: list[str], fingerprint: str
+) -> Transformer:
+    """The model at step 0, with what does not learn frozen.
+
+    Args:
+        config: the run's settings; config.init_from names the model to start from, if any.
+        model: config.model with what the codes say filled in.
+        class_names: of the codes.
+        fingerprint: of the tokenizer that made the codes.
+
+    Raises:
+        FileNotFoundError: there is no model at config.init_from.
+        ValueError: it has other settings than `model`, or another tokenizer; both are named. Or
+            only the memory is to learn and there is none, or the label table is new.
+    """
+    if config.init_from is None:
+        return Transformer(model)
+    directory = resolve(config.init_from)
+    if directory.resolve() == config.out.resolve():
+        raise ValueError(f"out and init_from are both {config.out}: expected another `out`")
+    theirs = vq.load(directory / "tokenizer").fingerprint
+    if theirs != fingerprint:
+        raise ValueError(
+            f"{directory} was trained on codes of tokenizer {theirs[:12]}, not of the data's "
+            f"{fingerprint[:12]}: the same code would mean something else"
+        )
+    started = start_from(directory, model, class_names)
+    if config.train == "memory":
+        if not isinstance(started.memory, ValueBank):
+            raise ValueError(
+                f"train: memory, but {directory} has none: give it one by `moveimg convert upcycle`"
+            )
+        if started.config.n_classes != read_model_config(directory).n_classes:
+            raise ValueError(
+                f"train: memory, but the codes have other classes than {directory}, and their new "
+                "label table must learn: expected train: all"
+            )
+        freeze_backbone(started)
+    return started
+
+
+def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> Transformer:
+    """A model of `config` with the weights of a model directory.
+
+    Settings that `config` leaves out are the directory's. With another number of classes the
+    label table starts anew, N(0, 0.02), but for the null label's row; a message says so.
+    Raises ValueError naming both values where anything else differs.
+    """
+    source = load_generator(directory)
+    config = adopt(config, source.config, directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    state = source.state_dict()
+    before, now = source.config.n_classes, config.n_classes
+    if before != now:
+        for key in LABEL_TABLES:
+            if key in state:
+                state[key] = _new_rows(state[key], now)
+        tell(f"{directory} has {before} classes, the codes {now}: the label table starts anew")
+    elif read_json(directory / "classes.json") != class_names:
+        tell(f"{directory} has classes of other names than the codes: its label table is kept")
+    expected, found = (
+        {key: tuple(value.shape) for key, value in weights.items()}
+        for weights in (model.state_dict(), state)
+    )
+    check_shapes(expected, found, str(directory))
+    model.load_state_dict(state, assign=True)
+    break_symmetry(model)
+    return model
+
+
+def adopt(config: ModelConfig, source: ModelConfig, directory: Path) -> ModelConfig:
+    """`config` with what it leaves out taken from `source`. ValueError where they differ."""
+    left_out = {
+        key: getattr(source, key)
+        for key in ModelConfig.model_fields
+        if key not in config.model_fields_set and key not in FREE
+    }
+    config = config.model_copy(update=left_out)
+    if config.memory.kind != "none" and source.memory.kind == "none":
+        raise ValueError(
+            f"model.memory is {config.memory.kind}, but {directory} has none: give it a zero one "
+            "by `moveimg convert upcycle` and start from that"
+        )
+    for key in ModelConfig.model_fields:
+        wanted, there = getattr(config, key), getattr(source, key)
+        if key not in FREE and wanted != there:
+            raise ValueError(
+                f"model.{key} is {_plain(wanted)}, but {directory} has {_plain(there)}"
+            )
+    return config
+
+
+def freeze_backbone(model: Transformer) -> None:
+    """Leave gradients to the bank and the routers alone."""
+    model.requires_grad_(False)
+    model.memory.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, GatedMixer):
+            module.router.requires_grad_(True)
+
+
+@torch.no_grad()
+def break_symmetry(model: Transformer) -> None:
+    """Set the slots of a zero memory apart; the logits do not change in any bit.
+
+    With a zero bank behind zero routers all slots of a code are one and the same: they get the
+    same gradient at every step, and M slots would learn what one can. So the routers' rows for
+    g_1.. start at N(0, 0.02), which no one hears while the bank is zero; those for g_0 stay zero.
+    """
+    memory = model.memory
+    if not isinstance(memory, ValueBank) or memory.bank.weight.any():
+        return
+    for module in model.modules():
+        if isinstance(module, GatedMixer) and len(module.slots) > 1:
+            weight = module.router.weight
+            if not weight.any():
+                slots = weight.unflatten(0, (module.n_head, -1))[:, int(module.gate_standard) :]
+                nn.init.normal_(slots, std=0.02)
+
+
+def tell(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _new_rows(table: Tensor, n_classes: int) -> Tensor:
+    rows = torch.empty(n_classes + 1, table.shape[1], dtype=table.dtype).normal_(std=0.02)
+    rows[-1] = table[-1]  # the null label's: what no class says, which guidance starts from
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
