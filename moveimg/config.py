@@ -2,8 +2,7 @@
 
 A run is one YAML file. It may name another as its `base:`; its own keys win. On the
 command line `--set model.memory.slots=6` overrides a key by its dotted path. Unknown keys
-are errors. The three slots of the transformer (attention, memory, feed-forward) are unions
-told apart by their `kind`.
+are errors. The generator's own settings stand in config_model.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -26,142 +24,11 @@ from pydantic import (
     model_validator,
 )
 
+from moveimg.config_model import SIZES as SIZES
+from moveimg.config_model import Config, ModelConfig, Rate
+from moveimg.config_model import SwiGLUConfig as SwiGLUConfig
+
 Probability = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Config(BaseModel):
-    """A frozen group of settings that refuses unknown keys and non-finite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-# --- the generator -------------------------------------------------------------------------
-
-
-class MHAConfig(Config):
-    """Multi-head attention; keys and values of every head are cached."""
-
-    kind: Literal["mha"] = "mha"
-
-
-class NoMemoryConfig(Config):
-    """The standard transformer: no value memory."""
-
-    kind: Literal["none"] = "none"
-
-
-class LaVEConfig(Config):
-    """Layer-wise value embeddings: a table of its own for each chosen layer, one slot each."""
-
-    kind: Literal["lave"] = "lave"
-    layers: Literal["alternate", "all"] | tuple[NonNegativeInt, ...] = Field(
-        "alternate",
-        description="which layers have a table: alternate (every second one, the last included; "
-        "the paper's x1), all (x2), or a list of layer indices",
-    )
-    gate_standard: bool = Field(
-        False, description="also gate the standard path V by g_0 (an ablation for LaVE)"
-    )
-    class_rows: bool = Field(
-        False, description="memory rows for the class token too (default: zero rows there)"
-    )
-
-
-class MoVEConfig(Config):
-    """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
-
-    kind: Literal["move"] = "move"
-    slots: PositiveInt = Field(
-        description="M, value embeddings a code; the paper's x1 is n_layer / 2, x2 is n_layer"
-    )
-    gate_standard: bool = Field(True, description="gate the standard path V by g_0")
-    class_rows: bool = Field(
-        False, description="memory rows for the class token too (default: zero rows there)"
-    )
-
-
-class SwiGLUConfig(Config):
-    """w2(silu(w1 x) * w3 x), as in Llama."""
-
-    kind: Literal["swiglu"] = "swiglu"
-    hidden: PositiveInt | None = Field(
-        None, description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of"
-    )
-    multiple_of: PositiveInt = Field(256, description="what a derived hidden width is rounded to")
-
-
-AttentionConfig = Annotated[MHAConfig, Field(discriminator="kind")]
-MemoryConfig = Annotated[NoMemoryConfig | LaVEConfig | MoVEConfig, Field(discriminator="kind")]
-FeedForwardConfig = Annotated[SwiGLUConfig, Field(discriminator="kind")]
-
-# LlamaGen's named sizes (arXiv 2406.06525, table 1), and one for the digits.
-SIZES: dict[str, dict[str, int]] = {
-    "digits": {"n_layer": 6, "n_head": 4, "width": 128},
-    "B": {"n_layer": 12, "n_head": 12, "width": 768},
-    "L": {"n_layer": 24, "n_head": 16, "width": 1024},
-    "XL": {"n_layer": 36, "n_head": 20, "width": 1280},
-    "XXL": {"n_layer": 48, "n_head": 24, "width": 1536},
-    "3B": {"n_layer": 24, "n_head": 32, "width": 3200},
-}
-
-
-class ModelConfig(Config):
-    """The class-conditional transformer: its size, its alphabet and its three slots."""
-
-    n_layer: PositiveInt = Field(description="transformer blocks")
-    n_head: PositiveInt = Field(description="attention heads")
-    width: PositiveInt = Field(description="width of the residual stream")
-    codebook_size: PositiveInt = Field(16384, description="codes of the tokenizer, V")
-    n_classes: PositiveInt = Field(1000, description="classes; the null label is n_classes")
-    grid: tuple[PositiveInt, PositiveInt] = Field(
-        (16, 16), description="rows and columns of codes in an image"
-    )
-    attention: AttentionConfig = MHAConfig()
-    memory: MemoryConfig = NoMemoryConfig()
-    ffn: FeedForwardConfig = SwiGLUConfig()
-    token_dropout: Rate = Field(0.1, description="dropout on the embedded label and codes")
-    resid_dropout: Rate = Field(0.1, description="dropout on the output of attention")
-    ffn_dropout: Rate = Field(0.1, description="dropout on the output of the feed-forward")
-    rope_base: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
-    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of the RMS norms")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_size(cls, data: Any) -> Any:
-        """Expand `size: B` into n_layer, n_head and width; explicit keys win."""
-        if not isinstance(data, dict) or "size" not in data:
-            return data
-        data = dict(data)
-        size = data.pop("size")
-        if size not in SIZES:
-            raise ValueError(f"unknown size {size!r}, expected one of {', '.join(SIZES)}")
-        return SIZES[size] | data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        if self.width % self.n_head or self.head_dim % 4:
-            raise ValueError(
-                f"width {self.width} over {self.n_head} heads: each head's width must be a "
-                "multiple of 4 (2D rotary positions take pairs from its two halves)"
-            )
-        if isinstance(self.memory, LaVEConfig) and isinstance(self.memory.layers, tuple):
-            layers = self.memory.layers
-            if not layers or max(layers) >= self.n_layer or len(set(layers)) != len(layers):
-                raise ValueError(
-                    f"memory.layers {list(layers)} must be distinct layer indices "
-                    f"in 0..{self.n_layer - 1}"
-                )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.n_head
-
-    @property
-    def seq_len(self) -> int:
-        """T, codes in an image."""
-        return self.grid[0] * self.grid[1]
 
 
 # --- sampling ------------------------------------------------------------------------------
@@ -231,6 +98,12 @@ class OptimizerConfig(Config):
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
     final_lr: Probability = Field(0.0, description="end of the cosine, as a share of lr")
+    table_lr: PositiveFloat = Field(
+        10.0, description="factor on lr for product-key value tables (arXiv 2412.09764)"
+    )
+    table_clip: PositiveFloat = Field(
+        1.0, description="largest norm of those tables' gradient, clipped apart from the rest"
+    )
 
 
 class RunConfig(Config):

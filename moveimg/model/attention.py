@@ -13,36 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.config import MHAConfig, ModelConfig
-
-
-def rope_2d(
-    grid: tuple[int, int], dim: int, base: float, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Rotation table [1 + T, dim / 2, 2] (cosine, sine) of a head's `dim` rotary dimensions.
-
-    The first half of the pairs turns by the code's row, the second by its column, each with
-    frequencies base^(-2i / (dim / 2)), as in LlamaGen (arXiv 2406.06525). The class token's
-    entries are all zero, the cosine too: its queries and keys vanish, so what it says leaves
-    position 0 through V alone.
-    """
-    half = dim // 2
-    frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).to(dtype) / half)
-    rows, columns = (torch.arange(n, device=device).to(dtype) for n in grid)
-    by_row = torch.outer(rows, frequencies)[:, None].expand(-1, grid[1], -1)  # [h, w, dim / 4]
-    by_column = torch.outer(columns, frequencies)[None].expand(grid[0], -1, -1)
-    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # [T, dim / 2]
-    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.cat([torch.zeros_like(table[:1]), table])
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x [B, S, H, K] by rope [S, K / 2, 2]; in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, K / 2]
-    cos, sin = rope[:, None].to(wide).unbind(-1)  # [S, 1, K / 2]
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+from moveimg.config_model import MHAConfig, ModelConfig
+from moveimg.model.memory import Mixer
+from moveimg.model.mla import MultiHeadLatentAttention
+from moveimg.model.rope import rope_2d as rope_2d
+from moveimg.model.rope import rotate
 
 
 class KVCache:
@@ -71,19 +46,25 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """Softmax attention over K-wide heads; the mixer adds value memory to V."""
+    """Softmax attention over K-wide heads; the mixer adds value memory to V.
 
-    def __init__(self, config: ModelConfig, spec: MHAConfig, mixer: nn.Module) -> None:
+    Args:
+        config: the transformer's config.
+        spec: no settings.
+        mixers: by site, those of `sites`; what is mixed into the values.
+    """
+
+    def __init__(self, config: ModelConfig, spec: MHAConfig, mixers: dict[str, Mixer]) -> None:
         super().__init__()
         self.config = config
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
-        self.mixer = mixer
+        self.mixer = mixers["value"]
 
     @staticmethod
-    def value_width(config: ModelConfig) -> int:
-        """Width of the values that memory is mixed into."""
-        return config.width
+    def sites(config: ModelConfig) -> dict[str, int]:
+        """Where memory can be mixed in, and how wide what stands there is."""
+        return {"value": config.width}
 
     @staticmethod
     def rope_dim(config: ModelConfig) -> int:
@@ -115,4 +96,4 @@ class MultiHeadAttention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(-2))
 
 
-ATTENTIONS: dict[str, Any] = {"mha": MultiHeadAttention}
+ATTENTIONS: dict[str, Any] = {"mha": MultiHeadAttention, "mla": MultiHeadLatentAttention}

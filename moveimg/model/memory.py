@@ -3,7 +3,10 @@
     B batch   S positions   D width   H heads   K width of a head   M slots   V codebook size
 
 The transformer owns one memory and looks its rows up once per forward pass; each attention
-layer holds a mixer made by that memory and calls `v = mixer(x, v, rows)`.
+layer holds a mixer made by that memory and calls `v = mixer(x, v, rows)`. What v is depends on the
+attention: a memory names the `sites` it can be injected at, best first, and takes the first that
+the attention offers. MHA offers its values; MLA its compressed latent, too, where v [B, S, H, K]
+is the latent cut into H chunks.
 
 MoVE (arXiv 2601.22887): M_t = E[w_t], gates g = 2 sigmoid(x W_G) in (0, 2), and for head h
 V = g_0 V + sum_i g_i M_i. W_G starts at zero, where every gate is 1. LaVE is the same sum with
@@ -12,19 +15,29 @@ a table of its own, one slot, for each chosen layer, and by default no g_0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moveimg.config import LaVEConfig, ModelConfig, MoVEConfig, NoMemoryConfig
-
-Mixer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from moveimg.config_model import (
+    LaVEConfig,
+    ModelConfig,
+    MoVEConfig,
+    NoMemoryConfig,
+    pick_layers,
+)
 
 
 class PassThrough(nn.Module):
     """The mixer of a layer without memory: v as it is."""
+
+    value_width = 0  # of what it adds
+    gate_standard = False
+
+    def parts(self, x: Tensor, rows: Tensor | None) -> tuple[None, None]:
+        """Nothing gates v, nothing is added to it."""
+        return None, None
 
     def forward(self, x: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         return v
@@ -60,24 +73,41 @@ class GatedMixer(nn.Module):
         """The weighted sum of M rows of `value_width`."""
         return 2.0 * len(self.slots) * self.value_width
 
-    def forward(self, x: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        """x [B, S, D], v [B, S, H, K], rows [B, S, all slots, H * K] -> v [B, S, H, K]."""
+    def init_weights(self) -> None:
+        """W_G = 0: every gate starts at 1 (the paper)."""
+        nn.init.zeros_(self.router.weight)
+
+    def parts(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """What v is multiplied by and what is added to it, before v is there.
+
+        x [B, S, D], rows [B, S, all slots, H * K] -> g_0 [B, S, H, 1] or None, and the weighted
+        sum of this layer's rows [B, S, H, K].
+        """
         if rows is None:
             raise ValueError("this layer mixes value memory into V and was handed no rows")
         g_0, g_i = self.gates(x)  # [B, S, H, 1], [B, S, H, M]
         rows = rows[:, :, self.slots.start : self.slots.stop]  # [B, S, M, H * K]
-        rows = rows.to(v.dtype).unflatten(-1, (self.n_head, -1))  # [B, S, M, H, K]
-        memory = torch.einsum("bshm,bsmhk->bshk", g_i.to(v.dtype), rows)
-        return memory + (v if g_0 is None else g_0.to(v.dtype) * v)
+        rows = rows.to(g_i.dtype).unflatten(-1, (self.n_head, -1))  # [B, S, M, H, K]
+        return g_0, torch.einsum("bshm,bsmhk->bshk", g_i, rows)
+
+    def forward(self, x: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """x [B, S, D], v [B, S, H, K], rows [B, S, all slots, H * K] -> v [B, S, H, K]."""
+        g_0, memory = self.parts(x, rows)
+        return memory.to(v.dtype) + (v if g_0 is None else g_0.to(v.dtype) * v)
+
+
+Mixer = PassThrough | GatedMixer
 
 
 class NoMemory(nn.Module):
     """No table and no rows."""
 
+    sites = ("value",)
+
     def __init__(self, config: ModelConfig, spec: NoMemoryConfig, value_width: int) -> None:
         super().__init__()
 
-    def mixer(self, layer: int) -> nn.Module:
+    def mixer(self, layer: int) -> Mixer:
         return PassThrough()
 
     def class_rows(self, labels: Tensor) -> Tensor | None:
@@ -97,6 +127,8 @@ class ValueBank(nn.Module):
         slots: how many value vectors of `value_width` a code has in all.
         value_width: H * K, the width of the values mixed into.
     """
+
+    sites: tuple[str, ...]
 
     def __init__(
         self, config: ModelConfig, spec: LaVEConfig | MoVEConfig, slots: int, value_width: int
@@ -125,13 +157,18 @@ class ValueBank(nn.Module):
 
 
 class LaVE(ValueBank):
-    """A table for each chosen layer. They are kept side by side, so that one lookup serves all."""
+    """A table for each chosen layer. They are kept side by side, so that one lookup serves all.
+
+    On MLA it is added to the values after their up-projection (inferred; the paper is silent).
+    """
+
+    sites = ("value",)
 
     def __init__(self, config: ModelConfig, spec: LaVEConfig, value_width: int) -> None:
-        self.layers = lave_layers(spec, config.n_layer)
+        self.layers = pick_layers(spec.layers, config.n_layer)
         super().__init__(config, spec, len(self.layers), value_width)
 
-    def mixer(self, layer: int) -> nn.Module:
+    def mixer(self, layer: int) -> Mixer:
         if layer not in self.layers:
             return PassThrough()
         slot = self.layers.index(layer)
@@ -139,22 +176,18 @@ class LaVE(ValueBank):
 
 
 class MoVE(ValueBank):
-    """One global bank of M slots a code; every layer mixes all of them."""
+    """One global bank of M slots a code; every layer mixes all of them.
+
+    On MLA it is mixed into the compressed latent, before the up-projection (the paper).
+    """
+
+    sites = ("latent", "value")
 
     def __init__(self, config: ModelConfig, spec: MoVEConfig, value_width: int) -> None:
         super().__init__(config, spec, spec.slots, value_width)
 
-    def mixer(self, layer: int) -> nn.Module:
+    def mixer(self, layer: int) -> Mixer:
         return self._mixer(range(self.slots))
-
-
-def lave_layers(spec: LaVEConfig, n_layer: int) -> tuple[int, ...]:
-    """The layers that have a table, in order."""
-    if spec.layers == "all":
-        return tuple(range(n_layer))
-    if spec.layers == "alternate":
-        return tuple(layer for layer in range(n_layer) if (n_layer - layer) % 2)
-    return tuple(sorted(spec.layers))
 
 
 MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}

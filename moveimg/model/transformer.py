@@ -5,35 +5,45 @@ B batch   S positions in this call   T codes in an image   D width   V codebook 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from moveimg.config import ModelConfig
-from moveimg.model.attention import ATTENTIONS, KVCache, MultiHeadAttention, rope_2d
-from moveimg.model.feedforward import FEEDFORWARDS
-from moveimg.model.memory import MEMORIES, GatedMixer
+from moveimg.config_model import ModelConfig, SlotConfig
+from moveimg.model.attention import ATTENTIONS
+from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
+from moveimg.model.memory import MEMORIES, Mixer
+from moveimg.model.rope import rope_2d
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind an RMS norm and added to the stream."""
+    """Attention and feed-forward, each behind an RMS norm and added to the stream.
 
-    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
+    Args:
+        config: the transformer's config.
+        ffn: settings of this layer's feed-forward.
+        mixers: this layer's value memory, by the site in attention where it is mixed in.
+    """
+
+    def __init__(self, config: ModelConfig, ffn: SlotConfig, mixers: dict[str, Mixer]) -> None:
         super().__init__()
-        attention, ffn = config.attention, config.ffn
+        attention = config.attention
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = ATTENTIONS[attention.kind](config, attention, mixer)
+        self.attention = ATTENTIONS[attention.kind](config, attention, mixers)
         self.resid_dropout = nn.Dropout(config.resid_dropout)
         self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = FEEDFORWARDS[ffn.kind](config, ffn)
         self.ffn_dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(
-        self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+        self, x: Tensor, rows: Tensor | None, rope: Tensor, shared: nn.Module | None,
+        cache: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """x [B, S, D] -> [B, S, D]; `shared` is what the feed-forwards of all layers share."""
         attended = self.attention(self.attention_norm(x), rows, rope, cache)
         x = x + self.resid_dropout(attended)
-        return x + self.ffn_dropout(self.ffn(self.ffn_norm(x)))
+        return x + self.ffn_dropout(self.ffn(self.ffn_norm(x), shared))
 
 
 class Cache:
@@ -57,33 +67,59 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        attention = ATTENTIONS[config.attention.kind]
-        value_width = attention.value_width(config)
+        sites = ATTENTIONS[config.attention.kind].sites(config)
+        memory, ffn = MEMORIES[config.memory.kind], FEEDFORWARDS[config.ffn.kind]
+        site = next(site for site in memory.sites if site in sites)
         self.label_embedding = nn.Embedding(config.n_classes + 1, config.width)
         self.code_embedding = nn.Embedding(config.codebook_size, config.width)
         self.token_dropout = nn.Dropout(config.token_dropout)
-        self.memory = MEMORIES[config.memory.kind](config, config.memory, value_width)
+        self.memory = memory(config, config.memory, sites[site])
         self.layers = nn.ModuleList(
-            Block(config, self.memory.mixer(layer)) for layer in range(config.n_layer)
+            Block(config, config.ffn.at(layer, config.n_layer), {site: self.memory.mixer(layer)})
+            for layer in range(config.n_layer)
         )
+        self.shared_ffn: nn.Module | None = ffn.shared(config, config.ffn)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """LlamaGen's start: matrices and tables N(0, 0.02), the head zero; routers zero (MoVE)."""
+        """LlamaGen's start: matrices and tables N(0, 0.02), the head zero; routers zero (MoVE).
+
+        Modules with weights of another kind set them in `init_weights`.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         for module in self.modules():
-            if isinstance(module, GatedMixer):
-                nn.init.zeros_(module.router.weight)
+            getattr(module, "init_weights", lambda: None)()
 
-    def attentions(self) -> list[MultiHeadAttention]:
+    def attentions(self) -> list[Any]:
         """The attention of each layer, first to last."""
-        return [block.attention for block in self.layers]  # type: ignore[misc]
+        return [block.attention for block in self.layers]
+
+    def feedforwards(self) -> list[FeedForward]:
+        """The feed-forward of each layer, first to last."""
+        return [block.ffn for block in self.layers]  # type: ignore[misc]
+
+    def auxiliary_loss(self) -> Tensor:
+        """What the layers want added to the cross-entropy, of the last pass in train mode.
+
+        A scalar with its graph, zero where no layer asks for anything. It is handed out once: no
+        graph stays behind in the model.
+        """
+        total = torch.zeros((), device=self.head.weight.device)
+        for ffn in self.feedforwards():
+            if ffn.auxiliary is not None:
+                total, ffn.auxiliary = total + ffn.auxiliary, None
+        return total
+
+    def expert_load(self) -> Tensor | None:
+        """Each expert's share of the choices in the last pass in train mode, [MoE layers, E]."""
+        loads = [ffn.load for ffn in self.feedforwards() if ffn.load is not None]
+        return torch.stack(loads) if loads else None
 
     @property
     def null_label(self) -> int:
@@ -156,7 +192,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         x = self.token_dropout(x)
         for index, block in enumerate(self.layers):
-            x = block(x, rows, rope, None if cache is None else cache.layers[index])
+            x = block(
+                x, rows, rope, self.shared_ffn, None if cache is None else cache.layers[index]
+            )
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -1,0 +1,304 @@
+"""The generator's settings: its size, its alphabet and its three slots.
+
+The slots (attention, memory, feed-forward) are unions told apart by their `kind`. What a slot
+asks of the rest of the model it checks itself, when the config is read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+# Which layers: every second one (the last included), all, or a list of indices.
+Layers = Literal["alternate", "all"] | tuple[NonNegativeInt, ...]
+
+
+class Config(BaseModel):
+    """A frozen group of settings that refuses unknown keys and non-finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SlotConfig(Config):
+    """Settings of one slot."""
+
+    kind: str
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise a one-line ValueError where the slot does not fit the model around it."""
+
+
+def pick_layers(layers: Layers, n_layer: int) -> tuple[int, ...]:
+    """The chosen layers' indices, in order."""
+    if layers == "all":
+        return tuple(range(n_layer))
+    if layers == "alternate":
+        return tuple(layer for layer in range(n_layer) if (n_layer - layer) % 2)
+    return tuple(sorted(layers))
+
+
+def check_layers(name: str, layers: Layers, n_layer: int) -> None:
+    """Raise ValueError, naming the key, unless `layers` are distinct indices of layers."""
+    if isinstance(layers, str):
+        return
+    if not layers or max(layers) >= n_layer or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"{name} {list(layers)} must be distinct layer indices in 0..{n_layer - 1}"
+        )
+
+
+# --- attention -----------------------------------------------------------------------------
+
+
+class MHAConfig(SlotConfig):
+    """Multi-head attention; keys and values of every head are cached."""
+
+    kind: Literal["mha"] = "mha"
+
+    def check(self, model: ModelConfig) -> None:
+        if model.head_dim % 4:
+            raise ValueError(
+                f"width {model.width} over {model.n_head} heads: each head's width must be a "
+                "multiple of 4 (2D rotary positions take pairs from its two halves)"
+            )
+
+
+class MLAConfig(SlotConfig):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a compressed cache."""
+
+    kind: Literal["mla"] = "mla"
+    kv_rank: PositiveInt = Field(
+        description="d_c, width of the latent that keys and values are unfolded from; cached"
+    )
+    q_rank: PositiveInt | None = Field(
+        None, description="width of the queries' own latent; left out: full-rank queries"
+    )
+    rope_dim: PositiveInt = Field(
+        description="width of the rotary key, one for all heads; cached beside the latent"
+    )
+
+    def check(self, model: ModelConfig) -> None:
+        if self.kv_rank % model.n_head:
+            raise ValueError(
+                f"attention.kv_rank {self.kv_rank} over {model.n_head} heads: must be a multiple "
+                "of n_head (MoVE cuts the latent into a chunk a head)"
+            )
+        if self.rope_dim % 4:
+            raise ValueError(
+                f"attention.rope_dim {self.rope_dim} must be a multiple of 4 (2D rotary positions "
+                "take pairs from its two halves)"
+            )
+
+
+# --- memory --------------------------------------------------------------------------------
+
+
+class NoMemoryConfig(SlotConfig):
+    """The standard transformer: no value memory."""
+
+    kind: Literal["none"] = "none"
+
+
+class LaVEConfig(SlotConfig):
+    """Layer-wise value embeddings: a table of its own for each chosen layer, one slot each."""
+
+    kind: Literal["lave"] = "lave"
+    layers: Layers = Field(
+        "alternate",
+        description="which layers have a table: alternate (every second one, the last included; "
+        "the paper's x1), all (x2), or a list of layer indices",
+    )
+    gate_standard: bool = Field(
+        False, description="also gate the standard path V by g_0 (an ablation for LaVE)"
+    )
+    class_rows: bool = Field(
+        False, description="memory rows for the class token too (default: zero rows there)"
+    )
+
+    def check(self, model: ModelConfig) -> None:
+        check_layers("memory.layers", self.layers, model.n_layer)
+
+
+class MoVEConfig(SlotConfig):
+    """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
+
+    kind: Literal["move"] = "move"
+    slots: PositiveInt = Field(
+        description="M, value embeddings a code; the paper's x1 is n_layer / 2, x2 is n_layer"
+    )
+    gate_standard: bool = Field(True, description="gate the standard path V by g_0")
+    class_rows: bool = Field(
+        False, description="memory rows for the class token too (default: zero rows there)"
+    )
+
+
+# --- feed-forward --------------------------------------------------------------------------
+
+
+class SwiGLUConfig(SlotConfig):
+    """w2(silu(w1 x) * w3 x), as in Llama."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    hidden: PositiveInt | None = Field(
+        None, description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of"
+    )
+    multiple_of: PositiveInt = Field(256, description="what a derived hidden width is rounded to")
+
+    def at(self, layer: int, n_layer: int) -> SwiGLUConfig:
+        """The feed-forward of a layer."""
+        return self
+
+
+class SparseConfig(SlotConfig):
+    """A feed-forward that stands in chosen layers and uses a part of its weights a token."""
+
+    layers: Layers = Field(
+        "all",
+        description="which layers have it: all, alternate (every second one, the last included), "
+        "or a list of layer indices",
+    )
+    elsewhere: SwiGLUConfig = Field(
+        SwiGLUConfig(), description="the feed-forward of the other layers"
+    )
+
+    def at(self, layer: int, n_layer: int) -> SlotConfig:
+        """The feed-forward of a layer."""
+        return self if layer in pick_layers(self.layers, n_layer) else self.elsewhere
+
+    def check(self, model: ModelConfig) -> None:
+        check_layers("ffn.layers", self.layers, model.n_layer)
+
+
+class MoEConfig(SparseConfig):
+    """A mixture of SwiGLU experts: the top k a token, and one that every token passes."""
+
+    kind: Literal["moe"] = "moe"
+    n_experts: PositiveInt = Field(description="experts to choose from")
+    top_k: int = Field(
+        2,
+        ge=2,
+        description="experts a token passes; of one the weight would always be 1, and "
+        "the router not learn",
+    )
+    hidden: PositiveInt = Field(description="hidden width of an expert")
+    shared_hidden: PositiveInt = Field(description="hidden width of the shared expert")
+    balance: NonNegativeFloat = Field(
+        0.01, description="weight of the load-balancing loss (arXiv 2101.03961)"
+    )
+
+    def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        if self.top_k > self.n_experts:
+            raise ValueError(f"ffn.top_k {self.top_k}: expected 1..n_experts ({self.n_experts})")
+
+
+class ProductKeyLookup(SparseConfig):
+    """Product keys: the k best of n_keys^2 rows, found by two searches among n_keys."""
+
+    n_keys: PositiveInt = Field(1024, description="keys of each half; the table has n_keys^2 rows")
+    key_heads: PositiveInt = Field(4, description="look-ups a token, each with a query of its own")
+    top_k: PositiveInt = Field(32, description="rows a look-up reads")
+    key_width: PositiveInt = Field(512, description="width of a query, both halves together")
+
+    def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        if self.top_k > self.n_keys:
+            raise ValueError(f"ffn.top_k {self.top_k}: expected 1..n_keys ({self.n_keys})")
+        if self.key_width % 2:
+            raise ValueError(f"ffn.key_width {self.key_width} must be even (it has two halves)")
+
+
+class ProductKeyConfig(ProductKeyLookup):
+    """Product-key memory, Memory+ (arXiv 2412.09764): one value table for all its layers."""
+
+    kind: Literal["product_key"] = "product_key"
+    value_width: PositiveInt | None = Field(
+        None, description="width of a value; left out: the model's width"
+    )
+
+
+class PEERConfig(ProductKeyLookup):
+    """Product keys over experts of one neuron each (arXiv 2407.04153)."""
+
+    kind: Literal["peer"] = "peer"
+    top_k: PositiveInt = Field(16, description="experts a look-up takes")
+
+
+AttentionConfig = Annotated[MHAConfig | MLAConfig, Field(discriminator="kind")]
+MemoryConfig = Annotated[NoMemoryConfig | LaVEConfig | MoVEConfig, Field(discriminator="kind")]
+FeedForwardConfig = Annotated[
+    SwiGLUConfig | MoEConfig | ProductKeyConfig | PEERConfig, Field(discriminator="kind")
+]
+
+# LlamaGen's named sizes (arXiv 2406.06525, table 1), and one for the digits.
+SIZES: dict[str, dict[str, int]] = {
+    "digits": {"n_layer": 6, "n_head": 4, "width": 128},
+    "B": {"n_layer": 12, "n_head": 12, "width": 768},
+    "L": {"n_layer": 24, "n_head": 16, "width": 1024},
+    "XL": {"n_layer": 36, "n_head": 20, "width": 1280},
+    "XXL": {"n_layer": 48, "n_head": 24, "width": 1536},
+    "3B": {"n_layer": 24, "n_head": 32, "width": 3200},
+}
+
+
+class ModelConfig(Config):
+    """The class-conditional transformer: its size, its alphabet and its three slots."""
+
+    n_layer: PositiveInt = Field(description="transformer blocks")
+    n_head: PositiveInt = Field(description="attention heads")
+    width: PositiveInt = Field(description="width of the residual stream")
+    codebook_size: PositiveInt = Field(16384, description="codes of the tokenizer, V")
+    n_classes: PositiveInt = Field(1000, description="classes; the null label is n_classes")
+    grid: tuple[PositiveInt, PositiveInt] = Field(
+        (16, 16), description="rows and columns of codes in an image"
+    )
+    attention: AttentionConfig = MHAConfig()
+    memory: MemoryConfig = NoMemoryConfig()
+    ffn: FeedForwardConfig = SwiGLUConfig()
+    token_dropout: Rate = Field(0.1, description="dropout on the embedded label and codes")
+    resid_dropout: Rate = Field(0.1, description="dropout on the output of attention")
+    ffn_dropout: Rate = Field(0.1, description="dropout on the output of the feed-forward")
+    rope_base: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of the RMS norms")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_size(cls, data: Any) -> Any:
+        """Expand `size: B` into n_layer, n_head and width; explicit keys win."""
+        if not isinstance(data, dict) or "size" not in data:
+            return data
+        data = dict(data)
+        size = data.pop("size")
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}, expected one of {', '.join(SIZES)}")
+        return SIZES[size] | data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.width % self.n_head:
+            raise ValueError(
+                f"width {self.width} over {self.n_head} heads: must be a multiple of n_head"
+            )
+        for slot in (self.attention, self.memory, self.ffn):
+            slot.check(self)
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.n_head
+
+    @property
+    def seq_len(self) -> int:
+        """T, codes in an image."""
+        return self.grid[0] * self.grid[1]

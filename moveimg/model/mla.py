@@ -1,0 +1,175 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) with value memory.
+
+    B batch   S positions in this call   L positions so far   D width   H heads   K width of a head
+    C width of the latent (kv_rank)   R width of the rotary key (rope_dim)
+
+Keys and values of all heads are unfolded from one latent, c = norm(x W_DKV), and one rotary key
+k_R = rope(x W_KR) stands beside the heads' own: the score of head h is
+(q_h . W_UK_h c + q_R,h . k_R) / sqrt(K + R). MoVE is mixed into c after its norm and before the
+up-projection (arXiv 2601.22887), with c cut into H chunks: c' = mix(c). So memory changes keys and
+values and not the rotary key, and the cache holds c' and k_R alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moveimg.config_model import MLAConfig, ModelConfig
+from moveimg.model.memory import Mixer, PassThrough
+from moveimg.model.rope import rotate
+
+
+class LatentCache:
+    """Mixed latent and rotary key of one layer, [B, length, C + R], filled from the left.
+
+    A layer with memory at its values (LaVE) keeps what it adds to them, [B, H, length, K], and
+    where g_0 gates them, g_0 [B, H, length]: the values themselves are not kept, and what is added
+    to them cannot be had from the latent.
+    """
+
+    def __init__(
+        self, batch: int, length: int, config: ModelConfig, width: int, mixer: Mixer,
+        like: Tensor,
+    ) -> None:  # fmt: skip
+        heads = config.n_head
+        added = mixer.value_width
+        self.joint = like.new_empty(batch, length, width)
+        self.added = like.new_empty(batch, heads, length, added // heads) if added else None
+        self.g_0 = like.new_empty(batch, heads, length) if mixer.gate_standard else None
+        self.filled = 0
+
+    def append(
+        self, joint: Tensor, g_0: Tensor | None, added: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Write joint [B, S, C + R], g_0 [B, S, H, 1], added [B, S, H, K] behind what is there.
+
+        Returns views of all that is filled: [B, L, C + R], [B, H, L], [B, H, L, K].
+        """
+        begin, self.filled = self.filled, self.filled + joint.shape[1]
+        self.joint[:, begin : self.filled] = joint
+        if self.added is not None and added is not None:
+            self.added[:, :, begin : self.filled] = added.transpose(1, 2)
+        if self.g_0 is not None and g_0 is not None:
+            self.g_0[:, :, begin : self.filled] = g_0[..., 0].transpose(1, 2)
+        return (
+            self.joint[:, : self.filled],
+            None if self.g_0 is None else self.g_0[:, :, : self.filled],
+            None if self.added is None else self.added[:, :, : self.filled],
+        )
+
+    def numel_per_token(self) -> int:
+        """Numbers kept for one position of one sequence."""
+        parts = (self.joint, self.added, self.g_0)
+        return sum(p.numel() // (p.shape[0] * self.joint.shape[1]) for p in parts if p is not None)
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Softmax attention whose keys and values are unfolded from a latent.
+
+    The teacher-forced pass unfolds them. Decoding never does: W_UK is absorbed into the query and
+    W_UV applied to the weighted sum of latents, which is the same sum in another order.
+
+    Args:
+        config: the transformer's config.
+        spec: ranks.
+        mixers: by site, those of `sites`: latent (before the up-projection) or value (after it).
+    """
+
+    def __init__(self, config: ModelConfig, spec: MLAConfig, mixers: dict[str, Mixer]) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        query_width = config.n_head * (config.head_dim + spec.rope_dim)
+        self.wq: nn.Module = nn.Linear(config.width, query_width, bias=False)
+        if spec.q_rank is not None:
+            low_rank = OrderedDict[str, nn.Module](
+                down=nn.Linear(config.width, spec.q_rank, bias=False),
+                norm=nn.RMSNorm(spec.q_rank, eps=config.norm_eps),
+                up=nn.Linear(spec.q_rank, query_width, bias=False),
+            )
+            self.wq = nn.Sequential(low_rank)
+        self.wkv_down = nn.Linear(config.width, spec.kv_rank + spec.rope_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(spec.kv_rank, eps=config.norm_eps)
+        self.wkv_up = nn.Linear(spec.kv_rank, 2 * config.width, bias=False)  # heads of (key, value)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.latent_mixer = mixers.get("latent", PassThrough())
+        self.value_mixer = mixers.get("value", PassThrough())
+
+    @staticmethod
+    def sites(config: ModelConfig) -> dict[str, int]:
+        """Where memory can be mixed in, and how wide what stands there is."""
+        return {"latent": config.attention.kv_rank, "value": config.width}  # type: ignore[union-attr]
+
+    @staticmethod
+    def rope_dim(config: ModelConfig) -> int:
+        """Width of the rotary part of a query, and of the one rotary key."""
+        return config.attention.rope_dim  # type: ignore[union-attr]
+
+    def own_flops(self, context: float) -> float:
+        """Scores and weighted sums over `context` positions, heads unfolded."""
+        return 2 * context * (2 * self.config.width + self.config.n_head * self.spec.rope_dim)
+
+    def decoding_flops(self, context: float) -> float:
+        """The same in the latent, as decoding does it; the projections cost what they cost."""
+        spec, heads = self.spec, self.config.n_head
+        latent = heads * (2 * spec.kv_rank + spec.rope_dim)
+        return 2 * context * (latent + self.value_mixer.value_width)
+
+    def make_cache(self, batch: int, length: int) -> LatentCache:
+        width = self.spec.kv_rank + self.spec.rope_dim
+        return LatentCache(batch, length, self.config, width, self.value_mixer, self.wo.weight)
+
+    def forward(
+        self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: LatentCache | None = None
+    ) -> Tensor:
+        """x [B, S, D], rows [B, S, M, C or D], rope [S, R / 2, 2] -> [B, S, D]."""
+        heads, spec = self.config.n_head, self.spec
+        q = self.wq(x).unflatten(-1, (heads, -1))  # [B, S, H, K + R]
+        q, q_rope = q.split([self.config.head_dim, spec.rope_dim], dim=-1)
+        latent, key = self.wkv_down(x).split([spec.kv_rank, spec.rope_dim], dim=-1)
+        latent = self.kv_norm(latent).unflatten(-1, (heads, -1))  # [B, S, H, C / H]
+        latent = self.latent_mixer(x, latent, rows).flatten(-2)  # [B, S, C]
+        q_rope, key = rotate(q_rope, rope), rotate(key[:, :, None], rope)  # key [B, S, 1, R]
+        if cache is None:
+            out = self._unfolded(x, rows, torch.cat([q, q_rope], dim=-1), latent, key)
+        else:
+            g_0, added = self.value_mixer.parts(x, rows)
+            filled = cache.append(torch.cat([latent, key[:, :, 0]], dim=-1), g_0, added)
+            out = self._absorbed(q, q_rope, *filled)
+        return self.wo(out.flatten(-2))
+
+    def _unfolded(
+        self, x: Tensor, rows: Tensor | None, q: Tensor, latent: Tensor, key: Tensor
+    ) -> Tensor:
+        """Keys and values of every head: q [B, S, H, K + R], latent [B, S, C] -> [B, S, H, K]."""
+        k, v = self.wkv_up(latent).unflatten(-1, (self.config.n_head, 2, -1)).unbind(-2)
+        v = self.value_mixer(x, v, rows)
+        k = torch.cat([k, key.to(k.dtype).expand(-1, -1, self.config.n_head, -1)], dim=-1)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K + R or K]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    def _absorbed(
+        self, q: Tensor, q_rope: Tensor, joint: Tensor, g_0: Tensor | None, added: Tensor | None
+    ) -> Tensor:
+        """q [B, S, H, K], q_rope [B, S, H, R], the filled cache -> [B, S, H, K]."""
+        up = self.wkv_up.weight.unflatten(0, (self.config.n_head, 2, -1))  # [H, 2, K, C]
+        up_k, up_v = up.unbind(1)
+        q = torch.cat([torch.einsum("bshk,hkc->bshc", q, up_k), q_rope], dim=-1)
+        scores = torch.einsum("bshc,blc->bhsl", q, joint)
+        scores = scores / math.sqrt(self.config.head_dim + self.spec.rope_dim)
+        new, length = scores.shape[-2:]
+        if new > 1:  # the last `new` positions see those up to themselves
+            seen = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+            scores = scores.masked_fill(~seen, -torch.inf)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=wide).to(joint.dtype)  # [B, H, S, L]
+        gated = weights if g_0 is None else weights * g_0[:, :, None]
+        latent = torch.einsum("bhsl,blc->bshc", gated, joint[..., : self.spec.kv_rank])
+        out = torch.einsum("bshc,hkc->bshk", latent, up_v)
+        if added is not None:
+            out = out + torch.einsum("bhsl,bhlk->bshk", weights, added)
+        return out
