@@ -16,7 +16,7 @@ from moveimg.pretrained.upcycle import upcycle
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import load_tokenizer, train_generator
 from moveimg.training.initial import break_symmetry, start_from
-from tests.conftest import lively, random_inputs, tiny_config
+from tests.conftest import ATTENTIONS, FEEDFORWARDS, lively, random_inputs, tiny_config
 from tests.test_model import decode_all
 from tests.test_pipeline import tiny_tokenizer
 from tests.test_pretrained import run
@@ -55,6 +55,18 @@ def test_logits_do_not_change_in_any_bit(memory, dtype, awake):
     settings = SamplingSettings(cfg_scale=1.5)
     drawn = [sample_codes(m, labels[1:], settings, image_rngs([0, 1])) for m in (dense, grown)]
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("ffn", FEEDFORWARDS)
+def test_every_dense_variant_can_be_grown(memory, attention, ffn):
+    config = tiny_config(attention=ATTENTIONS[attention], ffn=FEEDFORWARDS[ffn])
+    dense = lively(config)
+    grown = upcycle(dense, memory)
+    codes, labels = random_inputs(config)
+    with torch.no_grad():
+        assert torch.equal(grown(codes, labels), dense(codes, labels))
+        assert torch.equal(decode_all(grown, codes, labels), decode_all(dense, codes, labels))
 
 
 def test_bank_and_router_are_zero_and_the_rest_is_shared(memory):

@@ -21,8 +21,8 @@ from moveimg.checkpoint import ModelParts, check_shapes, save_model
 from moveimg.config import SIZES, ModelConfig, SamplingSettings, SwiGLUConfig, validate
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer
-from moveimg.model.attention import rope_2d
-from moveimg.model.feedforward import swiglu_hidden
+from moveimg.model.rope import rope_2d
+from moveimg.model.swiglu import swiglu_hidden
 
 # Our names -> LlamaGen's; the rest of a name is the same.
 RENAMED = {
