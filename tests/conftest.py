@@ -8,24 +8,61 @@ import torch
 from moveimg.config import ModelConfig
 from moveimg.model import Transformer
 
-# Every combination of the three slots that the config allows, on tiny sizes.
-ATTENTIONS = {"mha": {"kind": "mha"}}
+# Tiny settings of every kind for each of the three slots ...
+ATTENTIONS = {"mha": {"kind": "mha"}, "mla": {"kind": "mla", "kv_rank": 12, "rope_dim": 4}}
 MEMORIES = {
     "none": {"kind": "none"},
     "lave-x1": {"kind": "lave"},
+    "move-3-class-rows": {"kind": "move", "slots": 3, "class_rows": True},
+}
+PRODUCT_KEYS = {"n_keys": 4, "key_heads": 2, "top_k": 3, "key_width": 6}
+FEEDFORWARDS = {
+    "swiglu": {"kind": "swiglu", "hidden": 24},
+    "moe": {"kind": "moe", "n_experts": 4, "hidden": 8, "shared_hidden": 6},
+    "product_key": {"kind": "product_key", **PRODUCT_KEYS},
+    "peer": {"kind": "peer", **PRODUCT_KEYS},
+}
+# ... and what else a kind can be asked for, tried with every attention there is.
+MORE_MEMORIES = {
     "lave-x2-gated": {"kind": "lave", "layers": "all", "gate_standard": True},
     "lave-listed": {"kind": "lave", "layers": [0], "class_rows": True},
     "move-1": {"kind": "move", "slots": 1},
-    "move-3-class-rows": {"kind": "move", "slots": 3, "class_rows": True},
     "move-2-ungated": {"kind": "move", "slots": 2, "gate_standard": False},
 }
-FEEDFORWARDS = {"swiglu": {"kind": "swiglu", "hidden": 24}}
+LOW_RANK_QUERIES = {"kind": "mla", "kv_rank": 8, "rope_dim": 8, "q_rank": 10}
+LISTED = {"layers": [1], "elsewhere": {"hidden": 24}}
+MORE = {
+    "mla-q-none-swiglu": (LOW_RANK_QUERIES, MEMORIES["none"], FEEDFORWARDS["swiglu"]),
+    "mla-q-move-moe-listed": (
+        LOW_RANK_QUERIES,
+        MEMORIES["move-3-class-rows"],
+        FEEDFORWARDS["moe"] | LISTED,
+    ),
+    "mha-move-product_key-listed": (
+        ATTENTIONS["mha"],
+        MORE_MEMORIES["move-1"],
+        FEEDFORWARDS["product_key"] | LISTED | {"value_width": 10},
+    ),
+}
+
+
+def _named(attention: dict, memory: dict, ffn: dict) -> dict:
+    return {"attention": attention, "memory": memory, "ffn": ffn}
+
+
+# Every allowed combination of the kinds, then the options.
 VARIANTS = {
-    f"{a}-{m}-{f}": {"attention": ATTENTIONS[a], "memory": MEMORIES[m], "ffn": FEEDFORWARDS[f]}
+    f"{a}-{m}-{f}": _named(ATTENTIONS[a], MEMORIES[m], FEEDFORWARDS[f])
     for a in ATTENTIONS
     for m in MEMORIES
     for f in FEEDFORWARDS
 }
+VARIANTS |= {
+    f"{a}-{m}-swiglu": _named(ATTENTIONS[a], MORE_MEMORIES[m], FEEDFORWARDS["swiglu"])
+    for a in ATTENTIONS
+    for m in MORE_MEMORIES
+}
+VARIANTS |= {name: _named(*slots) for name, slots in MORE.items()}
 
 
 @pytest.fixture(autouse=True, scope="session")

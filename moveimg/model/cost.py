@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moveimg.config import ModelConfig
+from moveimg.config_model import ModelConfig
 from moveimg.model.memory import GatedMixer, ValueBank
 from moveimg.model.transformer import Transformer
 
@@ -21,18 +21,23 @@ class Cost:
     """What one model costs.
 
     Attributes:
-        parameters: all of them; the next four add up to it.
+        parameters: all of them; backbone, embeddings, router and bank add up to it.
+        active: those that a code's position uses: a row of each table looked up by code, the
+            chosen experts, the rows that product keys find.
         backbone, embeddings, router, bank: blocks, norms and head; label and code tables;
             gates' W_G; value memory.
         flops_per_token: of a forward pass, averaged over the T positions of an image.
         router_share: part of those spent on gates, 2 D H (gates a head) a token and layer.
-        flops_per_image: of generating T codes without guidance; guidance doubles it.
+        flops_per_image: of generating T codes with the cache, without guidance, which doubles it.
         cache_bytes_per_token: kept for a position while generating, all layers.
         bank_bytes_per_token: of the value memory, looked up for a position, once for all layers.
+        table_bytes_per_layer: read for a position by each layer, first to last: its slots of the
+            value memory, and rows found by product keys.
         seq_len: T.
     """
 
     parameters: int
+    active: int
     backbone: int
     embeddings: int
     router: int
@@ -42,6 +47,7 @@ class Cost:
     flops_per_image: float
     cache_bytes_per_token: int
     bank_bytes_per_token: int
+    table_bytes_per_layer: tuple[int, ...]
     seq_len: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,7 +60,8 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
         model = Transformer(config)
     length = config.seq_len
     parts = count_parameters(model)
-    flops = token_flops(model, (length + 1) / 2)  # position t attends to t + 1
+    context = (length + 1) / 2  # position t attends to t + 1
+    flops = token_flops(model, context)
     mixers = [m for m in model.modules() if isinstance(m, GatedMixer)]
     router = sum(token_flops(mixer.router, 0) for mixer in mixers)
     bank = model.memory
@@ -63,12 +70,14 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     cached = sum(cache.numel_per_token() for cache in caches)
     return Cost(
         parameters=sum(parts.values()),
+        active=active_parameters(model),
         **parts,
         flops_per_token=flops,
         router_share=router / flops,
-        flops_per_image=flops * length,
+        flops_per_image=token_flops(model, context, decoding=True) * length,
         cache_bytes_per_token=cached * dtype.itemsize,
         bank_bytes_per_token=bank_width * dtype.itemsize,
+        table_bytes_per_layer=tuple(table_reads(layer) * dtype.itemsize for layer in model.layers),
         seq_len=length,
     )
 
@@ -78,12 +87,15 @@ def describe_cost(cost: Cost, dtype: str) -> str:
     parts = {key: getattr(cost, key) for key in ("backbone", "embeddings", "router", "bank")}
     lines = [f"parameters            {cost.parameters:>15,}"]
     lines += [f"  {part:<20}{count:>15,}" for part, count in parts.items()]
+    lines.append(f"  active a token      {cost.active:>15,}")
     overhead = f"gates {cost.router_share:.2%}"
     lines += [
         f"FLOPs a token         {cost.flops_per_token:>15,.0f}  ({overhead})",
         f"FLOPs an image        {cost.flops_per_image:>15,.0f}  ({cost.seq_len} codes, unguided)",
         f"cache bytes a token   {cost.cache_bytes_per_token:>15,}  ({dtype})",
         f"bank bytes a token    {cost.bank_bytes_per_token:>15,}  ({dtype}, one look-up a pass)",
+        f"table bytes a layer   {max(cost.table_bytes_per_layer):>15,}  "
+        f"({dtype}, read for a token where most are)",
     ]
     return "\n".join(lines)
 
@@ -103,13 +115,40 @@ def count_parameters(model: Transformer) -> dict[str, int]:
     return parts
 
 
-def token_flops(module: nn.Module, context: float) -> float:
+def active_parameters(model: Transformer) -> int:
+    """Parameters that a code's position uses (see Cost.active).
+
+    A module that uses only some of its own says how many in a method `active_own()`.
+    """
+    unread = {id(model.label_embedding), id(getattr(model.memory, "class_bank", None))}
+
+    def active(module: nn.Module) -> int:
+        if id(module) in unread:  # rows of labels, which stand at no code's position
+            return 0
+        if isinstance(module, nn.Embedding):
+            return module.embedding_dim
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        own = getattr(module, "active_own", lambda: own)()
+        return own + sum(active(child) for child in module.children())
+
+    return active(model)
+
+
+def table_reads(module: nn.Module) -> int:
+    """Numbers read from tables for a token, by every module that says so in `table_reads()`."""
+    own = getattr(module, "table_reads", lambda: 0)()
+    return own + sum(table_reads(child) for child in module.children())
+
+
+def token_flops(module: nn.Module, context: float, decoding: bool = False) -> float:
     """FLOPs of a token through `module` when attention sees `context` positions on average.
 
-    A linear layer takes 2 FLOPs a weight. A module whose own products are not linear layers
-    says so in a method `own_flops(context)`.
+    A linear layer takes 2 FLOPs a weight. A module whose own products are not linear layers says
+    so in a method `own_flops(context)`, or, where decoding with the cache takes another way, for
+    that in `decoding_flops(context)`.
     """
-    own = getattr(module, "own_flops", lambda _: 0.0)(context)
+    own_flops = getattr(module, "own_flops", lambda _: 0.0)
+    own = (getattr(module, "decoding_flops", own_flops) if decoding else own_flops)(context)
     if isinstance(module, nn.Linear):
         own += 2.0 * module.weight.numel()
-    return own + sum(token_flops(child, context) for child in module.children())
+    return own + sum(token_flops(child, context, decoding) for child in module.children())

@@ -71,7 +71,11 @@ class GatedMixer(nn.Module):
 
     def own_flops(self, context: float) -> float:
         """The weighted sum of M rows of `value_width`."""
-        return 2.0 * len(self.slots) * self.value_width
+        return 2.0 * self.table_reads()
+
+    def table_reads(self) -> int:
+        """Numbers of the memory read for a token."""
+        return len(self.slots) * self.value_width
 
     def init_weights(self) -> None:
         """W_G = 0: every gate starts at 1 (the paper)."""

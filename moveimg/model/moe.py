@@ -41,8 +41,8 @@ class MoE(FeedForward):
         nn.init.normal_(self.w_out, std=0.02)
 
     def own_flops(self, context: float) -> float:
-        """The k chosen experts."""
-        return 2.0 * self.spec.top_k * self._expert_size()
+        """The k chosen experts and their weighted sum; not the padding of blocks."""
+        return 2.0 * self.spec.top_k * (self._expert_size() + self.width)
 
     def active_own(self) -> int:
         """Parameters of the routed experts that a token uses."""
@@ -61,7 +61,7 @@ class MoE(FeedForward):
         if self.training:
             self.load = shares(chosen, self.spec.n_experts)
             self.auxiliary = self.spec.balance * balance_loss(probabilities, self.load)
-        routed = self._experts(tokens, chosen)  # [N, k, D]
+        routed = self._experts(tokens.to(logits.dtype), chosen)  # [N, k, D]
         mixed = torch.einsum("nk,nkd->nd", weights.to(routed.dtype), routed)
         return self.shared_expert(x) + mixed.view_as(x)
 
@@ -78,8 +78,9 @@ class MoE(FeedForward):
         # padding rows repeat token 0; nobody reads what comes out of them
         source = place.new_zeros(count * size).scatter(0, place, source)
         rows = tokens[source].unflatten(0, (count, size))  # [blocks, size, D]
-        gate, up = torch.bmm(rows, self.w_in[owner]).chunk(2, dim=-1)  # [blocks, size, F]
-        out = torch.bmm(F.silu(gate) * up, self.w_out[owner])
+        w_in, w_out = self.w_in.to(tokens.dtype), self.w_out.to(tokens.dtype)
+        gate, up = torch.bmm(rows, w_in[owner]).chunk(2, dim=-1)  # [blocks, size, F]
+        out = torch.bmm(F.silu(gate) * up, w_out[owner])
         return out.flatten(0, 1)[place].unflatten(0, (n, k))
 
 

@@ -51,7 +51,11 @@ class GeneratorTask:
         labels = labels.masked_fill(dropped, self.config_of_model.n_classes)
         logits = self._logits(self.model, codes, labels)
         accuracy = (logits.detach().argmax(-1) == codes).float().mean()
-        return _cross_entropy(logits, codes).mean(), {"accuracy": accuracy}
+        scalars = {"accuracy": accuracy}
+        assert isinstance(self.model, Transformer)
+        if (load := self.model.expert_load()) is not None:
+            scalars["expert_load_max"] = load.max() * load.shape[-1]  # 1 is even
+        return _cross_entropy(logits, codes).mean() + self.model.auxiliary_loss(), scalars
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from moveimg.config import RunConfig
 from moveimg.files import atomic, write_text
 from moveimg.progress import progress_bar
-from moveimg.training.optimizer import learning_rate, make_optimizer
+from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_rate
 
 # What may differ between the start of a run and its continuation.
 MAY_CHANGE = {"log_every", "validate_every", "preview_every", "checkpoint_every", "out"}
@@ -102,12 +102,11 @@ class Run:
         model.train()
         torch.manual_seed(config.seed * 1_000_003 + self.step)
         rate = learning_rate(config.optimizer, self.step, config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         loss, scalars = self.task.loss(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        norm = clip_gradients(self.optimizer, config.optimizer)
         self.optimizer.step()
         self.step += 1
         if self.ema is not None:
