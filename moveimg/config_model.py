@@ -243,7 +243,7 @@ FeedForwardConfig = Annotated[
 
 # LlamaGen's named sizes (arXiv 2406.06525, table 1), and one for the digits.
 SIZES: dict[str, dict[str, int]] = {
-    "digits": {"n_layer": 6, "n_head": 4, "width": 128},
+    "digits": {"n_layer": 6, "n_head": 4, "width": 96},
     "B": {"n_layer": 12, "n_head": 12, "width": 768},
     "L": {"n_layer": 24, "n_head": 16, "width": 1024},
     "XL": {"n_layer": 36, "n_head": 20, "width": 1280},
