@@ -59,13 +59,15 @@ def training_codes(tokenizer: vq.AutoencoderTokenizer, codes: Path | None) -> se
     return set(map(tuple, torch.cat(found).tolist()))
 
 
-def report(model: str, per_class: int, codes: Path | None, ratio: float, **changes: Any) -> dict:
-    """The figures of `per_class` samples of each class, image i drawn with seed i."""
+def report(
+    model: str, per_class: int, codes: Path | None, ratio: float, seed: int = 0, **changes: Any
+) -> dict:
+    """The figures of `per_class` samples of each class, image i drawn with seed + i."""
     pipeline = Pipeline.from_pretrained(model)
     settings = pipeline.settings(**changes)
     labels = [label for label in range(10) for _ in range(per_class)]
     begun = time.perf_counter()
-    sampled = pipeline.sample_codes(labels, settings, batch_size=100)
+    sampled = pipeline.sample_codes(labels, settings, seed=seed, batch_size=100)
     seconds = time.perf_counter() - begun
     images = torch.cat([pipeline.tokenizer.decode(part) for part in sampled.split(100)])
     svm = judge()
@@ -92,11 +94,12 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=100, help="samples of each class")
     parser.add_argument("--codes", type=Path, help="packed codes: compare with all their views")
     parser.add_argument("--ratio", type=float, default=1.0, help="the crop range trained at")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample")
     parser.add_argument("--cfg-scale", type=float, help="instead of the model's own")
     parser.add_argument("--temperature", type=float, help="instead of the model's own")
     given = parser.parse_args()
     changes = {"cfg_scale": given.cfg_scale, "temperature": given.temperature}
-    figures = report(given.model, given.per_class, given.codes, given.ratio, **changes)
+    figures = report(given.model, given.per_class, given.codes, given.ratio, given.seed, **changes)
     print(json.dumps(figures, indent=2))
 
 
