@@ -133,7 +133,7 @@ def test_push_refuses_what_is_no_model_or_no_name(model_directory, tmp_path):
 
     class Closed:
         def create_repo(self, *_, **__):
-            raise ConnectionError("no route\nto anywhere")
+            raise RuntimeError("no route\nto anywhere")  # httpx's errors are no OSErrors
 
     with pytest.raises(OSError, match=r"owner/name: not uploaded: no route$"):
         share.push(model_directory, "owner/name", api=Closed())

@@ -16,7 +16,7 @@ def sample(
     classes: Annotated[
         list[str] | None, typer.Argument(help="indices or names (default: every class, up to 20)")
     ] = None,
-    model: Annotated[str, typer.Option(help="a bundled name or a model directory")] = "digits",
+    model: Annotated[str, typer.Option(help="a name, a model directory or a Hub id")] = "digits",
     num: Annotated[int, typer.Option(min=1, help="images for each class")] = 2,
     seed: Annotated[int, typer.Option(help="image i is drawn with seed + i")] = 0,
     cfg_scale: Annotated[float | None, typer.Option(help="guidance; 1 is none")] = None,

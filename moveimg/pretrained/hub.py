@@ -82,7 +82,7 @@ def from_hub(repo_id: str) -> Path:
     """The local copy of a model directory on the Hub (errors as of fetch)."""
     try:
         folder = _snapshot(repo_id, MODEL_FILES)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as in _download
         raise FileNotFoundError(
             f"no model {repo_id!r}: no such directory here, and it cannot be downloaded from the "
             f"Hugging Face Hub ({reason_of(error)})"
@@ -120,7 +120,7 @@ def _download(name: str, directory: Path) -> tuple[Path, Path]:
     reason, folder = "the repository lacks it", None
     try:
         folder = _snapshot(REPO, files)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # which kinds, depends on huggingface_hub's transport
         reason = reason_of(error)
     missing = [file for file in files if folder is None or not (folder / file).is_file()]
     if folder is None or missing:
@@ -134,7 +134,7 @@ def _download(name: str, directory: Path) -> tuple[Path, Path]:
 
 
 def _snapshot(repo_id: str, files: tuple[str, ...]) -> Path:
-    """A folder with those of `files` that the repository has; OSError or ValueError if none.
+    """A folder with those of `files` that the repository has; raises where there is none.
 
     Looks the repository up first, so that a missing network is noticed at once.
     """

@@ -52,7 +52,7 @@ def push(directory: Path, repo_id: str, *, private: bool = False, api: Any = Non
         try:
             api.create_repo(repo_id, exist_ok=True, private=private)
             api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message="moveimg model")
-        except OSError as error:
+        except Exception as error:  # which kinds, depends on huggingface_hub's transport
             raise OSError(f"huggingface.co/{repo_id}: not uploaded: {reason_of(error)}") from None
     return f"https://huggingface.co/{repo_id}"
 
