@@ -56,10 +56,11 @@ def compare(
     configs: Annotated[list[Path], typer.Argument(help="YAML files, as for train")],
     out: Annotated[Path, typer.Option(help="folder for the runs and the table")],
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
+    jobs: Annotated[int, typer.Option(min=1, help="trainings side by side")] = 1,
     set: Set = None,
     device: Device = None,
 ) -> None:
-    """Several configs, several seeds -> a table. Runs that are finished are not repeated."""
+    """Several configs, several seeds -> a table and plots. Finished runs are not repeated."""
     from moveimg.training.compare import compare, parse_seeds
 
-    print(compare(configs, parse_seeds(seeds), out, set or [], device_of(device)))
+    print(compare(configs, parse_seeds(seeds), out, set or [], device_of(device), jobs))

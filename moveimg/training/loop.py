@@ -24,6 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from moveimg.config import RunConfig
+from moveimg.device import peak_memory
 from moveimg.files import atomic, write_text
 from moveimg.progress import progress_bar
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_rate
@@ -124,7 +125,8 @@ class Run:
             self.held_out = self.task.validate(self.averaged.eval())
             for key, value in self.held_out.items():
                 writer.add_scalar(f"val/{key}", value, self.step)
-            self._append({"step": self.step, "seconds": round(self.seconds, 2), **self.held_out})
+            spent = {"seconds": round(self.seconds, 2), "peak_memory": peak_memory(self.device)}
+            self._append({"step": self.step, **spent, **self.held_out})
             bar.write(f"step {self.step}: {_join(self.held_out)}")
         if self.step % config.preview_every == 0 or last:
             picture = self.task.preview(self.averaged.eval())

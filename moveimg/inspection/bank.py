@@ -1,0 +1,90 @@
+"""The memory's rows: which are read, how large they are, and what gradient reaches them.
+
+V codebook size   M slots of a code in all   W width of a value
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moveimg.inspection.gates import hooked, mixers
+from moveimg.model import Transformer
+from moveimg.model.memory import GatedMixer, ValueBank
+
+FADED = 0.1  # a row is faded below this share of its slot's median norm
+
+
+@torch.no_grad()
+def row_statistics(
+    memory: ValueBank, batches: list[tuple[Tensor, Tensor]], shown: int = 1000
+) -> dict[str, Any]:
+    """Reads and norms of the bank's rows.
+
+    A row is dead when its code never came up to be read in `batches`, and faded when its norm is
+    below a tenth of its slot's median: weight decay shrinks rows that no gradient reaches.
+    `similarity` is the mean cosine of two slots' rows of one code, [M, M].
+    """
+    weight = memory.bank.weight.unflatten(-1, (memory.slots, -1)).double()  # [V, M, W]
+    reads = torch.zeros(len(weight), dtype=torch.int64)
+    for codes, _ in batches:  # the last code of an image is never looked up
+        reads += codes[:, :-1].flatten().cpu().bincount(minlength=len(weight))
+    norms = weight.norm(dim=-1)  # [V, M]
+    directions = weight / norms[..., None].clamp(min=1e-12)
+    similarity = torch.einsum("vmw,vnw->mn", directions, directions) / len(weight)
+    dead = (reads == 0).nonzero().flatten().tolist()
+    return {
+        "rows": len(weight),
+        "codes_read": int(reads.sum()),
+        "dead": len(dead),
+        "dead_codes": dead[:shown],
+        "faded": (norms < FADED * norms.median(dim=0).values).double().mean(0).tolist(),
+        "norm_mean": norms.mean(0).tolist(),
+        "norm_spread": norms.std(0).tolist(),
+        "similarity": similarity.tolist(),
+        "reads": reads.tolist(),
+    }
+
+
+def gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Norm of the cross-entropy's gradient with respect to the memory, by the layer it comes from.
+
+    Each layer is handed rows of its own (equal in value), so what reaches them is that layer's
+    part alone: what a local table there would get. A shared bank gets the sum over layers. That
+    sum's norm over the sum of norms, `alignment`, is 1 where all layers pull the same way.
+    """
+    memory = model.memory
+    assert isinstance(memory, ValueBank)
+    leaves: dict[int, Tensor] = {}
+
+    def hook(layer: int) -> Any:
+        def replace(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> tuple:
+            leaves[layer] = args[2].detach().requires_grad_()
+            return args[0], args[1], leaves[layer]
+
+        return replace
+
+    handles = [m.register_forward_pre_hook(hook(layer)) for layer, m in mixers(model).items()]
+    with hooked(handles), torch.enable_grad():
+        loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+    before = codes[:, :-1].flatten()
+    total = torch.zeros_like(memory.bank.weight)
+    norms = {}
+    for layer, gradient in zip(leaves, gradients, strict=True):
+        part = torch.zeros_like(total)
+        part.index_add_(0, before, gradient[:, 1:].flatten(2).flatten(0, 1).to(part.dtype))
+        norms[layer] = part.norm().item()
+        total += part
+    whole = total.norm().item()
+    return {
+        "by_layer": norms,
+        "bank": whole,
+        "largest_layer": max(norms.values()),
+        "bank_over_largest_layer": whole / max(*norms.values(), 1e-30),
+        "alignment": whole / max(sum(norms.values()), 1e-30),
+        "images": len(codes),
+    }

@@ -1,0 +1,122 @@
+"""Everything about a model's inside as plain data, with warnings in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moveimg.checkpoint import write_json
+from moveimg.data.codes import PackedCodes
+from moveimg.inspection import plots
+from moveimg.inspection.bank import gradient_norms, row_statistics
+from moveimg.inspection.gates import LayerGates, expert_loads, gather_gates
+from moveimg.model.memory import ValueBank
+from moveimg.pipeline import Pipeline
+
+# Failure signs: a layer's mean gate beyond these, slots that point the same way, unread codes.
+CLOSED, OPEN, SAME, DEAD = 0.2, 1.8, 0.9, 0.05
+READS_A_CODE = 20  # with fewer reads a code on average, an unread code says little
+
+
+def inspect_model(
+    pipeline: Pipeline,
+    out: Path,
+    codes_folder: Path | None = None,
+    num: int = 256,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write out/inspection.json and PNGs; return what stands in the JSON.
+
+    Args:
+        pipeline: the model.
+        out: the folder.
+        codes_folder: packed codes to read (or a folder with val/ in it); left out, the model
+            reads codes that it draws itself.
+        num: images to read.
+        batch_size: images at a time; the gradients are those of the first batch.
+        seed: of the draws.
+
+    Raises ValueError for a model with neither memory nor experts, or codes that are not its own.
+    """
+    model, memory = pipeline.generator, pipeline.generator.memory
+    batches = read_codes(pipeline, codes_folder, num, batch_size, seed)
+    loads = expert_loads(model, batches)
+    if not isinstance(memory, ValueBank) and not loads:
+        raise ValueError("the model has neither a value memory nor experts to look into")
+    source = "its own samples" if codes_folder is None else str(codes_folder)
+    report: dict[str, Any] = {
+        "model": model.config.model_dump(mode="json"), "codes": source, "images": num,
+        "class_names": pipeline.class_names, "experts": loads, "warnings": [],
+    }  # fmt: skip
+    if loads:
+        plots.save(plots.expert_shares(loads), out / "experts.png")
+    if isinstance(memory, ValueBank):
+        gates = gather_gates(model, batches)
+        report["layers"] = {layer: found.as_dict() for layer, found in gates.items()}
+        report["map"] = {
+            layer: grid_map(found, model.config.grid) for layer, found in gates.items()
+        }
+        report["bank"] = row_statistics(memory, batches)
+        report["gradients"] = gradient_norms(model, *batches[0])
+        report["warnings"] = warnings(report)
+        plots.plot_memory(report, out)
+    write_json(out / "inspection.json", report)
+    return report
+
+
+def read_codes(
+    pipeline: Pipeline, folder: Path | None, num: int, batch_size: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Batches of codes [B, T] and labels [B] on the pipeline's device."""
+    if folder is None:
+        classes = [i % len(pipeline.class_names) for i in range(num)]
+        settings = pipeline.settings()
+        drawn = pipeline.sample_codes(classes, settings, seed=seed, batch_size=batch_size)
+        codes, labels = drawn.clone(), torch.tensor(classes)  # a clone may have gradients again
+    else:
+        inside = folder / "val"
+        packed = PackedCodes(inside if inside.is_dir() else folder)
+        packed.require_tokenizer(pipeline.tokenizer.fingerprint)
+        picked = torch.linspace(0, len(packed) - 1, min(num, len(packed))).long().numpy()
+        codes, labels = packed.get(picked, 0 * picked)
+    where = pipeline.device
+    pairs = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
+    return [(c.to(where), label.to(where)) for c, label in pairs]
+
+
+def grid_map(found: LayerGates, grid: tuple[int, int]) -> list:
+    """Gates of the first image where its codes stand, [G, h, w]; None at the last, never read."""
+    gates = found.maps[0]  # [S, G]
+    padded = torch.cat([gates, gates.new_full((1, gates.shape[1]), torch.nan)])
+    rows = padded.T.unflatten(-1, grid).tolist()
+    return [[[None if v != v else v for v in row] for row in plane] for plane in rows]
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """The failure signs that show, a line each."""
+    found = []
+    for layer, gates in report["layers"].items():
+        means = torch.tensor(gates["mean"]).mean(0)
+        gated = gates["gates"][0] == "g_0"
+        slots = means[1:] if gated else means
+        if gated and means[0] > OPEN and slots.max() < CLOSED:
+            found.append(f"layer {layer}: memory ignored (g_0 {means[0]:.2f}, slots closed)")
+        elif slots.max() < CLOSED:
+            found.append(f"layer {layer}: all slots closed (largest mean gate {slots.max():.2f})")
+        if gated and means[0] < CLOSED:
+            found.append(f"layer {layer}: context suppressed (g_0 {means[0]:.2f})")
+    bank = report["bank"]
+    if bank["codes_read"] >= READS_A_CODE * bank["rows"] and bank["dead"] > DEAD * bank["rows"]:
+        found.append(f"{bank['dead']} of {bank['rows']} codes are never read: dead rows")
+    if max(bank["faded"]) > DEAD:
+        share = max(bank["faded"])
+        found.append(f"{share:.0%} of a slot's rows have faded to a tenth of its median norm")
+    for i, row in enumerate(bank["similarity"]):
+        for j in range(i):
+            if row[j] > SAME:
+                found.append(f"slots {j} and {i} hold the same (cosine {row[j]:.2f}): one is idle")
+    return found

@@ -1,0 +1,69 @@
+"""Plots of a comparison: learning curves, loss against parameters, loss against FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from moveimg.files import atomic
+
+
+def plot_all(configs: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write curves.png, parameters.png and flops.png for summaries as of comparison.summarize."""
+    save(curves(configs), out / "curves.png")
+    parameters = scatter(configs, "parameters", "parameters")
+    save(parameters, out / "parameters.png")
+    save(scatter(configs, "flops_per_image", "FLOPs an image (unguided)"), out / "flops.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
+
+
+def colours(n: int) -> list[Any]:
+    return [matplotlib.colormaps["tab20"](i % 20) for i in range(n)]
+
+
+def curves(configs: Sequence[dict[str, Any]]) -> Figure:
+    """Held-out loss over steps: the mean over seeds, and a band of one standard deviation."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.add_subplot()
+    last = []
+    for config, colour in zip(configs, colours(len(configs)), strict=True):
+        runs = [dict(map(tuple, run["curve"])) for run in config["runs"]]
+        steps = sorted(set.intersection(*(set(run) for run in runs)))
+        losses = np.array([[run[step] for step in steps] for run in runs])
+        mean = losses.mean(axis=0)
+        axes.plot(steps, mean, label=config["name"], color=colour)
+        if len(runs) > 1:
+            spread = losses.std(axis=0, ddof=1)
+            axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+        last.append(mean[len(mean) // 4 :])
+    low, high = min(m.min() for m in last), max(m.max() for m in last)
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))  # the start hides the rest
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss (nats a code)")
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def scatter(configs: Sequence[dict[str, Any]], key: str, title: str) -> Figure:
+    """Final loss with its spread over seeds, against a cost."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.add_subplot()
+    for config, colour in zip(configs, colours(len(configs)), strict=True):
+        x, y = config[key], config["loss_mean"]
+        axes.errorbar(x, y, yerr=config["loss_std"] or 0, fmt="o", color=colour, capsize=3)
+        axes.annotate(config["name"], (x, y), (5, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlabel(title)
+    axes.set_ylabel("held-out loss (nats a code)")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    return figure

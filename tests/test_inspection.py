@@ -1,0 +1,136 @@
+"""Looking inside: the statistics against plain sums over a model built to show known signs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moveimg.checkpoint import ModelParts
+from moveimg.config import SamplingSettings
+from moveimg.inspection import inspect_model, plots
+from moveimg.inspection.bank import gradient_norms, row_statistics
+from moveimg.inspection.gates import gather_gates, mixers
+from moveimg.pipeline import Pipeline
+from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
+from tests.test_pipeline import NAMES, tiny_tokenizer
+
+WITH_MEMORY = ["mha-move-3-class-rows-swiglu", "mla-move-3-class-rows-moe", "mla-lave-x1-swiglu"]
+
+
+def built(name, dtype=torch.float64, **changes):
+    config = tiny_config(**(VARIANTS[name] | changes))
+    return lively(config, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_gate_statistics_equal_plain_sums(name):
+    model = built(name)
+    codes, labels = random_inputs(model.config, batch=5)
+    seen = {}
+    handles = [
+        m.register_forward_hook(lambda m, a, out, layer=layer: seen.update({layer: a}))
+        for layer, m in mixers(model).items()
+    ]
+    with torch.no_grad():
+        model(codes, labels)
+    for handle in handles:
+        handle.remove()
+    batches = [(codes[:2], labels[:2]), (codes[2:], labels[2:])]
+    found = gather_gates(model, batches)
+    assert found.keys() == seen.keys() and len(found) == len(mixers(model))
+    for layer, (x, v, rows) in seen.items():
+        mixer = mixers(model)[layer]
+        gates = 2 * torch.sigmoid(mixer.router(x))[:, 1:].unflatten(-1, (2, -1))  # [B, S, H, G]
+        stats = found[layer].as_dict()
+        flat = gates.detach().flatten(0, 1).numpy()
+        np.testing.assert_allclose(stats["mean"], flat.mean(0))
+        np.testing.assert_allclose(stats["spread"], flat.std(0), rtol=1e-6)
+        np.testing.assert_allclose(stats["near_zero"], (flat < 0.1).mean(0))
+        np.testing.assert_allclose(stats["near_two"], (flat > 1.9).mean(0))
+        of_class = gates[labels == 5].mean((0, 1, 2)).detach()
+        np.testing.assert_allclose(stats["by_class"][5], of_class)
+        np.testing.assert_allclose(stats["by_position"], gates.mean((0, 2)).detach())
+        assert len(stats["gates"]) == flat.shape[-1]
+        v, mixed = v.detach()[:, 1:], mixer(x, v, rows).detach()[:, 1:]
+        kept = gates[..., :1].detach() * v if mixer.gate_standard else v
+        sizes = [part.flatten(2).norm(dim=-1).mean().item() for part in (kept, mixed - kept)]
+        assert stats["norm_of_gated_values"] == pytest.approx(sizes[0])
+        assert stats["norm_of_memory"] == pytest.approx(sizes[1])
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_gradients_by_layer_add_up_to_the_banks_own(name):
+    model = built(name)
+    codes, labels = random_inputs(model.config, batch=4)
+    found = gradient_norms(model, codes, labels)
+    loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
+    (whole,) = torch.autograd.grad(loss, [model.memory.bank.weight])
+    assert found["bank"] == pytest.approx(whole.norm().item())
+    if "lave" in name:  # a table for the last layer alone
+        assert found["by_layer"] == {1: pytest.approx(found["bank"])}
+        assert found["alignment"] == pytest.approx(1)
+    else:
+        assert found["bank"] <= sum(found["by_layer"].values())
+        assert len(found["by_layer"]) == 2 and 0 < found["alignment"] < 1
+
+
+def test_dead_faded_and_equal_rows_are_found():
+    model = built("mha-move-3-class-rows-swiglu")
+    codes = torch.arange(12).view(1, 12) % 5  # codes 5.. are never read
+    with torch.no_grad():
+        rows = model.memory.bank.weight.unflatten(-1, (3, -1))
+        rows[:, 2] = 2 * rows[:, 0]
+        rows[7, 1] *= 1e-3
+    found = row_statistics(model.memory, [(codes, torch.tensor([0]))])
+    assert found["dead"] == 6 and found["dead_codes"] == [5, 6, 7, 8, 9, 10]
+    assert found["codes_read"] == 11 and found["reads"][0] == 3  # the last one is not looked up
+    assert found["similarity"][0][2] == pytest.approx(1) and abs(found["similarity"][0][1]) < 0.9
+    assert found["faded"] == [0, pytest.approx(1 / 11), 0]
+
+
+def pipeline(model):
+    parts = ModelParts(model, tiny_tokenizer(), NAMES, SamplingSettings())
+    return Pipeline(parts, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["mla-move-3-class-rows-moe", "mha-lave-x1-swiglu"])
+def test_a_report_has_numbers_and_pictures(name, tmp_path):
+    model = built(name, torch.float32)
+    inspect_model(pipeline(model), tmp_path, num=6, batch_size=4)
+    report = json.loads((tmp_path / "inspection.json").read_text())
+    assert report["codes"] == "its own samples" and set(report["layers"]) <= {"0", "1"}
+    first = next(iter(report["map"].values()))
+    assert np.array(first, dtype=float).shape[1:] == (3, 4) and first[0][2][3] is None
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    expected = {"gates", "classes", "positions", "map", "bank", "gradients"}
+    expected |= {"experts"} if "moe" in name else set()
+    assert pictures == {f"{name}.png" for name in expected}
+    if "moe" in name:
+        assert sum(report["experts"]["0"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("g_0", "g_i", "message"),
+    [(9.0, -9.0, "memory ignored"), (-9.0, 1.0, "context suppressed"), (0.0, -9.0, "slots closed")],
+)
+def test_failure_signs_are_told(g_0, g_i, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "plot_memory", lambda *_: None)
+    model = built("mha-move-3-class-rows-swiglu", torch.float32)
+    assert not inspect_model(pipeline(model), tmp_path, num=5)["warnings"]
+    with torch.no_grad():
+        for mixer in mixers(model).values():  # gates that listen to one number, made constant
+            weight = mixer.router.weight.zero_().unflatten(0, (2, 4))
+            weight[:, 0, 0], weight[:, 1:, 0] = g_0, g_i
+        for block in model.layers:
+            block.attention_norm.register_forward_hook(lambda m, a, out: torch.ones_like(out))
+    found = inspect_model(pipeline(model), tmp_path, num=5)["warnings"]
+    assert sum(message in line for line in found) == 2  # in both layers
+
+
+def test_models_without_memory_or_experts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither a value memory nor experts"):
+        inspect_model(pipeline(built("mha-none-swiglu", torch.float32)), tmp_path, num=2)
