@@ -106,7 +106,7 @@ def test_a_report_has_numbers_and_pictures(name, tmp_path):
     first = next(iter(report["map"].values()))
     assert np.array(first, dtype=float).shape[1:] == (3, 4) and first[0][2][3] is None
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    expected = {"gates", "classes", "positions", "map", "bank", "gradients"}
+    expected = {"gates", "heads", "classes", "positions", "map", "bank", "gradients"}
     expected |= {"experts"} if "moe" in name else set()
     assert pictures == {f"{name}.png" for name in expected}
     if "moe" in name:

@@ -93,7 +93,7 @@ class LayerGates:
         """Means and shares, nested lists: a head a row, a gate a column."""
         mean = self.total / self.count
         spread = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
-        seen = self.class_count[:, None].clamp(min=1)
+        of_class = (self.by_class / self.class_count[:, None].clamp(min=1)).tolist()
         names = ["g_0"] if self.gated else []
         return {
             "gates": names + [f"slot {slot}" for slot in self.slots],
@@ -101,7 +101,10 @@ class LayerGates:
             "spread": spread.tolist(),
             "near_zero": (self.near_zero / self.count).tolist(),
             "near_two": (self.near_two / self.count).tolist(),
-            "by_class": (self.by_class / seen).tolist(),
+            "by_class": [
+                row if seen else [None] * len(row)  # a class that no image had
+                for row, seen in zip(of_class, self.class_count.tolist(), strict=True)
+            ],
             "by_position": (self.by_position / self.images).tolist(),
             "norm_of_gated_values": self.kept / self.count,
             "norm_of_memory": self.memory / self.count,

@@ -19,9 +19,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_memory(report: dict[str, Any], out: Path) -> None:
-    """Write gates.png, classes.png, positions.png, map.png, bank.png and gradients.png."""
+    """Write gates, heads, classes, positions, map, bank and gradients, each a PNG."""
     layers = report["layers"]
     save(by_layer(layers), out / "gates.png")
+    save(by_head(layers), out / "heads.png")
     save(panels(layers, "by_class", "class"), out / "classes.png")
     save(panels(layers, "by_position", "position"), out / "positions.png")
     save(grid_maps(layers, report["map"]), out / "map.png")
@@ -51,12 +52,34 @@ def by_layer(layers: dict[int, Any]) -> Figure:
     return figure
 
 
+def by_head(layers: dict[int, Any], most: int = 9) -> Figure:
+    """Mean of each gate: a panel a gate, a row a layer, a column a head."""
+    means: dict[str, dict[int, list[float]]] = {}
+    for layer, gates in layers.items():
+        columns = zip(*gates["mean"], strict=True)
+        for name, heads in zip(gates["gates"], columns, strict=True):
+            means.setdefault(name, {})[layer] = list(heads)
+    shown = list(means.items())[:most]
+    figure = Figure(figsize=(1 + 2 * len(shown), 1 + 0.3 * len(layers)), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (name, by_layer) in zip(axes, shown, strict=True):
+        image = axis.imshow(np.array(list(by_layer.values())), aspect="auto", **GATE)
+        axis.set_yticks(range(len(by_layer)), list(by_layer), fontsize=7)
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("head", fontsize=7)
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(axes), label="mean gate")
+    return figure
+
+
 def panels(layers: dict[int, Any], key: str, what: str) -> Figure:
     """A panel a layer: gates (rows) over classes or positions (columns)."""
     figure = Figure(figsize=(11, 1.2 + 1.3 * len(layers)), layout="constrained")
     axes = figure.subplots(len(layers), 1, squeeze=False, sharex=True)[:, 0]
     for axis, (layer, gates) in zip(axes, layers.items(), strict=True):
-        image = axis.imshow(np.array(gates[key]).T, aspect="auto", interpolation="nearest", **GATE)
+        image = axis.imshow(
+            np.array(gates[key], dtype=float).T, aspect="auto", interpolation="nearest", **GATE
+        )
         names = gates["gates"]
         axis.set_yticks(range(len(names)) if len(names) <= 9 else [0])
         axis.set_yticklabels(names if len(names) <= 9 else names[:1], fontsize=6)
