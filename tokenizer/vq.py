@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from tokenizer.base import AutoencoderTokenizer
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.mid(self.conv_blocks(self.conv_in(images)))  # [B, channels[-1], h, w]
-        return self.conv_out(F.silu(self.norm_out(x)))  # [B, z_channels, h, w]
+        return self.conv_out(_swish(self.norm_out(x)))  # [B, z_channels, h, w]
 
 
 class Decoder(nn.Module):
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_blocks(self.mid(self.conv_in(z)))  # [B, channels[0], H, W]
-        return self.conv_out(F.silu(self.norm_out(x)))  # [B, C, H, W]
+        return self.conv_out(_swish(self.norm_out(x)))  # [B, C, H, W]
 
 
 class Level(nn.Module):
@@ -125,7 +125,7 @@ class DecoderLevel(Level):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 convolution on x where widths differ."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))), a 1x1 convolution on x where widths differ."""
 
     def __init__(self, config: VQConfig, before: int, after: int) -> None:
         super().__init__()
@@ -137,8 +137,8 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        y = self.conv1(_swish(self.norm1(x)))
+        y = self.conv2(self.dropout(_swish(self.norm2(y))))
         return self.nin_shortcut(x) + y
 
 
@@ -155,10 +155,15 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        # [B, C, h, w] -> [B, 1, h*w, C]; the fast kernels want C contiguous
-        q, k, v = (f(y).flatten(2).mT.unsqueeze(1).contiguous() for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h*w, C]
-        return x + self.proj_out(y.squeeze(1).mT.reshape(x.shape))
+        q, k, v = (f(y).flatten(2) for f in (self.q, self.k, self.v))  # [B, C, h*w]
+        # Written out, in LlamaGen's order of products, so that float32 rounds as it does there.
+        weights = torch.softmax(torch.bmm(q.mT, k) * q.shape[1] ** -0.5, dim=2)  # [B, h*w, h*w]
+        return x + self.proj_out(torch.bmm(v, weights.mT).view(x.shape))
+
+
+def _swish(x: Tensor) -> Tensor:
+    """x * sigmoid(x) in two roundings, as LlamaGen computes it; F.silu rounds once."""
+    return x * torch.sigmoid(x)
 
 
 def _middle(config: VQConfig) -> nn.Sequential:
