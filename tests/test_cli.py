@@ -177,6 +177,8 @@ def test_readme_commands_run(tmp_path):
         words = shlex.split(command)
         if not words or words[0].split("/")[-1] != "moveimg" or words[1] not in ("sample", "info"):
             continue
+        if "runs/digits-move" in words:  # made by the commands above it
+            continue
         words = [sys.executable, "-m", "moveimg", *words[1:]]
         (tmp_path / "configs").exists() or (tmp_path / "configs").symlink_to(ROOT / "configs")
         subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True)

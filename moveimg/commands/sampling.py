@@ -38,6 +38,7 @@ def sample(
     """Class labels -> PNGs and a labelled grid."""
     from moveimg.pictures import labelled_grid, save_png
     from moveimg.pipeline import Pipeline
+    from moveimg.sampling import image_rngs
 
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
     chosen = classes or [str(i) for i in range(min(20, len(pipeline.class_names)))]
@@ -47,9 +48,10 @@ def sample(
         "cfg_start": cfg_start, "temperature": temperature, "top_k": top_k, "top_p": top_p,
     }  # fmt: skip
     settings = pipeline.settings(**given)
+    repeated = [label for label in labels for _ in range(num)]
+    image_rngs([seed, seed + len(repeated) - 1])  # a bad seed is refused before a folder is made
     out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    repeated = [label for label in labels for _ in range(num)]
     pictures = pipeline.sample(repeated, **given, seed=seed, batch_size=batch_size)
     seconds = time.perf_counter() - begun
     for i, (label, picture) in enumerate(zip(repeated, pictures, strict=True)):
