@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from moveimg.config import TrainConfig, load_config
@@ -82,6 +83,12 @@ def test_every_kind_is_trained_and_stands_in_the_table(configs, tmp_path, in_thi
 
     # finished runs are read, not repeated, and give the same table
     in_this_process.clear()
+    assert compare(configs, [0, 1], out, [], CPU) == table and not in_this_process
+    # a key that is newer than a run had its default then
+    described = out / "dense-seed0" / "training" / "config.yaml"
+    settings = yaml.safe_load(described.read_text())
+    del settings["optimizer"]["table_lr"], settings["model"]["norm_eps"]
+    described.write_text(yaml.safe_dump(settings))
     assert compare(configs, [0, 1], out, [], CPU) == table and not in_this_process
     # a new seed trains what is missing
     compare(configs[:1], [0, 2], out, [], CPU)

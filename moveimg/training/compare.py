@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from moveimg.checkpoint import load_generator, read_model_config, write_json
 from moveimg.config import TrainConfig, load_config
@@ -28,7 +27,7 @@ from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.comparison import csv_table, markdown_table, summarize
 from moveimg.training.comparison_plots import plot_all
-from moveimg.training.loop import MAY_CHANGE
+from moveimg.training.loop import changed_settings
 
 SAMPLED = 32  # images side by side when the sampling rate is measured
 
@@ -57,11 +56,9 @@ class OneRun:
         described = self.directory / "training" / "config.yaml"
         if not described.is_file() or not (self.directory / "model.safetensors").is_file():
             return False
-        before = yaml.safe_load(described.read_text(encoding="utf-8"))
-        now = self.config.model_dump(mode="json")
         lines = self.measurements()
-        same = all(before.get(key) == now[key] for key in now if key not in MAY_CHANGE)
-        return same and bool(lines) and lines[-1]["step"] == self.config.steps
+        ended = bool(lines) and lines[-1]["step"] == self.config.steps
+        return ended and not changed_settings(described, self.config)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -61,7 +61,7 @@ COLUMNS: dict[str, Any] = {
     "GFLOPs an image": lambda r: f"{r['flops_per_image'] / 1e9:.3f}",
     "steps/s": lambda r: f"{r['steps_per_second']:.2f}",
     "images/s sampled": lambda r: f"{r['images_per_second']:.1f}",
-    "peak memory (MiB)": lambda r: f"{r['peak_memory'] / MIB:,.0f}",
+    "peak memory (MiB)": lambda r: f"{r['peak_memory'] / MIB:,.0f}" if r["peak_memory"] else "",
 }
 
 CSV_KEYS = (

@@ -11,12 +11,14 @@ import math
 import shutil
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import yaml
 from PIL import Image
+from pydantic import ValidationError
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -159,7 +161,7 @@ class Run:
             shutil.rmtree(self.logs)
         settings = self.config.model_dump(mode="json")
         if described.is_file():
-            self._require_same(yaml.safe_load(described.read_text(encoding="utf-8")), settings)
+            require_same(described, self.config)
         write_text(described, yaml.safe_dump(settings, sort_keys=False))
         if (self.logs / "state.pt").is_file():
             self._load(self.logs / "state.pt")
@@ -182,18 +184,6 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
         self.held_out = state["held_out"]
 
-    def _require_same(self, before: dict, now: dict) -> None:
-        # a key that is newer than the run had its default then
-        fields = type(self.config).model_fields
-        before = {key: fields[key].default for key in now} | before
-        differing = [k for k in now if k not in MAY_CHANGE and before[k] != now[k]]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{self.config.out}: holds a run with other settings ({key}: {before[key]}, "
-                f"now {now[key]}); choose another `out`, or start over with --restart"
-            )
-
     def _log(self, scalars: dict[str, Tensor], writer: SummaryWriter, bar: tqdm) -> None:
         loss = torch.stack(list(self.recent)).mean().item()
         if not math.isfinite(loss):
@@ -213,6 +203,28 @@ class Run:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [text for text in lines if json.loads(text)["step"] < line["step"]]
         write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+
+
+def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of the run whose config.yaml is `described` that differ in `config`: before, now.
+
+    A key that is newer than the run had its default then.
+    """
+    before = yaml.safe_load(described.read_text(encoding="utf-8"))
+    with suppress(ValidationError):  # of a run by another version, compared as it stands
+        before = type(config).model_validate(before).model_dump(mode="json")
+    now = config.model_dump(mode="json")
+    keys = [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
+    return {key: (before.get(key), now[key]) for key in keys}
+
+
+def require_same(described: Path, config: RunConfig) -> None:
+    """Raise ValueError, naming the first difference, unless the run there has these settings."""
+    for key, (before, now) in changed_settings(described, config).items():
+        raise ValueError(
+            f"{config.out}: holds a run with other settings ({key}: {before}, now {now}); "
+            "choose another `out`, or start over with --restart"
+        )
 
 
 def _join(scalars: dict[str, float]) -> str:
