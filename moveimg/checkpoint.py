@@ -44,13 +44,19 @@ def save_model(directory: str | Path, parts: ModelParts, about: dict[str, Any]) 
         about: plain data on how it was made, kept in config.json for the reader.
     """
     directory = Path(directory)
-    if not (directory / "tokenizer" / "config.json").is_file():
+    if _stored_fingerprint(directory) != parts.tokenizer.fingerprint:
         vq.save(parts.tokenizer, directory / "tokenizer")
     save_weights(parts.generator, directory / "model.safetensors")
     write_json(directory / "classes.json", parts.class_names)
     write_json(directory / "sampling.json", parts.sampling.model_dump())
     config = parts.generator.config.model_dump(mode="json")
-    write_json(directory / "config.json", {"format": FORMAT, "model": config, "about": about})
+    described = {
+        "format": FORMAT,
+        "tokenizer": parts.tokenizer.fingerprint,
+        "model": config,
+        "about": about,
+    }
+    write_json(directory / "config.json", described)
 
 
 def load_model(
@@ -72,6 +78,12 @@ def load_model(
         raise ValueError(
             f"{directory}: the generator has {config.codebook_size} codes, "
             f"its tokenizer {tokenizer.codebook_size}: expected equal"
+        )
+    stored = _stored_fingerprint(directory)
+    if stored not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"{directory}: the generator speaks the codes of tokenizer {str(stored)[:12]}, but "
+            f"tokenizer/ holds {tokenizer.fingerprint[:12]}"
         )
     names = read_json(directory / "classes.json")
     if not isinstance(names, list) or len(names) != config.n_classes:
@@ -97,6 +109,13 @@ def read_about(directory: str | Path) -> dict[str, Any]:
     data = read_json(Path(directory) / "config.json")
     about = data.get("about") if isinstance(data, dict) else None
     return about if isinstance(about, dict) else {}
+
+
+def _stored_fingerprint(directory: Path) -> str | None:
+    """The fingerprint of the tokenizer a model was saved with, if there is one."""
+    path = directory / "config.json"
+    data = read_json(path) if path.is_file() else None
+    return data.get("tokenizer") if isinstance(data, dict) else None
 
 
 def load_generator(

@@ -21,6 +21,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -39,6 +40,7 @@ class SamplingSettings(Config):
 
     cfg_scale: NonNegativeFloat = Field(
         1.0,
+        le=1000,
         description="classifier-free guidance: logits = uncond + (cond - uncond) * cfg_scale; "
         "1 is no guidance, 0 ignores the class",
     )
@@ -52,6 +54,14 @@ class SamplingSettings(Config):
         0.0, description="fraction of the codes drawn without guidance before it starts"
     )
     temperature: NonNegativeFloat = Field(1.0, description="divides the logits; 0 is greedy")
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        if 0 < value < 1e-4:
+            raise ValueError(f"expected 0 (greedy) or at least 0.0001 (got {value})")
+        return value
+
     top_k: NonNegativeInt = Field(0, description="keep the k likeliest codes; 0 keeps all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="keep the smallest set of codes whose probability reaches p"
@@ -226,12 +236,18 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such config file")
     if path.resolve() in seen:
         raise ValueError(f"{path}: `base` leads back to itself")
-    data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+    data = _parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(data).__name__}")
     base = data.pop("base", None)
     if base is None:
         return data
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base is {base!r}, expected the name of another config file")
     return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), data)
 
 

@@ -280,7 +280,7 @@ class ModelConfig(Config):
             return data
         data = dict(data)
         size = data.pop("size")
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"unknown size {size!r}, expected one of {', '.join(SIZES)}")
         return SIZES[size] | data
 

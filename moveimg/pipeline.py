@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ class Pipeline:
         Raises ValueError for an unknown class, one out of range, or a part that fits several.
         """
         text = str(name_or_index).strip()
-        if text.lstrip("-").isdigit():
+        named = [i for i, name in enumerate(self.class_names) if name == text]
+        if len(named) == 1 and isinstance(name_or_index, str):  # a class may be called "10"
+            return named[0]
+        if re.fullmatch(r"-?\d+", text, re.ASCII):
             index = int(text)
             if not 0 <= index < len(self.class_names):
                 raise ValueError(f"class {index}: expected 0..{len(self.class_names) - 1}")
@@ -133,6 +137,8 @@ class Pipeline:
         batch_size: int = 32,
     ) -> Tensor:
         """As sample, but the codes: int64 [B, T] on the pipeline's device."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: expected at least 1")
         labels = self._labels(classes)
         rngs = image_rngs(range(seed, seed + len(labels)))
         parts = [

@@ -73,6 +73,8 @@ def iter_codes(
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, scale)
+        if position == 0 and not torch.isfinite(logits).all():  # once: it waits for the device
+            raise ValueError("the model's logits are not finite: its weights are damaged")
         codes = draw(logits, draws[:, position], settings)
         yield codes
         if position < length - 1:

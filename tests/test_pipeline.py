@@ -170,6 +170,34 @@ def test_a_tokenizer_of_another_codebook_is_refused(directory):
         load_model(directory)
 
 
+def test_a_tokenizer_with_other_weights_is_refused(directory):
+    torch.manual_seed(1)
+    config = vq.VQConfig.model_validate(tiny_tokenizer().config.model_dump())
+    vq.save(vq.VQTokenizer(config).freeze(), directory / "tokenizer")
+    with pytest.raises(ValueError, match="speaks the codes of tokenizer"):
+        load_model(directory)
+
+
+def test_saving_again_replaces_another_tokenizer(directory):
+    parts = load_model(directory)
+    torch.manual_seed(1)
+    other = vq.VQTokenizer(parts.tokenizer.config).freeze()
+    save_model(directory, ModelParts(parts.generator, other, NAMES, parts.sampling), {})
+    assert load_model(directory).tokenizer.fingerprint == other.fingerprint
+
+
+def test_a_class_called_by_a_number_is_found_by_its_name(pipeline):
+    pipeline.class_names = ["10", "1", "a", "b", "c"]
+    assert [pipeline.label(c) for c in ("10", "1", 1, "2")] == [0, 1, 1, 2]
+
+
+def test_logits_that_are_not_finite_are_named(pipeline):
+    with torch.no_grad():
+        pipeline.generator.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits are not finite"):
+        pipeline.sample([0])
+
+
 def test_unknown_models_and_devices_are_named(directory):
     with pytest.raises(FileNotFoundError, match="no model 'nothing': expected a model directory"):
         Pipeline.from_pretrained("nothing")

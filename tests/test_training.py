@@ -106,7 +106,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, monkeypatc
 
 
 def test_a_tokenizer_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    whole, parted = tokenizer_config(tmp_path / "whole"), tokenizer_config(tmp_path / "parted")
+    # far more codes than a batch has vectors: some stay idle, and are re-seeded after the break
+    many = {"tokenizer": TOKENIZER | {"codebook_size": 128}, "steps": 10}
+    whole, parted = (tokenizer_config(tmp_path / name, **many) for name in ("whole", "parted"))
     train_tokenizer(whole, CPU)
     die_at_step_5(monkeypatch, lambda: train_tokenizer(parted, CPU))
     train_tokenizer(parted, CPU)

@@ -41,8 +41,10 @@ def sample(
     from moveimg.sampling import image_rngs
 
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
-    chosen = classes or [str(i) for i in range(min(20, len(pipeline.class_names)))]
-    labels = [pipeline.label(name) for name in chosen]
+    if classes:
+        labels = [pipeline.label(name) for name in classes]
+    else:
+        labels = list(range(min(20, len(pipeline.class_names))))
     given: dict[str, Any] = {
         "cfg_scale": cfg_scale, "cfg_schedule": cfg_schedule, "cfg_power": cfg_power,
         "cfg_start": cfg_start, "temperature": temperature, "top_k": top_k, "top_p": top_p,

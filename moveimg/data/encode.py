@@ -35,6 +35,7 @@ from moveimg.data.manifest import (
 from moveimg.progress import progress_bar
 
 PROGRESS = "progress.json"
+SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 class Tokenizer(Protocol):
@@ -140,13 +141,17 @@ def encode_splits(
 
     Errors as of open_images and encode_images.
     """
+    folder = Path(images.source)
+    if folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} lies in the image folder {folder}: expected another place")
+    sources = {split: open_images(images.source, split) for split in SPLITS}
     manifests: dict[str, Manifest] = {}
     views: dict[Split, tuple[Crops, tuple[float, ...]]] = {
         "train": (images.crops, images.ranges),
         "val": ("center", images.ranges[:1]),
     }
     for split, (crops, ranges) in views.items():
-        source = open_images(images.source, split)
+        source = sources[split]
         with progress_bar(len(source), f"encode {split}", "image") as bar:
             manifests[split] = encode_images(
                 source,

@@ -89,6 +89,12 @@ class GeneratorTask:
         parts = ModelParts(model, self.tokenizer, self.class_names, self.config.sampling)
         save_model(directory, parts, about)
 
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        pass
+
     @property
     def config_of_model(self) -> ModelConfig:
         assert isinstance(self.model, Transformer)

@@ -52,6 +52,12 @@ class Task(Protocol):
     def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
         """Write what the run makes into its directory."""
 
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside weights and optimizer."""
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what extra_state gave."""
+
 
 def fit(task: Task, config: RunConfig, device: torch.device, restart: bool = False) -> dict:
     """Train `task` for config.steps steps in config.out; continue there if a run was stopped.
@@ -136,6 +142,7 @@ class Run:
                 picture.save(path)
             writer.add_image("preview", pil_to_tensor(picture), self.step)
         if self.step % config.checkpoint_every == 0 or last:
+            self._require_finite()
             self.save()
 
     def save(self) -> None:
@@ -147,12 +154,14 @@ class Run:
             "model": self.task.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "extra": self.task.extra_state(),
         }
-        with atomic(self.logs / "state.pt") as path:
-            torch.save(state, path)
         about = {"step": self.step, "seconds": round(self.seconds, 1), "val": self.held_out}
         about["run"] = self.config.model_dump(mode="json")
         self.task.export(self.averaged.eval(), self.config.out, about)
+        # Last, so that a run never counts as finished before what it makes is there.
+        with atomic(self.logs / "state.pt") as path:
+            torch.save(state, path)
 
     def open(self, restart: bool) -> None:
         """Make the run's directory, or load the checkpoint that is in it."""
@@ -176,8 +185,9 @@ class Run:
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.task.load_extra_state(state["extra"])
         except (RuntimeError, EOFError, KeyError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"{path}: damaged checkpoint ({reason}); start again with --restart"
             ) from None
@@ -185,17 +195,22 @@ class Run:
         self.held_out = state["held_out"]
 
     def _log(self, scalars: dict[str, Tensor], writer: SummaryWriter, bar: tqdm) -> None:
+        loss = self._require_finite()
+        for key, value in scalars.items():
+            writer.add_scalar(f"train/{key}", value.item(), self.step)
+        rate = self.step * self.config.batch_size / max(self.seconds, 1e-9)
+        writer.add_scalar("train/images_per_second", rate, self.step)
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+
+    def _require_finite(self) -> float:
+        """The mean of the recent losses; ValueError if it is not a number to go on with."""
         loss = torch.stack(list(self.recent)).mean().item()
         if not math.isfinite(loss):
             raise ValueError(
                 f"loss {loss} at step {self.step}: not finite; try a lower optimizer.lr "
                 f"(now {self.config.optimizer.lr}) or a longer optimizer.warmup, and --restart"
             )
-        for key, value in scalars.items():
-            writer.add_scalar(f"train/{key}", value.item(), self.step)
-        rate = self.step * self.config.batch_size / max(self.seconds, 1e-9)
-        writer.add_scalar("train/images_per_second", rate, self.step)
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        return loss
 
     def _append(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, dropping lines of steps that a crash undid."""

@@ -58,7 +58,12 @@ class TokenizerTask:
         if self._batches is None:
             workers = 0 if len(self.train) < MOST_VALIDATED else 4
             views = RandomViews(self.train, self.config)
-            loader = DataLoader(views, batch_sampler=self._keys(step), num_workers=workers)
+            loader = DataLoader(
+                views,
+                batch_sampler=self._keys(step),
+                num_workers=workers,
+                generator=torch.Generator(),  # or it would draw from the generator of the step
+            )
             self._batches = iter(loader)
         out = self.model(next(self._batches).to(self.device))
         return vq.total_loss(out.losses, self.weights), {**out.losses, **out.stats}
@@ -88,6 +93,15 @@ class TokenizerTask:
     def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
         assert isinstance(model, vq.AutoencoderTokenizer)
         vq.save(model, directory)
+
+    def extra_state(self) -> dict[str, Any]:
+        """How long each code was idle: not part of a tokenizer, but of when codes are re-seeded."""
+        assert isinstance(self.model, vq.AutoencoderTokenizer)
+        return {"idle_steps": self.model.quantize.idle_steps}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        assert isinstance(self.model, vq.AutoencoderTokenizer)
+        self.model.quantize.idle_steps = state["idle_steps"]
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
         """(image, view) keys of the batches from `step` on: functions of (seed, step) alone."""
