@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from moveimg.config_model import MHAConfig, ModelConfig
 from moveimg.model.memory import Mixer
 from moveimg.model.mla import MultiHeadLatentAttention
-from moveimg.model.rope import rope_2d as rope_2d
 from moveimg.model.rope import rotate
 
 
