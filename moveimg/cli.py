@@ -7,6 +7,7 @@ from __future__ import annotations
 from moveimg.commands import sampling  # noqa: F401
 from moveimg.commands import training  # noqa: F401
 from moveimg.commands import images  # noqa: F401
+from moveimg.commands import evaluation  # noqa: F401
 from moveimg.commands import info  # noqa: F401
 from moveimg.commands import inspection  # noqa: F401
 from moveimg.commands import convert  # noqa: F401
