@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moveimg.files import atomic
 
@@ -77,14 +78,15 @@ def panels(layers: dict[int, Any], key: str, what: str) -> Figure:
     figure = Figure(figsize=(11, 1.2 + 1.3 * len(layers)), layout="constrained")
     axes = figure.subplots(len(layers), 1, squeeze=False, sharex=True)[:, 0]
     for axis, (layer, gates) in zip(axes, layers.items(), strict=True):
-        image = axis.imshow(
-            np.array(gates[key], dtype=float).T, aspect="auto", interpolation="nearest", **GATE
-        )
+        means = np.array(gates[key], dtype=float)
+        means = means[: 1 + int(np.nonzero(~np.isnan(means).all(1))[0].max())]  # null class unseen
+        image = axis.imshow(means.T, aspect="auto", interpolation="nearest", **GATE)
         names = gates["gates"]
         axis.set_yticks(range(len(names)) if len(names) <= 9 else [0])
         axis.set_yticklabels(names if len(names) <= 9 else names[:1], fontsize=6)
         axis.set_ylabel(f"layer {layer}", fontsize=7)
     axes[-1].set_xlabel(what)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=list(axes), label="mean gate")
     return figure
 
@@ -118,6 +120,8 @@ def rows(bank: dict[str, Any]) -> Figure:
     reads.set_title(f"reads of each code ({bank['dead']} of {bank['rows']} never)")
     reads.set_xlabel("code, by rank")
     image = similar.imshow(bank["similarity"], vmin=-1, vmax=1, cmap="coolwarm")
+    for locator in (similar.xaxis, similar.yaxis):
+        locator.set_major_locator(MaxNLocator(integer=True))
     similar.set_title("mean cosine of two slots' rows")
     figure.colorbar(image, ax=similar)
     return figure
