@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,9 +55,16 @@ def labelled_grid(
     return grid
 
 
-def save_png(picture: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG atomically, with `settings` as JSON in its text chunk `moveimg`."""
+def png_bytes(picture: Image.Image, settings: Mapping[str, Any]) -> bytes:
+    """A PNG with `settings` as JSON in its text chunk `moveimg`."""
     about = PngInfo()
     about.add_text("moveimg", json.dumps(dict(settings)))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png", pnginfo=about)
+    return buffer.getvalue()
+
+
+def save_png(picture: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write png_bytes atomically."""
     with atomic(path) as temporary:
-        picture.save(temporary, format="png", pnginfo=about)
+        temporary.write_bytes(png_bytes(picture, settings))

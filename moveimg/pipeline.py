@@ -67,31 +67,11 @@ class Pipeline:
 
         Raises ValueError for an unknown class, one out of range, or a part that fits several.
         """
-        text = str(name_or_index).strip()
-        named = [i for i, name in enumerate(self.class_names) if name == text]
-        if len(named) == 1 and isinstance(name_or_index, str):  # a class may be called "10"
-            return named[0]
-        if re.fullmatch(r"-?\d+", text, re.ASCII):
-            index = int(text)
-            if not 0 <= index < len(self.class_names):
-                raise ValueError(f"class {index}: expected 0..{len(self.class_names) - 1}")
-            return index
-        wanted = text.casefold()
-        matches = self.search_classes(wanted)
-        exact = [i for i in matches if wanted in synonyms(self.class_names[i])]
-        if len(exact or matches) == 1:
-            return (exact or matches)[0]
-        if not matches:
-            known = ", ".join(self.class_names[:10])
-            more = ", ..." if len(self.class_names) > 10 else ""
-            raise ValueError(f"unknown class {text!r}: expected an index or a name ({known}{more})")
-        some = ", ".join(f"{i} ({self.class_names[i]})" for i in (exact or matches)[:5])
-        raise ValueError(f"class {text!r} fits {len(exact or matches)} classes: {some}; be exact")
+        return find_label(self.class_names, name_or_index)
 
     def search_classes(self, part: str) -> list[int]:
         """Labels of the classes whose name contains `part`, without regard to case."""
-        wanted = part.casefold()
-        return [i for i, name in enumerate(self.class_names) if wanted in name.casefold()]
+        return search_names(self.class_names, part)
 
     def settings(self, **overrides: Any) -> SamplingSettings:
         """The model's sampling settings with those not None replaced. ValueError if invalid."""
@@ -162,22 +142,36 @@ class Pipeline:
         Left out, `every` is one row of the grid. Codes still to come are shown as mid-grey. The
         last item holds the finished pictures; to stop early, stop iterating.
         """
+        every = every or self.generator.config.grid[1]
+        for done, codes in self.iter_codes(classes, settings, seed=seed):
+            if done % every == 0 or done == codes.shape[1]:
+                yield done, self.decode_partial(codes, done)
+
+    def iter_codes(
+        self,
+        classes: Sequence[str | int] | str | int,
+        settings: SamplingSettings,
+        *,
+        seed: int = 0,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """As sample_codes in one batch, but after every code: (codes drawn so far, codes [B, T]).
+
+        The tensor is the same each time, and is filled from the left.
+        """
         labels = self._labels(classes)
-        height, width = self.generator.config.grid
-        every = every or width
-        codes = torch.zeros(len(labels), height * width, dtype=torch.int64, device=self.device)
+        length = self.generator.config.seq_len
+        codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
         rngs = image_rngs(range(seed, seed + len(labels)))
         for position, drawn in enumerate(iter_codes(self.generator, labels, settings, rngs)):
             codes[:, position] = drawn
-            done = position + 1
-            if done % every == 0 or done == height * width:
-                yield done, self._decode_partial(codes, done)
+            yield position + 1, codes
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """codes int64 [B, T] -> pictures."""
         return to_pil(self.tokenizer.decode(codes, self.generator.config.grid))
 
-    def _decode_partial(self, codes: Tensor, done: int) -> list[Image.Image]:
+    def decode_partial(self, codes: Tensor, done: int) -> list[Image.Image]:
+        """Pictures of the first `done` codes of codes int64 [B, T], the rest mid-grey."""
         height, width = self.generator.config.grid
         images = self.tokenizer.decode(codes, (height, width))  # [B, 3, H, W]
         known = torch.arange(height * width, device=images.device) < done
@@ -193,6 +187,36 @@ class Pipeline:
             raise ValueError("no classes given: expected at least one index or name")
         labels = [self.label(item) for item in classes]
         return torch.tensor(labels, dtype=torch.int64, device=self.device)
+
+
+def search_names(class_names: Sequence[str], part: str) -> list[int]:
+    """Indices of the names that contain `part`, without regard to case."""
+    wanted = part.casefold()
+    return [i for i, name in enumerate(class_names) if wanted in name.casefold()]
+
+
+def find_label(class_names: Sequence[str], name_or_index: str | int) -> int:
+    """As Pipeline.label, for a list of class names."""
+    text = str(name_or_index).strip()
+    named = [i for i, name in enumerate(class_names) if name == text]
+    if len(named) == 1 and isinstance(name_or_index, str):  # a class may be called "10"
+        return named[0]
+    if re.fullmatch(r"-?\d+", text, re.ASCII):
+        index = int(text)
+        if not 0 <= index < len(class_names):
+            raise ValueError(f"class {index}: expected 0..{len(class_names) - 1}")
+        return index
+    wanted = text.casefold()
+    matches = search_names(class_names, wanted)
+    exact = [i for i in matches if wanted in synonyms(class_names[i])]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0]
+    if not matches:
+        known = ", ".join(class_names[:10])
+        more = ", ..." if len(class_names) > 10 else ""
+        raise ValueError(f"unknown class {text!r}: expected an index or a name ({known}{more})")
+    some = ", ".join(f"{i} ({class_names[i]})" for i in (exact or matches)[:5])
+    raise ValueError(f"class {text!r} fits {len(exact or matches)} classes: {some}; be exact")
 
 
 def synonyms(class_name: str) -> list[str]:
