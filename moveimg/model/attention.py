@@ -74,8 +74,8 @@ class MultiHeadAttention(nn.Module):
         """Scores and weighted sums over `context` positions, beside the projections."""
         return 4 * context * self.config.width
 
-    def make_cache(self, batch: int, length: int) -> KVCache:
-        return KVCache(batch, length, self.config, self.wo.weight)
+    def make_cache(self, batch: int, length: int, like: Tensor) -> KVCache:
+        return KVCache(batch, length, self.config, like)
 
     def forward(
         self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: KVCache | None = None

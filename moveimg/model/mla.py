@@ -119,9 +119,9 @@ class MultiHeadLatentAttention(nn.Module):
         latent = heads * (2 * spec.kv_rank + spec.rope_dim)
         return 2 * context * (latent + self.value_mixer.value_width)
 
-    def make_cache(self, batch: int, length: int) -> LatentCache:
+    def make_cache(self, batch: int, length: int, like: Tensor) -> LatentCache:
         width = self.spec.kv_rank + self.spec.rope_dim
-        return LatentCache(batch, length, self.config, width, self.value_mixer, self.wo.weight)
+        return LatentCache(batch, length, self.config, width, self.value_mixer, like)
 
     def forward(
         self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: LatentCache | None = None

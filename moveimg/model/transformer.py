@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moveimg.config_model import ModelConfig, SlotConfig
 from moveimg.model.attention import ATTENTIONS
@@ -52,7 +53,8 @@ class Cache:
     def __init__(self, model: Transformer, batch: int) -> None:
         length = model.config.seq_len  # the class token and every code but the last
         self.batch = batch
-        self.layers = [attention.make_cache(batch, length) for attention in model.attentions()]
+        like = model.norm.weight  # what flows between the layers has its dtype and device
+        self.layers = [layer.make_cache(batch, length, like) for layer in model.attentions()]
         self.rope = model.rope()[:length]
         self.position = 0
 
@@ -67,6 +69,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # training: blocks keep their input, not their activations
         sites = ATTENTIONS[config.attention.kind].sites(config)
         memory, ffn = MEMORIES[config.memory.kind], FEEDFORWARDS[config.ffn.kind]
         site = next(site for site in memory.sites if site in sites)
@@ -110,7 +113,7 @@ class Transformer(nn.Module):
         A scalar with its graph, zero where no layer asks for anything. It is handed out once: no
         graph stays behind in the model.
         """
-        total = torch.zeros((), device=self.head.weight.device)
+        total = torch.zeros((), device=self.norm.weight.device)
         for ffn in self.feedforwards():
             if ffn.auxiliary is not None:
                 total, ffn.auxiliary = total + ffn.auxiliary, None
@@ -130,7 +133,7 @@ class Transformer(nn.Module):
         """Rotation table of every position, [1 + T, pairs, 2], in float32 or better."""
         config = self.config
         dim = ATTENTIONS[config.attention.kind].rope_dim(config)
-        like = self.head.weight
+        like = self.norm.weight
         dtype = torch.promote_types(like.dtype, torch.float32)
         return rope_2d(config.grid, dim, config.rope_base, like.device, dtype)
 
@@ -192,9 +195,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         x = self.token_dropout(x)
         for index, block in enumerate(self.layers):
-            x = block(
-                x, rows, rope, self.shared_ffn, None if cache is None else cache.layers[index]
-            )
+            layer_cache = None if cache is None else cache.layers[index]
+            inputs = (x, rows, rope, self.shared_ffn, layer_cache)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
