@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tokenizer as tok
 from tests.test_tokenizer import make, make_images, one_line_error
-from tokenizer import quantizers
+from tokenizer import codebook, quantizers
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,15 +23,15 @@ from tokenizer import quantizers
 )
 def test_nearest_codes_match_brute_force(n, size, dim, at_once, seed, whole):
     rng = torch.Generator().manual_seed(seed)
-    vectors, codebook = (
+    vectors, codes = (
         torch.randn(rows, dim, generator=rng, dtype=torch.float64) * 2 for rows in (n, size)
     )
     if whole:  # whole numbers have exact ties: the lowest index wins
-        vectors, codebook = vectors.round(), codebook.round()
-    distances = (vectors[:, None] - codebook[None]).square().sum(2)
+        vectors, codes = vectors.round(), codes.round()
+    distances = (vectors[:, None] - codes[None]).square().sum(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizers, "_SCORES_AT_ONCE", at_once)
-        assert torch.equal(quantizers.nearest_codes(vectors, codebook), distances.argmin(1))
+        patch.setattr(codebook, "SCORES_AT_ONCE", at_once)
+        assert torch.equal(codebook.nearest_codes(vectors, codes), distances.argmin(1))
 
 
 def make_quantizer(size: int = 8, l2_normalize: bool = False, **settings):

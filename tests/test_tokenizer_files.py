@@ -27,6 +27,20 @@ def test_round_trip(tmp_path):
     assert tok.load(tmp_path / "a" / "tokenizer").fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize("kind", ["simvq", "ibq"])
+def test_other_quantizers_round_trip(tmp_path, kind):
+    tokenizer = make(
+        quantizer=tok.parse_config({"kind": "vq", "quantizer": {"kind": kind}}, "test").quantizer
+    )
+    tok.save(tokenizer, tmp_path)
+    loaded = tok.load(tmp_path)
+    codes = loaded.encode(make_images())
+    assert torch.equal(codes, tokenizer.encode(make_images()))
+    assert torch.equal(loaded.decode(codes, (4, 2)), tokenizer.decode(codes, (4, 2)))
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
 def test_saving_over_a_tokenizer_in_use_does_not_change_it(tmp_path):
     tok.save(make(), tmp_path)
     loaded = tok.load(tmp_path)
@@ -41,6 +55,8 @@ def test_fingerprint_knows_config_and_weights_and_no_casts(tmp_path):
     assert make().freeze().fingerprint == base
     assert make(seed=1).fingerprint != base
     assert make(dropout=0.1).fingerprint != base
+    other = tok.IBQQuantizerConfig(kind="ibq")  # the same weights, read in another way
+    assert make(quantizer=other).fingerprint != base
     trained = make()
     assert trained.fingerprint == base
     with torch.no_grad():
@@ -101,7 +117,7 @@ def change_weights(directory, **changes):
         (lambda d: change_config(d, width=-3), ["config.json", "width: ", "greater than 0", "-3"]),
         (lambda d: change_config(d, kind="vqq"), ["config.json", "kind: ", "'vqq'"]),
         (lambda d: change_config(d, kind=None), ["config.json", "kind: missing"]),
-        (lambda d: change_config(d, quantizer={"kind": "x"}), ["config.json", "quantizer.kind: "]),
+        (lambda d: change_config(d, quantizer={"kind": "x"}), ["quantizer.kind: ", "'ibq'", "'x'"]),
         (lambda d: change_config(d, norm_groups=5), ["config.json", "norm_groups 5", "8"]),
         (lambda d: change_config(d, codebook_size=70_000), ["codebook_size: ", "65536", "70000"]),
         (lambda d: change_config(d, multipliers=[]), ["config.json", "multipliers: "]),

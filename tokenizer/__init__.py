@@ -5,7 +5,10 @@ that kind is built.
 """
 
 from tokenizer.base import AutoencoderTokenizer, Tokenizer, TrainingOutput
+from tokenizer.codebook import Quantizer, code_statistics
 from tokenizer.config import (
+    IBQQuantizerConfig,
+    SimVQQuantizerConfig,
     TamingConfig,
     TokenizerConfig,
     VQConfig,
@@ -15,13 +18,15 @@ from tokenizer.config import (
 from tokenizer.foreign import load_llamagen_vq, load_taming, read_weights
 from tokenizer.io import build, load, save
 from tokenizer.losses import DEFAULT_WEIGHTS, total_loss
-from tokenizer.quantizers import code_statistics
 from tokenizer.taming import TamingTokenizer
 from tokenizer.vq import VQTokenizer
 
 __all__ = [
     "DEFAULT_WEIGHTS",
     "AutoencoderTokenizer",
+    "IBQQuantizerConfig",
+    "Quantizer",
+    "SimVQQuantizerConfig",
     "TamingConfig",
     "TamingTokenizer",
     "Tokenizer",

@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from tokenizer.codebook import Quantizer
 from tokenizer.config import TamingConfig, VQConfig
 from tokenizer.losses import reconstruction_losses
-from tokenizer.quantizers import VectorQuantizer
 
 
 @runtime_checkable
@@ -49,11 +49,11 @@ class TrainingOutput(NamedTuple):
     reconstruction: Tensor
     """[B, 3, H, W], not clamped, so that a loss sees values outside [-1, 1]."""
     losses: dict[str, Tensor]
-    """Unweighted scalars `l1`, `l2`, `codebook`, `commitment`, for `losses.total_loss`."""
+    """Unweighted scalars for `losses.total_loss`: `l1`, `l2`, and those of the quantizer."""
     codes: Tensor
     """int64 [B, h*w]."""
     stats: dict[str, Tensor]
-    """Scalars to log: `usage` and `perplexity` of this batch's codes; in training `reseeded`."""
+    """Scalars to log: `usage` and `perplexity` of this batch's codes, and the quantizer's own."""
 
 
 class AutoencoderTokenizer(nn.Module):
@@ -68,7 +68,7 @@ class AutoencoderTokenizer(nn.Module):
         config: VQConfig | TamingConfig,
         encoder: nn.Module,
         decoder: nn.Module,
-        quantize: VectorQuantizer,
+        quantize: Quantizer,
     ) -> None:
         super().__init__()
         self.config = config

@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveInt,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -44,8 +46,41 @@ class VQQuantizerConfig(_Config):
     )
 
 
-# One kind so far; a second makes this `Annotated[A | B, Field(discriminator="kind")]`.
-QuantizerConfig = VQQuantizerConfig
+# The kinds below have no default `kind`: a fingerprint leaves defaults out, and must know the kind.
+
+
+class SimVQQuantizerConfig(_Config):
+    """A frozen random codebook behind one learned linear map (SimVQ, arXiv 2411.02038)."""
+
+    kind: Literal["simvq"] = Field(description="nearest row of C W, C frozen and W learned")
+
+
+class IBQQuantizerConfig(_Config):
+    """Index back-propagation (IBQ, arXiv 2412.02692); the weights of its authors' code.
+
+    It compares by dot product: give the tokenizer `l2_normalize: false`, or all scores lie in
+    [-1, 1] and the gradient that reaches the codes is nearly the same for all of them.
+    """
+
+    kind: Literal["ibq"] = Field(description="likeliest code; every code has a gradient")
+    entropy_weight: float = Field(
+        default=0.05, ge=0, description="weight of the loss that spreads the use of codes"
+    )
+    entropy_temperature: float = Field(
+        default=0.01, gt=0, description="divides the scores in that loss"
+    )
+
+
+def _quantizer_kind(value: Any) -> Any:
+    return value.get("kind", "vq") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+QuantizerConfig = Annotated[
+    Annotated[VQQuantizerConfig, Tag("vq")]
+    | Annotated[SimVQQuantizerConfig, Tag("simvq")]
+    | Annotated[IBQQuantizerConfig, Tag("ibq")],
+    Discriminator(_quantizer_kind),  # a function, for `kind` may be left out: it is then vq
+]
 
 
 class VQConfig(_Config):
@@ -153,7 +188,7 @@ class TamingConfig(_Config):
 TokenizerConfig = Annotated[VQConfig | TamingConfig, Field(discriminator="kind")]
 
 _ADAPTER: TypeAdapter[VQConfig | TamingConfig] = TypeAdapter(TokenizerConfig)
-_KINDS = ("vq", "taming")
+_KINDS = ("vq", "taming", "simvq", "ibq")
 
 
 def parse_config(values: Any, source: str) -> VQConfig | TamingConfig:

@@ -1,9 +1,8 @@
 """Losses that train a tokenizer.
 
 A loss is a set of named, unweighted scalars, and one function that weighs and adds them. A
-perceptual loss is one more entry of `IMAGE_LOSSES`-shaped functions added to the terms by the
-training loop; an adversarial loss is one more term, and can balance itself against the gradient
-at `tokenizer.last_layer`.
+perceptual loss (`perceptual.py`) is one more term; an adversarial one (`adversarial.py`) balances
+itself against the gradient of the others at `tokenizer.last_layer`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ ImageLoss = Callable[[Tensor, Tensor], Tensor]
 
 IMAGE_LOSSES: Mapping[str, ImageLoss] = MappingProxyType({"l1": F.l1_loss, "l2": F.mse_loss})
 
-DEFAULT_WEIGHTS: Mapping[str, float] = MappingProxyType(
-    # l2 and codebook at 1 are LlamaGen's; commitment is the beta of VQ-VAE (arXiv 1711.00937)
-    {"l1": 0.0, "l2": 1.0, "codebook": 1.0, "commitment": 0.25}
+CODEBOOK_WEIGHTS: Mapping[str, float] = MappingProxyType(
+    # codebook at 1 is LlamaGen's; commitment is the beta of VQ-VAE (arXiv 1711.00937)
+    {"codebook": 1.0, "commitment": 0.25}
 )
+DEFAULT_WEIGHTS: Mapping[str, float] = MappingProxyType({"l1": 0.0, "l2": 1.0, **CODEBOOK_WEIGHTS})
+"""LlamaGen's, for a quantizer of kind `vq` or `simvq`."""
 
 
 def reconstruction_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:

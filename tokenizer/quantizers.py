@@ -1,80 +1,28 @@
-"""Vectors -> codes -> vectors.
+"""Vectors -> codes -> vectors: the kinds of quantizer.
 
 Letters: B batch, D codebook dimension, N codebook size, h and w the grid, n = B*h*w.
 
-A quantizer is a module with `lookup`, `embed` and `forward` as in `VectorQuantizer`. A new kind is
-one class, one config in `config.py`, and one line in `QUANTIZERS`.
+A new kind is one class with what it does otherwise than `codebook.Quantizer`, one config in
+`config.py`, and one line in `QUANTIZERS`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tokenizer.config import VQQuantizerConfig
+from tokenizer.codebook import Choice, Quantizer, likeliest_codes, rows_at_once
+from tokenizer.config import IBQQuantizerConfig, SimVQQuantizerConfig, VQQuantizerConfig
 from tokenizer.losses import codebook_losses
 
-_SCORES_AT_ONCE = 2**24
-"""Elements of the score matrix held at once (64 MiB in float32)."""
 
-
-class QuantizerOutput(NamedTuple):
-    """What a training step needs from a quantizer."""
-
-    quantized: Tensor
-    """[B, D, h, w]; its gradient reaches the encoder unchanged (straight-through)."""
-    codes: Tensor
-    """int64 [B, h*w], raster order."""
-    losses: dict[str, Tensor]
-    """Unweighted scalars, see `tokenizer.losses`."""
-    stats: dict[str, Tensor]
-    """Scalars to log: `usage`, `perplexity`, and in training `reseeded`."""
-
-
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook vector at the smallest Euclidean distance.
-
-    |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2), so the nearest code has the largest v.e - |e|^2 / 2.
-    Scores are formed for some rows at a time: all of n x N would be gigabytes.
-
-    Args:
-        vectors: [n, D].
-        codebook: [N, D], same dtype and device.
-
-    Returns:
-        int64 [n]; the lowest index where several are equally near.
-    """
-    bias = codebook.square().sum(1) / -2  # [N]
-    rows = max(1, _SCORES_AT_ONCE // len(codebook))
-    # autocast would round the scores to 8 bits of mantissa
-    with torch.autocast(vectors.device.type, enabled=False):
-        parts = [
-            torch.addmm(bias, part, codebook.T).argmax(1)  # [rows, N] -> [rows]
-            for part in vectors.split(rows)
-        ]
-    return torch.cat(parts)
-
-
-def code_statistics(counts: Tensor) -> dict[str, Tensor]:
-    """How evenly codes are used.
-
-    Args:
-        counts: [N], how often each code occurred: `codes.flatten().bincount(minlength=N)`.
-
-    Returns:
-        `usage`, the fraction of codes that occurred, and `perplexity`, exp of the entropy of their
-        frequencies (1 to N).
-    """
-    frequency = counts.float() / counts.sum().clamp(min=1)  # [N]
-    entropy = -torch.special.xlogy(frequency, frequency).sum()
-    return {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
-
-
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Quantizer):
     """Nearest codebook vector (VQ-VAE, arXiv 1711.00937) with re-seeding of dead codes.
 
     A code that no vector chose for `reseed_after` training steps is put onto a vector of the
@@ -86,57 +34,31 @@ class VectorQuantizer(nn.Module):
     def __init__(
         self, config: VQQuantizerConfig, codebook_size: int, codebook_dim: int, l2_normalize: bool
     ) -> None:
-        super().__init__()
+        super().__init__(codebook_size, codebook_dim, l2_normalize)
         self.config = config
-        self.l2_normalize = l2_normalize
-        self.embedding = nn.Embedding(codebook_size, codebook_dim)
-        nn.init.normal_(self.embedding.weight, std=codebook_dim**-0.5)
         self.idle_steps: Tensor | None  # int64 [N], steps since each code was last chosen
         self.register_buffer("idle_steps", None, persistent=False)
         self.awaits_data = config.init_from_data
         self.register_load_state_dict_post_hook(_keep_loaded_codebook)
 
-    def codebook(self) -> Tensor:
-        """[N, D] vectors as compared and decoded, in float32 or better."""
-        weight = self.embedding.weight
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return F.normalize(weight, dim=1) if self.l2_normalize else weight
+    def prepare(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Re-seed; `reseeded` is the number of codes moved."""
+        return {"reseeded": self._move_dead_codes(vectors)}
 
-    def lookup(self, z: Tensor) -> Tensor:
-        """Codes of encoder outputs: [B, D, h, w] -> int64 [B, h*w], raster order."""
-        codes = nearest_codes(self._vectors(z), self.codebook())
-        return codes.view(z.shape[0], -1)
+    @torch.no_grad()
+    def record(self, counts: Tensor) -> None:
+        assert self.idle_steps is not None  # made by prepare
+        if _distributed():
+            counts = counts.clone()
+            dist.all_reduce(counts)
+        self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Vectors of codes: int64 [...] -> [..., D]."""
-        return F.embedding(codes, self.codebook())
+    def training_state(self) -> dict[str, Tensor | None]:
+        """How long each code was idle: not part of a tokenizer, but of when codes are moved."""
+        return {"idle_steps": self.idle_steps}
 
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize z [B, D, h, w]. In training mode this also looks after the codebook."""
-        vectors = self._vectors(z)  # [n, D]
-        stats: dict[str, Tensor] = {}
-        if self.training:
-            stats["reseeded"] = self._move_dead_codes(vectors.detach())
-        codebook = self.codebook()
-        codes = nearest_codes(vectors.detach(), codebook.detach())  # [n]
-        counts = codes.bincount(minlength=len(codebook))
-        if self.training:
-            self._record_use(counts)
-        chosen = F.embedding(codes, codebook)  # [n, D]
-        quantized = vectors + (chosen - vectors).detach()
-        b, _, h, w = z.shape
-        return QuantizerOutput(
-            quantized.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous().to(z.dtype),
-            codes.view(b, h * w),
-            codebook_losses(vectors, chosen),
-            stats | code_statistics(counts),
-        )
-
-    def _vectors(self, z: Tensor) -> Tensor:
-        """[B, D, h, w] -> [n, D] in the form that is compared, in float32 or better."""
-        precise = z.to(torch.promote_types(z.dtype, torch.float32))
-        vectors = precise.permute(0, 2, 3, 1).flatten(0, 2)
-        return F.normalize(vectors, dim=1) if self.l2_normalize else vectors
+    def load_training_state(self, state: Mapping[str, Tensor | None]) -> None:
+        self.idle_steps = state["idle_steps"]
 
     @torch.no_grad()
     def _move_dead_codes(self, vectors: Tensor) -> Tensor:
@@ -164,13 +86,88 @@ class VectorQuantizer(nn.Module):
             _broadcast(self.idle_steps)
         return torch.tensor(len(dead), device=weight.device)
 
-    @torch.no_grad()
-    def _record_use(self, counts: Tensor) -> None:
-        assert self.idle_steps is not None  # made by _move_dead_codes
-        if dist.is_available() and dist.is_initialized():
-            counts = counts.clone()
-            dist.all_reduce(counts)
-        self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
+
+class SimVectorQuantizer(Quantizer):
+    """SimVQ (arXiv 2411.02038): a frozen codebook C ~ N(0, 1/D) behind one learned linear map W.
+
+    The nearest row of C W is chosen, with VQ-VAE's losses. W moves all codes at once, so that a
+    code is never left behind because nothing chose it.
+    """
+
+    def __init__(
+        self, _: SimVQQuantizerConfig, codebook_size: int, codebook_dim: int, l2_normalize: bool
+    ) -> None:
+        super().__init__(codebook_size, codebook_dim, l2_normalize)
+        self.embedding.requires_grad_(False)
+        self.projection = nn.Linear(codebook_dim, codebook_dim, bias=False)
+
+    def codebook(self) -> Tensor:
+        frozen, w = self.embedding.weight, self.projection.weight
+        precision = torch.promote_types(w.dtype, torch.float32)
+        with torch.autocast(w.device.type, enabled=False):
+            return self._normalized(F.linear(frozen.to(precision), w.to(precision)))
+
+
+class IndexQuantizer(Quantizer):
+    """IBQ, index back-propagation (arXiv 2412.02692).
+
+    p = softmax(C z), and the code is its largest entry. quantized = C^T (onehot - sg(p) + p), with
+    sg the stop of gradients: its value is the chosen vector, its gradient goes through p to z and
+    to *every* code. Losses: `double` (quantized - z)^2, moving both sides through p; the two halves
+    of VQ-VAE's; and `entropy` at temperature t, E[H(p_t)] - H(E[p_t]): each vector decided, all
+    codes used. H(E[p]) is of all vectors of the batch, on all processes.
+    """
+
+    def __init__(
+        self, config: IBQQuantizerConfig, codebook_size: int, codebook_dim: int, l2_normalize: bool
+    ) -> None:
+        super().__init__(codebook_size, codebook_dim, l2_normalize)
+        self.config = config
+        # VQ-VAE's two halves are weighed the other way round than there, as the authors' code does
+        self.loss_weights = {
+            "codebook": 0.25,
+            "commitment": 1.0,
+            "double": 1.0,
+            "entropy": config.entropy_weight,
+        }
+
+    def assign(self, vectors: Tensor, codebook: Tensor) -> Tensor:
+        return likeliest_codes(vectors, codebook)
+
+    def choose(self, vectors: Tensor, codebook: Tensor) -> Choice:
+        parts = vectors.split(rows_at_once(codebook))
+        # more than one part: too much to keep for the backward pass, so it is computed again there
+        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        with torch.autocast(vectors.device.type, enabled=False):
+            results = [
+                self._soft(part, codebook)
+                if len(parts) == 1
+                else checkpoint(self._soft, part, codebook, **again)
+                for part in parts
+            ]
+            soft, codes, usage, undecided = zip(*results, strict=True)
+            expected = torch.cat(soft)  # [n, D]
+            index = torch.cat(codes)  # [n]
+            chosen = F.embedding(index, codebook)  # [n, D]
+            # the value is `chosen` to the bit; C as a value is moved by the chosen row alone
+            quantized = chosen + (expected - expected.detach())
+            mean_usage = _mean_over_processes(torch.stack(usage).sum(0) / len(vectors))  # [N]
+            # 1e-5: an unused code has a finite gradient
+            spread = -(mean_usage * (mean_usage + 1e-5).log()).sum()
+            losses = {
+                **codebook_losses(vectors, chosen),
+                "double": F.mse_loss(quantized, vectors),
+                "entropy": torch.stack(undecided).sum() / len(vectors) - spread,
+            }
+        return Choice(quantized, index, losses)
+
+    def _soft(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For vectors [m, D]: p C [m, D], codes [m], sum of p_t [N], sum of H(p_t) []."""
+        scores = vectors @ codebook.T  # [m, N]
+        expected = scores.softmax(1) @ codebook.detach()
+        sharp = (scores / self.config.entropy_temperature).log_softmax(1)
+        p = sharp.exp()
+        return expected, scores.argmax(1), p.sum(0), -(p * sharp).sum()
 
 
 def _resample(vectors: Tensor, count: int) -> Tensor:
@@ -181,9 +178,22 @@ def _resample(vectors: Tensor, count: int) -> Tensor:
     return chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
 
 
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _broadcast(tensor: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized():
+    if _distributed():
         dist.broadcast(tensor.detach(), src=0)
+
+
+def _mean_over_processes(tensor: Tensor) -> Tensor:
+    """With gradients: those of every process's loss come back to each."""
+    if not _distributed():
+        return tensor
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(tensor) / dist.get_world_size()
 
 
 def _keep_loaded_codebook(module: nn.Module, _: object) -> None:
@@ -191,4 +201,8 @@ def _keep_loaded_codebook(module: nn.Module, _: object) -> None:
     module.awaits_data = False
 
 
-QUANTIZERS: dict[str, type[VectorQuantizer]] = {"vq": VectorQuantizer}
+QUANTIZERS: dict[str, Callable[[Any, int, int, bool], Quantizer]] = {
+    "vq": VectorQuantizer,
+    "simvq": SimVectorQuantizer,
+    "ibq": IndexQuantizer,
+}
