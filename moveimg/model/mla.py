@@ -99,6 +99,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.latent_mixer = mixers.get("latent", PassThrough())
         self.value_mixer = mixers.get("value", PassThrough())
 
+    absorbed = ("wkv_up",)  # decoding multiplies queries and sums by its halves
+
     @staticmethod
     def sites(config: ModelConfig) -> dict[str, int]:
         """Where memory can be mixed in, and how wide what stands there is."""

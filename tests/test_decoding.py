@@ -1,0 +1,102 @@
+"""The model prepared for sampling computes what the plain one does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from moveimg.model.decoding import decoding_model, packable
+from moveimg.model.transformer import Transformer
+from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
+
+pytestmark = pytest.mark.skipif(
+    not packable(torch.zeros(2, 2)), reason="this torch has no oneDNN, models are taken as they are"
+)
+
+
+@torch.inference_mode()
+def decoded(model: Transformer, codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] by cached decoding."""
+    cache = model.make_cache(len(labels))
+    steps = [model.start(labels, cache)]
+    steps += [model.decode(codes[:, t], cache) for t in range(codes.shape[1] - 1)]
+    return torch.stack(steps, dim=1)
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    return lively(tiny_config(**VARIANTS[name]), dtype=dtype)
+
+
+def test_packed_matrices_give_the_same_logits(variant):
+    model = lively(variant, dtype=torch.float32)
+    codes, labels = random_inputs(model.config)
+    fast = decoding_model(model)
+    torch.testing.assert_close(
+        decoded(fast, codes, labels), decoded(model, codes, labels), atol=2e-5, rtol=1e-4
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(codes, labels), model(codes, labels), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["mha-move-3-class-rows-swiglu", "mla-move-3-class-rows-moe"])
+def test_the_same_call_gives_the_same_bits(variant):
+    fast = decoding_model(tiny_model(variant))
+    codes, labels = random_inputs(fast.config)
+    assert torch.equal(decoded(fast, codes, labels), decoded(fast, codes, labels))
+
+
+def test_bfloat16_stays_within_its_rounding():
+    model = tiny_model("mha-move-3-class-rows-swiglu")
+    codes, labels = random_inputs(model.config)
+    rounded = copy.deepcopy(model).bfloat16()
+    exact = decoded(copy.deepcopy(rounded).double(), codes, labels)  # the same weights
+    plain = (decoded(rounded, codes, labels) - exact).abs().max()
+    fast = (decoded(decoding_model(rounded), codes, labels) - exact).abs().max()
+    assert fast <= 1.5 * plain
+    assert rounded.head.weight.dtype == torch.bfloat16  # the model itself is left alone
+
+
+def test_int8_is_near():
+    model = tiny_model("mha-move-3-class-rows-swiglu")
+    codes, labels = random_inputs(model.config)
+    exact, near = (
+        decoded(model, codes, labels),
+        decoded(decoding_model(model, "int8"), codes, labels),
+    )
+    error = (near - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.1  # rounded, but not wrong
+    assert torch.equal(decoded(model, codes, labels), exact)
+
+
+def test_int8_survives_a_row_of_zeros():
+    model = tiny_model("mha-none-swiglu")
+    with torch.no_grad():
+        model.head.weight[3] = 0
+    codes, labels = random_inputs(model.config)
+    logits = decoded(decoding_model(model, "int8"), codes, labels)
+    assert torch.isfinite(logits).all()
+    assert (logits[..., 3] == 0).all()
+
+
+def test_tables_are_shared_and_matrices_are_not():
+    model = tiny_model("mha-move-3-class-rows-swiglu")
+    fast = decoding_model(model)
+    assert fast.memory.bank.weight is model.memory.bank.weight
+    assert fast.code_embedding.weight is model.code_embedding.weight
+    assert not any(name.endswith("wqkv.weight") for name, _ in fast.named_parameters())
+    assert any(name.endswith("wqkv.weight") for name, _ in model.named_parameters())
+
+
+def test_float64_is_taken_as_it_is():
+    model = tiny_model("mha-none-swiglu", torch.float64)
+    assert decoding_model(model) is model
+
+
+def test_what_cannot_be_quantized_is_refused():
+    model = tiny_model("mha-none-swiglu")
+    with pytest.raises(ValueError, match=r"int4.*expected int8"):
+        decoding_model(model, "int4")
+    with pytest.raises(ValueError, match="int8 on meta: expected a CPU"):
+        decoding_model(copy.deepcopy(model).to("meta"), "int8")
