@@ -1,72 +1,40 @@
-"""Images -> packed codes, in shards that survive an interruption."""
+"""Images -> packed codes, in shards that survive an interruption and may be made side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from moveimg.config import ImagesConfig
+from moveimg.data import resume
 from moveimg.data.codes import PackedCodes
-from moveimg.data.crops import count_views, normalize
+from moveimg.data.crops import count_views
 from moveimg.data.images import ImageSource, Split, open_images
-from moveimg.data.loading import LoadedBatch, cut_batches, load_views
+from moveimg.data.loading import cut_batches, load_views
 from moveimg.data.manifest import (
     MANIFEST,
     MAX_CODEBOOK_SIZE,
     Crops,
     EncodeSettings,
     Manifest,
-    Record,
-    Shard,
-    Skipped,
-    read_record,
-    sha256_file,
     write_record,
-    write_shard,
 )
+from moveimg.data.ranks import Ranks, all_ranks
+from moveimg.data.shards import Tokenizer, encode_shard, make_encoder
+from moveimg.device import pick_dtype
 from moveimg.progress import progress_bar
 
-PROGRESS = "progress.json"
 SPLITS: tuple[Split, Split] = ("train", "val")
-
-
-class Tokenizer(Protocol):
-    """What encoding needs of a tokenizer."""
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def downsample(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [B, 3, H, W] in [-1, 1] -> int64 [B, h*w]."""
-
-
-class FinishedShard(Record):
-    """A shard on disk, and the images left out of it; no shard where none could be read."""
-
-    number: int
-    shard: Shard | None
-    skipped: tuple[Skipped, ...]
-
-
-class Progress(Record):
-    """The content of progress.json: what an interrupted run leaves to the next."""
-
-    settings: EncodeSettings
-    finished: tuple[FinishedShard, ...] = ()
+_SKIPPED_SHOWN = 20
 
 
 def encode_images(
@@ -93,41 +61,46 @@ def encode_images(
     device: where the tokenizer lives
     dtype: autocast precision of the tokenizer; None leaves it at its own
     workers: processes that crop; None means none for small sources, else up to 8
-    progress: called with (images done, images in all) after each batch
+    progress: called with (images done, images in all) of this process after each batch
 
-    An interrupted run goes on after its finished shards. A finished directory of the same
-    settings is left as it is. Unreadable images are left out and listed in the manifest.
+    Every process of a `torchrun` job has to call this. They share the shards, and the bytes are
+    those that one process would write. It returns when the manifest is there.
+
+    An interrupted run goes on after its finished shards, on any number of processes. A finished
+    directory of the same settings is left as it is. Unreadable images are left out and listed in
+    the manifest.
 
     Raises ValueError for settings that do not fit each other, a directory that holds something
-    else, or a source with no readable image; OSError where `out` cannot be written.
+    else, too little space on the disk, or a source with no readable image; OSError where `out`
+    cannot be written.
     """
     out = Path(out)
     settings = _settings(
         source, tokenizer, size, crops, tuple(ranges), batch_size, shard_size, dtype
     )
-    if (out / MANIFEST).exists():
-        manifest = PackedCodes(out).manifest
-        _require_same(out, manifest.settings, settings)
-        return manifest
-    finished = _resume(out, settings)
-    total = len(source)
-    blocks = [range(i, min(i + shard_size, total)) for i in range(0, total, shard_size)]
-    todo = {number: block for number, block in enumerate(blocks) if number not in finished}
-    done = total - sum(len(block) for block in todo.values())
+    with all_ranks() as ranks:
+        manifest = resume.finished_manifest(out, settings)
+        ranks.wait()
+        if manifest is not None:
+            return manifest
+        ranks.first(lambda: _prepare(out, settings, len(source)))
+        encode = make_encoder(tokenizer, settings, device, dtype)
+        blocks = _share(out, settings, len(source), ranks)
+        loader = load_views(source, settings, blocks.values(), device, workers)
+        done, total = 0, sum(len(block) for block in blocks.values())
 
-    def advance(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress:
-            progress(done, total)
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            if progress:
+                progress(done, total)
 
-    loader = load_views(source, settings, todo.values(), device, workers)
-    encode = _encoder(tokenizer, settings, device, dtype)
-    for number, block in todo.items():
-        batches = islice(loader, len(cut_batches(block, settings)))
-        finished[number] = _encode_shard(out, number, batches, encode, advance)
-        _record(out, settings, finished)
-    return _finish(source, out, settings, [finished[number] for number in range(len(blocks))])
+        for number, block in blocks.items():
+            batches = islice(loader, len(cut_batches(block, settings)))
+            resume.record(out, encode_shard(out, number, batches, encode, advance))
+        ranks.wait()
+        ranks.first(lambda: _finish(source, out, settings))
+    return PackedCodes(out).manifest
 
 
 def encode_splits(
@@ -137,24 +110,34 @@ def encode_splits(
 
     images: the source, its size and its views; val images get one view, the centre of the
         first range
-    options: further arguments of encode_images
+    options: further arguments of encode_images; dtype is bfloat16 on CUDA unless given
 
+    Says on stderr how much will be written, and which images could not be read.
     Errors as of open_images and encode_images.
     """
     folder = Path(images.source)
     if folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies in the image folder {folder}: expected another place")
+    device = torch.device(options.get("device", "cpu"))
+    if "dtype" not in options and device.type == "cuda":
+        options["dtype"] = pick_dtype(None, device)
     sources = {split: open_images(images.source, split) for split in SPLITS}
-    manifests: dict[str, Manifest] = {}
     views: dict[Split, tuple[Crops, tuple[float, ...]]] = {
         "train": (images.crops, images.ranges),
         "val": ("center", images.ranges[:1]),
     }
+    manifests: dict[str, Manifest] = {}
     for split, (crops, ranges) in views.items():
-        source = sources[split]
-        with progress_bar(len(source), f"encode {split}", "image") as bar:
+        side, n_views = images.size // tokenizer.downsample, count_views(crops, ranges)
+        n = len(sources[split])
+        print(
+            f"{split}: {n:,} images x {n_views} views x {side * side} codes, "
+            f"{codes_bytes(n, n_views, side * side) / 1e9:.3g} GB",
+            file=sys.stderr,
+        )
+        with progress_bar(n, f"encode {split}", "image") as bar:
             manifests[split] = encode_images(
-                source,
+                sources[split],
                 tokenizer,
                 Path(out) / split,
                 size=images.size,
@@ -163,11 +146,32 @@ def encode_splits(
                 progress=partial(_advance, bar),
                 **options,
             )
+        _tell_skipped(Path(out) / split, manifests[split])
     return manifests
 
 
+def codes_bytes(n_images: int, n_views: int, n_codes: int) -> int:
+    """Bytes of packed codes on disk: two a code, four a label."""
+    return n_images * (n_views * n_codes * 2 + 4)
+
+
 def _advance(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
     bar.update(done - bar.n)
+
+
+def _tell_skipped(out: Path, manifest: Manifest) -> None:
+    skipped = manifest.skipped
+    if not skipped:
+        return
+    total = manifest.n_images + len(skipped)
+    print(
+        f"warning: {len(skipped)} of {total} images cannot be read and are left out "
+        f"(all are listed in {out / MANIFEST})",
+        file=sys.stderr,
+    )
+    for image in skipped[:_SKIPPED_SHOWN]:
+        print(f"  {image.path}: {image.reason}", file=sys.stderr)
 
 
 def _settings(
@@ -211,75 +215,42 @@ def _settings(
     )
 
 
-# --- resuming and finishing ----------------------------------------------------------------
+def _share(out: Path, settings: EncodeSettings, n_images: int, ranks: Ranks) -> dict[int, range]:
+    """The image indices of this process's shards that are not whole yet, by shard number."""
+    step = settings.shard_size
+    numbers = range(_n_shards(settings, n_images))[ranks.rank :: ranks.size]
+    return {
+        number: range(number * step, min((number + 1) * step, n_images))
+        for number in numbers
+        if resume.intact(out, number) is None
+    }
 
 
-def _record(out: Path, settings: EncodeSettings, finished: dict[int, FinishedShard]) -> None:
-    entries = tuple(finished[number] for number in sorted(finished))
-    write_record(out / PROGRESS, Progress(settings=settings, finished=entries))
+def _n_shards(settings: EncodeSettings, n_images: int) -> int:
+    return -(-n_images // settings.shard_size)
 
 
-def _resume(out: Path, settings: EncodeSettings) -> dict[int, FinishedShard]:
-    """Make `out` ready; return the shards to keep of an interrupted run, by number."""
-    out.mkdir(parents=True, exist_ok=True)
-    finished = {entry.number: entry for entry in _intact_shards(out, settings)}
-    _record(out, settings, finished)
-    return finished
-
-
-def _intact_shards(out: Path, settings: EncodeSettings) -> list[FinishedShard]:
-    """The finished shards of an interrupted run whose bytes are still what was written."""
-    path = out / PROGRESS
-    if not path.exists():
-        if any(not entry.name.startswith(".") for entry in out.iterdir()):
-            raise ValueError(
-                f"'{out}' is not empty and holds no packed codes: expected a new or empty folder"
-            )
-        return []
-    before = read_record(path, Progress)
-    if any(entry.shard for entry in before.finished):
-        _require_same(out, before.settings, settings)
-    elif before.settings != settings:
-        return []
-    return [
-        entry for entry in before.finished if entry.shard is None or _is_intact(out, entry.shard)
-    ]
-
-
-def _is_intact(out: Path, shard: Shard) -> bool:
-    with suppress(FileNotFoundError):
-        return (
-            sha256_file(out / shard.codes) == shard.codes_sha256
-            and sha256_file(out / shard.labels) == shard.labels_sha256
-        )
-    return False
-
-
-def _require_same(out: Path, there: EncodeSettings, asked: EncodeSettings) -> None:
-    differences = [
-        f"{name} {_shorten(getattr(there, name))} there, {_shorten(getattr(asked, name))} asked"
-        for name in EncodeSettings.model_fields
-        if getattr(there, name) != getattr(asked, name)
-    ]
-    if differences:
+def _prepare(out: Path, settings: EncodeSettings, n_images: int) -> None:
+    resume.prepare(out, settings)
+    n_codes = settings.grid[0] * settings.grid[1]
+    there = sum(path.stat().st_size for path in out.glob("*.npy"))
+    needed = codes_bytes(n_images, settings.n_crops, n_codes) - there
+    free = shutil.disk_usage(out).free
+    if needed > free:
         raise ValueError(
-            f"'{out}' holds codes of other settings ({'; '.join(differences)}): expected the "
-            "same settings or another folder"
+            f"'{out}' needs {needed / 1e9:.3g} GB for the codes: its disk has {free / 1e9:.3g} GB "
+            "free"
         )
 
 
-def _shorten(value: object, most: int = 40) -> str:
-    text = str(value)
-    return text if len(text) <= most else text[:12] + "..."
-
-
-def _finish(
-    source: ImageSource, out: Path, settings: EncodeSettings, finished: list[FinishedShard]
-) -> Manifest:
+def _finish(source: ImageSource, out: Path, settings: EncodeSettings) -> None:
+    """Write the manifest of shards that are all finished; ValueError where they are all empty."""
+    numbers = range(_n_shards(settings, len(source)))
+    finished = [entry for n in numbers if (entry := resume.recorded(out, n)) is not None]
     shards = tuple(entry.shard for entry in finished if entry.shard)
     skipped = tuple(image for entry in finished for image in entry.skipped)
     if not shards:
-        (out / PROGRESS).unlink()
+        resume.forget(out)
         with suppress(OSError):
             out.rmdir()
         first = f": {skipped[0].path} ({skipped[0].reason})" if skipped else ""
@@ -292,63 +263,4 @@ def _finish(
         skipped=skipped,
     )
     write_record(out / MANIFEST, manifest)
-    (out / PROGRESS).unlink()
-    return manifest
-
-
-# --- encoding ------------------------------------------------------------------------------
-
-
-def _encode_shard(
-    out: Path,
-    number: int,
-    batches: Iterable[LoadedBatch],
-    encode: Callable[[torch.Tensor], np.ndarray],
-    advance: Callable[[int], None],
-) -> FinishedShard:
-    codes: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    skipped: list[Skipped] = []
-    for views, batch_labels, unreadable in batches:
-        skipped += unreadable
-        if len(batch_labels):
-            codes.append(encode(views))
-            labels.append(batch_labels)
-        advance(len(batch_labels) + len(unreadable))
-    shard = None
-    if codes:
-        shard = write_shard(out, number, np.concatenate(codes), np.concatenate(labels))
-    return FinishedShard(number=number, shard=shard, skipped=tuple(skipped))
-
-
-def _encoder(
-    tokenizer: Tokenizer,
-    settings: EncodeSettings,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-) -> Callable[[torch.Tensor], np.ndarray]:
-    """A function: uint8 views [b * n_crops, 3, H, W] -> codes uint16 [b, n_crops, T]."""
-    n_codes = settings.grid[0] * settings.grid[1]
-    autocast = torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
-
-    @torch.inference_mode()
-    def encode(views: torch.Tensor) -> np.ndarray:
-        parts = []
-        for chunk in views.split(settings.batch_size):
-            with autocast:
-                codes = tokenizer.encode(normalize(chunk.to(device, non_blocking=True)))
-            if codes.shape != (len(chunk), n_codes):
-                raise ValueError(
-                    f"the tokenizer gave codes {list(codes.shape)} for {len(chunk)} images: "
-                    f"expected {[len(chunk), n_codes]}"
-                )
-            parts.append(codes.cpu().numpy())
-        found = np.concatenate(parts)
-        if found.min() < 0 or found.max() >= settings.codebook_size:
-            raise ValueError(
-                f"the tokenizer gave codes {found.min()}..{found.max()}: expected "
-                f"0..{settings.codebook_size - 1}"
-            )
-        return found.astype(np.uint16).reshape(-1, settings.n_crops, n_codes)
-
-    return encode
+    resume.forget(out)

@@ -1,48 +1,78 @@
-"""Image sources: the bundled digits, or a folder with one subfolder per class."""
+"""Image sources: the bundled digits, a folder by class, ImageNet's archives, Parquet files."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from moveimg.data.decode import UnreadableImageError as UnreadableImageError
+from moveimg.data.decode import grey_to_rgb
+
 Split = Literal["train", "val"]
 
 
-class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded; the message is the reason."""
+class Names(Sequence[str]):
+    """Many short strings in one buffer.
+
+    A list of ImageNet's 1.3 million names takes a tenth of a gigabyte, and as much again in every
+    worker process that touches it (touching a Python object writes its reference count).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        text, ends = bytearray(), array("q", [0])
+        for name in names:
+            text += name.encode("utf-8", "surrogateescape")
+            ends.append(len(text))
+        self._text, self._ends = bytes(text), np.frombuffer(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = self._text[self._ends[index] : self._ends[index + 1]]
+        return part.decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSource(Dataset):
-    """Labelled images: `source[i]` is (PIL.Image in RGB, label).
+    """N labelled images: `source[i]` is (PIL.Image in RGB, label).
 
     name: what it is, for manifests and messages
     class_names: one per label, in label order
-    identifiers: one per image; paths relative to the folder, in posix form
-    labels: one per image, in 0..len(class_names)-1
-    load: item -> RGB image; raises UnreadableImageError
+    identifiers: one per image; for files the path relative to the source, in posix form
+    labels: int32 [N], in 0..len(class_names)-1
+    load: row number -> RGB image; raises UnreadableImageError, which names the image
+    content: row number -> what tells a replaced image from the old: its bytes' number
     """
 
     name: str
     class_names: list[str]
-    identifiers: list[str]
-    labels: list[int]
-    items: Sequence[Any]
-    load: Callable[[Any], Image.Image]
+    identifiers: Sequence[str]
+    labels: np.ndarray
+    load: Callable[[int], Image.Image]
+    content: Callable[[int], Any]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.load(self.items[index]), self.labels[index]
+        return self.load(index), int(self.labels[index])
 
     def digest(self) -> str:
         """sha256 over identifiers, labels and sizes in bytes (digits: pixels).
@@ -51,22 +81,26 @@ class ImageSource(Dataset):
         size, without reading a whole dataset.
         """
         digest = hashlib.sha256(repr(self.class_names).encode())
-        for identifier, label, item in zip(self.identifiers, self.labels, self.items, strict=True):
-            content = item.stat().st_size if isinstance(item, Path) else item.tobytes().hex()
-            digest.update(repr((identifier, label, content)).encode())
+        for row, (identifier, label) in enumerate(zip(self.identifiers, self.labels, strict=True)):
+            digest.update(repr((identifier, int(label), self.content(row))).encode())
         return digest.hexdigest()
 
 
 def open_images(
     source: str | Path, split: Split, val_fraction: float = 0.2, seed: int = 0
 ) -> ImageSource:
-    """Open one split of `digits` or of an image folder.
+    """Open one split of `digits` or of what a folder holds.
 
-    A folder holds one subfolder per class (searched recursively for images), or `train/` and
-    `val/` with the same class subfolders in each. Without the two, `val_fraction` of each
-    class, drawn with `seed`, is the val split: at least one image of a class stays in train.
-    `val_fraction=0` makes everything train. The digits' split is fixed: it ignores both.
-    Class names are the subfolders' names, sorted; hidden subfolders are left out.
+    A folder holds one of
+    - one subfolder per class (searched recursively for images), or `train/` and `val/` with the
+      same class subfolders in each. Class names are the subfolders' names, sorted; hidden
+      subfolders are left out; WordNet ids of ImageNet-1k get their names.
+    - ImageNet's own archives, unpacked by nobody, under their published names (imagenet.py)
+    - Parquet files of a Hugging Face dataset (parquet.py; needs the extra `datasets`)
+
+    Where there is no val split, `val_fraction` of each class, drawn with `seed`, is one: at least
+    one image of a class stays in train. `val_fraction=0` makes everything train. Sources with a
+    split of their own, as the digits, ignore both.
 
     Raises FileNotFoundError for a folder that is missing, ValueError for one that holds no
     images by class or an unknown split.
@@ -85,22 +119,13 @@ def open_images(
         raise ValueError(f"'{source}' is not a folder: expected one with one subfolder per class")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}: expected 0 <= val_fraction < 1")
+    from moveimg.data import folders, imagenet, parquet
 
-    class_names = _subfolders(root)
-    name = f"{source} ({split})"
-    if _has_splits(root):
-        class_names = _agreeing_classes(root)
-        return _folder_source(name, root, *_list_images(root / split, class_names), class_names)
-    paths, labels = _list_images(root, class_names)
-    rows = _split_rows(labels, split, val_fraction, seed)
-    if not len(rows):
-        raise ValueError(
-            f"'{source}' leaves no images for the {split} split with val_fraction "
-            f"{val_fraction}: expected more images per class, or train/ and val/ subfolders"
-        )
-    return _folder_source(
-        name, root, [paths[i] for i in rows], [labels[i] for i in rows], class_names
-    )
+    if imagenet.has_archives(root) and not folders.has_splits(root):
+        return imagenet.open_archives(root, split)
+    if parquet.has_parquet(root):
+        return parquet.open_parquet(root, split, val_fraction, seed)
+    return folders.open_folder(root, split, val_fraction, seed)
 
 
 def _open_digits(split: Split) -> ImageSource:
@@ -111,91 +136,27 @@ def _open_digits(split: Split) -> ImageSource:
         name=f"digits ({split})",
         class_names=list(digits.CLASS_NAMES),
         identifiers=[f"digits/{row:04d}" for row in digits.split_rows(split)],
-        labels=labels.tolist(),
-        items=list(images),
-        load=_grey_to_rgb,
+        labels=labels.astype(np.int32),
+        load=partial(_grey_row, images),
+        content=partial(_row_hex, images),
     )
 
 
-def _folder_source(
-    name: str, root: Path, paths: list[Path], labels: list[int], class_names: list[str]
-) -> ImageSource:
-    return ImageSource(
-        name=name,
-        class_names=class_names,
-        identifiers=[path.relative_to(root).as_posix() for path in paths],
-        labels=labels,
-        items=paths,
-        load=partial(_read_rgb, root),
-    )
+def _grey_row(images: np.ndarray, row: int) -> Image.Image:
+    return grey_to_rgb(images[row])
 
 
-def _subfolders(folder: Path) -> list[str]:
-    """Names of the visible subfolders, sorted: tools leave hidden ones in image folders."""
-    return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
-    )
+def _row_hex(images: np.ndarray, row: int) -> str:
+    return images[row].tobytes().hex()
 
 
-def _has_splits(root: Path) -> bool:
-    """Whether `root` is laid out as train/ and val/ with classes in each.
-
-    Raises ValueError where split names stand in the place of class names, which would train a
-    model on the classes 'train' and 'val'.
-    """
-    names = set(_subfolders(root))
-    if {"train", "val"} <= names and _subfolders(root / "train") and _subfolders(root / "val"):
-        return True
-    if names and names <= {"train", "val", "test"}:
-        raise ValueError(
-            f"'{root}' has the subfolders {sorted(names)}: expected both train/ and val/ with "
-            "class subfolders in each, or class subfolders directly"
-        )
-    return False
-
-
-def _agreeing_classes(root: Path) -> list[str]:
-    train, val = _subfolders(root / "train"), _subfolders(root / "val")
-    if train != val:
-        only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-        raise ValueError(
-            f"'{root}' has different classes in train/ and val/: expected the same, but only in "
-            f"train: {_shorten(only_train)}; only in val: {_shorten(only_val)}"
-        )
-    return train
-
-
-def _list_images(folder: Path, class_names: list[str]) -> tuple[list[Path], list[int]]:
-    """Sorted image paths and their labels, by torchvision's rules for an ImageFolder."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    if not class_names:
-        raise ValueError(f"'{folder}' has no subfolders: expected one subfolder per class")
-    samples = make_dataset(
-        str(folder),
-        {name: label for label, name in enumerate(class_names)},
-        extensions=IMG_EXTENSIONS,
-        allow_empty=True,
-    )
-    if not samples:
-        raise ValueError(f"'{folder}' holds no images: expected {', '.join(IMG_EXTENSIONS)} files")
-    present = {label for _, label in samples}
-    empty = [name for label, name in enumerate(class_names) if label not in present]
-    if empty:
-        raise ValueError(
-            f"'{folder}' has class folders without images: {_shorten(empty)}; expected "
-            f"{', '.join(IMG_EXTENSIONS)} files in each"
-        )
-    # As path parts, not strings: a fixed order on every file system and platform.
-    samples.sort(key=lambda sample: (sample[1], Path(sample[0]).parts))
-    return [Path(path) for path, _ in samples], [label for _, label in samples]
-
-
-def _split_rows(labels: list[int], split: Split, val_fraction: float, seed: int) -> np.ndarray:
-    """Row numbers of a stratified split, sorted, int64 [N].
+def draw_split(
+    labels: np.ndarray, split: Split, val_fraction: float, seed: int, name: str
+) -> np.ndarray:
+    """Row numbers of a stratified split, sorted, int64.
 
     Each class is split alone: a joint stratified split refuses classes of one image, and lets
-    a class that gains an image reshuffle the others.
+    a class that gains an image reshuffle the others. Raises ValueError where no row is left.
     """
     from sklearn.model_selection import train_test_split
 
@@ -204,29 +165,14 @@ def _split_rows(labels: list[int], split: Split, val_fraction: float, seed: int)
     for members in members_of:
         n_val = min(round(len(members) * val_fraction), len(members) - 1)
         train, val = (members, members[:0])
-        if n_val:
+        if n_val > 0:
             train, val = train_test_split(members, test_size=n_val, random_state=seed)
         rows.append(train if split == "train" else val)
-    return np.sort(np.concatenate(rows))
-
-
-def _read_rgb(root: Path, path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):
-                # Pillow clips 16-bit grey to 255, which turns most of it white.
-                return _grey_to_rgb((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        reason = str(error).replace(str(path), path.relative_to(root).as_posix())
-        raise UnreadableImageError(f"{type(error).__name__}: {reason}") from error
-
-
-def _grey_to_rgb(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(pixels).convert("RGB")
-
-
-def _shorten(names: list[str], most: int = 5) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    chosen = np.sort(np.concatenate(rows))
+    if not len(chosen):
+        raise ValueError(
+            f"'{name}' leaves no images for the {split} split with val_fraction "
+            f"{val_fraction}: expected more images per class, or a val split of its own (train/ "
+            "and val/ subfolders)"
+        )
+    return chosen

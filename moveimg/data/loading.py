@@ -31,7 +31,9 @@ class _Views(Dataset):
         try:
             image, label = self.source[index]
         except UnreadableImageError as error:
-            return Skipped(path=self.source.identifiers[index], reason=str(error))
+            # a name that is not UTF-8 must not spoil the manifest
+            path = error.identifier.encode("utf-8", "backslashreplace").decode()
+            return Skipped(path=path, reason=error.reason)
         views = crop_views(image, settings.image_size, settings.crops, settings.ranges)
         return stack_views(views), label
 
