@@ -1,0 +1,182 @@
+"""The demo in the browser: choose a class, see it drawn code by code.
+
+    python apps/demo.py                                    # the bundled digits
+    python apps/demo.py --model digits --model runs/digits-move
+    python apps/demo.py --host 0.0.0.0 --auth me:secret    # for others, behind a password
+
+docs/demo.md says what the page does and how it serves other people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# The checkout, so that the demo runs from any folder. Nothing heavy is imported up here.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from apps.demo_parts.models import Models
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from apps.demo_parts.turns import Turns
+
+MAX_BODY = 12 * 2**20  # bytes of a request: an upload of looking.MAX_UPLOAD in base64, and a bit
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; exits with 2 and one line for what it cannot understand."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--model", action="append", metavar="NAME_OR_PATH",
+        help="a bundled name, a model directory, public weights or a Hub id; repeatable "
+        "(default: digits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument(
+        "--auth", metavar="USER:PASSWORD", help="ask for this; or a file with one such line a user"
+    )
+    parser.add_argument(
+        "--max-models",
+        type=_positive,
+        default=1,
+        help="models kept in memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--queue", type=_positive, default=32, help="most jobs waiting (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--per-visitor",
+        type=_positive,
+        default=2,
+        help="most jobs of one visitor (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float64 (default: bfloat16 on CUDA)")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def read_auth(given: str | None) -> list[tuple[str, str]] | None:
+    """`user:password`, or the lines of a file. ValueError for anything else."""
+    if given is None:
+        return None
+    path = Path(given)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [given]
+    pairs = [line.strip().partition(":") for line in lines if line.strip()]
+    if not pairs or not all(user and password for user, _, password in pairs):
+        raise ValueError("--auth: expected USER:PASSWORD, or a file with one such line a user")
+    return [(user, password) for user, _, password in pairs]
+
+
+def quiet_gradio() -> Path:
+    """Settings that gradio reads from the environment; returns the folder of temporary files."""
+    folder = Path(tempfile.mkdtemp(prefix="moveimg-demo-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ |= {
+        "GRADIO_TEMP_DIR": str(folder),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # it makes a table of them after every event
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return folder
+
+
+def serve(
+    models: Models, turns: Turns, *, host: str = "127.0.0.1", port: int | None = None,
+    auth: list[tuple[str, str]] | None = None,
+) -> gr.Blocks:  # fmt: skip
+    """Start the server in threads of its own and return the page; `page.local_url` is its address.
+
+    Raises OSError where the port is taken.
+    """
+    from starlette.middleware import Middleware
+
+    from apps.demo_parts.guard import Guard
+    from apps.demo_parts.handlers import Handlers
+    from apps.demo_parts.page import build, look
+
+    page = build(Handlers(models, turns))
+    page.queue(max_size=2 * turns.length + 32, api_open=False)
+    options: dict[str, Any] = look()
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        show_error=False,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=["api"],
+        max_file_size=MAX_BODY,
+        max_threads=turns.length + 40,  # every waiting job holds one of the queue's places
+        state_session_capacity=500,
+        ssr_mode=False,
+        mcp_server=False,
+        app_kwargs={"middleware": [Middleware(Guard, max_body=MAX_BODY)]},
+        **options,
+    )
+    return page
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until interrupted; 2 for what cannot be served."""
+    given = arguments(argv)
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        auth = read_auth(given.auth)
+        models = Models(given.model or ["digits"], given.max_models, given.device, given.dtype)
+        quiet_gradio()
+        from apps.demo_parts.turns import Turns
+
+        page = serve(
+            models, Turns(given.queue, given.per_visitor), host=given.host, port=given.port,
+            auth=auth,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"moveimg demo: {page.local_url}", flush=True)
+    if given.host not in ("127.0.0.1", "localhost", "::1") and auth is None:
+        print("anyone who can reach this address can use it; --auth asks for a password")
+    threading.Thread(target=_warm, args=(models,), daemon=True).start()
+    try:
+        threading.Event().wait()
+    except (KeyboardInterrupt, SystemExit):
+        page.close(verbose=False)
+    return 0
+
+
+def _warm(models: Models) -> None:
+    """Load the first model while the visitor looks at the page."""
+    try:
+        models.get(None)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
