@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -126,14 +127,15 @@ def encode_splits(
         "train": (images.crops, images.ranges),
         "val": ("center", images.ranges[:1]),
     }
+    first = os.environ.get("RANK", "0") == "0"  # else every process would say the same
+    say = partial(print, file=sys.stderr) if first else str
     manifests: dict[str, Manifest] = {}
     for split, (crops, ranges) in views.items():
         side, n_views = images.size // tokenizer.downsample, count_views(crops, ranges)
         n = len(sources[split])
-        print(
+        say(
             f"{split}: {n:,} images x {n_views} views x {side * side} codes, "
-            f"{codes_bytes(n, n_views, side * side) / 1e9:.3g} GB",
-            file=sys.stderr,
+            f"{codes_bytes(n, n_views, side * side) / 1e9:.3g} GB"
         )
         with progress_bar(n, f"encode {split}", "image") as bar:
             manifests[split] = encode_images(
@@ -146,7 +148,8 @@ def encode_splits(
                 progress=partial(_advance, bar),
                 **options,
             )
-        _tell_skipped(Path(out) / split, manifests[split])
+        for line in _skipped(Path(out) / split, manifests[split]):
+            say(line)
     return manifests
 
 
@@ -160,18 +163,17 @@ def _advance(bar: tqdm, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def _tell_skipped(out: Path, manifest: Manifest) -> None:
+def _skipped(out: Path, manifest: Manifest) -> list[str]:
+    """What to say of the images that were left out."""
     skipped = manifest.skipped
     if not skipped:
-        return
+        return []
     total = manifest.n_images + len(skipped)
-    print(
+    head = (
         f"warning: {len(skipped)} of {total} images cannot be read and are left out "
-        f"(all are listed in {out / MANIFEST})",
-        file=sys.stderr,
+        f"(all are listed in {out / MANIFEST})"
     )
-    for image in skipped[:_SKIPPED_SHOWN]:
-        print(f"  {image.path}: {image.reason}", file=sys.stderr)
+    return [head, *(f"  {image.path}: {image.reason}" for image in skipped[:_SKIPPED_SHOWN])]
 
 
 def _settings(

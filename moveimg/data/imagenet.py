@@ -182,14 +182,14 @@ def _reading(path: Path) -> Iterator[tarfile.TarFile]:
 
 def _members(archive: tarfile.TarFile, suffix: str) -> list[_Member]:
     """The files of an archive; TarError where the archive is shorter than they are."""
-    assert archive.fileobj is not None and archive.name is not None
+    assert archive.fileobj is not None
     found = []
     while (member := archive.next()) is not None:
-        archive.members = []  # else it keeps a record of every member
+        vars(archive)["members"] = []  # else it keeps a record of every member
         if member.isfile() and member.name.lower().endswith(suffix):
             name = member.name.rpartition("/")[2]
             found.append(_Member(name, member.offset_data, member.size))
-    length = Path(archive.name).stat().st_size
+    length = archive.fileobj.seek(0, io.SEEK_END)
     if not found:
         raise tarfile.TarError(f"it holds no {suffix} files")
     if max(member.offset + member.size for member in found) > length:

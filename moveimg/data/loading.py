@@ -64,7 +64,8 @@ def load_views(
     workers: processes; None means none for small sources, else up to 8
     """
     if workers is None:
-        workers = 0 if len(source) < _SMALL_SOURCE else min(_MAX_WORKERS, os.cpu_count() or 1)
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = 0 if len(source) < _SMALL_SOURCE else max(1, min(_MAX_WORKERS, share))
     return iter(
         DataLoader(
             _Views(source, settings),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -57,7 +58,7 @@ def all_ranks() -> Iterator[Ranks]:
     elif ours or not dist.is_available():
         yield Ranks()
         return
-    group = None if ours else dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group: Any = None if ours else dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)
     finally:
