@@ -163,6 +163,26 @@ class TrainConfig(RunConfig):
         return self
 
 
+class AdversarialConfig(Config):
+    """A PatchGAN that judges reconstructions (VQGAN, arXiv 2012.09841)."""
+
+    weight: PositiveFloat = Field(
+        0.8, description="of the adversarial loss (taming: 0.8; LlamaGen: 0.5, not adaptive)"
+    )
+    adaptive: bool = Field(
+        True,
+        description="times |gradient of the other losses| / |its own| at the decoder's last layer",
+    )
+    start: NonNegativeInt = Field(
+        20_000, description="the step at which it begins to learn and to judge (LlamaGen: 20000)"
+    )
+    lr: PositiveFloat = Field(1e-4, description="its rate, under the run's warm-up and schedule")
+    width: PositiveInt = Field(64, description="channels of its first layer")
+    n_layers: PositiveInt = Field(
+        3, description="layers that halve the resolution after the first; a patch of 3 is 70 pixels"
+    )
+
+
 class TokenizerTrainConfig(RunConfig):
     """`moveimg train-tokenizer CONFIG`: one tokenizer. No class label enters it."""
 
@@ -170,6 +190,18 @@ class TokenizerTrainConfig(RunConfig):
     tokenizer: dict[str, Any] = Field(description="the tokenizer's own config (see tokenizer/)")
     l1_weight: NonNegativeFloat = Field(0.0, description="weight of |x - y|")
     l2_weight: NonNegativeFloat = Field(1.0, description="weight of (x - y)^2")
+    perceptual_weight: NonNegativeFloat = Field(
+        0.0, description="weight of LPIPS (LlamaGen, taming: 1); fetches 528 MiB at its first use"
+    )
+    perceptual_folder: Path | None = Field(
+        None,
+        description="torch.hub folder with LPIPS's weights in its checkpoints/; left out: torch's "
+        "own, ~/.cache/torch/hub",
+    )
+    adversarial: AdversarialConfig | None = Field(None, description="left out: no discriminator")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="autocast type of the forward pass"
+    )
 
 
 class ModelFile(BaseModel):

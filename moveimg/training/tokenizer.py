@@ -1,4 +1,4 @@
-"""Training a VQ tokenizer: reconstruction, codebook and commitment losses."""
+"""Training a VQ tokenizer: reconstruction, perceptual, adversarial and quantizer losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from moveimg.data.codes import crop_choice, epoch_order
 from moveimg.data.crops import count_views, crop_views, to_tensor
 from moveimg.data.images import ImageSource, open_images
 from moveimg.pictures import labelled_grid, to_pil
+from moveimg.training.adversary import Adversary
 from moveimg.training.loop import fit
+from tokenizer.losses import ImageLoss
+from tokenizer.perceptual import load_perceptual_loss
 
 PREVIEW_COLUMNS = 8
 MOST_VALIDATED = 2048  # held-out images that are reconstructed for a validation
@@ -37,7 +40,7 @@ class RandomViews(Dataset):
 
 
 class TokenizerTask:
-    """loss = l1 and l2 reconstruction + codebook + beta * commitment (VQ-VAE, eq. 3)."""
+    """loss = reconstruction (l1, l2, LPIPS) + quantizer's own + adversarial (VQGAN, eq. 6)."""
 
     model: nn.Module
 
@@ -51,7 +54,15 @@ class TokenizerTask:
         size, ranges = config.images.size, config.images.ranges[:1]
         views = [crop_views(val[i][0], size, "center", ranges)[0] for i in shown]
         self.val = to_tensor(views)
-        self.weights = dict(vq.DEFAULT_WEIGHTS) | {"l1": config.l1_weight, "l2": config.l2_weight}
+        self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
+        self.perceptual: ImageLoss | None = None
+        if config.perceptual_weight:
+            self.reconstruction_weights["perceptual"] = config.perceptual_weight
+            self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
+        self.weights = self.reconstruction_weights | dict(model.quantize.loss_weights)
+        self.adversary: Adversary | None = None
+        if config.adversarial is not None:
+            self.adversary = Adversary(config, self.val.shape[1], device)
         self._batches: Iterator[Tensor] | None = None
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,8 +76,31 @@ class TokenizerTask:
                 generator=torch.Generator(),  # or it would draw from the generator of the step
             )
             self._batches = iter(loader)
-        out = self.model(next(self._batches).to(self.device))
-        return vq.total_loss(out.losses, self.weights), {**out.losses, **out.stats}
+        images = next(self._batches).to(self.device)
+        bfloat16 = self.config.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            out = self.model(images)
+            losses = dict(out.losses)
+            if self.perceptual is not None:
+                losses["perceptual"] = self.perceptual(out.reconstruction, images)
+        loss = vq.total_loss(losses, self.weights)
+        scalars = {**losses, **out.stats}
+        if self.adversary is not None and self.adversary.active(step):
+            pull, judged = self._adversarial(step, images, out.reconstruction.float(), losses)
+            loss = loss + pull
+            scalars |= judged
+        return loss, {name: value.detach() for name, value in scalars.items()}
+
+    def _adversarial(
+        self, step: int, images: Tensor, reconstruction: Tensor, losses: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator learns, then judges: its loss, and scalars to log."""
+        assert self.adversary is not None and isinstance(self.model, vq.AutoencoderTokenizer)
+        learned = self.adversary.learn(step, images, reconstruction)
+        weights = self.reconstruction_weights
+        weighed = vq.total_loss({name: losses[name] for name in weights}, weights)
+        pull, judged = self.adversary.pull(reconstruction, weighed, self.model.last_layer)
+        return pull, learned | judged
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -95,13 +129,16 @@ class TokenizerTask:
         vq.save(model, directory)
 
     def extra_state(self) -> dict[str, Any]:
-        """How long each code was idle: not part of a tokenizer, but of when codes are re-seeded."""
+        """What the quantizer keeps while it trains, and the discriminator with its optimizer."""
         assert isinstance(self.model, vq.AutoencoderTokenizer)
-        return {"idle_steps": self.model.quantize.idle_steps}
+        judge = {} if self.adversary is None else self.adversary.state()
+        return self.model.quantize.training_state() | judge
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         assert isinstance(self.model, vq.AutoencoderTokenizer)
-        self.model.quantize.idle_steps = state["idle_steps"]
+        self.model.quantize.load_training_state(state)
+        if self.adversary is not None:
+            self.adversary.load_state(state)
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
         """(image, view) keys of the batches from `step` on: functions of (seed, step) alone."""
