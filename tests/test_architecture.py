@@ -23,7 +23,11 @@ ALLOWED = {
     "moveimg.pretrained": {"moveimg.model", "moveimg.checkpoint", "tokenizer"},
     "moveimg.pipeline": CORE | {"tokenizer"},
     "moveimg.evaluation": set(),
-    "moveimg.reconstruct": {"moveimg.data", "tokenizer"},
+    "moveimg.reconstruct": {"moveimg.data", "moveimg.evaluation", "tokenizer"},
+    "moveimg.sample_sets": {"moveimg.pipeline", "moveimg.sampling", "moveimg.data"}
+    | {"moveimg.evaluation"},
+    "moveimg.evaluate": {"moveimg.pipeline", "moveimg.pretrained", "moveimg.data"}
+    | {"moveimg.evaluation", "moveimg.sample_sets"},
     "moveimg.training": CORE | {"tokenizer", "moveimg.data", "moveimg.pipeline"},
 }
 ANYTHING = {"moveimg.cli", "moveimg.commands", "moveimg.inspection", "apps"}

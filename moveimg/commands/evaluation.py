@@ -1,14 +1,16 @@
-"""`moveimg reconstruct`."""
+"""`moveimg evaluate` and `reconstruct`."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moveimg.commands.common import Device, command, device_of, print_json
+from moveimg.commands.common import Device, Dtype, command, device_of, print_json
 
 
 class Split(StrEnum):
@@ -16,6 +18,106 @@ class Split(StrEnum):
 
     train = "train"
     val = "val"
+
+
+Extractor = Annotated[
+    Path | None, typer.Option(help="a classifier of --make-extractor, instead of Inception")
+]
+Inception = Annotated[
+    Path | None, typer.Option(help="weights in torch-fidelity's layout (default: downloaded)")
+]
+Allow = Annotated[
+    list[str] | None, typer.Option(metavar="GUARD", help="go on where this guard refuses")
+]
+
+
+@command
+def evaluate(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="a model (default: digits); with --show results; with --make-... images"
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="imagenet64/128/256/512, digits, an .npz or a folder")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="score this .npz or folder, of any program")
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option(min=1, help="samples (default: 50000; for the digits 2000)")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="image i is drawn with seed + i")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="images drawn side by side")] = 100,
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a sampling setting, as cfg_scale=1.5"),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=A:B:STEP", help="a table and a plot, as cfg_scale=1.25:2.5:0.25"),
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="pixels of a side to score at (bicubic)")
+    ] = None,
+    png: Annotated[bool, typer.Option(help="keep samples as PNGs, not as an .npz")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="folder (default: evaluation/MODEL-HASH)")
+    ] = None,
+    extractor: Extractor = None,
+    inception_weights: Inception = None,
+    allow: Allow = None,
+    show: Annotated[bool, typer.Option("--show", help="lay results.json files side by side")] = (
+        False
+    ),
+    make_reference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="make an .npz of a folder of real images")
+    ] = None,
+    make_extractor: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="train a classifier on a folder of images")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="part of the images (--make-reference)")] = (
+        Split.train
+    ),
+    size: Annotated[int, typer.Option(min=8, help="pixels of a side (--make-...)")] = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Checkpoint, or a set of samples -> FID, sFID, IS, precision, recall, KID."""
+    named = what or []
+    if show:
+        _show(named)
+        return
+    from moveimg import evaluate as runner
+    from moveimg.evaluation.guards import check_allowed
+
+    check_allowed(allow or [])
+    against = runner.Comparison(reference, extractor, inception_weights, allow or [])
+    if make_extractor is not None:
+        accuracy = runner.make_extractor(_one(named), size, device_of(device), make_extractor)
+        print(f"{make_extractor}: {accuracy:.1%} of held-out real images recognised")
+    elif make_reference is not None:
+        images, where = _one(named), device_of(device)
+        about = runner.make_reference(images, split.value, size, against, where, make_reference)
+        print_json(about)
+    elif samples is not None:
+        _report([runner.score_files(samples, against, device_of(device), out)])
+    else:
+        drawn = runner.Sampling(num, seed, batch_size, resize, png, _settings(set or []))
+        model = _one(named) if named else "digits"
+        if sweep is not None:
+            key, values = _values(sweep)
+            all_of_them = runner.sweep(model, against, drawn, key, values, out, device, dtype)
+            _report(all_of_them[0] if all_of_them else [])
+            if all_of_them:
+                print(f"-> {all_of_them[1]}/ (sweep.md, sweep.png)")
+        else:
+            done = runner.evaluate_model(model, against, drawn, out, device, dtype)
+            if done is not None:
+                _report([done[0]])
+                print(f"-> {done[1]}")
+
 
 @command
 def reconstruct(
@@ -38,3 +140,50 @@ def reconstruct(
     if out is not None:
         save_png(picture, out, figures.as_dict())
     print_json(figures.as_dict())
+
+
+def _show(files: Sequence[str]) -> None:
+    from moveimg.evaluation.results import markdown_table, read_results
+
+    if not files:
+        raise ValueError("--show: name one or more results.json files")
+    print(markdown_table([read_results(Path(file)) for file in files], peers=True))
+
+
+def _report(results: Sequence[dict[str, Any]]) -> None:
+    """Warnings on stderr, the numbers as Markdown rows."""
+    from moveimg.evaluation.results import markdown_table
+
+    for line in dict.fromkeys(line for result in results for line in result["warnings"]):
+        print(f"warning: {line}", file=sys.stderr)
+    if results:
+        print(markdown_table(results))
+
+
+def _one(named: Sequence[str]) -> str:
+    if len(named) != 1:
+        raise ValueError(f"{len(named)} names given ({', '.join(named)}): expected one")
+    return named[0]
+
+
+def _settings(given: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    pairs = [text.partition("=") for text in given]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"--set {key}: expected KEY=VALUE")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _values(text: str) -> tuple[str, list[float]]:
+    """`cfg_scale=1:2:0.5` -> its key, and 1.0, 1.5, 2.0."""
+    key, _, ends = text.partition("=")
+    try:
+        first, last, step = (float(part) for part in ends.split(":"))
+        count = round((last - first) / step) + 1
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"--sweep {text}: expected KEY=FIRST:LAST:STEP") from None
+    if not 1 <= count <= 1000:
+        raise ValueError(f"--sweep {text}: expected FIRST:LAST:STEP with LAST beyond FIRST")
+    return key, [round(first + i * step, 10) for i in range(count)]

@@ -1,0 +1,125 @@
+"""torch-fidelity's Inception with one layer more: the spatial features of sFID.
+
+sFID (Nash et al. 2021) is the Fréchet distance of the first 7 channels of `mixed_6/conv` in the
+TensorFlow graph of 2015-12-05, 17 x 17 x 7 = 2023 numbers. torch-fidelity's conversion script maps
+the weights of `mixed_6/conv` to `Mixed_6d.branch1x1`; its output after batch norm and ReLU is the
+tensor. ADM flattens it channels last, and so is it here: the order must be that of mu_s, sigma_s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
+)
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+from moveimg.evaluation.features import Extractor
+
+POOL, SPATIAL, LOGITS = "2048", "mixed_6_spatial", "logits_unbiased"
+NAME = "inception-v3-compat-spatial"
+CHANNELS = 7
+
+
+class SpatialInception(FeatureExtractorInceptionV3):
+    """`inception-v3-compat` that also gives `mixed_6_spatial`, float32 [B, 2023]."""
+
+    features_list: list[str]
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list, **kwargs)
+        self._spatial: Tensor | None = None
+        self.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (*FeatureExtractorInceptionV3.get_provided_features_list(), SPATIAL)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [B, 3, H, W] -> the requested features, in the order requested."""
+        wanted = self.features_list
+        self.features_list = [name for name in wanted if name != SPATIAL] or ["768"]
+        try:  # the parent knows its own layers only
+            found = dict(zip(self.features_list, super().forward(x), strict=True))
+        finally:
+            self.features_list = wanted
+        assert self._spatial is not None
+        found[SPATIAL], self._spatial = self._spatial, None
+        return tuple(found[name] for name in wanted)
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        channels_last = output[:, :CHANNELS].permute(0, 2, 3, 1)  # [B, 17, 17, 7]
+        self._spatial = channels_last.flatten(1).to(torch.float32)
+
+
+def register() -> None:
+    """Make SpatialInception known to torch-fidelity under NAME (once)."""
+    if NAME not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(NAME, SpatialInception)
+
+
+def load_inception(weights: Path | None, device: torch.device) -> Extractor:
+    """The extractor of FID, sFID, IS, precision, recall and KID.
+
+    Args:
+        weights: a file in torch-fidelity's layout; None: its own, downloaded on first use.
+        device: where to run it.
+
+    Raises FileNotFoundError where there are no weights, ValueError where they are others.
+    """
+    path = weights or _download()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such Inception weights")
+    _check(path)
+    register()
+    network = FEATURE_EXTRACTORS_REGISTRY[NAME](
+        NAME, [POOL, LOGITS, SPATIAL], feature_extractor_weights_path=str(path)
+    ).to(device)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Extractor(
+        name="inception-v3-compat",
+        space="Inception-v3 (2015-12-05), comparable with published numbers",
+        fingerprint=digest,
+        network=lambda images: network.convert_features_tuple_to_dict(network(images)),
+        layers={"fid": POOL, "sfid": SPATIAL, "logits": LOGITS},
+        device=device,
+    )
+
+
+def _download() -> Path:
+    """torch-fidelity's weights where torch.hub keeps them, fetched if they are not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = path.stem.rsplit("-", 1)[-1]  # the name ends in the start of its sha256
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=prefix)
+        except (URLError, OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"no Inception weights here, and none to be had ({error}): bring "
+                f"{URL_INCEPTION_V3} and give it with --inception-weights FILE"
+            ) from None
+    return path
+
+
+def _check(path: Path) -> None:
+    """Refuse anything but weights of the right names: torch-fidelity unpickles freely."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: no readable Inception weights ({reason})") from None
+    weight = state.get("fc.weight") if isinstance(state, dict) else None
+    if weight is None or "Mixed_6d.branch1x1.conv.weight" not in state or len(weight) != 1008:
+        raise ValueError(
+            f"{path}: not Inception weights in torch-fidelity's layout (fc.weight [1008, 2048], "
+            "Mixed_6d..., as in weights-inception-2015-12-05-6726825d.pth)"
+        )

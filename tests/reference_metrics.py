@@ -1,0 +1,135 @@
+"""Every metric written plainly in float64 NumPy, from its paper; slow, and for the tests alone.
+
+N, M images   D features   K logits
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def frechet(x: np.ndarray, y: np.ndarray) -> float:
+    """FID of features [N, D] and [M, D]: the square root through symmetric matrices."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    mean = x.mean(0) - y.mean(0)
+    a, b = covariance(x), covariance(y)
+    root_a = symmetric_root(a)
+    cross = symmetric_root(root_a @ b @ root_a)
+    return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * np.trace(cross))
+
+
+def covariance(x: np.ndarray) -> np.ndarray:
+    centred = x - x.mean(0)
+    return centred.T @ centred / (len(x) - 1)
+
+
+def symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+def inception_score(logits: np.ndarray) -> float:
+    """exp of the mean KL(p(y|x) | p(y)) over one split, logits [N, K]."""
+    logits = logits.astype(np.float64)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    kl = 0.0
+    for row in p:
+        for value, mean in zip(row, p.mean(0), strict=True):
+            kl += value * (np.log(value) - np.log(mean)) if value > 0 else 0.0
+    return float(np.exp(kl / len(p)))
+
+
+def scores_shuffled(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """torch-fidelity's convention: shuffled by a fixed seed, mean and deviation over splits."""
+    mixed = logits[np.random.RandomState(seed).permutation(len(logits))]
+    n = len(mixed)
+    parts = [mixed[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
+    scores = [inception_score(part) for part in parts]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def score_adm(logits: np.ndarray, run: int = 5000) -> float:
+    """ADM's convention: contiguous runs as they come."""
+    parts = [logits[i : i + run] for i in range(0, len(logits), run)]
+    return float(np.mean([inception_score(part) for part in parts]))
+
+
+def precision_recall(x: np.ndarray, y: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """x generated [N, D], y real [M, D]: share of x in y's manifold, and of y in x's."""
+    return _covered(x, y, k), _covered(y, x, k)
+
+
+def _covered(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
+    points, manifold = points.astype(np.float64), manifold.astype(np.float64)
+    radii = []
+    for centre in manifold:
+        distances = np.sort(np.sqrt(((manifold - centre) ** 2).sum(1)))
+        radii.append(distances[k])  # the nearest is the centre itself
+    inside = 0
+    for point in points:
+        distances = np.sqrt(((manifold - point) ** 2).sum(1))
+        inside += bool((distances <= np.array(radii)).any())
+    return inside / len(points)
+
+
+def kid(
+    x: np.ndarray, y: np.ndarray, subset: int, subsets: int = 100, seed: int = 2020
+) -> tuple[float, float]:
+    """Unbiased MMD^2 of the kernel (x.y / D + 1)^3 over torch-fidelity's random subsets."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    rng = np.random.RandomState(seed)
+    found = []
+    for _ in range(subsets):
+        a = x[rng.choice(len(x), subset, replace=False)]
+        b = y[rng.choice(len(y), subset, replace=False)]
+        xx, yy, xy = (((p @ q.T) / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        off = subset * (subset - 1)
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / off
+        found.append(within - 2 * xy.mean())
+    return float(np.mean(found)), float(np.std(found))
+
+
+def spatial_features(network, images: np.ndarray) -> np.ndarray:
+    """sFID's features by hand: the network's blocks in order up to mixed_6's first branch."""
+    import torch
+    from torch_fidelity import interpolate_compat_tensorflow as tensorflow
+
+    resize = tensorflow.interpolate_bilinear_2d_like_tensorflow1x
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    x = (resize(x, (299, 299), align_corners=False) - 128) / 128
+    for name in (
+        "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1",
+        "Conv2d_4a_3x3", "MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b",
+        "Mixed_6c",
+    ):  # fmt: skip
+        x = getattr(network, name)(x)
+    branch = network.Mixed_6d.branch1x1
+    x = branch.bn(branch.conv(x)).clamp(min=0).numpy()  # [B, 192, 17, 17]
+    return np.stack([x[:, c] for c in range(7)], axis=-1).reshape(len(x), -1)
+
+
+def random_inception(path, seed: int = 0) -> None:
+    """Random weights in torch-fidelity's file layout, scaled so that every layer is alive."""
+    from unittest.mock import patch
+
+    import torch
+    from torch import nn
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    torch.manual_seed(seed)
+    with (
+        patch.object(module, "load_state_dict_from_url", return_value={}),
+        patch.object(module.FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight)
+        elif isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.8, 1.2)
+            nn.init.normal_(part.bias, std=0.1)
+            nn.init.normal_(part.running_mean, std=0.1)
+            nn.init.uniform_(part.running_var, 0.5, 1.5)
+    nn.init.normal_(network.fc.weight, std=0.05)
+    torch.save(network.state_dict(), path)
