@@ -96,7 +96,7 @@ class Api:
                 yield None
             if frame is not None and frame.ended == "done":
                 drawn = frame.rows[0]
-                for layers in looking.bank_of(drawn, self.models):
+                for _, layers in looking.bank_of(drawn, self.models):
                     yield self._answer(drawn, frame.pictures[0]), layers
 
         picture, layers = await self._last(request, job)

@@ -84,9 +84,8 @@ def _tile(
     if picture is None:
         image = '<span class="blank"></span>'
     else:
-        small = "small" if max(picture.size) < LARGE else "large"
         image = (
-            f'<img class="{small}" src="{picture_uri(picture, meta if finished else None)}" '
+            f'<img src="{picture_uri(picture, meta if finished else None)}" '
             f'alt="{label}" width="{picture.width}" height="{picture.height}">'
         )
     if finished and pick:

@@ -106,7 +106,7 @@ class Handlers:
         """(status, result) of a job that has one result."""
         try:
             job = prepare()
-            yield show.busy(doing), SKIP
+            yield show.busy(doing, brief=True), SKIP
             async with aclosing(self.run(request, job)) as items:
                 async for item in items:
                     if isinstance(item, Waiting):
@@ -202,9 +202,10 @@ class Handlers:
             chosen.append(row)
             return lambda stop: looking.bank_of(row, self.models)
 
-        def render(layers: Any) -> str:
+        def render(found: Any) -> str:
+            picture, layers = found
             about = self.models.describe(chosen[0].model)
-            return show.bank_maps(layers, chosen[0], about, kind)
+            return show.bank_maps(picture, layers, chosen[0], about, kind)
 
         return self._one(request, prepare, render, "Reading the picture")
 

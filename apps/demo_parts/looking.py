@@ -46,8 +46,8 @@ class LayerMap:
     slots: float
 
 
-def bank_of(row: Row, models: Models) -> Iterator[list[LayerMap]]:
-    """The maps of a row's first picture, which is drawn already, first layer first; one item.
+def bank_of(row: Row, models: Models) -> Iterator[tuple[Image.Image, list[LayerMap]]]:
+    """A row's first picture, which is drawn already, and its maps, first layer first; one item.
 
     Raises ValueError for a model without a bank.
     """
@@ -71,7 +71,7 @@ def bank_of(row: Row, models: Models) -> Iterator[list[LayerMap]]:
         layers.append(
             LayerMap(layer + 1, share, gates, float(np.nanmean(own)), float(np.nanmean(slots)))
         )
-    yield layers
+    yield pipeline.decode(codes)[0], layers
 
 
 def _on_grid(values: Any, grid: tuple[int, int]) -> np.ndarray:

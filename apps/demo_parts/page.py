@@ -36,7 +36,10 @@ def look() -> dict[str, Any]:
     """Theme, style and script, as arguments of launch(). System fonts: nothing is fetched."""
     theme = gr.themes.Base(
         primary_hue="indigo", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONO
-    )
+    ).set(
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400",
+    )  # fmt: skip
     return {
         "theme": theme,
         "css": (HERE / "style.css").read_text(encoding="utf-8"),
@@ -74,7 +77,7 @@ def _generate_tab(handlers: Handlers, models: Models, first: About) -> gr.Dropdo
     """The main tab; returns the choice of the model, which the other tabs share."""
     rows, index = gr.State([], time_to_live=3600), gr.State(0, time_to_live=3600)
     with gr.Row(elem_id="main"):
-        with gr.Column(elem_id="form", scale=1, min_width=280):
+        with gr.Column(elem_id="form", scale=4, min_width=290):
             model = gr.Dropdown(
                 models.names, value=first.name, label="Model", visible=len(models.names) > 1,
                 elem_id="model",
@@ -87,18 +90,20 @@ def _generate_tab(handlers: Handlers, models: Models, first: About) -> gr.Dropdo
                 1, drawing.MAX_PICTURES, value=8, step=1, label="Pictures", elem_id="num"
             )
             with gr.Row(elem_id="press"):
-                generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
-                stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=2)
-                surprise = gr.Button("Surprise me", elem_id="surprise", scale=1)
+                generate = gr.Button(
+                    "Generate", variant="primary", elem_id="generate", scale=2, min_width=100
+                )
+                stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=2, min_width=100)
+                surprise = gr.Button("Surprise me", elem_id="surprise", scale=2, min_width=100)
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 settings = _advanced(first)
-        with gr.Column(elem_id="results", scale=3, min_width=280):
+        with gr.Column(elem_id="results", scale=9, min_width=290):
             status = gr.HTML(texts.HINT, elem_id="status")
             gallery = gr.HTML(_empty(), elem_id="gallery", js_on_load=PICK)
             with gr.Row(elem_id="actions"):
-                again = gr.Button("Again, another seed", size="sm", elem_id="again")
-                vary = gr.Button("Vary guidance", size="sm", elem_id="vary")
-                save = gr.Button("Save all as zip", size="sm", elem_id="save-all")
+                again = gr.Button("Again, another seed", size="sm", elem_id="again", min_width=140)
+                vary = gr.Button("Vary guidance", size="sm", elem_id="vary", min_width=140)
+                save = gr.Button("Save all as zip", size="sm", elem_id="save-all", min_width=140)
                 other = gr.Dropdown(
                     models.names, value=models.names[-1], show_label=False, container=False,
                     label="Model to compare with", min_width=120, elem_id="other",

@@ -25,9 +25,10 @@ MEANING = {
 }
 
 
-def busy(words: str) -> str:
-    """Work whose end cannot be told."""
-    return f'<div class="status busy" role="status"><progress></progress>{text(words)} …</div>'
+def busy(words: str, brief: bool = False) -> str:
+    """Work whose end cannot be told; `brief` where it is not worth a Stop button."""
+    kind = "brief" if brief else "busy"
+    return f'<div class="status {kind}" role="status"><progress></progress>{text(words)} …</div>'
 
 
 def waiting(ahead: int) -> str:
@@ -61,24 +62,30 @@ def progress(frame: Frame) -> str:
     )
 
 
-def bank_maps(layers: Sequence[LayerMap], row: Row, about: About, kind: str) -> str:
-    """The maps of all layers on one scale, with their mean gates."""
+def bank_maps(
+    picture: Image.Image, layers: Sequence[LayerMap], row: Row, about: About, kind: str
+) -> str:
+    """A picture and the maps of all layers on one scale, with their mean gates."""
     kind = kind if kind in KINDS else "share"
     maps = {m.layer: m.share if kind == "share" else m.gates for m in layers}
     low = min(float(np.nanmin(values)) for values in maps.values())
     high = max(float(np.nanmax(values)) for values in maps.values())
-    cells = []
+    name = text(f"{short_name(about.class_names[row.labels[0]])}, seed {row.seed}")
+    cells = [
+        f'<figure class="tile map"><img src="{picture_uri(picture)}" width="{picture.width}" '
+        f'height="{picture.height}" alt="{name}"><figcaption><span class="name">the picture</span>'
+        '<span class="seed">grey: never read</span></figcaption></figure>'
+    ]
     for m in layers:
         values = maps[m.layer]
         uri = data_uri(_png(heat(values, low, high)), "png")
         mean = float(np.nanmean(values))
         cells.append(
-            f'<figure class="tile map"><img class="small" src="{uri}" width="{values.shape[1]}" '
+            f'<figure class="tile map"><img class="codes" src="{uri}" width="{values.shape[1]}" '
             f'height="{values.shape[0]}" alt="layer {m.layer}: {mean:.0%} on average">'
             f'<figcaption><span class="name">layer {m.layer} · {mean:.0%}</span>'
             f'<span class="seed">g₀ {m.g_0:.2f} · slots {m.slots:.2f}</span></figcaption></figure>'
         )
-    name = text(f"{short_name(about.class_names[row.labels[0]])}, seed {row.seed}")
     ramp = data_uri(_png(heat(np.linspace(0, 1, 64)[None], 0, 1)), "png")
     return (
         f'<p class="what"><b>{name}</b>. {MEANING[kind]}</p>'
@@ -101,7 +108,7 @@ def reconstruction(r: Reconstructed) -> str:
         ),
     ]
     cells = "".join(
-        f'<figure class="tile"><img class="{"small" if max(p.size) < 128 else "large"}" '
+        f'<figure class="tile"><img class="{"codes" if name == "codes" else ""}" '
         f'src="{uri}" width="{p.width}" height="{p.height}" alt="{name}">'
         f'<figcaption><span class="name">{name}</span><span class="seed">{about}</span>'
         "</figcaption></figure>"

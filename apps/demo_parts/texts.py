@@ -6,7 +6,8 @@ HEADER = """
 """
 
 HINT = (
-    '<div class="status">Press <kbd>Enter</kbd> to draw and <kbd>Esc</kbd> to stop. '
+    '<div class="status"><span class="keys">Press <kbd>Enter</kbd> to draw and <kbd>Esc</kbd> to '
+    "stop. </span>"
     "The same class, settings and seed give the same picture.</div>"
 )
 

@@ -71,13 +71,13 @@ class Turns:
                 raise Busy(
                     f"you already have {len(mine)} jobs in the line: wait for one, or stop it"
                 )
-            if sum(not t.running for t in self._tickets) >= self.length:
-                raise Busy(f"{self.length} jobs are waiting already: try again in a minute")
             if len(here) >= self.per_address:
                 raise Busy(
                     f"{len(here)} jobs from your network are in the line already: "
                     "try again in a minute"
                 )
+            if sum(not t.running for t in self._tickets) >= self.length:
+                raise Busy(f"{self.length} jobs are waiting already: try again in a minute")
             ticket = Ticket(visitor)
             self._tickets.append(ticket)
             return ticket
