@@ -76,7 +76,8 @@ def gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> dict[st
     norms = {}
     for layer, gradient in zip(leaves, gradients, strict=True):
         part = torch.zeros_like(total)
-        part.index_add_(0, before, gradient[:, 1:].flatten(2).flatten(0, 1).to(part.dtype))
+        by_slot = gradient[:, 1:].transpose(2, 3).flatten(2)  # as the table stores them
+        part.index_add_(0, before, by_slot.flatten(0, 1).to(part.dtype))
         norms[layer] = part.norm().item()
         total += part
     whole = total.norm().item()

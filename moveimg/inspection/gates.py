@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moveimg.model import Transformer
-from moveimg.model.memory import GatedMixer
+from moveimg.model.memory import NEAR_TWO, NEAR_ZERO, GatedMixer
 from moveimg.model.moe import MoE, shares
-
-NEAR_ZERO, NEAR_TWO = 0.1, 1.9
 
 
 def mixers(model: Transformer) -> dict[int, GatedMixer]:
@@ -81,13 +79,12 @@ class LayerGates:
         """Count the sizes of what is mixed in.
 
         kept: g_0 V [B, S, H, K]; memory: what is added to it, [B, S, H, K]; its parts are gates
-        g_i [B, S, H, M] times rows [B, S, M, H * K].
+        g_i [B, S, H, M] times rows [B, S, H, M, K].
         """
         self.kept += kept.double().flatten(2).norm(dim=-1).sum().item()
         self.memory += memory.double().flatten(2).norm(dim=-1).sum().item()
-        rows = rows.unflatten(-1, (g_i.shape[2], -1))  # [B, S, M, H, K]
-        per_head = rows.double().norm(dim=-1) * g_i.double().transpose(2, 3)  # [B, S, M, H]
-        self.added = self.added + per_head.norm(dim=-1).sum((0, 1))
+        per_head = rows.double().norm(dim=-1) * g_i.double()  # [B, S, H, M]
+        self.added = self.added + per_head.norm(dim=2).sum((0, 1))
 
     def as_dict(self) -> dict[str, Any]:
         """Means and shares, nested lists: a head a row, a gate a column."""
@@ -139,7 +136,7 @@ def gather_gates(model: Transformer, batches: list[tuple[Tensor, Tensor]]) -> di
             _, memory = mixer.parts(x, rows)
             gates = g_i if g_0 is None else torch.cat([g_0, g_i], dim=-1)
             found[layer].add(gates, labels, model.config.n_classes + 1)
-            mine = rows[:, :, mixer.slots.start : mixer.slots.stop]
+            mine = rows[..., mixer.slots.start : mixer.slots.stop, :]
             found[layer].add_norms(v if g_0 is None else g_0 * v, memory, g_i, mine)
 
         return gather

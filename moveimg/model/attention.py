@@ -80,7 +80,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        """x [B, S, D], rows [B, S, M, D], rope [S, K / 2, 2] -> [B, S, D].
+        """x [B, S, D], rows [B, S, H, M, K], rope [S, K / 2, 2] -> [B, S, D].
 
         With a cache, S is 1, or the cache is empty.
         """

@@ -128,7 +128,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: LatentCache | None = None
     ) -> Tensor:
-        """x [B, S, D], rows [B, S, M, C or D], rope [S, R / 2, 2] -> [B, S, D]."""
+        """x [B, S, D], rows [B, S, H, M, C/H or K], rope [S, R / 2, 2] -> [B, S, D]."""
         heads, spec = self.config.n_head, self.spec
         q = self.wq(x).unflatten(-1, (heads, -1))  # [B, S, H, K + R]
         q, q_rope = q.split([self.config.head_dim, spec.rope_dim], dim=-1)
