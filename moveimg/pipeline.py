@@ -14,6 +14,8 @@ from torch import Tensor
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.config import SamplingSettings, validate
 from moveimg.device import pick_device, pick_dtype
+from moveimg.model import Transformer
+from moveimg.model.decoding import decoding_model
 from moveimg.pictures import to_pil
 from moveimg.pretrained.hub import PUBLISHED, fetch
 from moveimg.sampling import image_rngs, iter_codes, sample_codes
@@ -28,15 +30,19 @@ class Pipeline:
     >>> pipeline = Pipeline.from_pretrained("digits")
     >>> images = pipeline.sample(["seven", 3], seed=0)
 
-    Attributes: generator, tokenizer, class_names, sampling (the model's own settings), device.
+    Attributes: generator, tokenizer, class_names, sampling (the model's own settings), device,
+    quantize (see from_pretrained).
     """
 
-    def __init__(self, parts: ModelParts, device: torch.device) -> None:
+    def __init__(
+        self, parts: ModelParts, device: torch.device, quantize: str | None = None
+    ) -> None:
         self.generator = parts.generator
         self.tokenizer = parts.tokenizer
         self.class_names = parts.class_names
         self.sampling = parts.sampling
-        self.device = device
+        self.device, self.quantize = device, quantize
+        self._prepared: tuple[tuple, Transformer] | None = None
 
     @classmethod
     def from_pretrained(
@@ -45,6 +51,7 @@ class Pipeline:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
     ) -> Pipeline:
         """Load a model: bundled (`digits`), in a directory, published or on the Hub.
 
@@ -53,6 +60,7 @@ class Pipeline:
                 (`llamagen-b-256`; downloaded and converted once), or a Hub id `owner/name`.
             device: cpu, cuda, mps, ...; left out, an accelerator where there is one.
             dtype: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else float32.
+            quantize: int8 samples from matrices of 8 bits (CPU; faster, and slightly off).
 
         Raises:
             FileNotFoundError: there is no such model, or it cannot be downloaded.
@@ -60,7 +68,19 @@ class Pipeline:
         """
         where = pick_device(device)
         parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where))
-        return cls(parts, where)
+        pipeline = cls(parts, where, quantize)
+        if quantize is not None:
+            _ = pipeline.decoder  # what cannot be quantized is refused now
+        return pipeline
+
+    @property
+    def decoder(self) -> Transformer:
+        """The generator as it is sampled: made ready for the device once (see decoding_model)."""
+        weights = [p for p in self.generator.parameters() if not p.is_inference()]
+        now = (self.generator, self.quantize, sum(p._version for p in weights))
+        if self._prepared is None or self._prepared[0] != now:  # swapped, or its weights changed
+            self._prepared = (now, decoding_model(self.generator, self.quantize))
+        return self._prepared[1]
 
     def label(self, name_or_index: str | int) -> int:
         """The label of a class: its index, its name, one of its synonyms, or an unambiguous part.
@@ -122,7 +142,7 @@ class Pipeline:
         labels = self._labels(classes)
         rngs = image_rngs(range(seed, seed + len(labels)))
         parts = [
-            sample_codes(self.generator, part, settings, rngs[i : i + batch_size])
+            sample_codes(self.decoder, part, settings, rngs[i : i + batch_size])
             for i, part in zip(
                 range(0, len(labels), batch_size), labels.split(batch_size), strict=True
             )
@@ -162,7 +182,7 @@ class Pipeline:
         length = self.generator.config.seq_len
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
         rngs = image_rngs(range(seed, seed + len(labels)))
-        for position, drawn in enumerate(iter_codes(self.generator, labels, settings, rngs)):
+        for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs)):
             codes[:, position] = drawn
             yield position + 1, codes
 

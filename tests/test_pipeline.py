@@ -13,6 +13,7 @@ from moveimg.checkpoint import ModelParts, load_model, save_model
 from moveimg.config import SamplingSettings
 from moveimg.pictures import labelled_grid, to_pil
 from moveimg.pipeline import Pipeline
+from moveimg.sampling import image_rngs, sample_codes
 from tests.conftest import lively, tiny_config
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane", "black swan"]
@@ -104,6 +105,31 @@ def test_streaming_ends_with_the_sampled_pictures(pipeline):
     assert [i.tobytes() for i in steps[-1][1]] == [i.tobytes() for i in final]
     half = np.asarray(steps[0][1][0])
     assert (half[4:] == 128).all() and not (half[:4] == 128).all()  # rows to come are grey
+
+
+def test_the_decoder_follows_the_generator(pipeline):
+    settings = SamplingSettings(cfg_scale=1.0, temperature=0.0)
+    before = pipeline.sample_codes([0, 1], settings)
+    assert pipeline.decoder is pipeline.decoder
+    with torch.no_grad():  # weights changed in place
+        pipeline.generator.head.weight.neg_()
+    after = pipeline.sample_codes([0, 1], settings)
+    assert not torch.equal(before, after)
+    pipeline.generator = lively(pipeline.generator.config, seed=5, dtype=torch.float64)
+    swapped = pipeline.sample_codes([0, 1], settings)
+    assert not torch.equal(swapped, after)
+    assert torch.equal(
+        swapped,
+        sample_codes(pipeline.generator, torch.tensor([0, 1]), settings, image_rngs([0, 1])),
+    )
+
+
+def test_a_quantized_pipeline_samples(directory):
+    pipeline = Pipeline.from_pretrained(directory, device="cpu", quantize="int8")
+    codes = pipeline.sample_codes([0, 1], pipeline.settings())
+    assert codes.shape == (2, 12)
+    with pytest.raises(ValueError, match="quantize 'int3': expected int8"):
+        Pipeline.from_pretrained(directory, device="cpu", quantize="int3")
 
 
 def test_two_pipelines_share_nothing(directory):
