@@ -214,7 +214,7 @@ def make_reference(
     images: str, split: Split, size: int, comparison: Comparison, device: torch.device, out: Path
 ) -> dict[str, Any]:
     """Statistics and images of a folder (or `digits`), cut as ADM cuts them, as one .npz."""
-    source = open_images(images, split, val_fraction=0.0 if split == "train" else 0.2)
+    source = open_images(images, split)
     extractor = open_extractor(comparison, device)
     return write_reference(out, source_images(source, size), extractor, features_cache(), split)
 

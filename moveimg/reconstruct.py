@@ -1,18 +1,28 @@
-"""Images through a tokenizer and back: the error, and how evenly its codes are used."""
+"""Images through a tokenizer and back: the error, rFID, and how evenly the codes are used."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 import tokenizer as vq
 from moveimg.data.crops import crop_views, to_tensor
 from moveimg.data.images import ImageSource
-from moveimg.pictures import labelled_grid, to_pil
+from moveimg.evaluation.features import Extractor, run
+from moveimg.evaluation.guards import check_reference, check_split, enforce
+from moveimg.evaluation.metrics import frechet_distance
+from moveimg.evaluation.pixels import WINDOW, psnr, ssim
+from moveimg.evaluation.reference import Reference
+from moveimg.evaluation.sets import array_set
+from moveimg.evaluation.statistics import statistics_of
+from moveimg.pictures import labelled_grid, to_pil, to_uint8
+from moveimg.progress import progress_bar
 
 BATCH, SHOWN = 64, 10
 
@@ -24,43 +34,141 @@ class Reconstruction:
     Attributes:
         images: how many were tried.
         mse: mean squared error, pixels in [-1, 1].
-        psnr: 10 log10(2^2 / mse), in dB.
+        psnr: 10 log10(2^2 / mse), in dB, of the mean error over all images.
+        psnr_of_images: the mean of the images' own PSNR, of pixels rounded to 0..255, in dB;
+            images given back without any error do not count.
+        ssim: structural similarity, a mean over the images; None below 11 pixels of a side.
         usage: share of the codes that occurred.
         perplexity: exp of the entropy of their frequencies, 1 to codebook_size.
+        rfid: Fréchet distance between reconstructions and the reference; None without extractor.
+        rfid_space: what rfid may be compared with.
+        rfid_reference: the images themselves, or the reference given.
+        warnings: guards that were overruled.
     """
 
     images: int
     mse: float
     psnr: float
+    psnr_of_images: float
+    ssim: float | None
     usage: float
     perplexity: float
+    rfid: float | None = None
+    rfid_space: str | None = None
+    rfid_reference: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def reconstruct(
-    source: ImageSource, tokenizer: vq.AutoencoderTokenizer, size: int, ratio: float = 1.0
+    source: ImageSource,
+    tokenizer: vq.AutoencoderTokenizer,
+    size: int,
+    ratio: float = 1.0,
+    extractor: Extractor | None = None,
+    reference: Reference | None = None,
+    allowed: Sequence[str] = (),
 ) -> tuple[Reconstruction, Image.Image]:
     """Encode and decode the centre `size` pixels of every image of `source`.
 
-    Returns the figures, and a picture of the first images above their reconstructions.
+    Args:
+        source: the images, validation images for a number to publish.
+        tokenizer: what is measured.
+        size, ratio: the crop: `size` pixels, cut from size * ratio.
+        extractor: for rFID; None leaves it out.
+        reference: what rFID is taken against; None: the images themselves.
+        allowed: guards that may be overruled, by name.
+
+    Returns the figures, and a picture of the first images above their reconstructions. Raises
+    ValueError for a reference of training images or of another size.
     """
+    lines = _check(reference, size, allowed)
+    measured = _Measured(tokenizer.codebook_size)
+    shown: list[list[Image.Image]] = []
     grid = (size // tokenizer.downsample,) * 2
-    errors, shown = [], list[list[Image.Image]]()
-    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
-    for start in range(0, len(source), BATCH):
-        rows = range(start, min(start + BATCH, len(source)))
-        views = [crop_views(source[i][0], size, "center", (ratio,))[0] for i in rows]
-        images = to_tensor(views)
-        codes = tokenizer.encode(images)
-        decoded = tokenizer.decode(codes, (grid[0], grid[1])).cpu()
-        errors.append((decoded - images).square().flatten(1).mean(1))
-        counts += codes.flatten().bincount(minlength=tokenizer.codebook_size).cpu()
-        if not shown:
-            shown = [to_pil(images[:SHOWN]), to_pil(decoded[:SHOWN])]
-    mse = torch.cat(errors).double().mean().item()
-    stats = {key: value.item() for key, value in vq.code_statistics(counts).items()}
-    psnr = 10 * math.log10(4 / mse) if mse else math.inf
-    result = Reconstruction(images=len(source), mse=mse, psnr=psnr, **stats)
+    with progress_bar(len(source), "reconstruct", "image") as bar:
+        for start in range(0, len(source), BATCH):
+            rows = range(start, min(start + BATCH, len(source)))
+            views = [crop_views(source[i][0], size, "center", (ratio,))[0] for i in rows]
+            images = to_tensor(views)
+            codes = tokenizer.encode(images)
+            decoded = tokenizer.decode(codes, (grid[0], grid[1])).float().cpu()
+            if not torch.isfinite(decoded).all():
+                raise ValueError(f"non-finite: reconstructions of images {start}.. are not finite")
+            measured.add(images, decoded, codes, extractor, reference is None)
+            shown = shown or [to_pil(images[:SHOWN]), to_pil(decoded[:SHOWN])]
+            bar.update(len(rows))
+    figures = measured.figures()
+    if extractor is not None:
+        figures |= _rfid(measured, extractor, reference, source.name)
+    result = Reconstruction(images=len(source), warnings=lines, **figures)
     return result, labelled_grid(shown, ["image", "decoded"])
+
+
+class _Measured:
+    """What is collected image by image."""
+
+    def __init__(self, codebook_size: int) -> None:
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.errors: list[torch.Tensor] = []
+        self.psnr: list[torch.Tensor] = []
+        self.ssim: list[torch.Tensor] = []
+        self.features: dict[str, list[np.ndarray]] = {"image": [], "decoded": []}
+
+    def add(
+        self,
+        images: torch.Tensor,
+        decoded: torch.Tensor,
+        codes: torch.Tensor,
+        extractor: Extractor | None,
+        see_originals: bool,
+    ) -> None:
+        """images, decoded float [B, 3, H, W] in [-1, 1]; codes int64 [B, T]."""
+        self.errors.append((decoded - images).square().flatten(1).mean(1))
+        self.counts += codes.flatten().bincount(minlength=len(self.counts)).cpu()
+        pixels = {"image": to_uint8(images), "decoded": to_uint8(decoded)}
+        pair = [torch.from_numpy(p).permute(0, 3, 1, 2).double() / 255 for p in pixels.values()]
+        self.psnr.append(psnr(pair[0], pair[1]))
+        if min(images.shape[-2:]) >= WINDOW:
+            self.ssim.append(ssim(pair[0], pair[1]))
+        for name in self.features if extractor is not None else ():
+            if name == "decoded" or see_originals:
+                self.features[name].append(run(extractor, pixels[name])["fid"])  # type: ignore[arg-type]
+
+    def figures(self) -> dict[str, Any]:
+        mse = torch.cat(self.errors).double().mean().item()
+        own = torch.cat(self.psnr)
+        finite = own[torch.isfinite(own)]
+        stats = {key: value.item() for key, value in vq.code_statistics(self.counts).items()}
+        return {
+            "mse": mse,
+            "psnr": 10 * math.log10(4 / mse) if mse else math.inf,
+            "psnr_of_images": finite.mean().item() if len(finite) else math.inf,
+            "ssim": torch.cat(self.ssim).mean().item() if self.ssim else None,
+            **stats,
+        }
+
+
+def _rfid(
+    measured: _Measured, extractor: Extractor, reference: Reference | None, source: str
+) -> dict[str, Any]:
+    ours = statistics_of(np.concatenate(measured.features["decoded"]))
+    if reference is None:
+        theirs = statistics_of(np.concatenate(measured.features["image"]))
+    else:
+        theirs = reference.statistics["fid"]
+    return {
+        "rfid": frechet_distance(ours, theirs),
+        "rfid_space": extractor.space,
+        "rfid_reference": source if reference is None else reference.name,
+    }
+
+
+def _check(reference: Reference | None, size: int, allowed: Sequence[str]) -> list[str]:
+    if reference is None:
+        return []
+    blank = array_set("reconstructions", np.zeros((1, size, size, 3), np.uint8))
+    findings = check_split("val", reference.split, reference.name)
+    return enforce(findings + check_reference(blank, reference.size, reference.name), allowed)

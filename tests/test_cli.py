@@ -119,7 +119,7 @@ def test_a_folder_of_images_goes_through_the_whole_chain(tmp_path):
               tmp_path / "codes", "--size", 16, "--crops", "ten", "--range", 1.1)  # fmt: skip
     assert "16 images x 10 views, 0 skipped" in out.output
     shown = run("reconstruct", tmp_path / "images", "--tokenizer", tmp_path / "vq", "--size", 16,
-                "--out", tmp_path / "r.png")  # fmt: skip
+                "--no-rfid", "--out", tmp_path / "r.png")  # fmt: skip
     figures = json.loads(shown.output)
     assert figures["images"] == 4 and 0 < figures["mse"] < 4 and (tmp_path / "r.png").is_file()
     data = {"codes": str(tmp_path / "codes"), "tokenizer": str(tmp_path / "vq")}

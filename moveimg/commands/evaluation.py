@@ -122,24 +122,54 @@ def evaluate(
 @command
 def reconstruct(
     images: Annotated[str, typer.Argument(help="a folder of class subfolders, or `digits`")],
-    tokenizer: Annotated[Path, typer.Option(help="a tokenizer's directory, or a model's")],
+    tokenizer: Annotated[Path, typer.Option(help="a tokenizer's directory, a model's, or digits")],
     size: Annotated[int, typer.Option(min=1, help="pixels of a side")] = 256,
     ratio: Annotated[float, typer.Option("--range", help="cut from size * range pixels")] = 1.0,
     split: Annotated[Split, typer.Option(help="which part of the images")] = Split.val,
     out: Annotated[Path | None, typer.Option(help="a PNG of images and reconstructions")] = None,
+    rfid: Annotated[bool, typer.Option(help="compute rFID, too")] = True,
+    reference: Annotated[
+        str | None, typer.Option(help="for rFID: an .npz or folder (default: the images)")
+    ] = None,
+    extractor: Extractor = None,
+    inception_weights: Inception = None,
+    allow: Allow = None,
     device: Device = None,
 ) -> None:
-    """Images through a tokenizer and back: error and code usage, as JSON."""
+    """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
+    from moveimg import evaluate as runner
     from moveimg.data.images import open_images
     from moveimg.pictures import save_png
+    from moveimg.pipeline import BUNDLED
     from moveimg.reconstruct import reconstruct
     from moveimg.training.generator import load_tokenizer
 
-    vq = load_tokenizer(tokenizer, device_of(device))
-    figures, picture = reconstruct(open_images(images, split.value), vq, size, ratio)
+    bundled = BUNDLED / tokenizer
+    chosen = bundled if bundled.is_dir() and not tokenizer.exists() else tokenizer
+    vq = load_tokenizer(chosen, where := device_of(device))
+    source = open_images(images, split.value)
+    against = runner.Comparison(reference or images, extractor, inception_weights, allow or [])
+    eyes = _eyes(against, where) if rfid else None
+    real = None
+    if eyes is not None and reference is not None:
+        real = runner.load_reference(against, (size, size), eyes, runner.features_cache())
+    found, picture = reconstruct(source, vq, size, ratio, eyes, real, allow or [])
     if out is not None:
-        save_png(picture, out, figures.as_dict())
-    print_json(figures.as_dict())
+        save_png(picture, out, found.as_dict())
+    print_json(found.as_dict())
+
+
+def _eyes(against: Any, device: Any) -> Any:
+    """The extractor; None, and a line on stderr, where Inception was not asked for nor is here."""
+    from moveimg.evaluate import open_extractor
+
+    try:
+        return open_extractor(against, device)
+    except FileNotFoundError as error:
+        if against.extractor or against.inception_weights:
+            raise
+        print(f"rFID left out: {error}", file=sys.stderr)
+        return None
 
 
 def _show(files: Sequence[str]) -> None:
