@@ -11,6 +11,7 @@ from moveimg.commands import evaluation  # noqa: F401
 from moveimg.commands import info  # noqa: F401
 from moveimg.commands import inspection  # noqa: F401
 from moveimg.commands import convert  # noqa: F401
+from moveimg.commands import bench  # noqa: F401
 
 # isort: on
 from moveimg.commands.common import app

@@ -30,7 +30,7 @@ ALLOWED = {
     | {"moveimg.evaluation", "moveimg.sample_sets"},
     "moveimg.training": CORE | {"tokenizer", "moveimg.data", "moveimg.pipeline"},
 }
-ANYTHING = {"moveimg.cli", "moveimg.commands", "moveimg.inspection", "apps"}
+ANYTHING = {"moveimg.cli", "moveimg.commands", "moveimg.inspection", "moveimg.bench", "apps"}
 
 
 def room_of(module: str) -> str:

@@ -1,0 +1,167 @@
+"""`moveimg bench sample`, `encode` and `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moveimg.commands.common import Device, Dtype, Set, app, command
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="How fast it is here, beside what the machine allows.",
+)
+app.add_typer(bench, name="bench")
+
+Repeats = Annotated[int, typer.Option(min=1, help="times, after one that is not counted")]
+Batch = Annotated[int, typer.Option(min=1, help="images side by side")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the figures here, too")]
+Trace = Annotated[Path | None, typer.Option("--profile", help="write a trace of one run here")]
+What = Annotated[
+    str, typer.Argument(help="a model, or a config (YAML), whose weights are then random")
+]
+
+
+def sample(
+    what: What = "digits",
+    batch_size: Batch = 8,
+    repeats: Repeats = 5,
+    cfg_scale: Annotated[float, typer.Option(help="guidance; 1 is none")] = 2.0,
+    quantize: Annotated[str | None, typer.Option(help="int8: matrices of 8 bits (CPU)")] = None,
+    set: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = None,
+    profile: Trace = None,
+) -> None:
+    """Codes of images drawn: images and codes a second, time to the first row."""
+    from moveimg.bench.workloads import bench_sample
+    from moveimg.config import SamplingSettings, validate
+    from moveimg.device import pick_device, pick_dtype
+
+    where = pick_device(device)
+    number_type = pick_dtype(dtype, where)
+    model = _generator(what, set or []).to(where, number_type).eval()
+    settings = validate(SamplingSettings, {"cfg_scale": cfg_scale}, "sampling settings")
+    _show(
+        lambda times: bench_sample(model, settings, batch_size, times, where, quantize),
+        {"model": what, "dtype": str(number_type), "quantize": quantize, "cfg_scale": cfg_scale},
+        repeats, where, json, profile,
+    )  # fmt: skip
+
+
+def encode(
+    tokenizer: Annotated[
+        str, typer.Argument(help="a tokenizer's or a model's directory, or vq-16 (random weights)")
+    ] = "digits",
+    size: Annotated[int, typer.Option(min=1, help="pixels of a side")] = 32,
+    batch_size: Batch = 8,
+    repeats: Repeats = 5,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = None,
+    profile: Trace = None,
+) -> None:
+    """Images -> codes: images and codes a second."""
+    import tokenizer as vq
+    from moveimg.bench.workloads import bench_encode
+    from moveimg.device import pick_device, pick_dtype
+    from moveimg.pipeline import resolve
+
+    where = pick_device(device)
+    number_type = pick_dtype(dtype, where)
+    if tokenizer == "vq-16":
+        model = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer")).freeze().to(where)
+    else:
+        path = Path(tokenizer)
+        known = (path / "config.json").is_file() and not (path / "tokenizer").is_dir()
+        model = vq.load(path if known else resolve(tokenizer) / "tokenizer", device=where)
+    model = model.to(number_type)
+    if size % model.downsample:
+        raise ValueError(f"size {size}: expected a multiple of {model.downsample}")
+    _show(
+        lambda times: bench_encode(model, size, batch_size, times, where),
+        {"tokenizer": tokenizer, "size": size, "dtype": str(number_type)},
+        repeats, where, json, profile,
+    )  # fmt: skip
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="a config (YAML) of `moveimg train`")],
+    batch_size: Batch = 8,
+    repeats: Repeats = 5,
+    set: Set = None,
+    device: Device = None,
+    json: Json = None,
+    profile: Trace = None,
+) -> None:
+    """Training steps on random codes: steps a second, and the share of the matrix rate (MFU)."""
+    import torch
+
+    from moveimg.bench.workloads import bench_train
+    from moveimg.config import TrainConfig, load_config
+    from moveimg.device import pick_device, pick_dtype
+
+    where = pick_device(device)
+    settings = load_config(config, TrainConfig, set or [])
+    number_type = pick_dtype(settings.dtype, where)
+    model = _generator(str(config), set or []).to(where)
+    if settings.compile:
+        for block in model.layers:
+            block.compile()
+    torch.manual_seed(settings.seed)
+    _show(
+        lambda times: bench_train(
+            model, settings.optimizer, batch_size, times, where, number_type
+        ),
+        {"config": str(config), "dtype": str(number_type), "compile": settings.compile},
+        repeats, where, json, profile,
+    )  # fmt: skip
+
+
+for function in (sample, encode, train):
+    command(function, bench)
+
+
+def _generator(what: str, overrides: list[str]) -> Any:
+    """The generator of a model, or one of a config with random weights."""
+    from moveimg.checkpoint import load_generator
+    from moveimg.config import ModelFile, load_config
+    from moveimg.model import Transformer
+    from moveimg.pipeline import resolve
+
+    if what.endswith((".yaml", ".yml")):
+        model = Transformer(load_config(Path(what), ModelFile, overrides).model)
+        # the head starts at zero, and equal logits would be drawn from faster than others
+        model.head.reset_parameters()
+        return model
+    if overrides:
+        raise ValueError("--set changes a config file; a model is as it was trained")
+    return load_generator(resolve(what))
+
+
+def _show(
+    measure: Callable[[int], dict[str, Any]],
+    about: dict[str, Any],
+    repeats: int,
+    device: Any,
+    json: Path | None,
+    profile: Path | None,
+) -> None:
+    """Measure, print a table, and write what was asked for."""
+    from moveimg.bench.report import describe
+    from moveimg.bench.workloads import profiled
+    from moveimg.checkpoint import write_json
+    from moveimg.device import hardware
+
+    result = {**about, "repeats": repeats, "machine": hardware(device)} | measure(repeats)
+    print(describe(result))
+    if json is not None:
+        write_json(json, result)
+    if profile is not None:
+        profiled(lambda: measure(1), str(profile))
+        print(f"trace: {profile} (chrome://tracing or ui.perfetto.dev)")
