@@ -99,10 +99,16 @@ class DataConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW; weight decay falls on tensors of two or more dimensions only."""
+    """AdamW or Muon; weight decay falls on tensors of two or more dimensions only."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: torch's Muon for the matrices of the blocks, AdamW for all else; the "
+        "same lr and weight_decay serve both (arXiv 2502.16982)",
+    )
     lr: PositiveFloat = Field(1e-4, description="peak learning rate (LlamaGen: 1e-4 a 256 images)")
     betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="Adam's moment decays")
+    momentum: Rate = Field(0.95, description="Muon's momentum")
     weight_decay: NonNegativeFloat = Field(0.05, description="decoupled weight decay")
     clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
@@ -131,6 +137,12 @@ class RunConfig(Config):
     validate_every: PositiveInt = Field(500, description="steps between held-out losses")
     preview_every: PositiveInt = Field(1000, description="steps between preview pictures")
     checkpoint_every: PositiveInt = Field(500, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(
+        2, description="newest checkpoints to keep; the best one stays beside them"
+    )
+    wandb: bool = Field(
+        False, description="send what goes to TensorBoard to Weights & Biases, too (moveimg[wandb])"
+    )
 
 
 class TrainConfig(RunConfig):
@@ -152,6 +164,18 @@ class TrainConfig(RunConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="autocast type of the forward pass; auto: bfloat16 on CUDA"
     )
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="images in one pass; a step adds up the gradients of batch_size / micro_batch "
+        "of them, shared by the processes; left out: the whole batch",
+    )
+    distributed: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: whole weights in each, or weights cut (FSDP2)"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute a block's activations again in the backward pass: less memory"
+    )
+    compile: bool = Field(False, description="torch.compile each block for training")
     sampling: SamplingSettings = Field(
         SamplingSettings(), description="for previews, and the model's `sampling.json`"
     )

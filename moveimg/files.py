@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# .NAME.SUFFIX.abcd1234.SUFFIX, as `atomic` names them
+TEMPORARY = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
 
 
 @contextmanager
@@ -52,6 +56,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_temporaries(directory: str | Path) -> None:
+    """Remove the temporary files of `atomic` that a killed process has left in a folder."""
+    for path in Path(directory).glob(".*"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -8,14 +8,16 @@ import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import load_model
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig, validate
 from moveimg.data.encode import encode_splits
 from moveimg.training.generator import load_tokenizer, train_generator
 from moveimg.training.loop import Run
-from moveimg.training.optimizer import learning_rate, make_optimizer
+from moveimg.training.optimizer import learning_rate, make_optimizers
 from moveimg.training.tokenizer import train_tokenizer
 from tests.conftest import lively, tiny_config
 
@@ -35,13 +37,18 @@ def tokenizer_config(out, **changes) -> TokenizerTrainConfig:
     return validate(TokenizerTrainConfig, settings | changes, "test")
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A tokenizer trained for a few steps, and the digits packed by it."""
-    folder = tmp_path_factory.mktemp("digits")
+def encode_tiny_digits(folder):
+    """A tokenizer trained for a few steps, and the digits packed by it, in `folder`."""
     train_tokenizer(tokenizer_config(folder / "tokenizer"), CPU)
     config = tokenizer_config(folder).images
     encode_splits(config, load_tokenizer(folder / "tokenizer", CPU), folder / "codes")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with packed digits and their tokenizer."""
+    folder = tmp_path_factory.mktemp("digits")
+    encode_tiny_digits(folder)
     return folder
 
 
@@ -57,6 +64,20 @@ def train_config(digits, out, **changes) -> TrainConfig:
 
 def weights_of(directory):
     return load_model(directory).generator.state_dict()
+
+
+def newest_state(out) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint, by name."""
+    path = max((out / "training/checkpoints").glob("step-*"))
+    reader = dcp.FileSystemReader(path)
+    described = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(about.size, dtype=about.properties.dtype)
+        for key, about in described.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def die_at_step_5(monkeypatch, run_it):
@@ -100,9 +121,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, monkeypatc
     train_generator(parted, CPU)
     expected = weights_of(tmp_path / "whole")
     assert all(torch.equal(v, expected[k]) for k, v in weights_of(tmp_path / "parted").items())
-    states = [torch.load(tmp_path / d / "training/state.pt") for d in ("whole", "parted")]
-    for key, value in states[0]["model"].items():
-        assert torch.equal(value, states[1]["model"][key])
+    states = [newest_state(tmp_path / name) for name in ("whole", "parted")]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():  # weights, average, moments
+        assert torch.equal(value, states[1][key]), key
 
 
 def test_a_tokenizer_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
@@ -136,9 +158,9 @@ def test_a_folder_with_another_run_is_left_alone(digits, tmp_path):
 def test_a_damaged_checkpoint_is_named(digits, tmp_path):
     config = train_config(digits, tmp_path, steps=4)
     train_generator(config, CPU)
-    path = tmp_path / "training" / "state.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"state.pt: damaged checkpoint .*--restart"):
+    for path in (tmp_path / "training/checkpoints").glob("step-*/__0_0.distcp"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-0000004 .*damaged checkpoint .*--restart"):
         train_generator(config, CPU)
 
 
@@ -180,7 +202,7 @@ def test_learning_rates():
 
 def test_weight_decay_falls_on_matrices_and_tables_alone():
     model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
-    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.05))
+    (optimizer,) = make_optimizers(model, OptimizerConfig(weight_decay=0.05))
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == ("norm" not in name), name

@@ -11,7 +11,7 @@ from moveimg.config import ModelConfig, OptimizerConfig
 from moveimg.model import Transformer
 from moveimg.model.cost import active_parameters, model_cost
 from moveimg.model.moe import arrange, balance_loss, blocks, shares
-from moveimg.training.optimizer import clip_gradients, make_optimizer, set_rate
+from moveimg.training.optimizer import clip_gradients, make_optimizers, set_rate
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 
 
@@ -114,14 +114,15 @@ def test_active_parameters():
 def test_value_tables_have_a_rate_and_a_clip_of_their_own():
     model = lively(tiny_config(**VARIANTS["mha-none-product_key"]), dtype=torch.float32)
     config = OptimizerConfig(lr=0.1, table_lr=10.0, clip=1.0, table_clip=0.5)
-    optimizer = make_optimizer(model, config)
-    set_rate(optimizer, 0.01)
+    optimizers = make_optimizers(model, config)
+    set_rate(optimizers, 0.01)
     table = model.shared_ffn.weight
-    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for parameter in model.parameters():
         assert rates[id(parameter)] == pytest.approx(0.1 if parameter is table else 0.01)
         parameter.grad = torch.full_like(parameter, 10.0)
-    clip_gradients(optimizer, config)
+    clip_gradients(optimizers, config)
     others = [p.grad.norm() for p in model.parameters() if p is not table]
     assert table.grad.norm() == pytest.approx(0.5)
     assert torch.stack(others).norm() == pytest.approx(1.0)

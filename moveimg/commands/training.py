@@ -24,15 +24,21 @@ def train(
     restart: Restart = False,
     device: Device = None,
 ) -> None:
-    """Codes or images -> model directory. The same command continues a run that was stopped."""
+    """Codes or images -> model directory. The same command continues a run that was stopped.
+
+    On several devices: torchrun --nproc-per-node N -m moveimg train CONFIG
+    """
     from moveimg.config import TrainConfig, load_config
+    from moveimg.training.distributed import processes
     from moveimg.training.generator import train_generator
 
     given = {"init_from": init_from, "train": train}
     chosen = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load_config(config, TrainConfig, [*(set or []), *chosen])
-    result = train_generator(settings, device_of(device), restart)
-    print(f"{settings.out}: {numbers(result)}")
+    with processes(device) as world:
+        settings = load_config(config, TrainConfig, [*(set or []), *chosen])
+        result = train_generator(settings, world, restart)
+        if world.main:
+            print(f"{settings.out}: {numbers(result)}")
 
 
 @command
@@ -45,10 +51,14 @@ def train_tokenizer(
     """Images -> tokenizer directory. The same command continues a run that was stopped."""
     from moveimg.config import TokenizerTrainConfig, load_config
     from moveimg.training import tokenizer
+    from moveimg.training.distributed import processes
 
-    settings = load_config(config, TokenizerTrainConfig, set or [])
-    result = tokenizer.train_tokenizer(settings, device_of(device), restart)
-    print(f"{settings.out}: {numbers(result)}")
+    with processes(device) as world:
+        if world.size > 1:
+            raise ValueError(f"train-tokenizer runs in one process, not in {world.size}")
+        settings = load_config(config, TokenizerTrainConfig, set or [])
+        result = tokenizer.train_tokenizer(settings, world.device, restart)
+        print(f"{settings.out}: {numbers(result)}")
 
 
 @command

@@ -27,7 +27,7 @@ from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.comparison import csv_table, markdown_table, summarize
 from moveimg.training.comparison_plots import plot_all
-from moveimg.training.loop import changed_settings
+from moveimg.training.record import changed_settings
 
 SAMPLED = 32  # images side by side when the sampling rate is measured
 

@@ -14,14 +14,18 @@ import tokenizer as vq
 from moveimg.checkpoint import ModelParts, save_model
 from moveimg.config import ModelConfig, TrainConfig
 from moveimg.data.codes import Batches, PackedCodes
-from moveimg.device import pick_dtype
+from moveimg.data.manifest import MANIFEST, sha256_file
 from moveimg.model import Transformer
+from moveimg.model.cost import model_cost
 from moveimg.pictures import labelled_grid, to_pil
 from moveimg.sampling import image_rngs, sample_codes
+from moveimg.training.distributed import Plan, World, plan
 from moveimg.training.initial import initial_model
 from moveimg.training.loop import fit
+from moveimg.training.watch import gate_statistics, peak_flops
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 10, 6
+WATCHED = 8  # images whose gates are looked at for a log line
 
 
 class GeneratorTask:
@@ -36,20 +40,22 @@ class GeneratorTask:
         tokenizer: vq.AutoencoderTokenizer,
         train: PackedCodes,
         val: PackedCodes,
-        device: torch.device,
+        plan: Plan,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.device = config, model, tokenizer, device
-        self.val = val
+        self.config, self.model, self.tokenizer, self.plan = config, model, tokenizer, plan
+        self.device = plan.world.device
+        self.forward: nn.Module = model
+        self.codes, self.val = train, val
         self.class_names = train.class_names
         self.batches = Batches(train, config.batch_size, config.seed)
-        self.dtype = pick_dtype(config.dtype, device)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        codes, labels, _ = self.batches.batch(step)
+    def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        step, part = divmod(index, self.plan.parts)
+        codes, labels, _ = self.batches.batch(step, part, self.plan.parts)
         codes, labels = codes.to(self.device), labels.to(self.device)
         dropped = torch.rand(len(labels), device=self.device) < self.config.class_dropout
         labels = labels.masked_fill(dropped, self.config_of_model.n_classes)
-        logits = self._logits(self.model, codes, labels)
+        logits = self._logits(self.forward, codes, labels)
         accuracy = (logits.detach().argmax(-1) == codes).float().mean()
         scalars = {"accuracy": accuracy}
         assert isinstance(self.model, Transformer)
@@ -59,19 +65,21 @@ class GeneratorTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out loss in nats a code, over every image's first view, and accuracy."""
-        losses, hits = [], []
-        for start in range(0, len(self.val), self.config.batch_size):
-            indices = torch.arange(start, min(start + self.config.batch_size, len(self.val)))
+        """Held-out loss in nats a code, over every image's first view, and accuracy.
+
+        The processes share the batches; all get the same numbers.
+        """
+        world, size, n = self.plan.world, self.config.batch_size, len(self.val)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(world.rank * size, n, world.size * size):
+            indices = torch.arange(start, min(start + size, n))
             codes, labels = self.val.get(indices.numpy(), torch.zeros_like(indices).numpy())
             codes, labels = codes.to(self.device), labels.to(self.device)
             logits = self._logits(model, codes, labels)
-            losses.append(_cross_entropy(logits, codes).flatten())
-            hits.append((logits.argmax(-1) == codes).flatten())
-        return {
-            "loss": torch.cat(losses).double().mean().item(),
-            "accuracy": torch.cat(hits).double().mean().item(),
-        }
+            losses, hits = _cross_entropy(logits, codes), logits.argmax(-1) == codes
+            sums += torch.stack([losses.cpu().double().sum(), hits.cpu().double().sum()])
+        loss, accuracy = (world.mean(sums) * world.size / (n * codes_an_image(self.val))).tolist()
+        return {"loss": loss, "accuracy": accuracy}
 
     def preview(self, model: nn.Module) -> Image.Image:
         """A grid of samples, a class a row, always from the same seeds."""
@@ -95,31 +103,70 @@ class GeneratorTask:
     def load_extra_state(self, state: dict[str, Any]) -> None:
         pass
 
+    def identity(self) -> dict[str, str]:
+        """Digests of the codes (their manifests name every shard's) and of the tokenizer."""
+        return {
+            "tokenizer": self.tokenizer.fingerprint,
+            "train codes": sha256_file(self.codes.directory / MANIFEST),
+            "val codes": sha256_file(self.val.directory / MANIFEST),
+        }
+
+    def indices(self, step: int) -> list[int]:
+        return self.batches.batch(step)[2].tolist()
+
+    def watch(self, images_per_second: float) -> dict[str, dict[str, float]]:
+        """Codes a second, the share of the device's peak that they take, and the gates.
+
+        A trained code takes three forward passes' products: one, and two of the way back.
+        """
+        rate = images_per_second * codes_an_image(self.codes)
+        flops = 3 * model_cost(self.config_of_model).flops_per_token * rate
+        peak = peak_flops(self.device, self.plan.dtype) * self.plan.world.size
+        assert isinstance(self.model, Transformer)
+        gates = gate_statistics(self.model.eval(), self._read_some)
+        return {"train": {"tokens_per_second": rate, "mfu": flops / peak}, "gates": gates}
+
+    def _read_some(self) -> Tensor:
+        """A forward pass over some held-out images."""
+        indices = torch.arange(min(len(self.val), WATCHED)).numpy()
+        codes, labels = self.val.get(indices, 0 * indices)
+        return self._logits(self.model, codes.to(self.device), labels.to(self.device))
+
     @property
     def config_of_model(self) -> ModelConfig:
         assert isinstance(self.model, Transformer)
         return self.model.config
 
     def _logits(self, model: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
-        low = self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=low):
+        low = self.plan.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=self.plan.dtype, enabled=low):
             return model(codes, labels)
 
 
-def train_generator(config: TrainConfig, device: torch.device, restart: bool = False) -> dict:
+def train_generator(
+    config: TrainConfig, world: World | torch.device, restart: bool = False
+) -> dict:
     """`moveimg train`: make a model directory at config.out. Returns the held-out scalars.
 
+    Args:
+        config: the run's settings.
+        world: the processes that share it, or the device of the only one.
+        restart: throw an earlier run in config.out away first.
+
     Raises ValueError or FileNotFoundError for codes, a tokenizer or a model to start from that
-    are missing or do not belong together.
+    are missing or do not belong together, or for a batch that the processes cannot share.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, device)
-    train, val = _open_codes(config, tokenizer, device)
+    world = World(device=world) if isinstance(world, torch.device) else world
+    spreading = plan(config, world)
+    tokenizer = load_tokenizer(config.data.tokenizer, world.device)
+    train, val = _open_codes(config, tokenizer, world)
     for codes in (train, val):
         codes.require_tokenizer(tokenizer.fingerprint)
     torch.manual_seed(config.seed)
     settings = fit_to_codes(config.model, train)
-    model = initial_model(config, settings, train.class_names, tokenizer.fingerprint).to(device)
-    return fit(GeneratorTask(config, model, tokenizer, train, val, device), config, device, restart)
+    model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
+    task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, spreading)
+    return fit(task, config, world.device, restart, spreading)
 
 
 def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
@@ -140,7 +187,7 @@ def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
 
 
 def _open_codes(
-    config: TrainConfig, tokenizer: vq.AutoencoderTokenizer, device: torch.device
+    config: TrainConfig, tokenizer: vq.AutoencoderTokenizer, world: World
 ) -> tuple[PackedCodes, PackedCodes]:
     """The train and val codes; made first where the config names images."""
     directory = config.data.codes
@@ -149,8 +196,12 @@ def _open_codes(
 
         assert config.data.images is not None
         directory = config.out / "codes"
-        encode_splits(config.data.images, tokenizer, directory, device=device)
+        encode_splits(config.data.images, tokenizer, directory, device=world.device)
     return PackedCodes(directory / "train"), PackedCodes(directory / "val")
+
+
+def codes_an_image(codes: PackedCodes) -> int:
+    return codes.grid[0] * codes.grid[1]
 
 
 def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from moveimg.config import ModelConfig, TrainConfig, read_json
 from moveimg.model import Transformer
 from moveimg.model.memory import GatedMixer, ValueBank
 from moveimg.pipeline import resolve
+from moveimg.training.distributed import tell
 
 # Settings that hold no weights: a run has its own.
 FREE = ("token_dropout", "resid_dropout", "ffn_dropout", "n_classes")
@@ -142,10 +142,6 @@ def break_symmetry(model: Transformer) -> None:
             if not weight.any():
                 slots = weight.unflatten(0, (module.n_head, -1))[:, int(module.gate_standard) :]
                 nn.init.normal_(slots, std=0.02)
-
-
-def tell(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def _new_rows(table: Tensor, n_classes: int) -> Tensor:

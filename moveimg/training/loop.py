@@ -1,4 +1,4 @@
-"""The training loop, the same for every task.
+"""The training loop, the same for every task and any number of processes.
 
 A step is a function of (seed, step): its batch, its dropout and its learning rate follow from
 those two, so a run that was stopped and resumed computes what an uninterrupted one would have.
@@ -6,33 +6,37 @@ those two, so a run that was stopped and resumed computes what an uninterrupted 
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
+import signal
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-import yaml
 from PIL import Image
-from pydantic import ValidationError
+from safetensors import SafetensorError
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from moveimg.config import RunConfig
 from moveimg.device import peak_memory
-from moveimg.files import atomic, write_text
-from moveimg.progress import progress_bar
-from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_rate
+from moveimg.files import remove_temporaries
+from moveimg.training.checkpoints import Checkpoints, reason
+from moveimg.training.distributed import Plan, averaging, part_seed, spread, tell, whole
+from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
+from moveimg.training.record import keep_record, non_finite
+from moveimg.training.watch import Journal
 
-# What may differ between the start of a run and its continuation.
-MAY_CHANGE = {"log_every", "validate_every", "preview_every", "checkpoint_every", "out"}
+AGREE_EVERY = 10  # steps between questions whether to stop, where asking costs a synchronisation
 
 
 class Task(Protocol):
@@ -40,11 +44,14 @@ class Task(Protocol):
 
     model: nn.Module
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The step's loss with its graph, and scalars to log."""
+    def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's loss with its graph, and scalars to log.
+
+        `index` counts micro-batches from the start of the run; with one a step it is the step.
+        """
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out scalars; the first is what the run is judged by."""
+        """Held-out scalars; the first is what the run is judged by: less is better."""
 
     def preview(self, model: nn.Module) -> Image.Image:
         """A picture of what the model can do."""
@@ -53,50 +60,92 @@ class Task(Protocol):
         """Write what the run makes into its directory."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside weights and optimizer."""
+        """What a checkpoint must hold beside weights and optimizer: plain data and tensors."""
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what extra_state gave."""
 
 
-def fit(task: Task, config: RunConfig, device: torch.device, restart: bool = False) -> dict:
+@runtime_checkable
+class Watched(Protocol):
+    """What a task may have beside that: more to log, and names for what it is trained on."""
+
+    forward: nn.Module  # what loss is to call in the place of the model; set by the loop
+
+    def identity(self) -> dict[str, str]:
+        """What the run's data is; a run on other data is another run."""
+
+    def indices(self, step: int) -> list[int]:
+        """The images of a step's batch."""
+
+    def watch(self, images_per_second: float) -> dict[str, dict[str, float]]:
+        """More scalars of a log line, by prefix; every process calls it."""
+
+
+def fit(
+    task: Task,
+    config: RunConfig,
+    device: torch.device,
+    restart: bool = False,
+    plan: Plan | None = None,
+) -> dict:
     """Train `task` for config.steps steps in config.out; continue there if a run was stopped.
+
+    SIGTERM ends it after the step under way, with a checkpoint and exit code 143.
 
     Args:
         task: model (on `device`), loss and outputs.
         config: the run's settings.
         device: where the model is.
         restart: throw an earlier run in config.out away first.
+        plan: how it is spread over processes; left out: one process, one batch a step.
 
     Returns:
         the last held-out scalars, with `seconds` of training so far.
 
     Raises:
-        ValueError: config.out holds a run with other settings or a damaged checkpoint, or the
-            loss is not finite.
+        ValueError: config.out holds a run with other settings or other data, or damaged
+            checkpoints alone, or the loss is not finite.
+        OSError: the last checkpoint could not be written.
     """
-    run = Run(task, config, device)
+    run = Run(task, config, device, plan or Plan())
     run.open(restart)
-    bar = progress_bar(config.steps, "train", "step", run.step)
-    with SummaryWriter(str(run.logs), purge_step=run.step) as writer, bar:
+    with Journal(run.logs, config, run.step, run.world.main) as journal, sigterm() as asked:
         while run.step < config.steps:
             scalars = run.advance()
-            bar.update()
-            run.report(scalars, writer, bar)
+            journal.bar.update()
+            run.report(scalars, journal)
+            if run.must_stop(bool(asked)):
+                run.save(whole(run.averaged))
+                run.checkpoints.finish()
+                journal.tell(f"stopped by SIGTERM at step {run.step}; the same command goes on")
+                raise SystemExit(128 + signal.SIGTERM)
     return run.finish()
 
 
 class Run:
-    """A run's state: step, weights, their average, the optimizer, and the files they live in."""
+    """A run's state: step, weights, their average, optimizers, and the files they live in."""
 
-    def __init__(self, task: Task, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, task: Task, config: RunConfig, device: torch.device, plan: Plan) -> None:
         self.task, self.config, self.device = task, config, device
+        self.plan, self.world = plan, plan.world
         self.logs = config.out / "training"
-        self.optimizer = make_optimizer(task.model, config.optimizer)
         self.ema = ModelEmaV3(task.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.called = spread(task.model, None if self.ema is None else self.ema.module, plan)
+        if isinstance(task, Watched):
+            task.forward = self.called
+        self.optimizers = make_optimizers(task.model, config.optimizer)
+        self.checkpoints = Checkpoints(
+            self.logs / "checkpoints", config.keep_checkpoints, self.world
+        )
         self.step = 0
         self.seconds = 0.0
         self.held_out: dict[str, float] = {}
+        self.validated: int | None = None  # the step that held_out is of
+        self.best: float | None = None
+        self.saved: int | None = None
+        self.logged = (0, 0.0)  # step and seconds of the last log line
+        self.failure: OSError | None = None
         self.recent: deque[Tensor] = deque(maxlen=config.log_every)
 
     @property
@@ -107,140 +156,191 @@ class Run:
     def advance(self) -> dict[str, Tensor]:
         """One optimizer step; returns its scalars, still on the device."""
         begun = time.perf_counter()
-        config, model = self.config, self.task.model
+        config, model, mine = self.config, self.task.model, self.plan.mine
         model.train()
-        torch.manual_seed(config.seed * 1_000_003 + self.step)
         rate = learning_rate(config.optimizer, self.step, config.steps)
-        set_rate(self.optimizer, rate)
-        loss, scalars = self.task.loss(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_gradients(self.optimizer, config.optimizer)
-        self.optimizer.step()
+        set_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        found: list[dict[str, Tensor]] = []
+        for part in mine:
+            torch.manual_seed(part_seed(config.seed, self.step, part))
+            with averaging(self.called, last=part == mine[-1]):
+                loss, scalars = self.task.loss(self.step * self.plan.parts + part)
+                (loss / len(mine)).backward()
+            found.append({"loss": loss.detach(), **scalars})
+        norm = clip_gradients(self.optimizers, config.optimizer)
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         if self.ema is not None:
             self.ema.update(model, step=self.step)
-        self.recent.append(loss.detach())
+        means = {key: torch.stack([x[key].float() for x in found]).mean() for key in found[0]}
+        self.recent.append(means["loss"])
         self.seconds += time.perf_counter() - begun
-        return {"loss": loss.detach(), **scalars, "grad_norm": norm, "lr": torch.tensor(rate)}
+        return {**means, "grad_norm": norm, "lr": torch.tensor(rate)}
 
-    def report(self, scalars: dict[str, Tensor], writer: SummaryWriter, bar: tqdm) -> None:
+    def report(self, scalars: dict[str, Tensor], journal: Journal) -> None:
         """Log, validate, preview and checkpoint, each when it is due."""
-        config, last = self.config, self.step == self.config.steps
-        if self.step % config.log_every == 0 or last:
-            self._log(scalars, writer, bar)
-        if self.step % config.validate_every == 0 or last:
-            self.held_out = self.task.validate(self.averaged.eval())
-            for key, value in self.held_out.items():
-                writer.add_scalar(f"val/{key}", value, self.step)
-            spent = {"seconds": round(self.seconds, 2), "peak_memory": peak_memory(self.device)}
-            self._append({"step": self.step, **spent, **self.held_out})
-            bar.write(f"step {self.step}: {_join(self.held_out)}")
-        if self.step % config.preview_every == 0 or last:
-            picture = self.task.preview(self.averaged.eval())
-            with atomic(self.logs / f"preview-{self.step:06d}.png") as path:
-                picture.save(path)
-            writer.add_image("preview", pil_to_tensor(picture), self.step)
-        if self.step % config.checkpoint_every == 0 or last:
+        config = self.config
+        if self._due(config.log_every):
+            self._log(scalars, journal)
+        every = (config.validate_every, config.preview_every, config.checkpoint_every)
+        validate, preview, save = (self._due(steps) for steps in every)
+        if not (validate or preview or save):
+            return
+        model = whole(self.averaged)
+        if validate:
+            self._validate(model, journal)
+        if preview:
+            self._preview(model, journal)
+        if save:
             self._require_finite()
-            self.save()
+            self.save(model)
 
-    def save(self) -> None:
-        """Write the checkpoint and what the run makes so far, each by atomic rename."""
-        state = {
-            "step": self.step,
+    def must_stop(self, asked: bool) -> bool:
+        """Whether any process was asked to stop; all get the same answer at the same step."""
+        if self.device.type == "cuda" and self.world.size > 1 and self.step % AGREE_EVERY:
+            return False
+        return self.world.any(asked)
+
+    def save(self, model: nn.Module) -> None:
+        """Export what the run makes so far, and begin to write a checkpoint.
+
+        A full disk, or anything else that keeps them from being written, does not end the run:
+        what was there before stays, and `finish` raises if that is still so at the last step.
+        """
+        if self.saved == self.step:
+            return
+        self.saved = self.step
+        score = next(iter(self.held_out.values()), None) if self.validated == self.step else None
+        best = score is not None and (self.best is None or score < self.best)
+        self.best = score if best else self.best
+        if self.world.main:
+            self._export(model, best)
+        about = {
             "seconds": self.seconds,
             "held_out": self.held_out,
-            "model": self.task.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "extra": self.task.extra_state(),
+            "validated": self.validated,
+            "score": score,
+            "best": self.best,
+            "processes": self.world.size,
         }
-        about = {"step": self.step, "seconds": round(self.seconds, 1), "val": self.held_out}
-        about["run"] = self.config.model_dump(mode="json")
-        self.task.export(self.averaged.eval(), self.config.out, about)
-        # Last, so that a run never counts as finished before what it makes is there.
-        with atomic(self.logs / "state.pt") as path:
-            torch.save(state, path)
+        # After the model, so that a run never counts as finished before what it makes is there.
+        self.checkpoints.save(self.step, self.state(), self.task.extra_state(), about)
+
+    def state(self) -> dict[str, Any]:
+        """Weights, average and optimizers, by the names of the parameters."""
+        model = self.task.model
+        state: dict[str, Any] = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, self.optimizers),
+        }
+        if self.ema is not None:
+            state["ema"] = get_model_state_dict(self.ema.module)
+        return state
 
     def open(self, restart: bool) -> None:
-        """Make the run's directory, or load the checkpoint that is in it."""
-        described = self.logs / "config.yaml"
-        if restart and self.logs.exists():
-            shutil.rmtree(self.logs)
-        settings = self.config.model_dump(mode="json")
-        if described.is_file():
-            require_same(described, self.config)
-        write_text(described, yaml.safe_dump(settings, sort_keys=False))
-        if (self.logs / "state.pt").is_file():
-            self._load(self.logs / "state.pt")
+        """Make the run's directory, or load the newest intact checkpoint that is in it."""
+        if self.world.main:
+            if restart and self.logs.exists():
+                shutil.rmtree(self.logs)
+            identity = self.task.identity() if isinstance(self.task, Watched) else {}
+            keep_record(self.logs, self.config, identity)
+            for directory in (self.config.out, self.logs, self.logs / "best"):
+                remove_temporaries(directory)
+        self.checkpoints.sweep()
+        if (path := self.checkpoints.newest()) is not None:
+            self._load(path)
 
     def finish(self) -> dict:
+        """Wait for the last checkpoint; OSError if it, or the model, could not be written."""
+        self.checkpoints.finish()
+        if self.failure is not None:
+            raise self.failure
         return {**self.held_out, "seconds": self.seconds}
 
-    def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.task.model.load_state_dict(state["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.task.load_extra_state(state["extra"])
-        except (RuntimeError, EOFError, KeyError, OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{path}: damaged checkpoint ({reason}); start again with --restart"
-            ) from None
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.held_out = state["held_out"]
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
 
-    def _log(self, scalars: dict[str, Tensor], writer: SummaryWriter, bar: tqdm) -> None:
+    def _export(self, model: nn.Module, best: bool) -> None:
+        about = {"step": self.step, "seconds": round(self.seconds, 1), "val": self.held_out}
+        about["run"] = self.config.model_dump(mode="json")
+        self.failure = None
+        try:
+            self.task.export(model, self.config.out, about)
+            if best:
+                self.task.export(model, self.logs / "best", about)
+        except (OSError, SafetensorError) as error:
+            self.failure = OSError(f"model of step {self.step} not written ({reason(error)})")
+            tell(f"warning: {self.failure}; the one before stays")
+
+    def _load(self, path: Path) -> None:
+        state = self.state()
+        extra, index = self.checkpoints.load(path, state)
+        set_model_state_dict(self.task.model, state["model"])
+        set_optimizer_state_dict(self.task.model, self.optimizers, state["optimizer"])
+        if self.ema is not None:
+            set_model_state_dict(self.ema.module, state["ema"])
+        self.task.load_extra_state(extra)
+        self.step, self.seconds = index["step"], index["seconds"]
+        self.held_out, self.validated = index["held_out"], index["validated"]
+        self.best, self.saved = index["best"], self.step
+        self.logged = (self.step, self.seconds)
+
+    def _validate(self, model: nn.Module, journal: Journal) -> None:
+        self.held_out, self.validated = self.task.validate(model), self.step
+        journal.scalars("val", self.held_out, self.step)
+        spent = {"seconds": round(self.seconds, 2), "peak_memory": peak_memory(self.device)}
+        journal.line({"step": self.step, **spent, **self.held_out})
+        numbers = ", ".join(f"{key} {value:.4f}" for key, value in self.held_out.items())
+        journal.tell(f"step {self.step}: {numbers}")
+
+    def _preview(self, model: nn.Module, journal: Journal) -> None:
+        """Pictures by the average and by the weights themselves."""
+        raw = None if self.ema is None else whole(self.task.model)
+        if self.world.main:
+            journal.picture("", self.task.preview(model), self.step)
+            if raw is not None:
+                journal.picture("raw", self.task.preview(raw), self.step)
+
+    def _log(self, scalars: dict[str, Tensor], journal: Journal) -> None:
+        begun = time.perf_counter()
         loss = self._require_finite()
-        for key, value in scalars.items():
-            writer.add_scalar(f"train/{key}", value.item(), self.step)
-        rate = self.step * self.config.batch_size / max(self.seconds, 1e-9)
-        writer.add_scalar("train/images_per_second", rate, self.step)
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
+        self.seconds += time.perf_counter() - begun  # where steps run ahead, they end here
+        step, seconds = self.logged
+        rate = (self.step - step) * self.config.batch_size / max(self.seconds - seconds, 1e-9)
+        self.logged = (self.step, self.seconds)
+        means = dict(zip(scalars, values.tolist(), strict=True))
+        journal.scalars("train", means | {"images_per_second": rate}, self.step)
+        if isinstance(self.task, Watched):
+            for prefix, more in self.task.watch(rate).items():
+                journal.scalars(prefix, more, self.step)
+        journal.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
 
     def _require_finite(self) -> float:
-        """The mean of the recent losses; ValueError if it is not a number to go on with."""
-        loss = torch.stack(list(self.recent)).mean().item()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss {loss} at step {self.step}: not finite; try a lower optimizer.lr "
-                f"(now {self.config.optimizer.lr}) or a longer optimizer.warmup, and --restart"
+        """The mean of the recent losses; ValueError if one is not a number to go on with."""
+        losses = self.world.mean(torch.stack(list(self.recent)))
+        if not losses.isfinite().all():
+            first = self.step - len(losses) + int((~losses.isfinite()).nonzero()[0])
+            indices = self.task.indices(first) if isinstance(self.task, Watched) else []
+            raise non_finite(
+                self.logs if self.world.main else None, self.config, first, losses, indices
             )
-        return loss
-
-    def _append(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl, dropping lines of steps that a crash undid."""
-        path = self.logs / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [text for text in lines if json.loads(text)["step"] < line["step"]]
-        write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+        return losses.mean().item()
 
 
-def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings of the run whose config.yaml is `described` that differ in `config`: before, now.
-
-    A key that is newer than the run had its default then.
-    """
-    before = yaml.safe_load(described.read_text(encoding="utf-8"))
-    with suppress(ValidationError):  # of a run by another version, compared as it stands
-        before = type(config).model_validate(before).model_dump(mode="json")
-    now = config.model_dump(mode="json")
-    keys = [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
-    return {key: (before.get(key), now[key]) for key in keys}
-
-
-def require_same(described: Path, config: RunConfig) -> None:
-    """Raise ValueError, naming the first difference, unless the run there has these settings."""
-    for key, (before, now) in changed_settings(described, config).items():
-        raise ValueError(
-            f"{config.out}: holds a run with other settings ({key}: {before}, now {now}); "
-            "choose another `out`, or start over with --restart"
-        )
-
-
-def _join(scalars: dict[str, float]) -> str:
-    return ", ".join(f"{key} {value:.4f}" for key, value in scalars.items())
+@contextmanager
+def sigterm() -> Iterator[list[bool]]:
+    """A list that is empty until SIGTERM comes, which no longer ends the process by itself."""
+    came: list[bool] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    except ValueError:  # only a main thread may listen
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,49 +1,72 @@
-"""AdamW with the recipe's parameter groups, and the learning rate of each step."""
+"""AdamW with the recipe's parameter groups, Muon for matrices, and the learning rate of a step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from moveimg.config import OptimizerConfig
 from moveimg.model.product_key import ValueTable
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on tensors of two or more dimensions only (LlamaGen's recipe).
+def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+    """The optimizers of a model's parameters that learn, each parameter in one of them.
 
-    Product-key value tables, where there are any, are a group of their own, with a higher rate.
+    AdamW; weight decay on tensors of two or more dimensions only (LlamaGen's recipe). Product-key
+    value tables, where there are any, are a group of their own, with a higher rate. With kind muon
+    the blocks' matrices go to Muon instead, its updates scaled to AdamW's size
+    (arXiv 2502.16982), so that rate and decay mean the same for both.
     """
     tables = [p for m in model.modules() if isinstance(m, ValueTable) for p in m.parameters()]
-    known = {id(p) for p in tables}
+    matrices = block_matrices(model) if config.kind == "muon" else []
+    known = {id(p) for p in (*tables, *matrices)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    decay = config.weight_decay
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     if tables := [p for p in tables if p.requires_grad]:
-        decay = config.weight_decay
         groups.append({"params": tables, "weight_decay": decay, "lr_factor": config.table_lr})
     fused = rest[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    found: list[Optimizer] = []
+    if matrices := [p for p in matrices if p.requires_grad]:
+        momentum, adjust = config.momentum, "match_rms_adamw"
+        found.append(torch.optim.Muon(matrices, config.lr, decay, momentum, adjust_lr_fn=adjust))
+    found.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused))
+    return found
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def block_matrices(model: nn.Module) -> list[Tensor]:
+    """The weights of the blocks' linear layers, but for those that route (gates, experts)."""
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("layers.") and "router" not in name
+    ]
+
+
+def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
     """Give every group its rate: `rate` times its own factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_factor", 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> Tensor:
+def clip_gradients(optimizers: Sequence[Optimizer], config: OptimizerConfig) -> Tensor:
     """Clip all gradients together, those of value tables apart; the norm of the former."""
-    groups = optimizer.param_groups
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     tables = [p for group in groups if "lr_factor" in group for p in group["params"]]
     rest = [p for group in groups if "lr_factor" not in group for p in group["params"]]
     nn.utils.clip_grad_norm_(tables, config.table_clip)
-    return nn.utils.clip_grad_norm_(rest, config.clip)
+    norm = nn.utils.clip_grad_norm_(rest, config.clip)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

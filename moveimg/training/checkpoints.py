@@ -1,0 +1,258 @@
+"""Checkpoints of a run: written beside the training, whole or not at all, and checked when read.
+
+training/checkpoints/step-0000500/
+    .metadata, __0_0.distcp, ...   weights, average and optimizer (torch.distributed.checkpoint)
+    extra.pt                       what the task keeps beside them
+    checkpoint.json                step, times, scores; size and sha256 of every file; written last
+
+A checkpoint is written into a hidden folder and renamed, so a folder of that name is complete.
+It can be read by any number of processes, and by DDP what FSDP2 has written, and the reverse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from moveimg.data.manifest import sha256_file
+from moveimg.training.distributed import World, tell
+
+INDEX, EXTRA = "checkpoint.json", "extra.pt"
+NAME = re.compile(r"step-(\d+)")
+PARTIAL = ".partial"
+
+# of torch, about one process: it means what it says, and that is what is wanted
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+
+
+class Checkpoints:
+    """The checkpoints in a folder, of which the newest `keep` and the best stay.
+
+    Every process of a run makes one and calls its methods in the same order. What fails while a
+    checkpoint is written does not stop the training: it is told, and `finish` raises it if it was
+    the last one.
+    """
+
+    def __init__(self, directory: Path, keep: int, world: World) -> None:
+        self.directory, self.keep, self.world = directory, keep, world
+        self.group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+        self.failure: OSError | None = None
+
+    def steps(self) -> dict[int, Path]:
+        """The complete checkpoints by step, oldest first."""
+        found = {}
+        for path in self.directory.glob("step-*"):
+            if match := NAME.fullmatch(path.name):
+                found[int(match[1])] = path
+        return dict(sorted(found.items()))
+
+    # --- writing ---------------------------------------------------------------------------
+
+    def save(
+        self, step: int, state: dict[str, Any], extra: dict[str, Any], about: dict[str, Any]
+    ) -> None:
+        """Take a copy of the state and write it in the background.
+
+        Args:
+            step: steps taken.
+            state: nested dicts of tensors and DTensors, of torch's get_*_state_dict.
+            extra: small plain data and tensors, the same in all processes.
+            about: plain data for checkpoint.json; `score`, if any, is what the best has least of.
+        """
+        self.wait()
+        self.failure = None
+        final = self.directory / f"step-{step:07d}"
+        temporary = self.directory / f".{final.name}{PARTIAL}"
+        try:
+            if self.world.main:
+                temporary.mkdir(parents=True, exist_ok=True)
+                torch.save(extra, temporary / EXTRA)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
+            self._failed(step, temporary, error)
+        if self.world.any(self.failure is not None):
+            return
+        try:
+            written = dcp.async_save(
+                state,
+                checkpoint_id=temporary,
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
+        except dcp.CheckpointException as error:
+            self._failed(step, temporary, error)
+            return
+        assert isinstance(written, Future)
+        self.pending = self.writer.submit(self._seal, written, temporary, final, step, about)
+
+    def wait(self) -> None:
+        """Until the checkpoint under way, if there is one, is written or has failed."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises OSError if it could not be written."""
+        self.wait()
+        self.writer.shutdown()
+        if self.failure is not None:
+            raise self.failure
+
+    def _seal(
+        self, written: Future, temporary: Path, final: Path, step: int, about: dict[str, Any]
+    ) -> None:
+        """When the data is there: describe it, give it its name, remove what is not kept."""
+        try:
+            written.result()
+            if self.world.main:
+                files = {
+                    path.name: [path.stat().st_size, sha256_file(path)]
+                    for path in sorted(temporary.iterdir())
+                }
+                with (temporary / INDEX).open("w", encoding="utf-8") as file:
+                    file.write(sealed({"step": step, **about, "files": files}))
+                    file.flush()
+                    os.fsync(file.fileno())
+                if final.exists():
+                    shutil.rmtree(final)
+                temporary.rename(final)
+                self._prune()
+        except (dcp.CheckpointException, OSError) as error:
+            self._failed(step, temporary, error)
+
+    def _failed(self, step: int, temporary: Path, error: BaseException) -> None:
+        stays = max((s for s in self.steps() if s < step), default=None)
+        there = "there is none before it" if stays is None else f"that of step {stays} stays"
+        message = f"checkpoint of step {step} not written ({reason(error)}); {there}"
+        if self.world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.failure = OSError(message)
+        tell(f"warning: {message}")
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        kept = set(list(steps)[-self.keep :])
+        if (best := self.best()) is not None:
+            kept.add(best)
+        for step, path in steps.items():
+            if step not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def best(self) -> int | None:
+        """The step with the least score, if any checkpoint has one."""
+        scores = {}
+        for step, path in self.steps().items():
+            score = read_index(path).get("score")
+            if score is not None:
+                scores[step] = score
+        return min(scores, key=lambda step: scores[step]) if scores else None
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove what a run that was killed has left half written."""
+        if self.world.main:
+            for path in self.directory.glob(f".step-*{PARTIAL}"):
+                shutil.rmtree(path, ignore_errors=True)
+        self.world.wait()
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is intact; None where there is none at all.
+
+        Damaged ones are set aside under another name, and that is told. Raises ValueError where
+        all are damaged.
+        """
+        found = None
+        if self.world.main:
+            found = self._newest()
+        chosen = self.world.from_main(found)
+        if isinstance(chosen, str):
+            raise ValueError(chosen)
+        assert chosen is None or isinstance(chosen, Path)
+        return chosen
+
+    def _newest(self) -> Path | str | None:
+        """As newest, but for the error, which is returned as its message."""
+        problems: list[tuple[Path, str]] = []
+        for path in reversed(self.steps().values()):
+            if (problem := damage(path)) is None:
+                for number, (bad, what) in enumerate(problems):
+                    aside = bad.with_name(f"{bad.name}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    bad.rename(aside)
+                    before = path if number == len(problems) - 1 else problems[number + 1][0]
+                    tell(f"warning: {bad}: {what}; set aside, going back to {before.name}")
+                return path
+            problems.append((path, problem))
+        if problems:
+            path, problem = problems[0]
+            many = f" (and {len(problems) - 1} before it)" if len(problems) > 1 else ""
+            return f"{path}{many}: damaged checkpoint ({problem}); start again with --restart"
+        return None
+
+    def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fill `state` from an intact checkpoint; return its extra data and its index.
+
+        Raises ValueError where it holds other tensors than `state`.
+        """
+        try:
+            dcp.load(
+                state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None
+            )
+        except (dcp.CheckpointException, RuntimeError, KeyError) as error:
+            raise ValueError(f"{path}: does not fit this run ({reason(error)})") from None
+        extra = torch.load(path / EXTRA, map_location=self.world.device, weights_only=True)
+        return extra, read_index(path)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are what was written."""
+    index = read_index(path)
+    if not isinstance(files := index.get("files"), dict) or not files:
+        return f"{INDEX} cannot be read"
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+        if sha256_file(file) != digest:
+            return f"{name} is not what was written (its sha256 differs)"
+    return None
+
+
+def sealed(index: dict[str, Any]) -> str:
+    """The text of checkpoint.json, with a digest of its own."""
+    digest = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"checkpoint": index, "sha256": digest}, indent=1) + "\n"
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """What checkpoint.json of a checkpoint says; empty if it is not what was written."""
+    try:
+        text = (path / INDEX).read_text(encoding="utf-8")
+        index = json.loads(text)["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return index if isinstance(index, dict) and sealed(index) == text else {}
+
+
+def reason(error: BaseException) -> str:
+    """The cause of an error on one line; of a CheckpointException, its first process's."""
+    if isinstance(error, dcp.CheckpointException):
+        return reason(next(iter(error.failures.values()))[0])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
