@@ -19,9 +19,15 @@ from moveimg.data.crops import crop_views
 from moveimg.data.images import ImageSource, Split, open_images
 from moveimg.evaluation.classifier import load_classifier, save_classifier, train_classifier
 from moveimg.evaluation.features import Extractor
-from moveimg.evaluation.reference import Reference, open_reference, reference_of, write_reference
+from moveimg.evaluation.reference import (
+    Reference,
+    locate,
+    open_reference,
+    reference_of,
+    write_reference,
+)
 from moveimg.evaluation.results import environment, read_results, write_results
-from moveimg.evaluation.scoring import score
+from moveimg.evaluation.scoring import check_pair, score
 from moveimg.evaluation.sets import ImageSet, open_set
 from moveimg.pipeline import BUNDLED, DEFAULT_MODEL, Pipeline, resolve
 from moveimg.pretrained.hub import cache_directory
@@ -254,13 +260,17 @@ def _evaluate(
     extractor: Extractor,
     png: bool,
 ) -> tuple[dict[str, Any], Path] | None:
+    size = image_size(pipeline, plan)
+    reference = None
+    if os.environ.get("RANK", "0") == "0":  # before the long work: it may be refused
+        reference = load_reference(comparison, size, extractor, features_cache())
+        check_pair(size, reference, comparison.allowed)
     begun = time.perf_counter()
     path = sample_set(pipeline, plan, folder, png)
-    if path is None:
+    if path is None or reference is None:
         return None
     drawn = time.perf_counter()
     images = open_set(path)
-    reference = load_reference(comparison, images.size, extractor, features_cache())
     found = score(
         images, reference, extractor, features_cache(), plan.n_classes, comparison.allowed
     )
@@ -301,8 +311,18 @@ def _own(device: str | None) -> str | None:
     return device
 
 
+def image_size(pipeline: Pipeline, plan: Plan) -> tuple[int, int]:
+    """(H, W) of the images that a plan makes."""
+    if plan.resize is not None:
+        return plan.resize, plan.resize
+    height, width = pipeline.generator.config.grid
+    return height * pipeline.tokenizer.downsample, width * pipeline.tokenizer.downsample
+
+
 def _with_default(comparison: Comparison, model: str) -> Comparison:
     if comparison.reference is not None:
+        if comparison.reference != DIGITS:
+            locate(comparison.reference, features_cache())
         return comparison
     if model != DEFAULT_MODEL:
         raise ValueError(

@@ -15,11 +15,10 @@ import tokenizer as vq
 from moveimg.data.crops import crop_views, to_tensor
 from moveimg.data.images import ImageSource
 from moveimg.evaluation.features import Extractor, run
-from moveimg.evaluation.guards import check_reference, check_split, enforce
 from moveimg.evaluation.metrics import frechet_distance
 from moveimg.evaluation.pixels import WINDOW, psnr, ssim
 from moveimg.evaluation.reference import Reference
-from moveimg.evaluation.sets import array_set
+from moveimg.evaluation.scoring import check_pair
 from moveimg.evaluation.statistics import statistics_of
 from moveimg.pictures import labelled_grid, to_pil, to_uint8
 from moveimg.progress import progress_bar
@@ -84,7 +83,9 @@ def reconstruct(
     Returns the figures, and a picture of the first images above their reconstructions. Raises
     ValueError for a reference of training images or of another size.
     """
-    lines = _check(reference, size, allowed)
+    lines: list[str] = []
+    if reference is not None:
+        lines = check_pair((size, size), reference, allowed, wanted="val")
     measured = _Measured(tokenizer.codebook_size)
     shown: list[list[Image.Image]] = []
     grid = (size // tokenizer.downsample,) * 2
@@ -164,11 +165,3 @@ def _rfid(
         "rfid_space": extractor.space,
         "rfid_reference": source if reference is None else reference.name,
     }
-
-
-def _check(reference: Reference | None, size: int, allowed: Sequence[str]) -> list[str]:
-    if reference is None:
-        return []
-    blank = array_set("reconstructions", np.zeros((1, size, size, 3), np.uint8))
-    findings = check_split("val", reference.split, reference.name)
-    return enforce(findings + check_reference(blank, reference.size, reference.name), allowed)

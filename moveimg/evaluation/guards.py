@@ -68,11 +68,13 @@ def check_labels(labels: np.ndarray, n_classes: int | None = None) -> list[Findi
     return found
 
 
-def check_reference(images: ImageSet, size: tuple[int, int] | None, name: str) -> list[Finding]:
-    """Whether a reference's images have the samples' size (None: the reference holds none)."""
-    if size is None or size == images.size:
+def check_size(
+    samples: tuple[int, int], reference: tuple[int, int] | None, name: str
+) -> list[Finding]:
+    """Whether a reference's images have the samples' (H, W); None: the reference holds none."""
+    if reference is None or reference == samples:
         return []
-    ours, theirs = ("x".join(map(str, reversed(s))) for s in (images.size, size))
+    ours, theirs = ("x".join(map(str, reversed(s))) for s in (samples, reference))
     text = f"samples are {ours}, the reference {name} {theirs}: another resolution is another score"
     return [Finding("wrong-size", text, refused=True)]
 

@@ -76,16 +76,11 @@ def open_reference(name: str, extractor: Extractor, cache: Path) -> Reference:
 
     Raises FileNotFoundError, or ValueError where it is none or of another extractor.
     """
-    path = fetch(name, cache) if name in PUBLISHED else Path(name)
-    if not path.exists():
-        known = ", ".join(PUBLISHED)
-        raise FileNotFoundError(f"no reference {name!r}: expected a file, a folder or {known}")
+    path = locate(name, cache)
     if path.is_dir():
         return reference_of(open_set(path), extractor, cache)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path}: expected an .npz, a folder or one of {', '.join(PUBLISHED)}")
     entries = npz_entries(path)
-    about = json.loads(str(npz_array(path, "about"))) if "about" in entries else {}
+    about = json.loads(npz_array(path, "about").item()) if "about" in entries else {}
     if path.name in {url.rsplit("/", 1)[-1] for url in PUBLISHED.values()}:
         about.setdefault("split", "train")
     _require_extractor(path, about.get("extractor"), extractor, "mu" in entries)
@@ -155,6 +150,17 @@ def write_reference(
         write_images(archive, _rows(images, rows), (len(rows), *images.size, 3))
         write_array(archive, "about", np.array(json.dumps(about)))
     return about
+
+
+def locate(name: str, cache: Path) -> Path:
+    """The file or folder of a reference. FileNotFoundError or ValueError where there is none."""
+    path = fetch(name, cache) if name in PUBLISHED else Path(name)
+    if not path.exists():
+        known = ", ".join(PUBLISHED)
+        raise FileNotFoundError(f"no reference {name!r}: expected a file, a folder or {known}")
+    if not path.is_dir() and path.suffix != ".npz":
+        raise ValueError(f"{path}: expected an .npz, a folder or one of {', '.join(PUBLISHED)}")
+    return path
 
 
 def fetch(name: str, cache: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moveimg.evaluation.classifier import accuracy_by_class
 from moveimg.evaluation.features import Extractor, extract
-from moveimg.evaluation.guards import check_reference, check_set, check_split, enforce
+from moveimg.evaluation.guards import check_set, check_size, check_split, enforce
 from moveimg.evaluation.metrics import (
     frechet_distance,
     inception_scores,
@@ -45,11 +45,7 @@ def score(
 
     Raises ValueError, beginning with the guard's name, for a comparison that would mislead.
     """
-    early = [
-        *check_split("train", reference.split, reference.name),
-        *check_reference(images, reference.size, reference.name),
-    ]
-    lines = enforce(early, allowed)
+    lines = check_pair(images.size, reference, allowed)
     content = look(images)
     width = len(reference.statistics["fid"].mu)
     lines += enforce(check_set(images, content, width, n_classes), allowed)
@@ -64,6 +60,17 @@ def score(
         "extractor": extractor.summary(),
         "warnings": lines,
     }
+
+
+def check_pair(
+    size: tuple[int, int], reference: Reference, allowed: Sequence[str], wanted: str = "train"
+) -> list[str]:
+    """Whether images of (H, W) may be held against a reference at all; see enforce.
+
+    wanted: the split the reference should be of: train for a generator, val for a tokenizer.
+    """
+    findings = check_split(wanted, reference.split, reference.name)
+    return enforce(findings + check_size(size, reference.size, reference.name), allowed)
 
 
 def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def write_images(
 def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     """Write a small array as the entry `name` of an .npz."""
     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
-        np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+        np.lib.format.write_array(stream, np.asarray(array, order="C"), allow_pickle=False)
 
 
 def write_pngs(folder: Path, parts: Iterable[np.ndarray], labels: np.ndarray) -> None:

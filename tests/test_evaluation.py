@@ -1,0 +1,254 @@
+"""Sets on disk, what is looked for in them, and results."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moveimg.evaluation.guards import (
+    check_allowed,
+    check_labels,
+    check_set,
+    check_size,
+    check_split,
+    enforce,
+)
+from moveimg.evaluation.results import markdown_table, read_results, write_results
+from moveimg.evaluation.sets import array_set, look, open_set
+from moveimg.evaluation.writing import write_npz, write_pngs
+from moveimg.sample_sets import class_labels
+
+
+def pictures(count: int = 7, size: tuple[int, int] = (6, 5), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+
+
+def read_all(images, batch: int = 3) -> np.ndarray:
+    return np.concatenate(list(images.read(batch)))
+
+
+def parts_of(images: np.ndarray, batch: int = 3):
+    return (images[i : i + batch] for i in range(0, len(images), batch))
+
+
+# --- files ---------------------------------------------------------------------------------
+
+
+def test_an_npz_is_adms_and_its_bytes_follow_from_its_pixels(tmp_path):
+    images, labels = pictures(), np.arange(7) % 3
+    write_npz(tmp_path / "a.npz", parts_of(images), labels, (6, 5))
+    write_npz(tmp_path / "b.npz", parts_of(images, 2), labels, (6, 5))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "a.npz") as stored:
+        assert (stored["arr_0"] == images).all() and (stored["arr_1"] == labels).all()
+    opened = open_set(tmp_path / "a.npz")
+    assert opened.shape == (7, 6, 5) and (opened.labels == labels).all()
+    assert (read_all(opened) == images).all()
+
+
+def test_a_compressed_npz_of_another_program_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "c.npz", pictures())
+    opened = open_set(tmp_path / "c.npz")
+    assert opened.labels is None and (read_all(opened) == pictures()).all()
+
+
+def test_too_few_parts_leave_no_file(tmp_path):
+    with pytest.raises(ValueError, match="6 images came for a set of 7"):
+        write_npz(tmp_path / "a.npz", parts_of(pictures(6)), np.zeros(7), (6, 5))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("array", "part"),
+    [
+        (pictures().astype(np.float32) / 255, "wrong-mode.*float32"),
+        (pictures()[..., 0], r"wrong-mode.*\[7, 6, 5\]"),
+        (pictures()[:0], r"wrong-mode.*\[0, "),
+        (np.moveaxis(pictures(), 3, 1).copy(), "wrong-mode"),
+    ],
+)
+def test_arrays_that_are_no_rgb_bytes_are_refused(tmp_path, array, part):
+    np.savez(tmp_path / "x.npz", array)
+    with pytest.raises(ValueError, match=part):
+        open_set(tmp_path / "x.npz")
+
+
+def test_damaged_and_missing_sets_are_named(tmp_path):
+    write_npz(tmp_path / "a.npz", parts_of(pictures()), np.zeros(7), (6, 5))
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut.npz"):
+        open_set(tmp_path / "cut.npz")
+    flipped = bytearray(whole)
+    flipped[whole.index(pictures().tobytes()[:20])] ^= 1  # the archive's checksum notices
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"flipped.npz: .*CRC"):
+        look(open_set(tmp_path / "flipped.npz"))
+    np.savez(tmp_path / "labels.npz", pictures(), np.zeros(3))
+    with pytest.raises(ValueError, match="3 labels for 7 images"):
+        open_set(tmp_path / "labels.npz")
+    np.savez(tmp_path / "none.npz", mu=np.zeros(2))
+    with pytest.raises(ValueError, match="arr_0"):
+        open_set(tmp_path / "none.npz")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_set(tmp_path / "nowhere.npz")
+
+
+def test_a_folder_of_pngs_comes_back(tmp_path):
+    write_pngs(tmp_path / "set", parts_of(pictures()), np.arange(7))
+    opened = open_set(tmp_path / "set")
+    assert (read_all(opened) == pictures()).all() and (opened.labels == np.arange(7)).all()
+    (tmp_path / "set" / "labels.json").write_text("[1]")
+    with pytest.raises(ValueError, match="list of 7 labels"):
+        open_set(tmp_path / "set")
+
+
+def test_subfolders_are_classes_and_odd_pictures_are_refused(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pictures(1)[0]).save(tmp_path / name / "x.png")
+    assert open_set(tmp_path).labels.tolist() == [0, 1]
+    Image.fromarray(pictures(1)[0]).convert("L").save(tmp_path / "b" / "y.png")
+    with pytest.raises(ValueError, match=r"wrong-mode.*y.png is L: expected RGB"):
+        read_all(open_set(tmp_path))
+    Image.new("RGB", (9, 9)).save(tmp_path / "b" / "y.png")
+    with pytest.raises(ValueError, match=r"wrong-size.*y.png is 9x9: expected 5x6"):
+        read_all(open_set(tmp_path))
+    (tmp_path / "b" / "y.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"y.png: cannot be read"):
+        read_all(open_set(tmp_path))
+
+
+def test_a_look_counts_duplicates_and_blank_images():
+    images = pictures()
+    images[3], images[5] = images[0], 0
+    images[6] = (10, 20, 30)
+    content = look(array_set("set", images))
+    assert (content.duplicates, content.blank) == (1, 2)
+    assert look(array_set("again", images)).digest == content.digest
+    assert look(array_set("turned", images[::-1])).digest != content.digest
+    assert look(array_set("flat", images.reshape(7, 5, 6, 3))).digest != content.digest
+
+
+# --- guards --------------------------------------------------------------------------------
+
+
+def names(findings) -> list[str]:
+    return [finding.name for finding in findings]
+
+
+def set_of(images: np.ndarray, labels=None, width: int = 2, n_classes=None) -> list[str]:
+    images_set = array_set("set", images, labels)
+    return names(check_set(images_set, look(images_set), width, n_classes))
+
+
+def test_a_good_set_raises_no_guard():
+    assert set_of(pictures(40), class_labels(np.arange(40), 10), n_classes=10) == []
+
+
+def test_each_fault_of_a_set_has_its_name():
+    images, labels = pictures(40), class_labels(np.arange(40), 10)
+    assert set_of(images, labels, width=40) == ["too-few-samples"]
+    assert set_of(images, labels, width=2048) == ["too-few-samples"]
+    assert set_of(images) == ["missing-labels"]
+    assert set_of(images, np.sort(labels)) == ["sorted-labels"]
+    assert set_of(images, np.where(labels == 9, 8, labels)) == ["unbalanced-labels"]
+    assert set_of(images, labels, n_classes=11) == ["unbalanced-labels"]  # a class never drawn
+    twice = np.concatenate([images[:20], images[:20]])
+    assert set_of(twice, labels) == ["duplicate-images"]
+    black = images.copy()
+    black[0] = 0
+    assert set_of(black, labels) == ["blank-images"]
+
+
+def test_sets_that_are_broken_throughout_are_refused_unless_allowed():
+    labels = class_labels(np.arange(40), 10)
+    black = array_set("set", np.zeros((40, 6, 5, 3), np.uint8), labels)
+    findings = check_set(black, look(black), 2, 10)
+    with pytest.raises(ValueError, match="--allow duplicate-images"):
+        enforce(findings, [])
+    lines = enforce(findings, ["duplicate-images", "blank-images"])
+    assert [line.split(":")[0] for line in lines] == ["duplicate-images", "blank-images"]
+    with pytest.raises(ValueError, match="expected one of"):
+        check_allowed(["anything"])
+
+
+def test_another_resolution_and_the_other_split_are_refused():
+    assert check_size((6, 5), (6, 5), "r") == [] and check_size((6, 5), None, "r") == []
+    assert check_split("train", "train", "r") == [] and check_split("val", None, "r") == []
+    for findings, name in (
+        (check_size((6, 5), (5, 6), "r"), "wrong-size"),
+        (check_split("train", "val", "r"), "validation-reference"),
+        (check_split("val", "train", "r"), "training-reference"),
+    ):
+        assert names(findings) == [name]
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            enforce(findings, [])
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 10, 1000])
+def test_labels_are_balanced_mixed_and_of_the_index_alone(n_classes):
+    count = 5 * n_classes + n_classes // 2
+    labels = class_labels(np.arange(count), n_classes)
+    counts = np.bincount(labels, minlength=n_classes)
+    assert counts.max() - counts.min() <= 1 and check_labels(labels, n_classes) == []
+    some = np.array([count - 1, 3 % count, 0])
+    assert (class_labels(some, n_classes) == labels[some]).all()
+    assert np.bincount(labels[n_classes : 2 * n_classes], minlength=n_classes).tolist() == (
+        [1] * n_classes
+    )
+
+
+# --- results -------------------------------------------------------------------------------
+
+
+def result(name: str, space: str = "Inception", **metrics: float) -> dict:
+    return {
+        "name": name, "metrics": metrics, "samples": {"count": 50000},
+        "reference": {"name": "some/where/imagenet256"}, "extractor": {"space": space},
+        "warnings": [],
+    }  # fmt: skip
+
+
+def test_rows_lie_side_by_side_with_published_ones_marked(tmp_path):
+    write_results(tmp_path / "r.json", result("mine", fid=3.456, sfid=5.0, precision=0.8123))
+    table = markdown_table([read_results(tmp_path / "r.json")], peers=True).splitlines()
+    assert table[0].startswith("|  | images | FID | sFID | IS (ADM) | precision | recall |")
+    assert table[2] == "| mine | 50,000 | 3.456 | 5.000 |  | 0.812 |  | imagenet256 |"
+    rows = [row for row in table if "LlamaGen-L, 384" in row]
+    assert rows == [
+        "| LlamaGen-L, 384 (published) | 50,000 | 3.07 |  | 256.1 | 0.83 | 0.52 | imagenet256 |"
+    ]
+    columns = {row.count("|") for row in table if row.startswith("|")}
+    assert columns == {9}
+
+
+def test_published_rows_stay_away_from_other_feature_spaces():
+    table = markdown_table([result("small", "a classifier", fid=1.0, accuracy=0.5)], peers=True)
+    assert "published" not in table and "Feature space: a classifier." in table
+    mixed = markdown_table([result("a", "one", fid=1.0), result("b", "two", fid=1.0)])
+    assert "feature space" in mixed and "| one |" in mixed and "| two |" in mixed
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "metrics": {}}', '{"format": 1}'])
+def test_files_that_are_no_results_are_named(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError, match=r"r.json: not"):
+        read_results(tmp_path / "r.json")
+
+
+def test_results_are_plain_json(tmp_path):
+    write_results(tmp_path / "r.json", result("mine", fid=1.0))
+    assert json.loads((tmp_path / "r.json").read_text())["format"] == 1
+
+
+def test_a_set_beyond_four_gigabytes_has_a_header_for_it(tmp_path):
+    """The entry is written as zip64 from the start: its size is not known to be small."""
+    write_npz(tmp_path / "a.npz", parts_of(pictures()), np.zeros(7), (6, 5))
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        entry = archive.getinfo("arr_0.npy")
+        assert entry.extract_version >= 45 and entry.compress_type == zipfile.ZIP_STORED

@@ -1,0 +1,132 @@
+"""Inception, with random weights in torch-fidelity's file layout: few images, for it is slow."""
+
+from __future__ import annotations
+
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from moveimg.evaluation import inception
+from moveimg.evaluation.features import extract, run
+from moveimg.evaluation.inception import NAME, SPATIAL, load_inception
+from moveimg.evaluation.reference import open_reference, reference_of, write_reference
+from moveimg.evaluation.scoring import score
+from moveimg.evaluation.sets import array_set, look
+from tests import reference_metrics as plain
+from tests.evaluation_agreement import Tensors
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    plain.random_inception(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def extractor(weights):
+    return load_inception(weights, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def features(extractor, cache):
+    images = array_set("images", IMAGES)
+    return extract(images, look(images).digest, extractor, cache, batch_size=4)
+
+
+def test_the_spatial_layer_is_mixed_6_by_hand_and_channels_last(features, weights):
+    network = FEATURE_EXTRACTORS_REGISTRY["inception-v3-compat"](
+        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+    )
+    assert features["sfid"].shape == (6, 2023)
+    with torch.inference_mode():
+        by_hand = plain.spatial_features(network, IMAGES[:2])
+        pool, logits = network(torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2))
+    assert np.allclose(features["sfid"][:2], by_hand, atol=1e-5) and by_hand.std() > 0.1
+    assert np.allclose(features["fid"][:2], pool, rtol=1e-4, atol=1e-5)
+    assert np.allclose(features["logits"][:2], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_torch_fidelity_gives_the_same_sfid_by_the_registered_layer(extractor, weights, cache):
+    """Two images a set: a covariance of rank one, and the whole path of torch-fidelity."""
+    reference = reference_of(array_set("real", IMAGES[:2]), extractor, cache, "train")
+    images = array_set("samples", IMAGES[2:4])
+    ours = extract(images, look(images).digest, extractor, cache)
+    found = torch_fidelity.calculate_metrics(
+        input1=Tensors(IMAGES[2:4]), input2=Tensors(IMAGES[:2]), cuda=False, verbose=False,
+        cache=False, fid=True, feature_extractor=NAME, feature_layer_fid=SPATIAL,
+        feature_extractor_weights_path=str(weights),
+    )  # fmt: skip
+    wanted = plain.frechet(ours["sfid"], np.asarray(run(extractor, IMAGES[:2])["sfid"]))
+    # torch-fidelity's root of a singular product is good to a few digits
+    assert found["frechet_inception_distance"] == pytest.approx(wanted, rel=1e-3)
+    assert reference.statistics["sfid"].mu.shape == (2023,)
+
+
+def test_a_set_is_looked_at_once(extractor, cache, features, monkeypatch):
+    def never(*_):
+        raise AssertionError("the network was asked again")
+
+    monkeypatch.setattr("moveimg.evaluation.features.run", never)
+    images = array_set("the same pixels, another name", IMAGES)
+    again = extract(images, look(images).digest, extractor, cache)
+    assert (again["fid"] == features["fid"]).all()
+    with pytest.raises(AssertionError, match="asked again"):
+        extract(images, "another content", extractor, cache)
+
+
+def test_every_number_comes_from_a_set_and_a_reference_file(
+    extractor, cache, features, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("moveimg.evaluation.scoring.compute", lambda *_: {"fid": 1.0})
+    made = write_reference(tmp_path / "r.npz", array_set("r", IMAGES), extractor, cache, "train")
+    assert made["count"] == 6 and made["extractor"] == extractor.fingerprint
+    with np.load(tmp_path / "r.npz") as stored:  # ADM's names, and its images
+        assert set(stored) == {"mu", "sigma", "mu_s", "sigma_s", "arr_0", "about"}
+        assert (stored["arr_0"] == IMAGES).all()
+        assert np.allclose(stored["mu"], features["fid"].astype(np.float64).mean(0))
+        assert stored["sigma_s"].shape == (2023, 2023)
+    reference = open_reference(str(tmp_path / "r.npz"), extractor, cache)
+    assert set(reference.statistics) == {"fid", "sfid"} and len(reference.features) == 6
+    found = score(array_set("samples", IMAGES), reference, extractor, cache)
+    assert found["reference"]["sha256"] == reference.digest
+    assert [line.split(":")[0] for line in found["warnings"]] == [
+        "too-few-samples", "missing-labels",
+    ]  # fmt: skip
+
+
+def test_weights_that_are_none_are_named(tmp_path):
+    where = torch.device("cpu")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_inception(tmp_path / "nowhere.pth", where)
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text.pth: no readable Inception weights"):
+        load_inception(tmp_path / "text.pth", where)
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="torch-fidelity's layout"):
+        load_inception(tmp_path / "other.pth", where)
+
+
+def test_offline_one_line_says_what_to_bring(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(FileNotFoundError, match="--inception-weights FILE") as caught:
+        load_inception(None, torch.device("cpu"))
+    assert inception.URL_INCEPTION_V3 in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"VIRTUAL_imagenet256_labeled.npz") as caught:
+        open_reference("imagenet256", None, tmp_path)
+    assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,226 @@
+"""Samples of a model drawn, stopped and gone on with; scored; references and extractors made."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moveimg import evaluate, sample_sets
+from moveimg.data.ranks import Ranks
+from moveimg.evaluation.reference import open_reference
+from moveimg.pipeline import Pipeline
+from moveimg.sample_sets import make_plan, sample_set
+from tests.test_cli import refused, run
+
+
+@pytest.fixture(autouse=True)
+def in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.from_pretrained("digits", device="cpu")
+
+
+def plan_for(pipeline, **changes):
+    settings = pipeline.settings(cfg_scale=changes.pop("cfg_scale", None))
+    given = {"num": 11, "seed": 3, "batch_size": 3} | changes
+    return make_plan(pipeline, "model", settings, **given)
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline, tmp_path_factory):
+    """The bytes of an uninterrupted set."""
+    path = sample_set(pipeline, plan_for(pipeline), tmp_path_factory.mktemp("whole"))
+    return path.read_bytes()
+
+
+def test_a_set_that_was_stopped_goes_on_to_the_same_bytes(pipeline, tmp_path, whole, monkeypatch):
+    drawn = []
+    draw = sample_sets._draw
+
+    def stopped(pipeline, plan, start):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(start)
+        return draw(pipeline, plan, start)
+
+    monkeypatch.setattr(sample_sets, "_draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sample_set(pipeline, plan_for(pipeline), tmp_path / "set")
+    assert not (tmp_path / "set" / "samples.npz").exists()
+    again = []
+    monkeypatch.setattr(
+        sample_sets, "_draw", lambda *given: (again.append(given[2]), draw(*given))[1]
+    )
+    path = sample_set(pipeline, plan_for(pipeline), tmp_path / "set")
+    assert drawn == [0, 3] and again == [6, 9]
+    assert path.read_bytes() == whole
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["plan.json", "samples.npz"]
+    assert sample_set(pipeline, plan_for(pipeline), tmp_path / "set") == path and len(again) == 2
+
+
+def test_three_processes_make_the_same_bytes(pipeline, tmp_path, whole, monkeypatch):
+    """One after another here, the first one last: it joins what all have drawn."""
+
+    class Rank(Ranks):
+        def wait(self):
+            pass
+
+        def first(self, action):
+            return action() if self.rank == 0 else None
+
+    for rank in (2, 1, 0):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        alone = Rank(rank, 3)
+        monkeypatch.setattr(sample_sets, "all_ranks", lambda alone=alone: _entered(alone))
+        path = sample_set(pipeline, plan_for(pipeline), tmp_path / "set")
+        assert (path is None) == (rank > 0)
+    assert path.read_bytes() == whole
+
+
+class _entered:
+    def __init__(self, value):
+        self.value = value
+
+    def __enter__(self):
+        return self.value
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_image_i_is_drawn_with_its_own_seed_and_class(pipeline, tmp_path):
+    path = sample_set(pipeline, plan_for(pipeline, num=2, batch_size=1), tmp_path / "set", png=True)
+    labels = json.loads((path / "labels.json").read_text())
+    for i in range(2):
+        alone = pipeline.sample([labels[i]], seed=3 + i)[0]
+        with Image.open(path / f"{i:06d}.png") as stored:
+            assert stored.tobytes() == alone.tobytes()
+
+
+def test_another_plan_in_the_same_folder_is_refused(pipeline, tmp_path):
+    sample_set(pipeline, plan_for(pipeline, num=1), tmp_path / "set")
+    with pytest.raises(ValueError, match=r"another plan \(seed: 3, now 4\)"):
+        sample_set(pipeline, plan_for(pipeline, num=1, seed=4), tmp_path / "set")
+    with pytest.raises(ValueError, match="seed 4294967295"):
+        plan_for(pipeline, seed=2**32 - 1)
+
+
+def test_resized_sets_are_scored_at_their_new_size(pipeline, tmp_path):
+    path = sample_set(pipeline, plan_for(pipeline, num=2, resize=24), tmp_path / "set")
+    with np.load(path) as arrays:
+        assert arrays["arr_0"].shape == (2, 24, 24, 3)
+
+
+def test_the_bundled_model_is_scored_without_any_download(tmp_path):
+    shown = run("evaluate", "--num", 20, "--batch-size", 10, "--out", tmp_path / "out")
+    assert "compares with nothing but itself" in shown.output
+    assert "warning: too-few-samples" in shown.stderr
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(data["metrics"]) >= {"fid", "precision", "recall", "kid", "accuracy", "distinct"}
+    assert data["metrics"]["accuracy"] > 0.8 and data["metrics"]["fid"] > 0
+    assert len(data["metrics"]["accuracy_by_class"]) == 10
+    assert data["reference"]["split"] == "train" and len(data["reference"]["sha256"]) == 64
+    assert data["plan"]["seed"] == 0 and len(data["plan"]["model"]) == 64
+    assert data["plan"]["sampling"]["cfg_scale"] == 2.5  # the model's own
+    assert data["samples"]["count"] == 20 and "torch" in data["versions"]
+    table = run("evaluate", "--show", tmp_path / "out/results.json", tmp_path / "out/results.json")
+    assert table.output.count("| digits | 20 |") == 2 and "published" not in table.output
+
+
+def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
+    command = ["evaluate", "--num", 5, "--sweep", "cfg_scale=1:2:1",
+               "--out", tmp_path / "sweep"]  # fmt: skip
+    first = run(*command).output
+    assert "| cfg_scale 1 | 5 |" in first and "| cfg_scale 2 | 5 |" in first
+    with Image.open(tmp_path / "sweep" / "sweep.png") as plot:
+        assert plot.size[0] > 300
+    assert (tmp_path / "sweep" / "sweep.md").read_text().count("| cfg_scale") == 2
+    drawn = []
+    whole = evaluate._evaluate
+    monkeypatch.setattr(
+        evaluate, "_evaluate", lambda *given: (drawn.append(given[3].name), whole(*given))[1]
+    )
+    command[-3] = "cfg_scale=1:3:1"
+    assert "| cfg_scale 3 | 5 |" in run(*command).output
+    assert drawn == ["cfg_scale-3"]
+
+
+def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("moveimg.evaluation.classifier.STEPS", 2)
+    made = run("evaluate", "digits", "--make-extractor", tmp_path / "e.safetensors", "--size", 16)
+    assert "held-out real images recognised" in made.output
+    common = ["--extractor", tmp_path / "e.safetensors"]
+    for split in ("train", "val"):
+        run("evaluate", "digits", "--make-reference", tmp_path / f"{split}.npz", "--split", split,
+            "--size", 32, *common)  # fmt: skip
+    reference = ["--reference", tmp_path / "val.npz"]
+    samples = ["evaluate", "--samples", tmp_path / "val.npz"]
+    run("evaluate", "digits", "--make-reference", tmp_path / "small.npz", "--split", "val",
+        "--size", 24, *common)  # fmt: skip
+
+    found = run(*samples, "--reference", tmp_path / "train.npz", *common)
+    assert "| val.npz | 360 |" in found.output and "missing-labels" in found.stderr
+    assert "validation-reference" in refused(*samples, *reference, *common)
+    allowed = run(*samples, *reference, *common, "--allow", "validation-reference")
+    assert "| 0.000 | 1.000 | 1.000 |" in allowed.output.replace("-0.000", "0.000")
+    # the bundled extractor sees otherwise than the one that made the statistics
+    bundled = ["--extractor", evaluate.DIGITS_EXTRACTOR]
+    assert "other-extractor" in refused(*samples, "--reference", tmp_path / "train.npz", *bundled)
+    small = ["evaluate", "--samples", tmp_path / "small.npz", "--reference"]
+    line = refused(*small, tmp_path / "train.npz", *common)
+    assert "wrong-size" in line and "24x24" in line and "32x32" in line
+
+    rfid = ["reconstruct", "digits", "--tokenizer", "digits", "--size", "32"]
+    assert "training-reference" in refused(*rfid, "--reference", tmp_path / "train.npz", *common)
+    figures = json.loads(run(*rfid).stdout)
+    assert 0 < figures["rfid"] < 0.1 and figures["rfid_reference"] == "digits (val)"
+    assert 30 < figures["psnr"] < 34 and 0.9 < figures["ssim"] < 1 and figures["usage"] > 0.9
+    cut = ["--extractor", _cut(tmp_path / "e.safetensors")]
+    assert "damaged extractor" in refused(*samples, *reference, *cut)
+
+
+def _cut(path):
+    shorter = path.with_name("cut.safetensors")
+    shorter.write_bytes(path.read_bytes()[:1000])
+    return shorter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["digits", "--reference", "imagenet77"], ["imagenet77", "imagenet256"]),
+        (["somewhere"], ["--reference"]),
+        (["--samples", "nowhere.npz", "--reference", "digits"], ["nowhere.npz"]),
+        (["--samples", "x.npz"], ["--reference"]),
+        (["--set", "cfg_scale=much"], ["cfg_scale"]),
+        (["--set", "cfg"], ["--set cfg", "KEY=VALUE"]),
+        (["--sweep", "cfg_scale=1:2"], ["FIRST:LAST:STEP"]),
+        (["--sweep", "cfg_scale=2:1:1"], ["LAST beyond FIRST"]),
+        (["--sweep", "cfg=1:2:1"], ["--sweep cfg", "cfg_scale"]),
+        (["--allow", "everything"], ["everything", "wrong-size"]),
+        (["--show"], ["results.json"]),
+        (["--extractor", "nowhere"], ["nowhere: no such extractor"]),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, parts, tmp_path):
+    line = refused("evaluate", *arguments)
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_reference_of_statistics_alone_gives_fid_alone(tmp_path):
+    extractor = evaluate.open_extractor(evaluate.Comparison("digits"), evaluate.torch.device("cpu"))
+    about = json.dumps({"extractor": extractor.fingerprint, "count": 9, "split": "train"})
+    np.savez(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64), about=about)
+    reference = open_reference(str(tmp_path / "s.npz"), extractor, tmp_path)
+    assert reference.features is None and reference.count == 9 and reference.size is None
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(64), sigma=np.eye(9), about=about)
+    with pytest.raises(ValueError, match=r"expected \[D\] and \[D, D\]"):
+        open_reference(str(tmp_path / "bad.npz"), extractor, tmp_path)
