@@ -3,7 +3,7 @@
 Prints the tables of docs/evaluation.md: random Inception weights in torch-fidelity's file layout,
 real images of digits, and three sets against them.
 
-    python -m tests.evaluation_agreement --images 128
+    python -m tests.evaluation_agreement --images 32
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ def ours(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cache: Pat
     return compute(features, reference)
 
 
-def theirs(samples: np.ndarray, real: np.ndarray, weights: Path) -> Scores:
+def theirs(name: str, samples: np.ndarray, real: np.ndarray, weights: Path) -> Scores:
     """torch_fidelity.calculate_metrics, twice: as it comes, and FID of the registered layer."""
     common = {
         "input1": Tensors(samples), "input2": Tensors(real), "cuda": False, "verbose": False,
-        "feature_extractor_weights_path": str(weights), "cache": False, "save_cpu_ram": True,
+        "feature_extractor_weights_path": str(weights), "save_cpu_ram": True,
+        "cache_root": str(weights.parent), "input2_cache_name": "real",
+        "input1_cache_name": "real" if name == "identical" else name,
     }  # fmt: skip
     found = torch_fidelity.calculate_metrics(
         **common, feature_extractor="inception-v3-compat", isc=True, fid=True, kid=True, prc=True,
@@ -108,7 +110,7 @@ def in_float64(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cach
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=128, help="of each set")
+    parser.add_argument("--images", type=int, default=32, help="of each set")
     count = parser.parse_args().images
     with tempfile.TemporaryDirectory() as folder:
         weights, cache = Path(folder) / "inception.pth", Path(folder)
@@ -119,7 +121,7 @@ def main() -> None:
         for name, samples in sets.items():
             mine = ours(samples, real, extractor, cache)
             others: list[tuple[str, Callable[[], Scores]]] = [
-                ("torch-fidelity", lambda s=samples: theirs(s, real, weights)),
+                ("torch-fidelity", lambda n=name, s=samples: theirs(n, s, real, weights)),
                 ("float64 NumPy", lambda s=samples: in_float64(s, real, extractor, cache)),
             ]
             found = {label: call() for label, call in others}
