@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tokenizer as tok
 from tests.test_tokenizer import make, make_images, one_line_error
-from tokenizer import codebook
+from tokenizer import codebook, quantizers
 from tokenizer.quantizers import QUANTIZERS
 
 SIZE, DIM = 7, 3
@@ -148,6 +148,30 @@ def test_an_unused_code_has_a_finite_entropy_gradient():
     z = make_vectors().float().abs().requires_grad_()
     quantizer(z).losses["entropy"].backward()
     assert z.grad.isfinite().all() and quantizer.embedding.weight.grad.isfinite().all()
+
+
+def test_ibq_s_entropy_is_of_the_vectors_of_all_processes(monkeypatch):
+    """Two processes, one after the other: the second's sum is what the first is told, and so on."""
+    settings = {"entropy_temperature": 0.3}
+    z, found, usages = make_vectors(), [], []
+    monkeypatch.setattr(quantizers, "_distributed", lambda: True)
+    monkeypatch.setattr(quantizers.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(quantizers.dist, "all_reduce", lambda tensor: usages.append(tensor.clone()))
+    for part in z:
+        make_quantizer("ibq", **settings)(part[None])
+    total = sum(usages)
+    monkeypatch.setattr(quantizers.dist, "all_reduce", lambda tensor: tensor.copy_(total))
+    for part in z:
+        quantizer = make_quantizer("ibq", **settings)
+        loss = quantizer(part[None]).losses["entropy"]
+        loss.backward()
+        found.append((loss.detach(), quantizer.embedding.weight.grad))
+    monkeypatch.undo()
+    whole = make_quantizer("ibq", **settings)
+    expected = whole(z).losses["entropy"]
+    expected.backward()
+    torch.testing.assert_close((found[0][0] + found[1][0]) / 2, expected.detach())
+    torch.testing.assert_close((found[0][1] + found[1][1]) / 2, whole.embedding.weight.grad)
 
 
 @pytest.mark.parametrize("kind", ["simvq", "ibq"])

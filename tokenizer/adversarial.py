@@ -7,7 +7,6 @@ from __future__ import annotations
 from importlib import import_module
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,15 +56,11 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         last_layer: L, the decoder's last weight.
 
     Returns:
-        a scalar without a gradient, the same on all processes.
+        a scalar without a gradient.
     """
     gradients = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
         for loss in (reconstruction, adversarial)
     ]
-    if dist.is_available() and dist.is_initialized():
-        for gradient in gradients:  # of the whole batch, whatever its parts
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
     ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)
     return ratio.clamp(max=MOST_WEIGHT).detach()

@@ -188,12 +188,12 @@ def _broadcast(tensor: Tensor) -> None:
 
 
 def _mean_over_processes(tensor: Tensor) -> Tensor:
-    """With gradients: those of every process's loss come back to each."""
+    """The mean of all, with the gradient of one's own: gradients are averaged over processes."""
     if not _distributed():
         return tensor
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(tensor) / dist.get_world_size()
+    mean = tensor.detach().clone()
+    dist.all_reduce(mean)
+    return tensor + (mean / dist.get_world_size() - tensor.detach())
 
 
 def _keep_loaded_codebook(module: nn.Module, _: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moveimg.config import TokenizerTrainConfig
@@ -50,9 +49,7 @@ class Adversary:
         loss = adversarial.discriminator_loss(real, fake)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        parameters = list(self.discriminator.parameters())
-        _average([p.grad for p in parameters if p.grad is not None])
-        nn.utils.clip_grad_norm_(parameters, run.clip)
+        nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.clip)
         self.optimizer.step()
         return {
             "discriminator": loss.detach(),
@@ -86,11 +83,3 @@ class Adversary:
     def load_state(self, state: dict[str, Any]) -> None:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["discriminator_optimizer"])
-
-
-def _average(gradients: list[Tensor]) -> None:
-    """The mean of gradients over all processes, in place."""
-    if dist.is_available() and dist.is_initialized():
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
