@@ -92,7 +92,7 @@ def read_auth(given: str | None) -> list[tuple[str, str]] | None:
 def quiet_gradio() -> Path:
     """Settings that gradio reads from the environment; returns the folder of temporary files."""
     folder = Path(tempfile.mkdtemp(prefix="moveimg-demo-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # gradio makes folders in it
     os.environ |= {
         "GRADIO_TEMP_DIR": str(folder),
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -167,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         threading.Event().wait()
     except (KeyboardInterrupt, SystemExit):
         page.close(verbose=False)
+        atexit._run_exitfuncs()
+        os._exit(0)  # at once: threads may be in the middle of a matrix product
     return 0
 
 

@@ -42,7 +42,8 @@ def look() -> dict[str, Any]:
     )  # fmt: skip
     return {
         "theme": theme,
-        "css": (HERE / "style.css").read_text(encoding="utf-8"),
+        # not `css`: gradio rewrites the selectors of that, and gets :is() and body wrong
+        "head": f"<style>{(HERE / 'style.css').read_text(encoding='utf-8')}</style>",
         "js": (HERE / "script.js").read_text(encoding="utf-8"),
     }
 
@@ -57,6 +58,12 @@ def build(handlers: Handlers) -> gr.Blocks:
     models = handlers.models
     first = models.describe(None)
     with gr.Blocks(title="moveimg", analytics_enabled=False, fill_width=True) as page:
+        # first, since a name goes to who asks first: buttons are named after their functions
+        api = Api(handlers)
+        for name in ("generate", "vary_guidance", "compare", "memory", "reconstruct"):
+            gr.api(getattr(api, name), api_name=name, concurrency_limit=None)
+        gr.api(api.classes, api_name="classes", concurrency_limit=None)
+        gr.api(api.list_models, api_name="models", concurrency_limit=None)
         gr.HTML(texts.HEADER)
         with gr.Tabs():
             with gr.Tab("Generate", id="generate-tab"):
@@ -65,11 +72,6 @@ def build(handlers: Handlers) -> gr.Blocks:
                 _reconstruct_tab(handlers, model)
             with gr.Tab("API", id="api-tab"):
                 gr.Markdown(texts.API, elem_id="api")
-        api = Api(handlers)
-        for name in ("generate", "vary_guidance", "compare", "memory", "reconstruct"):
-            gr.api(getattr(api, name), api_name=name, concurrency_limit=None)
-        gr.api(api.classes, api_name="classes", concurrency_limit=None)
-        gr.api(api.list_models, api_name="models", concurrency_limit=None)
     return page
 
 
