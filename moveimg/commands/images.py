@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from moveimg.commands.common import Device, command, device_of
+from moveimg.commands.common import Device, Dtype, command
 
 
 @command
 def encode(
-    images: Annotated[str, typer.Argument(help="a folder of class subfolders, or `digits`")],
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="a folder of class subfolders, ImageNet's archives or Parquet files; or `digits`"
+        ),
+    ],
     tokenizer: Annotated[Path, typer.Option(help="a tokenizer's directory, or a model's")],
     out: Annotated[Path, typer.Option(help="folder for train/ and val/ codes")],
     size: Annotated[int, typer.Option(min=1, help="pixels of a side")] = 256,
@@ -22,18 +27,27 @@ def encode(
     ] = [1.0],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="views a call of the tokenizer")] = 64,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Image folder -> packed codes. The same command continues what was stopped."""
+    """Images -> packed codes. The same command continues what was stopped.
+
+    On several devices: torchrun --nproc-per-node N -m moveimg encode ...
+    """
     from moveimg.config import ImagesConfig, validate
     from moveimg.data.encode import encode_splits
+    from moveimg.device import pick_dtype
+    from moveimg.training.distributed import processes
     from moveimg.training.generator import load_tokenizer
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
-    vq = load_tokenizer(tokenizer, where := device_of(device))
     settings = validate(ImagesConfig, given, "encode")
-    manifests = encode_splits(settings, vq, out, device=where, batch_size=batch_size)
-    for split, manifest in manifests.items():
-        n, views = manifest.n_images, manifest.settings.n_crops
-        print(f"{out / split}: {n} images x {views} views, {len(manifest.skipped)} skipped")
-        for skipped in manifest.skipped:
-            print(f"  skipped {skipped.path}: {skipped.reason}")
+    with processes(device) as world:
+        vq = load_tokenizer(tokenizer, world.device)
+        chosen = {} if dtype is None else {"dtype": pick_dtype(dtype, world.device)}
+        manifests = encode_splits(
+            settings, vq, out, device=world.device, batch_size=batch_size, **chosen
+        )
+        if world.main:
+            for split, manifest in manifests.items():
+                n, views = manifest.n_images, manifest.settings.n_crops
+                print(f"{out / split}: {n} images x {views} views, {len(manifest.skipped)} skipped")

@@ -15,9 +15,17 @@ def info(
     what: Annotated[Path, typer.Argument(help="a config (YAML), a model directory, or `digits`")],
     set: Set = None,
     dtype: Annotated[str, typer.Option(help="type of the cache and the bank")] = "bfloat16",
+    train: Annotated[
+        bool, typer.Option("--train", help="what training the config takes: memory, hours, disk")
+    ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="devices that train (--train)")] = 8,
+    gpu: Annotated[str, typer.Option(help="their kind, as H100 or A100 (--train)")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="plain JSON instead of a table")] = False,
 ) -> None:
-    """Parameters by part, FLOPs and cache bytes of a config or a model."""
+    """Parameters by part, FLOPs and cache bytes of a config or a model; what its training takes."""
+    if train:
+        _train_budget(what, set or [], gpus, gpu, as_json)
+        return
     from moveimg.device import DTYPES
     from moveimg.model.cost import describe_cost, model_cost
 
@@ -28,6 +36,19 @@ def info(
         print_json(cost.as_dict())
     else:
         print(describe_cost(cost, dtype))
+
+
+def _train_budget(what: Path, overrides: list[str], gpus: int, gpu: str, as_json: bool) -> None:
+    if what.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--train: expected a config (YAML), not '{what}'")
+    from moveimg.config import TrainConfig, load_config
+    from moveimg.training.budget import comment, describe_budget, train_budget
+
+    budget = train_budget(load_config(what, TrainConfig, overrides), gpus, gpu)
+    if as_json:
+        print_json(budget.as_dict() | {"epoch": budget.epoch()})
+    else:
+        print(describe_budget(budget), comment(budget), sep="\n\n")
 
 
 def _model_config(what: Path, overrides: list[str]) -> Any:

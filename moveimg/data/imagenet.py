@@ -189,7 +189,8 @@ def _members(archive: tarfile.TarFile, suffix: str) -> list[_Member]:
         if member.isfile() and member.name.lower().endswith(suffix):
             name = member.name.rpartition("/")[2]
             found.append(_Member(name, member.offset_data, member.size))
-    length = archive.fileobj.seek(0, io.SEEK_END)
+    archive.fileobj.seek(0, io.SEEK_END)  # type: ignore[call-arg]
+    length = archive.fileobj.tell()
     if not found:
         raise tarfile.TarError(f"it holds no {suffix} files")
     if max(member.offset + member.size for member in found) > length:

@@ -27,12 +27,14 @@ class Cost:
         backbone, embeddings, router, bank: blocks, norms and head; label and code tables;
             gates' W_G; value memory.
         flops_per_token: of a forward pass, averaged over the T positions of an image.
-        router_share: part of those spent on gates, 2 D H (gates a head) a token and layer.
+        router_share: part of those spent on gates (MoVE's and LaVE's routers), 2 D H (gates a
+            head) a token and layer.
         flops_per_image: of generating T codes with the cache, without guidance, which doubles it.
         cache_bytes_per_token: kept for a position while generating, all layers.
+        mha_cache_bytes_per_token: the same for plain multi-head attention of the same size.
         bank_bytes_per_token: of the value memory, looked up for a position, once for all layers.
-        table_bytes_per_layer: read for a position by each layer, first to last: its slots of the
-            value memory, and rows found by product keys.
+        bank_bytes_per_layer: of those, read for a position by each layer, first to last: its slots.
+        table_bytes_per_layer: read for a position by each layer: the rows its product keys find.
         seq_len: T.
     """
 
@@ -46,7 +48,9 @@ class Cost:
     router_share: float
     flops_per_image: float
     cache_bytes_per_token: int
+    mha_cache_bytes_per_token: int
     bank_bytes_per_token: int
+    bank_bytes_per_layer: tuple[int, ...]
     table_bytes_per_layer: tuple[int, ...]
     seq_len: int
 
@@ -57,8 +61,12 @@ class Cost:
 def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     """The cost of the model of `config`, with its cache and bank in `dtype`."""
     with torch.device("meta"):
-        model = Transformer(config)
-    length = config.seq_len
+        return cost_of(Transformer(config), dtype)
+
+
+def cost_of(model: Transformer, dtype: torch.dtype = torch.float32) -> Cost:
+    """The cost of a model, which may be on the meta device."""
+    config, length = model.config, model.config.seq_len
     parts = count_parameters(model)
     context = (length + 1) / 2  # position t attends to t + 1
     flops = token_flops(model, context)
@@ -68,6 +76,8 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     bank_width = bank.slots * bank.value_width if isinstance(bank, ValueBank) else 0
     caches = model.make_cache(1).layers
     cached = sum(cache.numel_per_token() for cache in caches)
+    reads = [table_reads(layer) for layer in model.layers]
+    slots = [mixer_reads(layer) for layer in model.layers]
     return Cost(
         parameters=sum(parts.values()),
         active=active_parameters(model),
@@ -76,8 +86,12 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
         router_share=router / flops,
         flops_per_image=token_flops(model, context, decoding=True) * length,
         cache_bytes_per_token=cached * dtype.itemsize,
+        mha_cache_bytes_per_token=2 * config.n_layer * config.width * dtype.itemsize,
         bank_bytes_per_token=bank_width * dtype.itemsize,
-        table_bytes_per_layer=tuple(table_reads(layer) * dtype.itemsize for layer in model.layers),
+        bank_bytes_per_layer=tuple(n * dtype.itemsize for n in slots),
+        table_bytes_per_layer=tuple(
+            (both - n) * dtype.itemsize for both, n in zip(reads, slots, strict=True)
+        ),
         seq_len=length,
     )
 
@@ -88,16 +102,31 @@ def describe_cost(cost: Cost, dtype: str) -> str:
     lines = [f"parameters            {cost.parameters:>15,}"]
     lines += [f"  {part:<20}{count:>15,}" for part, count in parts.items()]
     lines.append(f"  active a token      {cost.active:>15,}")
-    overhead = f"gates {cost.router_share:.2%}"
+    cache = dtype
+    if cost.cache_bytes_per_token != cost.mha_cache_bytes_per_token:
+        cache = f"{dtype}; with MHA {cost.mha_cache_bytes_per_token:,}"
+    router = f"router {cost.router_share:.2%} of FLOPs"
     lines += [
-        f"FLOPs a token         {cost.flops_per_token:>15,.0f}  ({overhead})",
+        f"FLOPs a token         {cost.flops_per_token:>15,.0f}  ({router})",
         f"FLOPs an image        {cost.flops_per_image:>15,.0f}  ({cost.seq_len} codes, unguided)",
-        f"cache bytes a token   {cost.cache_bytes_per_token:>15,}  ({dtype})",
+        f"cache bytes a token   {cost.cache_bytes_per_token:>15,}  ({cache})",
         f"bank bytes a token    {cost.bank_bytes_per_token:>15,}  ({dtype}, one look-up a pass)",
-        f"table bytes a layer   {max(cost.table_bytes_per_layer):>15,}  "
-        f"({dtype}, read for a token where most are)",
+        f"  read by a layer     {max(cost.bank_bytes_per_layer):>15,}  "
+        f"({_readers(cost.bank_bytes_per_layer)})",
     ]
+    if any(cost.table_bytes_per_layer):
+        lines += [
+            f"product-key bytes     {sum(cost.table_bytes_per_layer):>15,}  "
+            f"({dtype}, rows that a token finds)",
+            f"  read by a layer     {max(cost.table_bytes_per_layer):>15,}  "
+            f"({_readers(cost.table_bytes_per_layer)})",
+        ]
     return "\n".join(lines)
+
+
+def _readers(by_layer: tuple[int, ...]) -> str:
+    """`6 of 12 layers`: those that read anything."""
+    return f"{sum(size > 0 for size in by_layer)} of {len(by_layer)} layers"
 
 
 def count_parameters(model: Transformer) -> dict[str, int]:
@@ -138,6 +167,11 @@ def table_reads(module: nn.Module) -> int:
     """Numbers read from tables for a token, by every module that says so in `table_reads()`."""
     own = getattr(module, "table_reads", lambda: 0)()
     return own + sum(table_reads(child) for child in module.children())
+
+
+def mixer_reads(module: nn.Module) -> int:
+    """Those of them that are slots of the value memory."""
+    return sum(m.table_reads() for m in module.modules() if isinstance(m, GatedMixer))
 
 
 def token_flops(module: nn.Module, context: float, decoding: bool = False) -> float:

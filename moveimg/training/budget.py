@@ -1,0 +1,254 @@
+"""What a training run will cost, worked out from its config: memory a GPU, FLOPs, hours, bytes.
+
+An estimate by formula; nothing is run. What it takes for granted is said in `describe_budget`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from moveimg.config import TrainConfig
+from moveimg.config_model import LaVEConfig, ModelConfig, MoVEConfig, SwiGLUConfig, pick_layers
+from moveimg.data.encode import codes_bytes
+from moveimg.model import Transformer
+from moveimg.model.cost import cost_of
+from moveimg.model.swiglu import swiglu_hidden
+from moveimg.training.distributed import World, plan
+from moveimg.training.watch import PEAKS
+
+IMAGENET_CLASSES, IMAGENET_IMAGES, IMAGENET_VIEWS = 1000, 1_281_167, 20
+SHARE_OF_PEAK = 0.4  # assumed; a run logs what it reaches as `mfu`
+# Bytes a parameter of what training keeps: float32 weights, gradients, Adam's two moments, EMA.
+WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4
+# Bytes a parameter that a step moves in memory at the least, after the backward pass: the norm
+# and the clipping (read, read and write), AdamW (reads 4 numbers, writes 3), EMA (reads 2,
+# writes 1).
+STEP_TRAFFIC = 12 + 28 + 12
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run on `gpus` devices costs. Memory and traffic are per device, in bytes.
+
+    Attributes:
+        parameters: of the model.
+        tokens: that a device trains on in one pass, micro_batch * T.
+        state: weights, gradients, moments, average; a share of them with FSDP2.
+        copies: weights in bfloat16, and with FSDP2 what is gathered and reduced at a time.
+        activations: kept for the backward pass by the blocks and the value memory.
+        head: logits, their log-softmax and its gradient.
+        memory: all of it together.
+        flops_per_step: of the whole batch, 3 forward passes (4 with activation checkpointing).
+        hours: of all the steps.
+        network_per_step: bytes a device sends for a step.
+        update_per_step: bytes that clipping, AdamW and EMA move in a device's memory.
+        images_per_epoch: of the training set; None where it is not known.
+        bank_per_image: bytes of value memory looked up for an image (as many numbers come back
+            as gradients).
+        codes: bytes on disk, of all views; codes_read: of one view an image.
+        checkpoints: bytes on disk: those kept, the best, the one being written, the model.
+    """
+
+    gpus: int
+    gpu: str
+    peak: float
+    parameters: int
+    tokens: int
+    state: int
+    copies: int
+    activations: int
+    head: int
+    memory: int
+    flops_per_step: float
+    hours: float
+    steps: int
+    batch_size: int
+    network_per_step: float
+    update_per_step: float
+    images_per_epoch: int | None
+    bank_per_image: int
+    codes: int | None
+    codes_read: int | None
+    checkpoints: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def epoch(self) -> dict[str, float]:
+        """FLOPs, hours and bytes of an epoch, over all devices; {} without images_per_epoch."""
+        if self.images_per_epoch is None or self.codes_read is None:
+            return {}
+        steps = self.images_per_epoch // self.batch_size
+        return {
+            "steps": steps,
+            "flops": steps * self.flops_per_step,
+            "hours": self.hours * steps / self.steps,
+            "codes_read": self.codes_read,
+            "bank_looked_up": self.images_per_epoch * self.bank_per_image,
+            "updates": steps * self.update_per_step * self.gpus,
+            "network": steps * self.network_per_step * self.gpus,
+        }
+
+
+def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> Budget:
+    """The budget of a run.
+
+    Raises ValueError for a GPU that is not in the table, or a batch that `gpus` cannot share.
+    """
+    if gpu not in PEAKS:
+        raise ValueError(f"gpu {gpu!r}: expected one of {', '.join(PEAKS)}")
+    if gpus < 1:
+        raise ValueError(f"gpus {gpus}: expected at least 1")
+    plan(config, World(size=gpus, device=torch.device("cpu")))
+    model = config.model
+    with torch.device("meta"):
+        built = Transformer(model)
+    cost = cost_of(built)
+    block, root = _parameters(built)
+    total, length = cost.parameters, model.seq_len
+    tokens = min(config.micro_batch or config.batch_size, config.batch_size) * length
+    sharded = config.distributed == "fsdp" and gpus > 1
+    state = total * (WEIGHT + GRADIENT + MOMENTS + (AVERAGE if config.ema else 0))
+    if sharded:
+        # Two blocks and the root are gathered in bfloat16; gradients of a block and of the root
+        # stand whole in bfloat16, then in float32 for the sum.
+        state, copies = state // gpus, 2 * (2 * block + root) + 6 * (block + root)
+    else:
+        copies = 2 * total  # autocast keeps the matrices' bfloat16 copies for the backward pass
+    activations = tokens * _activations(model, config.activation_checkpointing)
+    head = tokens * 14 * model.codebook_size  # bfloat16 and float32 logits, log-softmax, gradient
+    # Previews and validation gather whole float32 weights, when the rest is free again.
+    working = max(copies + activations + head, total * WEIGHT if sharded else 0)
+    images = IMAGENET_IMAGES if model.n_classes == IMAGENET_CLASSES else None
+    passes = 4 if config.activation_checkpointing else 3
+    flops = passes * cost.flops_per_token * length * config.batch_size
+    others = (gpus - 1) / gpus
+    # DDP: an all-reduce of float32 gradients; FSDP2: weights gathered in bfloat16 forward and
+    # backward for every micro-batch, gradients scattered once in float32.
+    parts = config.batch_size * length // tokens // gpus
+    sent = others * total * ((4 * parts + 4) if sharded else 8)
+    return Budget(
+        gpus=gpus,
+        gpu=gpu,
+        peak=PEAKS[gpu],
+        parameters=total,
+        tokens=tokens,
+        state=state,
+        copies=copies,
+        activations=activations,
+        head=head,
+        memory=state + working,
+        flops_per_step=flops,
+        hours=config.steps * flops / (gpus * PEAKS[gpu] * SHARE_OF_PEAK) / 3600,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        network_per_step=sent,
+        update_per_step=STEP_TRAFFIC * total / (gpus if sharded else 1),
+        images_per_epoch=images,
+        bank_per_image=cost.bank_bytes_per_token * length,
+        codes=codes_bytes(images, IMAGENET_VIEWS, length) if images else None,
+        codes_read=codes_bytes(images, 1, length) if images else None,
+        checkpoints=total * (WEIGHT + MOMENTS + AVERAGE) * (config.keep_checkpoints + 2)
+        + total * WEIGHT,
+    )
+
+
+def _parameters(model: Transformer) -> tuple[int, int]:
+    """Parameters of the largest block, and of all that is in no block."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers]
+    return max(blocks), sum(p.numel() for p in model.parameters()) - sum(blocks)
+
+
+def _activations(config: ModelConfig, checkpointing: bool) -> int:
+    """Bytes a token that the blocks and the value memory keep for the backward pass."""
+    blocks = [block_activations(config, layer) for layer in range(config.n_layer)]
+    kept = config.n_layer * 4 * config.width + max(blocks) if checkpointing else sum(blocks)
+    memory = config.memory
+    if isinstance(memory, LaVEConfig):
+        return kept + 4 * config.width * len(pick_layers(memory.layers, config.n_layer))
+    return kept + 4 * config.width * getattr(memory, "slots", 0)
+
+
+def block_activations(config: ModelConfig, layer: int) -> int:
+    """Bytes a token that a block keeps for the backward pass, in bfloat16 autocast.
+
+    The numbers are those that autograd counts for MHA and SwiGLU in eager mode (a test counts
+    them again); other kinds are taken to be alike. CUDA's fused norms and dropout keep 10 a
+    unit of width less, a compiled block less again.
+    """
+    width, heads, memory = config.width, config.n_head, config.memory
+    ffn = config.ffn.at(layer, config.n_layer)
+    hidden = swiglu_hidden(width, ffn if isinstance(ffn, SwiGLUConfig) else SwiGLUConfig())
+    plain = 38 * width + 8 * hidden + 4 * heads + 8
+    if isinstance(memory, MoVEConfig):
+        return plain + (4 + 2 * memory.slots) * width + 4 * (memory.slots + 1) * heads
+    if isinstance(memory, LaVEConfig) and layer in pick_layers(memory.layers, config.n_layer):
+        return plain + 4 * heads
+    return plain
+
+
+# --- saying it -----------------------------------------------------------------------------
+
+
+def describe_budget(budget: Budget) -> str:
+    """The budget as lines for people, with what it takes for granted."""
+    b = budget
+    memory = {
+        "weights, AdamW, EMA": b.state,
+        "copies, gathered": b.copies,
+        "activations": b.activations,
+        "logits and loss": b.head,
+    }
+    lines = [f"memory a GPU          {_gb(b.memory):>15}  ({b.tokens:,} codes a pass)"]
+    lines += [f"  {name:<20}{_gb(size):>15}" for name, size in memory.items()]
+    lines += [
+        f"FLOPs a step          {b.flops_per_step:>15.3g}  ({b.batch_size} images)",
+        f"hours                 {_hours(b.hours):>15}  ({b.steps:,} steps)",
+        f"sent a step and GPU   {_gb(b.network_per_step):>15}",
+        f"updates a step, GPU   {_gb(b.update_per_step):>15}  (clipping, AdamW, EMA)",
+        f"checkpoints on disk   {_gb(b.checkpoints):>15}",
+    ]
+    if b.codes is not None:
+        lines.append(f"codes on disk         {_gb(b.codes):>15}  ({IMAGENET_VIEWS} views)")
+    if epoch := b.epoch():
+        lines.append(f"an epoch              {epoch['steps']:>15,.0f}  steps")
+        lines.append(f"  FLOPs               {epoch['flops']:>15.3g}")
+        lines.append(f"  hours               {_hours(epoch['hours']):>15}")
+        for key, name in (
+            ("codes_read", "codes read"),
+            ("bank_looked_up", "bank looked up"),
+            ("updates", "updates"),
+            ("network", "sent"),
+        ):
+            lines.append(f"  {name:<20}{_gb(epoch[key]):>15}")
+    lines += [
+        "",
+        f"Assumed: {b.gpus} x {b.gpu} at {SHARE_OF_PEAK:.0%} of {b.peak / 1e12:.0f} TFLOP/s "
+        "(not measured; small models reach less), eager mode, float32 weights",
+        "with AdamW, bfloat16 arithmetic; 3 forward passes' FLOPs a step, 4 with activation "
+        "checkpointing. CUDA's own memory (about 1 GB) comes on top.",
+    ]
+    return "\n".join(lines)
+
+
+def comment(budget: Budget) -> str:
+    """The budget as the comment that stands in a config."""
+    b = budget
+    disk = f"{_gb(b.checkpoints)} of checkpoints"
+    if b.codes is not None:
+        disk = f"{_gb(b.codes)} of codes, {disk}"
+    return (
+        f"# {b.gpus} x {b.gpu}, estimated (moveimg info --train): {_gb(b.memory)} a GPU, "
+        f"{_hours(b.hours)} hours at {SHARE_OF_PEAK:.0%}\n# of the peak; on disk {disk}."
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e12:.3g} TB" if size >= 1e12 else f"{size / 1e9:.3g} GB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.0f}" if hours >= 100 else f"{hours:.3g}"
