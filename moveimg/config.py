@@ -145,6 +145,20 @@ class RunConfig(Config):
     )
 
 
+class EvaluationConfig(Config):
+    """Scores of a small set of samples while training, by `moveimg evaluate`'s own functions."""
+
+    every: PositiveInt = Field(description="steps between scores; the last step has them, too")
+    images: int = Field(1000, ge=4, description="samples; FID compares at one number of them only")
+    reference: str = Field(description="imagenet256, an .npz of real training images, or `digits`")
+    extractor: Path | None = Field(
+        None, description="a classifier of --make-extractor; for `digits` the bundled one"
+    )
+    inception_weights: Path | None = Field(
+        None, description="in torch-fidelity's layout; left out: downloaded on first use"
+    )
+
+
 class TrainConfig(RunConfig):
     """`moveimg train CONFIG`: one generator."""
 
@@ -178,6 +192,9 @@ class TrainConfig(RunConfig):
     compile: bool = Field(False, description="torch.compile each block for training")
     sampling: SamplingSettings = Field(
         SamplingSettings(), description="for previews, and the model's `sampling.json`"
+    )
+    evaluation: EvaluationConfig | None = Field(
+        None, description="FID and its company now and then, to TensorBoard"
     )
 
     @model_validator(mode="after")

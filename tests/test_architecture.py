@@ -28,7 +28,9 @@ ALLOWED = {
     | {"moveimg.evaluation"},
     "moveimg.evaluate": {"moveimg.pipeline", "moveimg.pretrained", "moveimg.data"}
     | {"moveimg.evaluation", "moveimg.sample_sets"},
-    "moveimg.training": CORE | {"tokenizer", "moveimg.data", "moveimg.pipeline"},
+    "moveimg.training": CORE
+    | {"tokenizer", "moveimg.data", "moveimg.pipeline"}
+    | {"moveimg.evaluation", "moveimg.sample_sets", "moveimg.evaluate"},
 }
 ANYTHING = {"moveimg.cli", "moveimg.commands", "moveimg.inspection", "moveimg.bench", "apps"}
 

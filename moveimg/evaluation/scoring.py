@@ -52,7 +52,7 @@ def score(
     features = extract(images, content.digest, extractor, cache)
     metrics = compute(features, reference)
     metrics["distinct"] = 1 - content.duplicates / len(images)
-    metrics |= _condition(features, images.labels, extractor)
+    metrics |= condition(features, images.labels, extractor)
     return {
         "metrics": metrics,
         "samples": {"count": len(images), "size": images.size, "sha256": content.digest},
@@ -92,7 +92,7 @@ def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, 
     return metrics
 
 
-def _condition(
+def condition(
     features: dict[str, np.ndarray], labels: np.ndarray | None, extractor: Extractor
 ) -> dict[str, Any]:
     """How often a classifier sees the class that was asked for."""

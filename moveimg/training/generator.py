@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -23,6 +23,9 @@ from moveimg.training.distributed import Plan, World, plan
 from moveimg.training.initial import initial_model
 from moveimg.training.loop import fit
 from moveimg.training.watch import gate_statistics, peak_flops
+
+if TYPE_CHECKING:
+    from moveimg.training.scoring import Scorer
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 10, 6
 WATCHED = 8  # images whose gates are looked at for a log line
@@ -48,6 +51,8 @@ class GeneratorTask:
         self.codes, self.val = train, val
         self.class_names = train.class_names
         self.batches = Batches(train, config.batch_size, config.seed)
+        self.score_every = config.evaluation.every if config.evaluation else 0
+        self.scorer = self._scorer()
 
     def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         step, part = divmod(index, self.plan.parts)
@@ -92,6 +97,11 @@ class GeneratorTask:
         rows = [images[i : i + PREVIEW_COLUMNS] for i in range(0, len(images), PREVIEW_COLUMNS)]
         return labelled_grid(rows, [self.class_names[i] for i in classes])
 
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """FID and its company of a few samples, by moveimg.evaluation."""
+        assert self.scorer is not None and isinstance(model, Transformer)
+        return self.scorer(model)
+
     def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
         assert isinstance(model, Transformer)
         parts = ModelParts(model, self.tokenizer, self.class_names, self.config.sampling)
@@ -125,6 +135,19 @@ class GeneratorTask:
         assert isinstance(self.model, Transformer)
         gates = gate_statistics(self.model.eval(), self._read_some)
         return {"train": {"tokens_per_second": rate, "mfu": flops / peak}, "gates": gates}
+
+    def _scorer(self) -> Scorer | None:
+        if self.config.evaluation is None:
+            return None
+        from moveimg.training.scoring import Scorer  # torch-fidelity is not loaded without need
+
+        return Scorer(
+            self.config.evaluation,
+            self.config.sampling,
+            self.tokenizer,
+            self.config_of_model.grid,
+            self.plan.world,
+        )
 
     def _read_some(self) -> Tensor:
         """A forward pass over some held-out images."""

@@ -82,6 +82,16 @@ class Watched(Protocol):
         """More scalars of a log line, by prefix; every process calls it."""
 
 
+@runtime_checkable
+class Scored(Protocol):
+    """What a task may have to be scored now and then by more than a loss."""
+
+    score_every: int  # steps; 0 is never
+
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """Numbers for TensorBoard; every process calls it."""
+
+
 def fit(
     task: Task,
     config: RunConfig,
@@ -187,13 +197,17 @@ class Run:
             self._log(scalars, journal)
         every = (config.validate_every, config.preview_every, config.checkpoint_every)
         validate, preview, save = (self._due(steps) for steps in every)
-        if not (validate or preview or save):
+        often = self.task.score_every if isinstance(self.task, Scored) else 0
+        score = bool(often) and self._due(often)
+        if not (validate or preview or save or score):
             return
         model = whole(self.averaged)
         if validate:
             self._validate(model, journal)
         if preview:
             self._preview(model, journal)
+        if score and isinstance(self.task, Scored):
+            journal.scalars("eval", self.task.scores(model), self.step)
         if save:
             self._require_finite()
             self.save(model)

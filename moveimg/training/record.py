@@ -18,7 +18,7 @@ from moveimg.files import write_text
 # for rounding.
 MAY_CHANGE = {
     "log_every", "validate_every", "preview_every", "checkpoint_every", "out", "keep_checkpoints",
-    "wandb", "distributed", "activation_checkpointing", "compile",
+    "wandb", "distributed", "activation_checkpointing", "compile", "evaluation",
 }  # fmt: skip
 SHOWN = 8  # image indices in an error line
 

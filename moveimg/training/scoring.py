@@ -1,0 +1,82 @@
+"""The numbers of `moveimg evaluate` inside training: a small set, drawn and scored now and then."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import tokenizer as vq
+from moveimg.config import EvaluationConfig, SamplingSettings
+from moveimg.evaluate import Comparison, features_cache, load_reference, open_extractor
+from moveimg.evaluation.features import run
+from moveimg.evaluation.reference import Reference
+from moveimg.evaluation.scoring import check_pair, compute, condition
+from moveimg.model import Transformer
+from moveimg.pictures import to_uint8
+from moveimg.sample_sets import class_labels
+from moveimg.sampling import image_rngs, sample_codes
+from moveimg.training.distributed import World
+
+BATCH = 50  # images a process draws side by side
+
+
+class Scorer:
+    """Draws the same images by index each time, shared by the processes, and scores them.
+
+    The extractor and, in the first process, the reference are opened at once, so that what is
+    missing or does not fit ends the run before it begins (errors as of `moveimg evaluate`).
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        sampling: SamplingSettings,
+        tokenizer: vq.AutoencoderTokenizer,
+        grid: tuple[int, int],
+        world: World,
+    ) -> None:
+        self.config, self.sampling, self.tokenizer, self.world = config, sampling, tokenizer, world
+        if config.images < world.size:
+            raise ValueError(f"evaluation.images {config.images}: expected {world.size} or more")
+        comparison = Comparison(config.reference, config.extractor, config.inception_weights)
+        size = (grid[0] * tokenizer.downsample, grid[1] * tokenizer.downsample)
+        self.extractor = open_extractor(comparison, world.device)
+        self.reference: Reference | None = None
+        if world.main:
+            self.reference = load_reference(comparison, size, self.extractor, features_cache())
+            check_pair(size, self.reference, ())
+
+    @torch.inference_mode()
+    def __call__(self, model: Transformer) -> dict[str, float]:
+        """FID and what else there is, of `images` samples; empty in processes but the first.
+
+        FID of few images is far above that of 50,000: it serves to compare steps of a run.
+        """
+        count, world = self.config.images, self.world
+        labels = class_labels(np.arange(count), model.config.n_classes)
+        found: dict[str, torch.Tensor] = {}
+        first, last = (count * rank // world.size for rank in (world.rank, world.rank + 1))
+        for start in range(first, last, BATCH):
+            rows = slice(start, min(start + BATCH, last))
+            for role, values in self._features(model, labels, rows).items():
+                if role not in found:
+                    found[role] = torch.zeros(count, values.shape[1], dtype=torch.float64)
+                found[role][rows] = torch.from_numpy(values).double()
+        # rows of other processes are zero here, so that the sum has them all
+        features = {
+            role: (world.mean(found[role]) * world.size).float().numpy() for role in sorted(found)
+        }
+        if self.reference is None:
+            return {}
+        numbers = compute(features, self.reference)
+        numbers |= condition(features, labels, self.extractor)
+        return {key: float(value) for key, value in numbers.items() if isinstance(value, float)}
+
+    def _features(
+        self, model: Transformer, labels: np.ndarray, rows: slice
+    ) -> dict[str, np.ndarray]:
+        chosen = torch.from_numpy(labels[rows]).to(self.world.device)
+        rngs = image_rngs(range(rows.start, rows.stop))
+        codes = sample_codes(model, chosen, self.sampling, rngs)
+        images = self.tokenizer.decode(codes, model.config.grid)
+        return run(self.extractor, to_uint8(images))
