@@ -89,11 +89,6 @@ class MLAConfig(SlotConfig):
     )
 
     def check(self, model: ModelConfig) -> None:
-        if self.kv_rank % model.n_head:
-            raise ValueError(
-                f"attention.kv_rank {self.kv_rank} over {model.n_head} heads: must be a multiple "
-                "of n_head (MoVE cuts the latent into a chunk a head)"
-            )
         if self.rope_dim % 4:
             raise ValueError(
                 f"attention.rope_dim {self.rope_dim} must be a multiple of 4 (2D rotary positions "
@@ -141,6 +136,14 @@ class MoVEConfig(SlotConfig):
     class_rows: bool = Field(
         False, description="memory rows for the class token too (default: zero rows there)"
     )
+
+    def check(self, model: ModelConfig) -> None:
+        latent = model.attention
+        if isinstance(latent, MLAConfig) and latent.kv_rank % model.n_head:
+            raise ValueError(
+                f"attention.kv_rank {latent.kv_rank} over {model.n_head} heads: must be a "
+                "multiple of n_head (MoVE cuts the latent into a chunk a head)"
+            )
 
 
 # --- feed-forward --------------------------------------------------------------------------

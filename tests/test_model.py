@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moveimg.config import SIZES, ModelConfig
 from moveimg.model import Transformer
-from moveimg.model.cost import count_parameters, model_cost, token_flops
+from moveimg.model.cost import count_parameters, describe_cost, model_cost, token_flops
 from moveimg.model.memory import GatedMixer
 from moveimg.model.mla import MultiHeadLatentAttention
 from moveimg.model.moe import MoE, blocks
@@ -115,9 +115,10 @@ def test_compiles_to_one_graph(variant):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the real compiler needs g++")
-def test_the_real_compiler_gives_the_same_logits_loss_and_gradients():
+@pytest.mark.parametrize("name", ["mla-q-move-moe-listed", "mha-move-product_key-listed"])
+def test_the_real_compiler_gives_the_same_logits_loss_and_gradients(name):
     torch._dynamo.reset()
-    variant = tiny_config(**VARIANTS["mla-q-move-moe-listed"], **NO_DROPOUT)
+    variant = tiny_config(**VARIANTS[name], **NO_DROPOUT)
     model = lively(variant).train()
     codes, labels = random_inputs(variant)
     found = []
@@ -238,6 +239,51 @@ def test_router_overhead_is_the_papers_formula():
     cost = model_cost(config)
     per_layer = 2 * config.width * config.n_head * (6 + 1)  # 2 d H (M + 1)
     assert cost.router_share * cost.flops_per_token == pytest.approx(config.n_layer * per_layer)
+
+
+def test_cache_and_table_bytes_of_each_layer():
+    def cost(name):
+        return model_cost(tiny_config(**VARIANTS[name]), torch.bfloat16)
+
+    mha = cost("mha-none-swiglu")
+    assert mha.cache_bytes_per_token == mha.mha_cache_bytes_per_token == 2 * 2 * 16 * 2
+    assert "with MHA" not in describe_cost(mha, "bfloat16")
+    mla = cost("mla-move-3-class-rows-product_key")
+    assert mla.cache_bytes_per_token == 2 * (12 + 4) * 2
+    assert mla.mha_cache_bytes_per_token == mha.cache_bytes_per_token
+    assert mla.bank_bytes_per_token == 3 * 12 * 2
+    assert mla.bank_bytes_per_layer == (3 * 12 * 2,) * 2
+    assert mla.table_bytes_per_layer == (2 * 3 * 16 * 2,) * 2  # 2 look-ups of 3 rows
+    text = describe_cost(mla, "bfloat16")
+    assert "64  (bfloat16; with MHA 128)" in text and "384  (bfloat16, rows that" in text
+    lave = cost("mla-lave-x1-swiglu")
+    assert lave.bank_bytes_per_layer == (0, 16 * 2) and not any(lave.table_bytes_per_layer)
+    assert "32  (1 of 2 layers)" in describe_cost(lave, "bfloat16")
+
+
+def test_experts_are_chosen_in_float32_under_autocast():
+    model = lively(tiny_config(**VARIANTS["mha-none-moe"]), dtype=torch.float32)
+    ffn = next(module for module in model.modules() if isinstance(module, MoE))
+    x, seen = torch.randn(2, 6, 16), []
+    ffn.expert_router.register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad():
+        ffn(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ffn(x).dtype == torch.bfloat16
+        rounded = ffn.bfloat16()
+        rounded(x.bfloat16())
+    assert torch.equal(seen[0], seen[1]) and seen[2].dtype == torch.float32
+
+
+def test_latents_of_any_width_go_without_a_memory_in_them():
+    attention = {"kind": "mla", "kv_rank": 7, "rope_dim": 4}
+    config = tiny_config(attention=attention, memory={"kind": "lave"})
+    model = lively(config)
+    codes, labels = random_inputs(config)
+    with torch.no_grad():
+        torch.testing.assert_close(decode_all(model, codes, labels), model(codes, labels))
+    with pytest.raises(ValueError, match=r"attention\.kv_rank 7 over 2 heads"):
+        tiny_config(attention=attention, memory={"kind": "move", "slots": 2})
 
 
 def test_parameter_parts_add_up(variant):

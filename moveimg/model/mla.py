@@ -133,8 +133,10 @@ class MultiHeadLatentAttention(nn.Module):
         q = self.wq(x).unflatten(-1, (heads, -1))  # [B, S, H, K + R]
         q, q_rope = q.split([self.config.head_dim, spec.rope_dim], dim=-1)
         latent, key = self.wkv_down(x).split([spec.kv_rank, spec.rope_dim], dim=-1)
-        latent = self.kv_norm(latent).unflatten(-1, (heads, -1))  # [B, S, H, C / H]
-        latent = self.latent_mixer(x, latent, rows).flatten(-2)  # [B, S, C]
+        latent = self.kv_norm(latent)  # [B, S, C]
+        if not isinstance(self.latent_mixer, PassThrough):  # cut into a chunk a head
+            chunks = latent.unflatten(-1, (heads, -1))  # [B, S, H, C / H]
+            latent = self.latent_mixer(x, chunks, rows).flatten(-2)
         q_rope, key = rotate(q_rope, rope), rotate(key[:, :, None], rope)  # key [B, S, 1, R]
         if cache is None:
             out = self._unfolded(x, rows, torch.cat([q, q_rope], dim=-1), latent, key)

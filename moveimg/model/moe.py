@@ -20,6 +20,21 @@ from moveimg.config_model import ModelConfig, MoEConfig, SwiGLUConfig
 from moveimg.model.swiglu import FeedForward, SwiGLU
 
 
+class Router(nn.Linear):
+    """x [N, D] -> logits of the experts [N, E], in float32 at the least.
+
+    Under autocast, too: in bfloat16 two experts that are nearly alike would change places.
+    """
+
+    def __init__(self, width: int, n_experts: int) -> None:
+        super().__init__(width, n_experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide))
+
+
 class MoE(FeedForward):
     """Routed SwiGLU experts and a shared one.
 
@@ -30,10 +45,12 @@ class MoE(FeedForward):
     def __init__(self, config: ModelConfig, spec: MoEConfig) -> None:
         super().__init__()
         self.spec, self.width = spec, config.width
-        self.expert_router = nn.Linear(config.width, spec.n_experts, bias=False)
+        self.expert_router = Router(config.width, spec.n_experts)
         self.w_in = nn.Parameter(torch.empty(spec.n_experts, config.width, 2 * spec.hidden))
         self.w_out = nn.Parameter(torch.empty(spec.n_experts, spec.hidden, config.width))
         self.shared_expert = SwiGLU(config, SwiGLUConfig(hidden=spec.shared_hidden))
+
+    absorbed = ("expert_router",)  # keeps its number type where a model is prepared for decoding
 
     def init_weights(self) -> None:
         """N(0, 0.02), as every matrix of the recipe."""
@@ -53,17 +70,16 @@ class MoE(FeedForward):
 
     def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
         tokens = x.flatten(0, -2)  # [N, D]
-        logits = self.expert_router(tokens)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        probabilities = logits.softmax(dim=-1, dtype=wide)  # [N, E]
+        probabilities = self.expert_router(tokens).softmax(dim=-1)  # [N, E]
         weights, chosen = probabilities.topk(self.spec.top_k, dim=-1)  # [N, k]
         weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.training:
             self.load = shares(chosen, self.spec.n_experts)
             self.auxiliary = self.spec.balance * balance_loss(probabilities, self.load)
-        routed = self._experts(tokens.to(logits.dtype), chosen)  # [N, k, D]
+        shared_out = self.shared_expert(x)  # in autocast's type, which a cast of all weights needs
+        routed = self._experts(tokens.to(shared_out.dtype), chosen)  # [N, k, D]
         mixed = torch.einsum("nk,nkd->nd", weights.to(routed.dtype), routed)
-        return self.shared_expert(x) + mixed.view_as(x)
+        return shared_out + mixed.view_as(x)
 
     def _experts(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """tokens [N, D] through their experts chosen [N, k] -> [N, k, D].
