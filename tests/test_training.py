@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import load_model
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig, validate
+from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
 from moveimg.training.generator import load_tokenizer, train_generator
 from moveimg.training.loop import Run
@@ -68,7 +69,7 @@ def weights_of(directory):
 
 def newest_state(out) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, by name."""
-    path = max((out / "training/checkpoints").glob("step-*"))
+    path = max((out / "training/checkpoints").glob("step-" + 7 * "[0-9]"))
     reader = dcp.FileSystemReader(path)
     described = reader.read_metadata().state_dict_metadata
     state = {
@@ -186,8 +187,12 @@ def test_images_are_encoded_on_the_way(digits, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run(digits, tmp_path):
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"loss (nan|inf) at step 1 on images .*: not finite"):
         train_generator(train_config(digits, tmp_path, optimizer={"lr": 1e30}, steps=8), CPU)
+    story = json.loads((tmp_path / "training/non-finite.json").read_text())
+    batch = Batches(PackedCodes(digits / "codes/train"), 16, seed=0).batch(1)
+    assert story["step"] == 1 and story["images"] == batch[2].tolist()
+    assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 
 
 def test_learning_rates():

@@ -5,46 +5,62 @@
 Every life of the process ends by SIGKILL at a random moment: mostly while it trains and writes
 checkpoints (every second step), sometimes while it starts. Then it is left to finish. Weights,
 their average and the optimizer's moments must be equal bit by bit, the model file byte by byte.
+Lives are forked from a server that has the libraries in memory, which saves their loading.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import random
-import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
 import yaml
 
+from moveimg import cli
 from moveimg.config import TrainConfig
 from tests.test_training import encode_tiny_digits, newest_state, train_config
 
-ROOT = Path(__file__).parents[2]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.tools.kill_training", "torch.utils.tensorboard"])
 EARLY = 0.2  # share of the kills that may come before the first step
 
 
-def command(config: TrainConfig, folder: Path) -> list[str]:
-    """The command of a run, its settings written down."""
-    path = folder / f"{config.out.name}.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
-    return [sys.executable, "-m", "moveimg", "train", str(path), "--device", "cpu"]
-
-
-def live(arguments: list[str], log: Path) -> tuple[subprocess.Popen, float]:
-    """Start a run; return when its loop has begun, or it has ended, and when that was."""
+def train(path: Path, log: Path) -> None:
+    """One life: the command, with what it says in a file."""
+    torch.set_num_threads(1)
     with log.open("w") as file:
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    while process.poll() is None and "train:" not in log.read_text(errors="replace"):
-        time.sleep(0.01)
-    return process, time.perf_counter()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["moveimg", "train", str(path), "--device", "cpu"]
+    cli.main()
 
 
-def end(process: subprocess.Popen, log: Path) -> None:
+def start(config: TrainConfig, log: Path) -> ForkServerProcess:
+    """Start a run, its settings written down beside it."""
+    path = log.with_name(f"{config.out.name}.yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    log.write_text("")
+    process = SERVER.Process(target=train, args=(path, log))
+    process.start()
+    return process
+
+
+def until_it_trains(process: ForkServerProcess, log: Path) -> None:
+    """Wait until a run's loop has begun, or it has ended."""
+    while process.is_alive() and "train:" not in log.read_text(errors="replace"):
+        time.sleep(0.005)
+
+
+def end(process: ForkServerProcess, log: Path) -> None:
     """Let a run finish. Raises RuntimeError with what it said unless it ends well."""
-    if process.wait():
+    process.join()
+    if process.exitcode:
         raise RuntimeError(log.read_text(errors="replace"))
 
 
@@ -65,32 +81,28 @@ def compare_killed(folder: Path, steps: int, kills: int, seed: int = 0) -> list[
     )
     rng, log = random.Random(seed), folder / "log"
     begun = time.perf_counter()
-    process, started = live(command(whole, folder), log)
+    process = start(whole, log)
+    until_it_trains(process, log)
+    started = time.perf_counter()
     end(process, log)
     training, starting = time.perf_counter() - started, started - begun
     lives: list[int] = []
     while len(lives) < kills:
-        early = rng.random() < EARLY
-        begun = time.perf_counter()
-        if early:
-            with log.open("w") as file:
-                process = subprocess.Popen(
-                    command(killed, folder), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-                )
+        process = start(killed, log)
+        if rng.random() < EARLY:
             time.sleep(rng.uniform(0, 1.2 * starting))
         else:
-            process, _ = live(command(killed, folder), log)
+            until_it_trains(process, log)
             time.sleep(rng.uniform(0, 2 * training / (kills + 1)))
-        if process.poll() is not None:  # it got to its end, or failed
+        if not process.is_alive():  # it got to its end, or failed
             end(process, log)
             break
         process.kill()
-        process.wait()
+        process.join()
         kept = sorted((killed.out / "training/checkpoints").glob("step-*"))
         lives.append(int(kept[-1].name.removeprefix("step-")) if kept else 0)
         print(f"kill {len(lives)}: step {lives[-1]}", flush=True)
-    process, _ = live(command(killed, folder), log)
-    end(process, log)
+    end(start(killed, log), log)
     expected, found = newest_state(whole.out), newest_state(killed.out)
     assert expected.keys() == found.keys()
     for key, value in expected.items():

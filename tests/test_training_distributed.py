@@ -1,0 +1,153 @@
+"""Several processes train what one does, and read each other's checkpoints."""
+
+# ruff: noqa: F811 (a fixture is imported and asked for)
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moveimg.model import Transformer
+from moveimg.training.distributed import Plan, World, part_seed, plan, spread
+from moveimg.training.generator import train_generator
+from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, random_inputs, tiny_config
+from tests.test_training import (
+    CPU,
+    die_at_step_5,
+    digits,  # noqa: F401
+    newest_state,
+    train_config,
+)
+from tests.tools.processes import launch
+
+EVERY = {"micro_batch": 4, "validate_every": 1, "checkpoint_every": 2, "log_every": 4}
+# what FSDP2 has most to do with: tables in the blocks and outside, experts, a latent, recomputing
+RICH = {
+    "distributed": "fsdp",
+    "activation_checkpointing": True,
+    "model": {
+        "n_layer": 2, "n_head": 2, "width": 16, "attention": {"kind": "mla", "kv_rank": 8,
+        "rope_dim": 4}, "memory": MEMORIES["move-3-class-rows"],
+        "ffn": {"kind": "product_key", **PRODUCT_KEYS},
+    },
+}  # fmt: skip
+EXPERTS = {"ffn": {"kind": "moe", "n_experts": 4, "hidden": 8, "shared_hidden": 8}}
+EXPERTS |= {"n_layer": 1, "n_head": 2, "width": 16}
+# name -> what differs from the plain run, and the step where the last process is told to stop
+JOBS: dict[str, tuple[dict, int | None]] = {
+    "ddp": ({"distributed": "ddp"}, None),
+    "fsdp, begun by one": ({"distributed": "fsdp"}, None),
+    "fsdp, ended by one": ({"distributed": "fsdp"}, 4),
+    "rich": (RICH, None),
+    "experts": ({"model": EXPERTS, "steps": 3}, None),
+    "muon": ({"optimizer": {"kind": "muon", "lr": 3e-3}, "steps": 3}, None),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(digits, tmp_path_factory):
+    """Every job's run by one process, in one/NAME, and by two, in two/NAME."""
+    folder = tmp_path_factory.mktemp("processes")
+
+    def config(many, name):
+        return train_config(digits, folder / many / name, **EVERY | JOBS[name][0])
+
+    plain = None
+    for name in JOBS:
+        if not name.startswith("fsdp"):
+            train_generator(config("one", name), CPU)
+            plain = plain or folder / "one" / name
+        else:
+            (folder / "one" / name).symlink_to(plain)
+    with pytest.MonkeyPatch.context() as patch:
+        begun = config("two", "fsdp, begun by one")
+        die_at_step_5(patch, lambda: train_generator(begun, CPU))
+    jobs = [
+        {"config": config("two", name).model_dump(mode="json", exclude_unset=True), "stop_at": stop}
+        for name, (_, stop) in JOBS.items()
+    ]
+    launch(2, jobs, folder)
+    ended = config("two", "fsdp, ended by one")
+    assert [line["step"] for line in curve(ended.out)] == [1, 2, 3, 4]  # both stopped there
+    train_generator(ended, CPU)
+    return folder
+
+
+def curve(out) -> list[dict]:
+    return [json.loads(x) for x in (out / "training/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_compute_what_one_does(folder, name):
+    one, two = folder / "one" / name, folder / "two" / name
+    losses = [[line["loss"] for line in curve(out)] for out in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    expected, found = newest_state(one), newest_state(two)
+    assert expected.keys() == found.keys()
+    # Muon's bfloat16 steps round otherwise where gradients differ in their last bit
+    tolerance = 1e-3 if name == "muon" else 2e-5
+    for key, value in expected.items():
+        assert torch.allclose(value, found[key], atol=tolerance), key
+
+
+def test_both_processes_wrote_shards(folder):
+    files = {p.name for p in (folder / "two/rich/training/checkpoints/step-0000008").iterdir()}
+    assert {"__0_0.distcp", "__1_0.distcp"} <= files
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "message"),
+    [
+        ({"micro_batch": 5}, 1, "micro_batch 5: expected a divisor of batch_size"),
+        ({}, 2, "micro_batch 16 .* into 1, which 2 processes cannot share: set micro_batch to 8"),
+        ({"micro_batch": 4}, 3, "cannot share: expected a batch_size that 3 divides"),
+        ({"distributed": "fsdp", "optimizer": {"kind": "muon"}}, 1, "muon needs whole matrices"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, settings, size, message):
+    config = train_config(tmp_path, tmp_path, **settings)
+    with pytest.raises(ValueError, match=message):
+        plan(config, World(0, size, CPU))
+
+
+def test_processes_share_all_micro_batches(tmp_path):
+    config = train_config(tmp_path, tmp_path, micro_batch=4)
+    shares = [list(plan(config, World(rank, 2, CPU)).mine) for rank in range(2)]
+    assert shares == [[0, 1], [2, 3]]
+
+
+def test_every_micro_batch_has_its_own_random_numbers():
+    seeds = {part_seed(0, step, part) & 0xFFFFFFFF for step in range(50) for part in range(8)}
+    assert len(seeds) == 400  # the CPU's generator looks at 32 bits
+    assert part_seed(3, 7, 0) == 3 * 1_000_003 + 7  # as ever, where the batch is whole
+
+
+def test_gradients_of_micro_batches_add_up(digits, tmp_path):
+    still = {"n_layer": 1, "n_head": 2, "width": 16, "token_dropout": 0.0, "resid_dropout": 0.0}
+    still |= {"ffn_dropout": 0.0}
+    options = {"model": still, "class_dropout": 0.0, "steps": 3, "validate_every": 1}
+    for name, micro in (("whole", 16), ("cut", 2)):
+        train_generator(train_config(digits, tmp_path / name, micro_batch=micro, **options), CPU)
+    whole, cut = (newest_state(tmp_path / name) for name in ("whole", "cut"))
+    for key, value in whole.items():
+        assert torch.allclose(value, cut[key], atol=2e-5), key
+
+
+@pytest.mark.parametrize("name", ["mla-move-3-class-rows-moe", "mha-lave-x1-product_key"])
+def test_recomputed_activations_give_the_same_gradients(name):
+    config = tiny_config(**VARIANTS[name], ffn_dropout=0.3)
+    codes, labels = random_inputs(config)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(config).train()
+        torch.nn.init.normal_(model.head.weight)
+        spread(model, None, Plan(checkpointing=checkpointing))
+        torch.manual_seed(1)
+        loss = torch.nn.functional.cross_entropy(
+            model(codes, labels).flatten(0, 1), codes.flatten()
+        )
+        (loss + model.auxiliary_loss()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
