@@ -38,7 +38,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     found: list[Optimizer] = []
     if matrices := [p for p in matrices if p.requires_grad]:
         if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer.kind muon needs torch 2.9 or newer, not {torch.__version__}")
+            raise ValueError(f"optimizer.kind muon: torch {torch.__version__} has none before 2.9")
         momentum, adjust = config.momentum, "match_rms_adamw"
         found.append(torch.optim.Muon(matrices, config.lr, decay, momentum, adjust_lr_fn=adjust))
     found.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused))
