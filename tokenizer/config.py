@@ -58,8 +58,8 @@ class SimVQQuantizerConfig(_Config):
 class IBQQuantizerConfig(_Config):
     """Index back-propagation (IBQ, arXiv 2412.02692); the weights of its authors' code.
 
-    It compares by dot product: give the tokenizer `l2_normalize: false`, or all scores lie in
-    [-1, 1] and the gradient that reaches the codes is nearly the same for all of them.
+    It compares by dot product; with the tokenizer's `l2_normalize` that is the cosine. The paper
+    leaves it off; docs/tokenizer.md has a small comparison.
     """
 
     kind: Literal["ibq"] = Field(description="likeliest code; every code has a gradient")
