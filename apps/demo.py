@@ -92,7 +92,7 @@ def read_auth(given: str | None) -> list[tuple[str, str]] | None:
 def quiet_gradio() -> Path:
     """Settings that gradio reads from the environment; returns the folder of temporary files."""
     folder = Path(tempfile.mkdtemp(prefix="moveimg-demo-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # gradio makes folders in it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ |= {
         "GRADIO_TEMP_DIR": str(folder),
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         auth = read_auth(given.auth)
         models = Models(given.model or ["digits"], given.max_models, given.device, given.dtype)
-        quiet_gradio()
+        temporary = quiet_gradio()
         from apps.demo_parts.turns import Turns
 
         page = serve(
@@ -167,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         threading.Event().wait()
     except (KeyboardInterrupt, SystemExit):
         page.close(verbose=False)
-        atexit._run_exitfuncs()
-        os._exit(0)  # at once: threads may be in the middle of a matrix product
+        shutil.rmtree(temporary, ignore_errors=True)
+        os._exit(0)  # at once: a thread may be in the middle of a matrix product
     return 0
 
 

@@ -18,8 +18,9 @@ KINDS = {
     "gates": "gates",
 }
 MEANING = {
-    "share": "Each square is one code of the picture. Bright: most of what the layer mixes into "
-    "its values there comes from the bank, |Σ gᵢMᵢ| / (|g₀V| + |Σ gᵢMᵢ|). Dark: most is its own.",
+    "share": "Each square is one code of the picture. Bright: much of what the layer mixes into "
+    "its values there comes from the bank, |Σ gᵢMᵢ| / (|g₀V| + |Σ gᵢMᵢ|). Below: the mean, and "
+    "the mean of g₀, the gate of the layer's own values, and of the slots' gates, ḡ.",
     "gates": "Each square is one code of the picture. Bright: the mean gate of the slots stands "
     "above g₀, the gate of the layer's own values: ḡ / (ḡ + g₀).",
 }
@@ -73,7 +74,7 @@ def bank_maps(
     name = text(f"{short_name(about.class_names[row.labels[0]])}, seed {row.seed}")
     cells = [
         f'<figure class="tile map"><img src="{picture_uri(picture)}" width="{picture.width}" '
-        f'height="{picture.height}" alt="{name}"><figcaption><span class="name">the picture</span>'
+        f'height="{picture.height}" alt="{name}"><figcaption><span class="name">picture</span>'
         '<span class="seed">grey: never read</span></figcaption></figure>'
     ]
     for m in layers:
@@ -83,8 +84,9 @@ def bank_maps(
         cells.append(
             f'<figure class="tile map"><img class="codes" src="{uri}" width="{values.shape[1]}" '
             f'height="{values.shape[0]}" alt="layer {m.layer}: {mean:.0%} on average">'
-            f'<figcaption><span class="name">layer {m.layer} · {mean:.0%}</span>'
-            f'<span class="seed">g₀ {m.g_0:.2f} · slots {m.slots:.2f}</span></figcaption></figure>'
+            f'<figcaption><span class="name">layer {m.layer}</span>'
+            f'<span class="seed">{mean:.0%}</span><span class="seed">g₀ {m.g_0:.2f}</span>'
+            f'<span class="seed">ḡ {m.slots:.2f}</span></figcaption></figure>'
         )
     ramp = data_uri(_png(heat(np.linspace(0, 1, 64)[None], 0, 1)), "png")
     return (
