@@ -8,57 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moveimg.checkpoint import load_generator, read_model_config, write_json
-from moveimg.config import TrainConfig, load_config
 from moveimg.files import write_text
 from moveimg.model.cost import model_cost
 from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
-from moveimg.training.comparison import csv_table, markdown_table, summarize
+from moveimg.training.comparison import ABOUT, csv_table, markdown_table, summarize
+from moveimg.training.comparison_jobs import train_all
 from moveimg.training.comparison_plots import plot_all
-from moveimg.training.record import changed_settings
+from moveimg.training.comparison_runs import OneRun, outcome, plan, shared_settings
 
 SAMPLED = 32  # images side by side when the sampling rate is measured
-
-
-@dataclass(frozen=True)
-class OneRun:
-    """A config with a seed, and where it is trained."""
-
-    name: str
-    seed: int
-    path: Path
-    config: TrainConfig
-
-    @property
-    def directory(self) -> Path:
-        return self.config.out
-
-    def measurements(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl: step, seconds, peak_memory, loss, ..."""
-        path = self.directory / "training" / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()]
-
-    def finished(self) -> bool:
-        """Whether its directory holds this run, trained to its last step."""
-        described = self.directory / "training" / "config.yaml"
-        if not described.is_file() or not (self.directory / "model.safetensors").is_file():
-            return False
-        lines = self.measurements()
-        ended = bool(lines) and lines[-1]["step"] == self.config.steps
-        return ended and not changed_settings(described, self.config)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -81,147 +49,100 @@ def compare(
 
     A run that is finished is read, one that was stopped continues. out/ receives table.md,
     table.csv, table.json (with everything behind the table, the learning curves included),
-    curves.png, parameters.png, flops.png, and logs/.
+    curves.png, parameters.png, flops.png, and logs/. They are written anew whenever all seeds of
+    a config are done; the first of those configs is what the others are compared with. Sampling
+    rates are measured last, when nothing else runs, and are left open until then.
 
     Args:
-        configs: YAML files; they may differ in `model` and `out` alone.
+        configs: YAML files; they may differ in `out` and the model's attention, memory, ffn and
+            size alone.
         seeds: each config is trained once with each.
         out: the folder.
         overrides: `key.path=value`, for all configs.
         device: what to train and sample on.
         jobs: trainings side by side; each has its share of the CPU cores.
 
-    Raises ValueError when two configs have one name or differ in more than the model, or when a
-    training fails.
+    Raises ValueError when two configs have one name or differ in more, when a run's folder holds
+    another run, or, when all others are done and their table is written, for trainings that failed.
     """
     runs = plan(configs, seeds, out, overrides)
-    train_all([run for run in runs if not run.finished()], overrides, device, jobs, out / "logs")
-    results = []
-    for name in dict.fromkeys(run.name for run in runs):
-        mine = [run for run in runs if run.name == name]
-        cost = model_cost(read_model_config(mine[0].directory))
-        rate = sampling_rate(mine[0], device)
-        results.append({"name": name, "images_per_second": rate} | outcome(mine) | cost.as_dict())
-    summaries = summarize(results)
-    about = {"settings": _shared(runs[0].config), "hardware": hardware(device, jobs)}
-    table = markdown_table(summaries)
-    write_json(out / "table.json", {**about, "configs": summaries})
-    write_text(out / "table.md", table + "\n")
-    write_text(out / "table.csv", csv_table(summaries))
-    plot_all(summaries, out)
+    report = Report(runs, out, device, jobs)
+    missing = [run for run in runs if not run.finished()]
+    failures = []
+    with (
+        progress_bar(len(missing), "compare", "run") as bar,
+        closing(train_all(missing, overrides, device, jobs, out / "logs")) as trained,
+    ):
+        for run, failure in trained:
+            bar.update()
+            if failure is None and not run.finished():
+                failure = f"{run.name}, seed {run.seed}: ended without its last step's model"
+            if failure is not None:
+                failures.append(failure)
+                bar.write(f"failed: {failure}")
+                continue
+            bar.write(f"{run.name}, seed {run.seed}: loss {run.measurements()[-1]['loss']:.4f}")
+            report.update(run.name)
+    table = report.finish()
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        done = f"; the table of what is done is in {out}" if table else ""
+        raise ValueError(f"{failures[0]}{more}{done}")
     return table
 
 
-def plan(
-    configs: Sequence[Path], seeds: Sequence[int], out: Path, overrides: Sequence[str]
-) -> list[OneRun]:
-    """Every config with every seed, checked to be comparable (errors as of compare)."""
-    loaded = {path.stem: (path, load_config(path, TrainConfig, overrides)) for path in configs}
-    if len(loaded) != len(configs):
-        raise ValueError("two configs have the same file name: expected different ones")
-    (first, (_, config)), *others = loaded.items()
-    wanted = _shared(config)
-    for name, (_, other) in others:
-        found = _shared(other)
-        for key in wanted:
-            if wanted[key] != found[key]:
-                raise ValueError(
-                    f"{first} and {name} differ in {key} ({wanted[key]}, {found[key]}): expected "
-                    "the same settings but for the model"
-                )
-    return [
-        OneRun(name, seed, path, config.model_copy(update={"seed": seed, "out": directory}))
-        for name, (path, config) in loaded.items()
-        for seed in seeds
-        for directory in [out / f"{name}-seed{seed}"]
-    ]
+class Report:
+    """The table and plots of the configs whose runs are all finished."""
+
+    def __init__(self, runs: Sequence[OneRun], out: Path, device: torch.device, jobs: int) -> None:
+        self.out, self.device = out, device
+        self.runs: dict[str, list[OneRun]] = {}
+        for run in runs:
+            self.runs.setdefault(run.name, []).append(run)
+        self.about = {
+            "settings": shared_settings(runs[0].config),
+            "hardware": hardware(device, jobs),
+            "columns": ABOUT,
+        }
+
+    def update(self, name: str) -> None:
+        """Write them anew if a run of `name` was the config's last."""
+        if all(run.finished() for run in self.runs[name]):
+            self._write(kept_rate)
+
+    def finish(self) -> str:
+        """Measure the sampling rates, write everything, return the table; "" where none is done."""
+        return self._write(sampling_rate)
+
+    def _write(self, rate: Any) -> str:
+        done = {n: runs for n, runs in self.runs.items() if all(run.finished() for run in runs)}
+        if not done:
+            return ""
+        results = []
+        for name, runs in done.items():
+            cost = model_cost(read_model_config(runs[0].directory)).as_dict()
+            speed = {"images_per_second": rate(runs[0], self.device)}
+            results.append({"name": name} | speed | outcome(runs) | cost)
+        summaries = summarize(results)
+        table = markdown_table(summaries)
+        write_json(self.out / "table.json", {**self.about, "configs": summaries})
+        write_text(self.out / "table.md", table + "\n")
+        write_text(self.out / "table.csv", csv_table(summaries))
+        plot_all(summaries, self.out)
+        return table
 
 
-def _shared(config: TrainConfig) -> dict[str, Any]:
-    """The settings that runs of one comparison have in common."""
-    settings = config.model_dump(mode="json")
-    return {key: value for key, value in settings.items() if key not in ("model", "out", "seed")}
-
-
-# --- training ------------------------------------------------------------------------------
-
-
-def train_all(
-    runs: Sequence[OneRun], overrides: Sequence[str], device: torch.device, jobs: int, logs: Path
-) -> None:
-    """Train `runs`, `jobs` at a time. Raises ValueError with the first failure's last line."""
-    if jobs < 1:
-        raise ValueError(f"jobs {jobs}: expected at least 1")
-    environment = dict(os.environ)
-    if jobs > 1:  # else they would fight over the cores
-        share = max(1, (os.cpu_count() or 1) // jobs)
-        environment["OMP_NUM_THREADS"] = str(share)
-    logs.mkdir(parents=True, exist_ok=True)
-    with (
-        progress_bar(len(runs), "compare", "run") as bar,
-        ThreadPoolExecutor(max_workers=jobs) as pool,
-    ):
-        futures = [
-            pool.submit(train_one, run, overrides, device, environment, logs) for run in runs
-        ]
-        try:
-            for run, future in zip(runs, futures, strict=True):
-                future.result()
-                bar.update()
-                bar.write(f"{run.name}, seed {run.seed}: loss {run.measurements()[-1]['loss']:.4f}")
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def train_one(
-    run: OneRun, overrides: Sequence[str], device: torch.device, environment: dict[str, str],
-    logs: Path,
-) -> None:  # fmt: skip
-    """`moveimg train` in a process of its own. Raises ValueError with its last line if it fails."""
-    command = [sys.executable, "-m", "moveimg", "train", str(run.path), "--device", str(device)]
-    own = (f"seed={run.seed}", f"out={json.dumps(str(run.directory))}")
-    for override in (*overrides, *own):
-        command += ["--set", override]
-    log = logs / f"{run.name}-seed{run.seed}.log"
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
-        ).returncode
-    if code:
-        lines = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit code {code}"]
-        reason = lines[-1].removeprefix("error: ")
-        raise ValueError(f"{run.name}, seed {run.seed}: {reason} (see {log})")
-
-
-# --- what the runs have left ---------------------------------------------------------------
-
-
-def outcome(runs: Sequence[OneRun]) -> dict[str, Any]:
-    """The runs of one config: each one's last measurement, and all held-out losses."""
-    found = []
-    for run in runs:
-        lines = run.measurements()
-        last = lines[-1]
-        found.append(
-            {
-                "seed": run.seed,
-                "loss": last["loss"],
-                "accuracy": last.get("accuracy"),
-                "steps_per_second": last["step"] / max(last["seconds"], 1e-9),
-                "peak_memory": last.get("peak_memory"),
-                "curve": [[line["step"], line["loss"]] for line in lines],
-            }
-        )
-    return {"runs": found}
+def kept_rate(run: OneRun, device: torch.device) -> float | None:
+    """What sampling_rate has measured before, if it has."""
+    kept = run.directory / "training" / "sampling_rate.json"
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    return found["images_per_second"] if found.get("device") == device.type else None
 
 
 def sampling_rate(run: OneRun, device: torch.device) -> float:
     """Images a second by the run's own sampling settings, measured once and kept beside it."""
-    kept = run.directory / "training" / "sampling_rate.json"
-    if kept.is_file():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["device"] == device.type:
-            return found["images_per_second"]
+    if (known := kept_rate(run, device)) is not None:
+        return known
     model = load_generator(run.directory, device)
     labels = torch.arange(SAMPLED, device=device) % model.config.n_classes
     seconds = []
@@ -230,6 +151,7 @@ def sampling_rate(run: OneRun, device: torch.device) -> float:
         sample_codes(model, labels, run.config.sampling, image_rngs(range(SAMPLED))).cpu()
         seconds.append(time.perf_counter() - begun)
     rate = SAMPLED / min(seconds[1:])
+    kept = run.directory / "training" / "sampling_rate.json"
     write_json(kept, {"images_per_second": rate, "batch": SAMPLED, "device": device.type})
     return rate
 

@@ -13,6 +13,16 @@ from scipy.stats import t as student
 
 MIB = 2**20
 
+# What stands behind numbers whose names do not say it all; table.json has this as `columns`.
+ABOUT = {
+    "loss_std": "over seeds, of the sample (n - 1)",
+    "flops_per_token": "of a forward pass, as in training, which takes three times that",
+    "flops_per_image": "of generating an image with the cache, without guidance",
+    "cache_bytes_per_token": "kept for a position while generating, float32, all layers",
+    "peak_memory": "bytes, the largest over seeds: resident, of the whole process (Python and "
+    "libraries included); on CUDA what torch has allocated on the device",
+}
+
 
 def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add to each config's result what the table shows, the first config being the baseline.
@@ -50,6 +60,11 @@ def _spread(value: float, spread: float | None, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
+def _maybe(value: float | None, form: str) -> str:
+    """A number; nothing where it is not known."""
+    return "" if value is None else f"{value:{form}}"
+
+
 # Column title -> the cell of a config's summary.
 COLUMNS: dict[str, Any] = {
     "config": lambda r: r["name"],
@@ -57,11 +72,15 @@ COLUMNS: dict[str, Any] = {
     "seeds": lambda r: f"{len(r['runs'])}",
     "to the first (95 %)": lambda r: _spread(r["difference"], r["interval"], "+"),
     "parameters": lambda r: f"{r['parameters']:,}",
-    "active": lambda r: f"{r['active']:,}",
-    "GFLOPs an image": lambda r: f"{r['flops_per_image'] / 1e9:.3f}",
+    "active a token": lambda r: f"{r['active']:,}",
+    "MFLOPs a token (forward)": lambda r: f"{r['flops_per_token'] / 1e6:.3f}",
+    "GFLOPs an image (decoding)": lambda r: f"{r['flops_per_image'] / 1e9:.3f}",
+    "cache bytes a token (float32)": lambda r: f"{r['cache_bytes_per_token']:,}",
     "steps/s": lambda r: f"{r['steps_per_second']:.2f}",
-    "images/s sampled": lambda r: f"{r['images_per_second']:.1f}",
-    "peak memory (MiB)": lambda r: f"{r['peak_memory'] / MIB:,.0f}" if r["peak_memory"] else "",
+    "images/s sampled": lambda r: _maybe(r["images_per_second"], ".1f"),
+    "peak memory (MiB, whole process; CUDA: allocated)": lambda r: _maybe(
+        r["peak_memory"] / MIB or None, ",.0f"
+    ),
 }
 
 CSV_KEYS = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moveimg.files import atomic
@@ -18,7 +19,7 @@ def plot_all(configs: Sequence[dict[str, Any]], out: Path) -> None:
     save(curves(configs), out / "curves.png")
     parameters = scatter(configs, "parameters", "parameters")
     save(parameters, out / "parameters.png")
-    save(scatter(configs, "flops_per_image", "FLOPs an image (unguided)"), out / "flops.png")
+    save(flops(configs), out / "flops.png")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -54,10 +55,23 @@ def curves(configs: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def flops(configs: Sequence[dict[str, Any]]) -> Figure:
+    """Loss against what a trained token costs, and against what a generated image costs."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _scatter(left, configs, "flops_per_token", "FLOPs a token (forward; training takes 3 times)")
+    _scatter(right, configs, "flops_per_image", "FLOPs an image (decoding, unguided)")
+    return figure
+
+
 def scatter(configs: Sequence[dict[str, Any]], key: str, title: str) -> Figure:
     """Final loss with its spread over seeds, against a cost."""
     figure = Figure(figsize=(8, 5))
-    axes = figure.add_subplot()
+    _scatter(figure.add_subplot(), configs, key, title)
+    return figure
+
+
+def _scatter(axes: Axes, configs: Sequence[dict[str, Any]], key: str, title: str) -> None:
     for config, colour in zip(configs, colours(len(configs)), strict=True):
         x, y = config[key], config["loss_mean"]
         axes.errorbar(x, y, yerr=config["loss_std"] or 0, fmt="o", color=colour, capsize=3)
@@ -66,4 +80,3 @@ def scatter(configs: Sequence[dict[str, Any]], key: str, title: str) -> Figure:
     axes.set_ylabel("held-out loss (nats a code)")
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
-    return figure
