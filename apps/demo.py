@@ -56,7 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="models kept in memory (default: %(default)s)",
     )
     parser.add_argument(
-        "--queue", type=_positive, default=32, help="most jobs waiting (default: %(default)s)"
+        "--queue", type=_positive, default=64, help="most jobs waiting (default: %(default)s)"
     )
     parser.add_argument(
         "--per-visitor",

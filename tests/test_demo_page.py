@@ -42,7 +42,7 @@ def server(tmp_path_factory):
     names = ["goldfish, Carassius auratus", "golden retriever", *(f"thing {i}" for i in range(8))]
     (other / "classes.json").write_text(json.dumps(names))
     temporary = demo.quiet_gradio()
-    models, turns = Models(["digits", str(other)], keep=2), Turns(per_address=20)
+    models, turns = Models(["digits", str(other)], keep=2), Turns()
     page = demo.serve(models, turns)
     models.get(None)
     yield SimpleNamespace(url=page.local_url.rstrip("/"), models=models, turns=turns, page=page,
@@ -141,9 +141,9 @@ def test_visitors_at_once_do_not_disturb_each_others_seeds(server):
 def test_a_full_line_is_a_message(server, client):
     from gradio_client.exceptions import AppError
 
-    tickets = [server.turns.enter(Visitor(f"tab {i}", f"10.0.0.{i}")) for i in range(34)[:32]]
+    tickets = [server.turns.enter(Visitor(f"tab {i}", f"10.0.0.{i}")) for i in range(64)]
     try:
-        with pytest.raises(AppError, match="32 jobs are waiting already"):
+        with pytest.raises(AppError, match="64 jobs are waiting already"):
             client.predict(class_name="1", api_name="/generate")
     finally:
         for ticket in tickets:

@@ -54,7 +54,7 @@ class Turns:
     """
 
     def __init__(
-        self, length: int = 32, per_visitor: int = 2, per_address: int | None = None
+        self, length: int = 64, per_visitor: int = 2, per_address: int | None = None
     ) -> None:
         self.length, self.per_visitor = length, per_visitor
         self.per_address = max(per_visitor, per_address or length // 2)
