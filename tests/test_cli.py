@@ -74,6 +74,7 @@ def test_sample_without_arguments_shows_every_class(tmp_path, monkeypatch):
         (["sample", "--model", "nowhere"], ["'nowhere'", "digits"]),
         (["sample", "--device", "abacus"], ["'abacus'"]),
         (["info", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
+        (["info", ROOT / "configs/digits-tokenizer.yaml"], ["no `model`", "tokenizer's config"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
         (["compare", "a.yaml", "--out", "x", "--seeds", "1,1"], ["'1,1'", "different"]),
         (["encode", "nowhere", "--tokenizer", "t", "--out", "o"], ["t: no such tokenizer"]),

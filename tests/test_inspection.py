@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 from moveimg.checkpoint import ModelParts
 from moveimg.config import SamplingSettings
 from moveimg.inspection import inspect_model, plots
+from moveimg.inspection import report as report_module
 from moveimg.inspection.bank import gradient_norms, row_statistics
 from moveimg.inspection.gates import gather_gates, mixers
+from moveimg.inspection.report import warnings
 from moveimg.pipeline import Pipeline
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 from tests.test_pipeline import NAMES, tiny_tokenizer
@@ -66,7 +69,7 @@ def test_gate_statistics_equal_plain_sums(name):
 def test_gradients_by_layer_add_up_to_the_banks_own(name):
     model = built(name)
     codes, labels = random_inputs(model.config, batch=4)
-    found = gradient_norms(model, codes, labels)
+    found = gradient_norms(model, [(codes, labels)])
     loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
     (whole,) = torch.autograd.grad(loss, [model.memory.bank.weight])
     assert found["bank"] == pytest.approx(whole.norm().item())
@@ -78,7 +81,23 @@ def test_gradients_by_layer_add_up_to_the_banks_own(name):
         assert len(found["by_layer"]) == 2 and 0 < found["alignment"] < 1
 
 
-def test_dead_faded_and_equal_rows_are_found():
+def test_gradient_norms_are_means_over_batches():
+    model = built("mha-move-3-class-rows-swiglu")
+    batches = [random_inputs(model.config, seed=seed) for seed in range(3)]
+    found = gradient_norms(model, batches)
+    alone = [gradient_norms(model, [batch]) for batch in batches]
+    assert found["batches"] == 3 and found["images"] == 9
+    for key in ("bank", "alignment", "bank_over_largest_layer"):
+        values = [one[key] for one in alone]
+        assert found[key] == pytest.approx(np.mean(values))
+        assert found[f"{key}_spread"] == pytest.approx(np.std(values, ddof=1)) != 0
+        assert alone[0][f"{key}_spread"] == 0
+    layer = [one["by_layer"][1] for one in alone]
+    assert found["by_layer"][1] == pytest.approx(np.mean(layer))
+    assert found["by_layer_spread"][1] == pytest.approx(np.std(layer, ddof=1))
+
+
+def test_unread_faded_and_equal_rows_are_found():
     model = built("mha-move-3-class-rows-swiglu")
     codes = torch.arange(12).view(1, 12) % 5  # codes 5.. are never read
     with torch.no_grad():
@@ -86,7 +105,7 @@ def test_dead_faded_and_equal_rows_are_found():
         rows[:, 2] = 2 * rows[:, 0]
         rows[7, 1] *= 1e-3
     found = row_statistics(model.memory, [(codes, torch.tensor([0]))])
-    assert found["dead"] == 6 and found["dead_codes"] == [5, 6, 7, 8, 9, 10]
+    assert found["unread"] == 6 and found["unread_codes"] == [5, 6, 7, 8, 9, 10]
     assert found["codes_read"] == 11 and found["reads"][0] == 3  # the last one is not looked up
     assert found["similarity"][0][2] == pytest.approx(1) and abs(found["similarity"][0][1]) < 0.9
     assert found["faded"] == [0, pytest.approx(1 / 11), 0]
@@ -102,6 +121,8 @@ def test_a_report_has_numbers_and_pictures(name, tmp_path):
     model = built(name, torch.float32)
     inspect_model(pipeline(model), tmp_path, num=6, batch_size=4)
     report = json.loads((tmp_path / "inspection.json").read_text())
+    assert report["images"] == 6 and (report["map_index"], report["map_label"]) == (0, 0)
+    assert report["gradients"]["batches"] == 1  # the second one is smaller
     assert report["codes"] == "its own samples" and set(report["layers"]) <= {"0", "1"}
     first = next(iter(report["map"].values()))
     assert np.array(first, dtype=float).shape[1:] == (3, 4) and first[0][2][3] is None
@@ -129,6 +150,53 @@ def test_failure_signs_are_told(g_0, g_i, message, tmp_path, monkeypatch):
             block.attention_norm.register_forward_hook(lambda m, a, out: torch.ones_like(out))
     found = inspect_model(pipeline(model), tmp_path, num=5)["warnings"]
     assert sum(message in line for line in found) == 2  # in both layers
+
+
+def layer(heads, near_two=0.0, gates=("g_0", "slot 0", "slot 1")):
+    """A layer's part of a report, of mean gates [H][G]."""
+    return {"gates": list(gates), "mean": heads, "near_two": [[near_two] * len(gates)] * len(heads)}
+
+
+GOOD, IGNORED, SHUT = [1.0, 0.9, 0.8], [1.9, 0.1, 0.0], [1.0, 0.1, 0.1]
+BANK = {"rows": 10, "codes_read": 1000, "unread": 0, "faded": [0.0], "similarity": [[1.0]]}
+
+
+@pytest.mark.parametrize(
+    ("layers", "bank", "expected"),
+    [
+        ([layer([GOOD, GOOD])], {}, []),
+        # two heads of three, whatever the third does to the average
+        ([layer([IGNORED, IGNORED, [0.0, 2.0, 2.0]])], {}, ["layer 0: memory ignored by 2 of 3"]),
+        ([layer([IGNORED, GOOD])], {}, []),  # half is not most
+        ([layer([SHUT, SHUT, GOOD])], {}, ["layer 0: all slots closed in 2 of 3 heads"]),
+        ([layer([[0.1, 1, 1], [0.1, 1, 1], [2, 1, 1]])], {}, ["context suppressed in 2 of 3"]),
+        # idle in all layers and heads, or not
+        ([layer([[1, 1, 0.1]] * 2), layer([[1, 1, 0.19]] * 2)], {}, ["slot 1: idle .*0.19"]),
+        ([layer([[1, 1, 0.1]] * 2), layer([[1, 1, 0.1], [1, 1, 0.3]])], {}, []),
+        ([layer([[1.0]], gates=["slot 0"]), layer([[0.1]], gates=["slot 1"])], {},
+         ["layer 1: all slots closed in 1 of 1", "slot 1: idle"]),
+        ([layer([GOOD, GOOD], near_two=0.6)], {}, [r"layer 0: slot gates saturated \(60%"]),
+        ([layer([GOOD, GOOD], near_two=0.4)], {}, []),
+        ([layer([GOOD])], {"unread": 2}, ["2 of 10 codes not read in these images"]),
+        ([layer([GOOD])], {"unread": 2, "codes_read": 100}, []),  # too few reads to tell
+        ([layer([GOOD])], {"faded": [0.0, 0.2]}, ["20% of a slot's rows have faded"]),
+        ([layer([GOOD])], {"similarity": [[1, 0.95], [0.95, 1]]}, ["slots 0 and 1 hold the same"]),
+    ],
+)  # fmt: skip
+def test_each_sign_has_its_line(layers, bank, expected):
+    found = warnings({"layers": dict(enumerate(layers)), "bank": BANK | bank})
+    assert len(found) == len(expected), found
+    for line, part in zip(found, expected, strict=True):
+        assert re.search(part, line), line
+
+
+def test_fewer_images_than_asked_for_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "plot_memory", lambda *_: None)
+    model = built("mha-move-3-class-rows-swiglu", torch.float32)
+    batches = [random_inputs(model.config, batch=2)]
+    monkeypatch.setattr(report_module, "read_codes", lambda *_: batches)
+    found = inspect_model(pipeline(model), tmp_path, num=99)
+    assert found["images"] == 2 and found["map_label"] == batches[0][1][0]
 
 
 def test_models_without_memory_or_experts_are_refused(tmp_path):

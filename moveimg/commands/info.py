@@ -56,7 +56,14 @@ def _model_config(what: Path, overrides: list[str]) -> Any:
     from moveimg.config import ModelFile, load_config
 
     if what.suffix in (".yaml", ".yml"):
-        return load_config(what, ModelFile, overrides).model
+        try:
+            return load_config(what, ModelFile, overrides).model
+        except ValueError as error:
+            if str(error) != f"{what}: model: Field required":
+                raise
+            raise ValueError(
+                f"{what}: has no `model`; if it is a tokenizer's config: info is about generators"
+            ) from None
     from moveimg.checkpoint import read_model_config
     from moveimg.pipeline import resolve
 

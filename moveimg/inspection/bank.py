@@ -24,8 +24,9 @@ def row_statistics(
 ) -> dict[str, Any]:
     """Reads and norms of the bank's rows.
 
-    A row is dead when its code never came up to be read in `batches`, and faded when its norm is
-    below a tenth of its slot's median: weight decay shrinks rows that no gradient reaches.
+    A code is unread when it never came up to be looked up in `batches` (others may hold it), and
+    a row faded when its norm is below a tenth of its slot's median: weight decay shrinks rows that
+    no gradient reaches.
     `similarity` is the mean cosine of two slots' rows of one code, [M, M].
     """
     weight = memory.bank.weight.unflatten(-1, (memory.slots, -1)).double()  # [V, M, W]
@@ -35,12 +36,12 @@ def row_statistics(
     norms = weight.norm(dim=-1)  # [V, M]
     directions = weight / norms[..., None].clamp(min=1e-12)
     similarity = torch.einsum("vmw,vnw->mn", directions, directions) / len(weight)
-    dead = (reads == 0).nonzero().flatten().tolist()
+    unread = (reads == 0).nonzero().flatten().tolist()
     return {
         "rows": len(weight),
         "codes_read": int(reads.sum()),
-        "dead": len(dead),
-        "dead_codes": dead[:shown],
+        "unread": len(unread),
+        "unread_codes": unread[:shown],
         "faded": (norms < FADED * norms.median(dim=0).values).double().mean(0).tolist(),
         "norm_mean": norms.mean(0).tolist(),
         "norm_spread": norms.std(0).tolist(),
@@ -49,13 +50,44 @@ def row_statistics(
     }
 
 
-def gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> dict[str, Any]:
+def gradient_norms(model: Transformer, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Norm of the cross-entropy's gradient with respect to the memory, by the layer it comes from.
 
     Each layer is handed rows of its own (equal in value), so what reaches them is that layer's
     part alone: what a local table there would get. A shared bank gets the sum over layers. That
     sum's norm over the sum of norms, `alignment`, is 1 where all layers pull the same way.
+
+    Numbers are means over the batches of codes [B, T] and labels [B], each with a `_spread` beside
+    it: the standard deviation over batches (of the sample; 0 for one).
     """
+    found = [_gradient_norms(model, *batch) for batch in batches]
+    layers = list(found[0][0])
+    by_layer = torch.tensor([list(norms.values()) for norms, _ in found], dtype=torch.float64)
+    bank = torch.tensor([whole for _, whole in found], dtype=torch.float64)
+    of_all = {
+        "bank": bank,
+        "largest_layer": by_layer.amax(1),
+        "bank_over_largest_layer": bank / by_layer.amax(1).clamp(min=1e-30),
+        "alignment": bank / by_layer.sum(1).clamp(min=1e-30),
+    }
+    report: dict[str, Any] = {
+        "by_layer": dict(zip(layers, by_layer.mean(0).tolist(), strict=True)),
+        "by_layer_spread": dict(zip(layers, _deviation(by_layer).tolist(), strict=True)),
+    }
+    for name, values in of_all.items():
+        report[name], report[f"{name}_spread"] = values.mean().item(), _deviation(values).item()
+    return report | {"images": sum(len(labels) for _, labels in batches), "batches": len(batches)}
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """Standard deviation over the first dimension; 0 for one value."""
+    return values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+
+
+def _gradient_norms(
+    model: Transformer, codes: Tensor, labels: Tensor
+) -> tuple[dict[int, float], float]:
+    """Of one batch: the norm from each layer, and that of their sum."""
     memory = model.memory
     assert isinstance(memory, ValueBank)
     leaves: dict[int, Tensor] = {}
@@ -80,12 +112,4 @@ def gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> dict[st
         part.index_add_(0, before, by_slot.flatten(0, 1).to(part.dtype))
         norms[layer] = part.norm().item()
         total += part
-    whole = total.norm().item()
-    return {
-        "by_layer": norms,
-        "bank": whole,
-        "largest_layer": max(norms.values()),
-        "bank_over_largest_layer": whole / max(*norms.values(), 1e-30),
-        "alignment": whole / max(sum(norms.values()), 1e-30),
-        "images": len(codes),
-    }
+    return norms, total.norm().item()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from moveimg.files import atomic
 
@@ -19,14 +20,18 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=110, bbox_inches="tight", format="png")
 
 
-def plot_memory(report: dict[str, Any], out: Path) -> None:
-    """Write gates, heads, classes, positions, map, bank and gradients, each a PNG."""
+def plot_memory(report: dict[str, Any], picture: Image.Image, out: Path) -> None:
+    """Write gates, heads, classes, positions, map, bank and gradients, each a PNG.
+
+    `picture` is the image whose gates the map shows.
+    """
     layers = report["layers"]
     save(by_layer(layers), out / "gates.png")
     save(by_head(layers), out / "heads.png")
     save(panels(layers, "by_class", "class"), out / "classes.png")
     save(panels(layers, "by_position", "position"), out / "positions.png")
-    save(grid_maps(layers, report["map"]), out / "map.png")
+    title = f"{report['class_names'][report['map_label']]}, image {report['map_index']}"
+    save(grid_maps(layers, report["map"], picture, title), out / "map.png")
     save(rows(report["bank"]), out / "bank.png")
     save(gradients(report["gradients"]), out / "gradients.png")
 
@@ -91,22 +96,27 @@ def panels(layers: dict[int, Any], key: str, what: str) -> Figure:
     return figure
 
 
-def grid_maps(layers: dict[int, Any], maps: dict[int, Any], columns: int = 9) -> Figure:
-    """One image's gates where its codes stand: a row a layer, a column a gate."""
+def grid_maps(
+    layers: dict[int, Any], maps: dict[int, Any], picture: Image.Image, title: str, columns: int = 9
+) -> Figure:
+    """A picture, then its gates where its codes stand: a row a layer, a column a gate."""
     names = next(iter(layers.values()))["gates"]
-    columns = min(columns, max(len(gates["gates"]) for gates in layers.values()))
+    columns = 1 + min(columns, max(len(gates["gates"]) for gates in layers.values()))
     figure = Figure(figsize=(1.3 * columns + 1, 1.4 * len(layers)), layout="constrained")
     axes = figure.subplots(len(layers), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
     for line, (layer, planes) in zip(axes, maps.items(), strict=True):
-        for column, axis in enumerate(line):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if column < len(planes):
-                plane = np.array(planes[column], dtype=float)
-                image = axis.imshow(plane, interpolation="nearest", **GATE)
-            if axis is axes[0, column] and column < len(names):
-                axis.set_title(names[column], fontsize=7)
+        line[0].imshow(picture.convert("RGB"))
         line[0].set_ylabel(f"layer {layer}", fontsize=7)
+        for axis, values in zip(line[1:], planes, strict=False):  # as many as there is room for
+            plane = np.array(values, dtype=float)
+            image = axis.imshow(plane, interpolation="nearest", **GATE)
+    axes[0, 0].set_title("the picture", fontsize=7)
+    for axis, name in zip(axes[0, 1:], names, strict=False):
+        axis.set_title(name, fontsize=7)
+    figure.suptitle(title, fontsize=8)
     figure.colorbar(image, ax=axes, label="gate, heads averaged")
     return figure
 
@@ -117,7 +127,7 @@ def rows(bank: dict[str, Any]) -> Figure:
     reads, similar = figure.subplots(1, 2)
     reads.plot(np.sort(bank["reads"])[::-1])
     reads.set_yscale("symlog")
-    reads.set_title(f"reads of each code ({bank['dead']} of {bank['rows']} never)")
+    reads.set_title(f"reads of each code ({bank['unread']} of {bank['rows']} not in these)")
     reads.set_xlabel("code, by rank")
     image = similar.imshow(bank["similarity"], vmin=-1, vmax=1, cmap="coolwarm")
     for locator in (similar.xaxis, similar.yaxis):
@@ -131,10 +141,12 @@ def gradients(found: dict[str, Any]) -> Figure:
     """What each layer sends the memory, beside what reaches a bank that all of them share."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot()
-    axis.bar([str(layer) for layer in found["by_layer"]], list(found["by_layer"].values()))
+    names = [str(layer) for layer in found["by_layer"]]
+    spread = list(found["by_layer_spread"].values())
+    axis.bar(names, list(found["by_layer"].values()), yerr=spread, capsize=3)
     axis.axhline(found["bank"], color="black", ls="--", label="the whole memory")
     axis.set_xlabel("layer (what a local table there gets)")
-    axis.set_ylabel("gradient norm")
+    axis.set_ylabel(f"gradient norm (mean and spread of {found['batches']} batches)", fontsize=8)
     axis.legend()
     return figure
 

@@ -16,8 +16,10 @@ from moveimg.inspection.gates import LayerGates, expert_loads, gather_gates
 from moveimg.model.memory import ValueBank
 from moveimg.pipeline import Pipeline
 
-# Failure signs: a layer's mean gate beyond these, slots that point the same way, unread codes.
-CLOSED, OPEN, SAME, DEAD = 0.2, 1.8, 0.9, 0.05
+# Failure signs: mean gates beyond these in more than half of the heads; more than half of the slots'
+# gates near 2; slots that point the same way; unread codes or faded rows.
+CLOSED, OPEN, MANY, SAME, UNREAD = 0.2, 1.8, 0.5, 0.9, 0.05
+GRADIENT_BATCHES = 4
 READS_A_CODE = 20  # with fewer reads a code on average, an unread code says little
 
 
@@ -36,8 +38,8 @@ def inspect_model(
         out: the folder.
         codes_folder: packed codes to read (or a folder with val/ in it); left out, the model
             reads codes that it draws itself.
-        num: images to read.
-        batch_size: images at a time; the gradients are those of the first batch.
+        num: images to read; fewer where there are fewer.
+        batch_size: images at a time; the gradients are those of the first four batches.
         seed: of the draws.
 
     Raises ValueError for a model with neither memory nor experts, or codes that are not its own.
@@ -49,7 +51,8 @@ def inspect_model(
         raise ValueError("the model has neither a value memory nor experts to look into")
     source = "its own samples" if codes_folder is None else str(codes_folder)
     report: dict[str, Any] = {
-        "model": model.config.model_dump(mode="json"), "codes": source, "images": num,
+        "model": model.config.model_dump(mode="json"), "codes": source,
+        "images": sum(len(labels) for _, labels in batches),
         "class_names": pipeline.class_names, "experts": loads, "warnings": [],
     }  # fmt: skip
     if loads:
@@ -60,10 +63,16 @@ def inspect_model(
         report["map"] = {
             layer: grid_map(found, model.config.grid) for layer, found in gates.items()
         }
+        # The first batch's first image: the first of the folder, or of the draws.
+        codes, labels = batches[0]
+        report["map_index"], report["map_label"] = 0, labels[0].item()
         report["bank"] = row_statistics(memory, batches)
-        report["gradients"] = gradient_norms(model, *batches[0])
+        full = [
+            batch for batch in batches if len(batch[1]) == len(labels)
+        ]  # norms shrink with size
+        report["gradients"] = gradient_norms(model, full[:GRADIENT_BATCHES])
         report["warnings"] = warnings(report)
-        plots.plot_memory(report, out)
+        plots.plot_memory(report, pipeline.decode(codes[:1])[0], out)
     write_json(out / "inspection.json", report)
     return report
 
@@ -99,20 +108,47 @@ def grid_map(found: LayerGates, grid: tuple[int, int]) -> list:
 def warnings(report: dict[str, Any]) -> list[str]:
     """The failure signs that show, a line each."""
     found = []
+    largest: dict[str, float] = {}  # mean gate of each slot, over layers and heads
     for layer, gates in report["layers"].items():
-        means = torch.tensor(gates["mean"]).mean(0)
-        gated = gates["gates"][0] == "g_0"
-        slots = means[1:] if gated else means
-        if gated and means[0] > OPEN and slots.max() < CLOSED:
-            found.append(f"layer {layer}: memory ignored (g_0 {means[0]:.2f}, slots closed)")
-        elif slots.max() < CLOSED:
-            found.append(f"layer {layer}: all slots closed (largest mean gate {slots.max():.2f})")
-        if gated and means[0] < CLOSED:
-            found.append(f"layer {layer}: context suppressed (g_0 {means[0]:.2f})")
-    bank = report["bank"]
-    if bank["codes_read"] >= READS_A_CODE * bank["rows"] and bank["dead"] > DEAD * bank["rows"]:
-        found.append(f"{bank['dead']} of {bank['rows']} codes are never read: dead rows")
-    if max(bank["faded"]) > DEAD:
+        found += [f"layer {layer}: {sign}" for sign in layer_signs(gates)]
+        for name, values in zip(gates["gates"], zip(*gates["mean"], strict=True), strict=True):
+            if name != "g_0":
+                largest[name] = max(largest.get(name, 0.0), *values)
+    found += [
+        f"{name}: idle (largest mean gate of all layers and heads {gate:.2f})"
+        for name, gate in largest.items()
+        if gate < CLOSED
+    ]
+    return found + bank_signs(report["bank"])
+
+
+def layer_signs(gates: dict[str, Any]) -> list[str]:
+    """Failure signs in the gates of one layer, as of LayerGates.as_dict."""
+    gated = gates["gates"][0] == "g_0"
+    means = torch.tensor(gates["mean"])  # [H, G]
+    slots = means[:, 1:] if gated else means
+    closed = slots.amax(1) < CLOSED  # [H]
+    heads, found = len(means), []
+    ignored = closed & (means[:, 0] > OPEN) if gated else torch.zeros_like(closed)
+    if ignored.sum() > MANY * heads:
+        found.append(f"memory ignored by {ignored.sum()} of {heads} heads (g_0 open, slots closed)")
+    elif closed.sum() > MANY * heads:
+        found.append(f"all slots closed in {closed.sum()} of {heads} heads")
+    if gated and (low := (means[:, 0] < CLOSED).sum()) > MANY * heads:
+        found.append(f"context suppressed in {low} of {heads} heads (g_0 below {CLOSED})")
+    near_two = torch.tensor(gates["near_two"])[:, int(gated) :].mean()
+    if near_two > MANY:
+        found.append(f"slot gates saturated ({near_two:.0%} are near 2)")
+    return found
+
+
+def bank_signs(bank: dict[str, Any]) -> list[str]:
+    """Failure signs in the bank's rows, as of row_statistics."""
+    found = []
+    enough = bank["codes_read"] >= READS_A_CODE * bank["rows"]
+    if enough and bank["unread"] > UNREAD * bank["rows"]:
+        found.append(f"{bank['unread']} of {bank['rows']} codes not read in these images")
+    if max(bank["faded"]) > UNREAD:
         share = max(bank["faded"])
         found.append(f"{share:.0%} of a slot's rows have faded to a tenth of its median norm")
     for i, row in enumerate(bank["similarity"]):

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from moveimg.config import TrainConfig
-from moveimg.config_model import LaVEConfig, ModelConfig, MoVEConfig, SwiGLUConfig, pick_layers
+from moveimg.config_model import (
+    LaVEConfig,
+    MLAConfig,
+    ModelConfig,
+    MoVEConfig,
+    SwiGLUConfig,
+    pick_layers,
+)
 from moveimg.data.encode import codes_bytes
 from moveimg.model import Transformer
 from moveimg.model.cost import cost_of
@@ -169,7 +176,13 @@ def _activations(config: ModelConfig, checkpointing: bool) -> int:
     memory = config.memory
     if isinstance(memory, LaVEConfig):
         return kept + 4 * config.width * len(pick_layers(memory.layers, config.n_layer))
-    return kept + 4 * config.width * getattr(memory, "slots", 0)
+    return kept + 4 * _slot_width(config) * getattr(memory, "slots", 0)
+
+
+def _slot_width(config: ModelConfig) -> int:
+    """Width of MoVE's slots: of the values, or of the latent that MLA offers."""
+    attention = config.attention
+    return attention.kv_rank if isinstance(attention, MLAConfig) else config.width
 
 
 def block_activations(config: ModelConfig, layer: int) -> int:
@@ -184,7 +197,8 @@ def block_activations(config: ModelConfig, layer: int) -> int:
     hidden = swiglu_hidden(width, ffn if isinstance(ffn, SwiGLUConfig) else SwiGLUConfig())
     plain = 38 * width + 8 * hidden + 4 * heads + 8
     if isinstance(memory, MoVEConfig):
-        return plain + (4 + 2 * memory.slots) * width + 4 * (memory.slots + 1) * heads
+        mixed = (4 + 2 * memory.slots) * _slot_width(config)
+        return plain + mixed + 4 * (memory.slots + 1) * heads
     if isinstance(memory, LaVEConfig) and layer in pick_layers(memory.layers, config.n_layer):
         return plain + 4 * heads
     return plain
