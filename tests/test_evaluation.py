@@ -91,6 +91,9 @@ def test_damaged_and_missing_sets_are_named(tmp_path):
     np.savez(tmp_path / "labels.npz", pictures(), np.zeros(3))
     with pytest.raises(ValueError, match="3 labels for 7 images"):
         open_set(tmp_path / "labels.npz")
+    np.savez(tmp_path / "labels.npz", pictures(), np.full(7, -1))
+    with pytest.raises(ValueError, match="labels reach -1"):
+        open_set(tmp_path / "labels.npz")
     np.savez(tmp_path / "none.npz", mu=np.zeros(2))
     with pytest.raises(ValueError, match="arr_0"):
         open_set(tmp_path / "none.npz")

@@ -31,55 +31,57 @@ Allow = Annotated[
 ]
 
 
+What = Annotated[
+    list[str] | None,
+    typer.Argument(help="a model (default: digits); with --show results; with --make-... images"),
+]
+Reference = Annotated[
+    str | None, typer.Option(help="imagenet64/128/256/512, digits, an .npz or a folder")
+]
+Samples = Annotated[Path | None, typer.Option(help="score this .npz or folder, of any program")]
+Num = Annotated[
+    int | None, typer.Option(min=1, help="samples (default: 50000; with a classifier 2000)")
+]
+Sampling = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="a sampling setting, as cfg_scale=1.5"),
+]
+Sweep = Annotated[
+    str | None,
+    typer.Option(metavar="KEY=A:B:STEP", help="a table and a plot, as cfg_scale=1.25:2.5:0.25"),
+]
+Resize = Annotated[int | None, typer.Option(min=1, help="pixels to score at (bicubic)")]
+Png = Annotated[bool, typer.Option(help="keep samples as PNGs, not as an .npz")]
+Out = Annotated[Path | None, typer.Option(help="folder (default: evaluation/MODEL-HASH)")]
+Show = Annotated[bool, typer.Option("--show", help="lay results.json files side by side")]
+MakeReference = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="make an .npz of a folder of real images")
+]
+MakeExtractor = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="train a classifier on a folder of images")
+]
+
+
 @command
 def evaluate(
-    what: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="a model (default: digits); with --show results; with --make-... images"
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="imagenet64/128/256/512, digits, an .npz or a folder")
-    ] = None,
-    samples: Annotated[
-        Path | None, typer.Option(help="score this .npz or folder, of any program")
-    ] = None,
-    num: Annotated[
-        int | None, typer.Option(min=1, help="samples (default: 50000; for the digits 2000)")
-    ] = None,
+    what: What = None,
+    reference: Reference = None,
+    samples: Samples = None,
+    num: Num = None,
     seed: Annotated[int, typer.Option(help="image i is drawn with seed + i")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="images drawn side by side")] = 100,
-    set: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="a sampling setting, as cfg_scale=1.5"),
-    ] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(metavar="KEY=A:B:STEP", help="a table and a plot, as cfg_scale=1.25:2.5:0.25"),
-    ] = None,
-    resize: Annotated[
-        int | None, typer.Option(min=1, help="pixels of a side to score at (bicubic)")
-    ] = None,
-    png: Annotated[bool, typer.Option(help="keep samples as PNGs, not as an .npz")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="folder (default: evaluation/MODEL-HASH)")
-    ] = None,
+    set: Sampling = None,
+    sweep: Sweep = None,
+    resize: Resize = None,
+    png: Png = False,
+    out: Out = None,
     extractor: Extractor = None,
     inception_weights: Inception = None,
     allow: Allow = None,
-    show: Annotated[bool, typer.Option("--show", help="lay results.json files side by side")] = (
-        False
-    ),
-    make_reference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="make an .npz of a folder of real images")
-    ] = None,
-    make_extractor: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="train a classifier on a folder of images")
-    ] = None,
-    split: Annotated[Split, typer.Option(help="part of the images (--make-reference)")] = (
-        Split.train
-    ),
+    show: Show = False,
+    make_reference: MakeReference = None,
+    make_extractor: MakeExtractor = None,
+    split: Annotated[Split, typer.Option(help="of the images (--make-reference)")] = Split.train,
     size: Annotated[int, typer.Option(min=8, help="pixels of a side (--make-...)")] = 256,
     device: Device = None,
     dtype: Dtype = None,
@@ -106,17 +108,31 @@ def evaluate(
     else:
         drawn = runner.Sampling(num, seed, batch_size, resize, png, _settings(set or []))
         model = _one(named) if named else "digits"
-        if sweep is not None:
-            key, values = _values(sweep)
-            all_of_them = runner.sweep(model, against, drawn, key, values, out, device, dtype)
-            _report(all_of_them[0] if all_of_them else [])
-            if all_of_them:
-                print(f"-> {all_of_them[1]}/ (sweep.md, sweep.png)")
-        else:
-            done = runner.evaluate_model(model, against, drawn, out, device, dtype)
-            if done is not None:
-                _report([done[0]])
-                print(f"-> {done[1]}")
+        _draw_and_score(model, against, drawn, sweep, out, device, dtype)
+
+
+def _draw_and_score(
+    model: str,
+    against: Any,
+    drawn: Any,
+    sweep: str | None,
+    out: Path | None,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    from moveimg import evaluate as runner
+
+    if sweep is None:
+        done = runner.evaluate_model(model, against, drawn, out, device, dtype)
+        if done is not None:
+            _report([done[0]])
+            print(f"-> {done[1]}")
+        return
+    key, values = _values(sweep)
+    swept = runner.sweep(model, against, drawn, key, values, out, device, dtype)
+    if swept is not None:
+        _report(swept[0])
+        print(f"-> {swept[1]}/ (sweep.md, sweep.png)")
 
 
 @command

@@ -138,6 +138,8 @@ def _open_npz(path: Path) -> ImageSet:
         labels = npz_array(path, "arr_1").astype(np.int64).reshape(-1)
         if len(labels) != shape[0]:
             raise ValueError(f"{path}: {len(labels)} labels for {shape[0]} images: expected equal")
+        if labels.min() < 0:
+            raise ValueError(f"{path}: labels reach {labels.min()}: expected 0 or more")
     return ImageSet(str(path), shape, labels, lambda size: _read_npz(path, size))
 
 
