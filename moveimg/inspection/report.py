@@ -16,8 +16,8 @@ from moveimg.inspection.gates import LayerGates, expert_loads, gather_gates
 from moveimg.model.memory import ValueBank
 from moveimg.pipeline import Pipeline
 
-# Failure signs: mean gates beyond these in more than half of the heads; more than half of the slots'
-# gates near 2; slots that point the same way; unread codes or faded rows.
+# Failure signs: mean gates beyond these in more than half of the heads; more than half of the
+# slots' gates near 2; slots that point the same way; unread codes or faded rows.
 CLOSED, OPEN, MANY, SAME, UNREAD = 0.2, 1.8, 0.5, 0.9, 0.05
 GRADIENT_BATCHES = 4
 READS_A_CODE = 20  # with fewer reads a code on average, an unread code says little

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +61,7 @@ class Processes:
 
 def train_all(
     runs: Sequence[OneRun], overrides: Sequence[str], device: torch.device, jobs: int, logs: Path
-) -> Iterator[tuple[OneRun, str | None]]:
+) -> Generator[tuple[OneRun, str | None], None, None]:
     """Train `runs`, `jobs` at a time; yield each when it has ended, with what it failed of or None.
 
     The iterator must be closed (a with-block of contextlib.closing): that ends what still runs.
