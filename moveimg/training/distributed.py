@@ -27,7 +27,7 @@ from moveimg.config import TrainConfig
 from moveimg.device import pick_device, pick_dtype
 from moveimg.model import Transformer
 
-GRACE = 3.0  # seconds in which the launcher ends the other processes after the first one's error
+GRACE = 10.0  # seconds in which the launcher ends the other processes after the first one's error
 LOST = ("connection closed by peer", "connection reset", "connection was likely closed", "nccl")
 
 
