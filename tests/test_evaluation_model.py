@@ -119,7 +119,7 @@ def test_resized_sets_are_scored_at_their_new_size(pipeline, tmp_path):
 
 
 def test_the_bundled_model_is_scored_without_any_download(tmp_path):
-    shown = run("evaluate", "--num", 20, "--batch-size", 10, "--out", tmp_path / "out")
+    shown = run("evaluate", "--num-samples", 20, "--batch-size", 10, "--out", tmp_path / "out")
     assert "compares with nothing but itself" in shown.output
     assert "warning: too-few-samples" in shown.stderr
     data = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -135,7 +135,7 @@ def test_the_bundled_model_is_scored_without_any_download(tmp_path):
 
 
 def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
-    command = ["evaluate", "--num", 5, "--sweep", "cfg_scale=1:2:1",
+    command = ["evaluate", "--num-samples", 5, "--sweep", "cfg_scale=1:2:1",
                "--out", tmp_path / "sweep"]  # fmt: skip
     first = run(*command).output
     assert "| cfg_scale 1 | 5 |" in first and "| cfg_scale 2 | 5 |" in first

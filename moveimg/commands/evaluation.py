@@ -39,8 +39,9 @@ Reference = Annotated[
     str | None, typer.Option(help="imagenet64/128/256/512, digits, an .npz or a folder")
 ]
 Samples = Annotated[Path | None, typer.Option(help="score this .npz or folder, of any program")]
-Num = Annotated[
-    int | None, typer.Option(min=1, help="samples (default: 50000; with a classifier 2000)")
+Num = Annotated[  # not --num: torchrun takes that for the beginning of an option of its own
+    int | None,
+    typer.Option("--num-samples", min=1, help="default: 50000; with a classifier 2000"),
 ]
 Sampling = Annotated[
     list[str] | None,
