@@ -31,7 +31,15 @@ from moveimg.config import RunConfig
 from moveimg.device import peak_memory
 from moveimg.files import remove_temporaries
 from moveimg.training.checkpoints import Checkpoints, reason
-from moveimg.training.distributed import Plan, averaging, part_seed, spread, tell, whole
+from moveimg.training.distributed import (
+    Plan,
+    World,
+    averaging,
+    part_seed,
+    spread,
+    tell,
+    whole,
+)
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
 from moveimg.training.record import keep_record, non_finite
 from moveimg.training.watch import Journal
@@ -118,7 +126,7 @@ def fit(
             checkpoints alone, or the loss is not finite.
         OSError: the last checkpoint could not be written.
     """
-    run = Run(task, config, device, plan or Plan())
+    run = Run(task, config, device, plan or Plan(World(device=device)))
     run.open(restart)
     with Journal(run.logs, config, run.step, run.world.main) as journal, sigterm() as asked:
         while run.step < config.steps:
