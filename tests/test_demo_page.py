@@ -165,6 +165,22 @@ def test_nothing_of_the_servers_disk_can_be_read_or_written(server):
     assert str(BUNDLED.parents[1]) not in config and str(server.temporary) not in config
 
 
+def test_a_password_is_asked_for_where_one_is_set(server):
+    page = demo.serve(server.models, Turns(), auth=[("me", "secret")])
+    try:
+        url = page.local_url.rstrip("/")
+        with httpx.Client(base_url=url) as visitor:
+            assert visitor.get("/config").status_code == 401
+            assert visitor.post("/gradio_api/call/v2/models", json={}).status_code == 401
+            wrong = {"username": "me", "password": "guess"}
+            assert visitor.post("/login", data=wrong).status_code == 400
+            right = {"username": "me", "password": "secret"}
+            assert visitor.post("/login", data=right).status_code == 200
+            assert visitor.get("/config").status_code == 200
+    finally:
+        page.close(verbose=False)
+
+
 # --- in the browser --------------------------------------------------------------------------
 
 
@@ -203,8 +219,8 @@ def idle(page):
     page.wait_for_function("!document.querySelector('.status.busy, .status.brief')")
 
 
-def choose(page, typed):
-    page.click("#klass input")
+def choose(page, typed, where="#klass"):
+    page.click(f"{where} input")
     page.keyboard.type(typed)
     page.keyboard.press("Enter")
 
@@ -226,12 +242,12 @@ def test_the_page_loads_from_this_server_alone(desktop):
 
 
 def test_a_class_is_found_by_typing_and_enter_draws_it(desktop):
-    choose(desktop, "thr")
-    assert desktop.input_value("#klass input") == "3 · three"
     open_panel(desktop)
     desktop.fill("#num input[type=number]", "2")
     desktop.fill("#seed input, #seed textarea", "21")
-    desktop.keyboard.press("Enter")
+    choose(desktop, "thr")
+    assert desktop.input_value("#klass input") == "3 · three"
+    desktop.keyboard.press("Enter")  # the first one chose, this one draws
     desktop.wait_for_selector("#gallery [data-pick='1']")
     idle(desktop)
     assert desktop.inner_text("#gallery .tile .name").strip() == "three"
@@ -289,6 +305,16 @@ def test_guidance_varies_on_the_same_seeds(desktop):
     abouts = [picture_of(uri)[1] for uri in sources(desktop)]
     assert [a["seed"] for a in abouts] == [21, 22] * 4
     assert desktop.locator("#maps img").count() == 0  # they were of another picture
+
+
+def test_another_model_brings_its_classes_with_their_synonyms(desktop):
+    starts = "start => document.querySelector('#klass input').value.startsWith(start)"
+    choose(desktop, "gall", "#model")
+    desktop.wait_for_function(starts, arg="7 · thing")
+    choose(desktop, "carass")
+    assert desktop.input_value("#klass input") == "0 · goldfish, Carassius auratus"
+    choose(desktop, "dig", "#model")
+    desktop.wait_for_function(starts, arg="7 · seven")
 
 
 def test_two_models_stand_side_by_side_or_say_why_not(desktop):

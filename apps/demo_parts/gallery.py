@@ -14,7 +14,6 @@ from PIL import Image
 
 from apps.demo_parts.drawing import Frame, Row
 from apps.demo_parts.models import Models
-from moveimg.pictures import png_bytes
 
 LARGE = 128  # pixels of a side from which unfinished pictures are sent as JPEG
 
@@ -102,6 +101,13 @@ def _tile(
         f'title="{text(meta["class_name"])}">{text(name)}</span>'
         f'<span class="seed">seed {seed}</span>{save}</figcaption></figure>'
     )
+
+
+def png_bytes(picture: Image.Image, meta: dict[str, Any]) -> bytes:
+    """As moveimg.pictures.png_bytes, which brings torch: the page is served before that is read."""
+    from moveimg import pictures
+
+    return pictures.png_bytes(picture, meta)
 
 
 def picture_uri(picture: Image.Image, meta: dict[str, Any] | None = None) -> str:

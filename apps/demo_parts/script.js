@@ -19,7 +19,7 @@
 
   // Typing into the class replaces what stands there.
   document.addEventListener("focusin", (event) => {
-    if (event.target.matches?.("#klass input")) event.target.select();
+    if (event.target.matches?.("#klass input, #model input")) event.target.select();
   });
 
   // A link for saving takes the picture beside it; pressing a key on it is a click.
