@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import time
 from multiprocessing.context import ForkServerProcess
@@ -72,7 +73,8 @@ def leftovers(out: Path) -> list[Path]:
 def compare_killed(folder: Path, steps: int, kills: int, seed: int = 0) -> list[int]:
     """Kill a run of `steps` steps `kills` times; the steps of its checkpoints after each kill.
 
-    Raises AssertionError where the killed run ends with other bits than the one left alone.
+    A run that reaches its end in between is compared, and begun anew.
+    Raises AssertionError where a killed run ends with other bits than the one left alone.
     """
     encode_tiny_digits(folder)
     every = {"log_every": 20, "validate_every": 20, "preview_every": steps, "checkpoint_every": 2}
@@ -94,26 +96,33 @@ def compare_killed(folder: Path, steps: int, kills: int, seed: int = 0) -> list[
         else:
             until_it_trains(process, log)
             time.sleep(rng.uniform(0, 2 * training / (kills + 1)))
-        if not process.is_alive():  # it got to its end, or failed
+        if not process.is_alive():  # it got to its end, or failed: another one takes its place
             end(process, log)
-            break
+            require_equal(whole.out, killed.out)
+            shutil.rmtree(killed.out)
+            continue
         process.kill()
         process.join()
         kept = sorted((killed.out / "training/checkpoints").glob("step-*"))
         lives.append(int(kept[-1].name.removeprefix("step-")) if kept else 0)
         print(f"kill {len(lives)}: step {lives[-1]}", flush=True)
     end(start(killed, log), log)
-    expected, found = newest_state(whole.out), newest_state(killed.out)
+    require_equal(whole.out, killed.out)
+    return lives
+
+
+def require_equal(whole: Path, killed: Path) -> None:
+    """Raise AssertionError where two runs' states, models or held-out losses differ in a bit."""
+    expected, found = newest_state(whole), newest_state(killed)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(value, found[key]), key
-    models = [(config.out / "model.safetensors").read_bytes() for config in (whole, killed)]
+    models = [(out / "model.safetensors").read_bytes() for out in (whole, killed)]
     assert models[0] == models[1]
-    lines = [(c.out / "training/metrics.jsonl").read_text().splitlines() for c in (whole, killed)]
+    lines = [(out / "training/metrics.jsonl").read_text().splitlines() for out in (whole, killed)]
     losses = [[line.split('"loss"')[1] for line in each] for each in lines]
     assert losses[0] == losses[1]
-    assert not leftovers(killed.out), leftovers(killed.out)
-    return lives
+    assert not leftovers(killed), leftovers(killed)
 
 
 def main() -> None:
