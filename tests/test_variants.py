@@ -79,9 +79,9 @@ def test_latent_cache_holds_latent_and_rotary_key_alone():
 def test_a_latent_cache_takes_several_positions_at_once():
     config = tiny_config(**VARIANTS["mla-lave-x2-gated-swiglu"])
     attention = lively(config).attentions()[0]
-    x, rows = torch.randn(2, 6, 16).double(), torch.randn(2, 6, 2, 16).double()
+    x, rows = torch.randn(2, 6, 16).double(), torch.randn(2, 6, 2, 2, 8).double()
     rope = lively(config).rope()[:6]
-    cache = attention.make_cache(2, 6)
+    cache = attention.make_cache(2, 6, like=x)
     parts = [
         attention(x[:, a:b], rows[:, a:b], rope[a:b], cache) for a, b in ((0, 3), (3, 4), (4, 6))
     ]
