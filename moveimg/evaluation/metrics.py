@@ -29,7 +29,7 @@ from moveimg.evaluation.statistics import Statistics
 NEIGHBOURS = 3  # k of the manifolds of precision and recall (Kynkäänniemi et al. 2019; ADM)
 KID_SUBSET, KID_SUBSETS = 1000, 100  # torch-fidelity's defaults
 IS_SPLITS, ADM_SPLIT = 10, 5000
-PRC_BLOCK = 2000  # rows of a distance matrix held at a time: 0.4 GB beside 50,000 images
+PRC_BLOCK = 1000  # rows of a distance matrix held at a time: 0.2 GB beside 50,000 images
 
 
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
