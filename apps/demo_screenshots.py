@@ -35,10 +35,10 @@ def draw(page: Page, seed: int, button: str = "#generate") -> None:
 
 
 def save(page: Page, path: Path, full: bool = False) -> None:
-    """A screenshot with 256 colours, which is a quarter of the bytes."""
+    """A screenshot of what is in view, or of the whole page."""
     page.wait_for_timeout(600)
     shot = Image.open(io.BytesIO(page.screenshot(full_page=full))).convert("RGB")
-    shot.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    shot.save(path, optimize=True)
     print(path)
 
 
