@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from apps.demo_parts import drawing, gallery, looking, show
 from apps.demo_parts.models import Models
@@ -245,6 +245,26 @@ def test_an_upload_goes_through_the_tokenizer_with_its_error(models):
     (result,) = looking.reconstruct(looking.read_upload(as_upload(wide, "jpeg")), None, models)
     assert result.before.size == result.after.size == (32, 32)
     assert result.colours.size == (8, 8) and result.distinct >= 1
+
+
+def test_an_upload_is_read_as_a_browser_shows_it():
+    def corner(picture, **options):
+        buffer = io.BytesIO()
+        picture.save(buffer, format="png", **options)
+        image = looking.read_upload(base64.b64encode(buffer.getvalue()).decode())
+        return image.size, image.getpixel((0, 0))
+
+    assert corner(Image.new("RGBA", (8, 8), (0, 0, 0, 0))) == ((8, 8), (255, 255, 255))
+    assert corner(Image.new("I;16", (8, 8), 128 << 8)) == ((8, 8), (128, 128, 128))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # held upright
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red_is_green = profile.replace(b"rXYZ", b"----").replace(b"gXYZ", b"rXYZ")
+    red_is_green = red_is_green.replace(b"----", b"gXYZ")
+    red = Image.new("RGB", (8, 4), "red")
+    size, (r, g, b) = corner(red, exif=turned, icc_profile=red_is_green)
+    assert size == (4, 8) and g > 250 and r < 5 and b < 5
+    assert corner(red, icc_profile=b"no profile") == ((8, 4), (255, 0, 0))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 import re
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from apps.demo_parts.drawing import Row
 from apps.demo_parts.models import Models
@@ -113,13 +112,21 @@ class Reconstructed:
     distinct: int
 
 
+class TooManyPixels(ValueError):
+    """An upload beyond MAX_PIXELS; the message is for the visitor."""
+
+
 def read_upload(data: str) -> Image.Image:
-    """The RGB image in a data URI or in bare base64.
+    """The RGB image in a data URI or in bare base64, as a browser shows it.
+
+    Turned as its EXIF says, transparent parts white, colours of a profile brought to sRGB.
 
     Raises ValueError, in words for the visitor, for anything but a picture of bounded size.
     """
     if not isinstance(data, str) or not data:
         raise ValueError("no image given: choose a file")
+    from moveimg.data.decode import to_rgb
+
     encoded = data.split(",", 1)[-1] if data.startswith("data:") else data
     if len(encoded) > MAX_UPLOAD * 4 / 3 + 8:
         raise ValueError(f"the file is larger than {MAX_UPLOAD // 2**20} MB")
@@ -129,15 +136,32 @@ def read_upload(data: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(raw), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
+                raise TooManyPixels(
                     f"the image has {image.width} x {image.height} pixels: expected at most "
                     f"{MAX_PIXELS // 10**6} million"
                 )
             image.draft("RGB", (2048, 2048))  # JPEGs are decoded no larger than is of use
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError):
+            return to_rgb(_in_srgb(image))
+    except TooManyPixels:
+        raise
+    except Exception:  # Pillow's decoders raise many kinds for broken files
         kinds = ", ".join(FORMATS)
         raise ValueError(f"this is not an image that can be read (expected {kinds})") from None
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Colours of an embedded profile (phones write Display P3) brought to sRGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        wanted = "RGBA" if image.mode == "RGBA" else "RGB"
+        turned = ImageOps.exif_transpose(image)
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(turned, given, srgb, outputMode=wanted) or image
+    except (ImageCms.PyCMSError, OSError):  # a broken profile: its numbers are taken as they are
+        return image
 
 
 def reconstruct(image: Image.Image, name: str | None, models: Models) -> Iterator[Reconstructed]:

@@ -25,22 +25,28 @@ def decode_rgb(file: Path | BinaryIO, identifier: str, as_published: bool = Fals
 
     as_published: leave EXIF and transparency alone, as ADM and LlamaGen read ImageNet; its
         reference statistics were made that way
-    Grey of 16 bits keeps its upper 8 (Pillow would clip it, which turns most of it white).
 
     Raises UnreadableImageError.
     """
     try:
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            if image.mode.startswith("I;16"):
-                image = grey_to_rgb((np.asarray(image) >> 8).astype(np.uint8))
-            if as_published:
-                return image.convert("RGB")
-            image = ImageOps.exif_transpose(image)
-            return (_on_white(image) if image.has_transparency_data else image).convert("RGB")
+        with Image.open(file) as image:
+            return to_rgb(image, as_published)
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         reason = str(error).replace(str(file), identifier)
         raise UnreadableImageError(identifier, f"{type(error).__name__}: {reason}") from error
+
+
+def to_rgb(image: Image.Image, as_published: bool = False) -> Image.Image:
+    """An opened picture as RGB; see decode_rgb. Raises what Pillow's decoders raise.
+
+    Grey of 16 bits keeps its upper 8 (Pillow would clip it, which turns most of it white).
+    """
+    if image.mode.startswith("I;16"):
+        image = grey_to_rgb((np.asarray(image) >> 8).astype(np.uint8))
+    if as_published:
+        return image.convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    return (_on_white(image) if image.has_transparency_data else image).convert("RGB")
 
 
 def grey_to_rgb(pixels: np.ndarray) -> Image.Image:
