@@ -94,6 +94,8 @@ def test_two_models_draw_the_same_classes_and_seeds(tmp_path):
     changed = drawing.row_of(models.describe("digits"), "one", 2, 5, temperature=0.6)
     rows = drawing.beside(changed, models.describe("other"), models)
     assert [r.settings.temperature for r in rows] == [0.6, 0.6]  # what the visitor asked for
+    with pytest.raises(ValueError, match="by digits already: choose another model"):
+        drawing.beside(row, models.describe("digits"), models)
     with pytest.raises(ValueError, match="'elsewhere': expected one of digits, other"):
         models.describe("elsewhere")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"damaged")

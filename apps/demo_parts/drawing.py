@@ -158,9 +158,11 @@ def beside(row: Row, other: About, models: Models) -> list[Row]:
     """The first pictures of a row by its model and by another: same classes, same seeds.
 
     Each model keeps to its own settings where the row's are its model's own. Raises ValueError
-    where the models' classes differ.
+    where the models' classes differ, or both are one.
     """
     mine = models.describe(row.model)
+    if mine.name == other.name:
+        raise ValueError(f"these pictures are by {mine.name} already: choose another model")
     if mine.class_names != other.class_names:
         raise ValueError(f"{mine.name} and {other.name} know different classes: nothing to compare")
     own = row.settings == settings_of(mine)

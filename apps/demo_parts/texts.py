@@ -67,6 +67,10 @@ Over plain HTTP, a first request joins the line and a second one waits for the r
 ```sh
 {API_SHELL}```
 
+Where the demo asks for a password: `Client(..., auth=("user", "password"))`; with curl, log in
+by `curl -c cookies -d 'username=...&password=...' http://127.0.0.1:7860/login`, and add
+`-b cookies` to both requests.
+
 | endpoint | arguments | answer |
 | --- | --- | --- |
 | `/generate` | `class_name` (index, name or part of one; empty: random), `num`, `seed`, `model`, \
