@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from moveimg.checkpoint import load_model
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig, validate
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
-from moveimg.training.generator import load_tokenizer, train_generator
+from moveimg.training.generator import GeneratorTask, load_tokenizer, train_generator
 from moveimg.training.loop import Run
 from moveimg.training.optimizer import learning_rate, make_optimizers
 from moveimg.training.tokenizer import train_tokenizer
@@ -192,6 +194,26 @@ def test_a_non_finite_loss_stops_the_run(digits, tmp_path):
     story = json.loads((tmp_path / "training/non-finite.json").read_text())
     batch = Batches(PackedCodes(digits / "codes/train"), 16, seed=0).batch(1)
     assert story["step"] == 1 and story["images"] == batch[2].tolist()
+    assert not list((tmp_path / "training").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["checkpoint due", "SIGTERM"])
+def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, monkeypatch, told):
+    """The loss of that step is still finite, but its weights are not."""
+    loss = GeneratorTask.loss
+
+    def spoilt(task, index):
+        value, scalars = loss(task, index)
+        if index == 1:
+            value.register_hook(lambda gradient: gradient * torch.nan)
+            if told:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return value, scalars
+
+    monkeypatch.setattr(GeneratorTask, "loss", spoilt)
+    every = {"log_every": 50, "checkpoint_every": 50 if told else 2}
+    with pytest.raises(ValueError, match=r"loss nan at step 1 on images"):
+        train_generator(train_config(digits, tmp_path, steps=8, **every), CPU)
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 
 

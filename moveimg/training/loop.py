@@ -81,6 +81,7 @@ def fit(
             journal.bar.update()
             run.report(scalars, journal)
             if run.must_stop(bool(asked)):
+                run.require_finite()
                 run.save(whole(run.averaged))
                 run.checkpoints.finish()
                 journal.tell(f"stopped by SIGTERM at step {run.step}; the same command goes on")
@@ -141,7 +142,8 @@ class Run:
         if self.ema is not None:
             self.ema.update(model, step=self.step)
         means = {key: torch.stack([x[key].float() for x in found]).mean() for key in found[0]}
-        self.recent.append(means["loss"])
+        # A gradient that is not finite has spoilt the weights already: no checkpoint may follow.
+        self.recent.append(torch.where(norm.isfinite(), means["loss"], torch.nan))
         self.seconds += time.perf_counter() - begun
         return {**means, "grad_norm": norm, "lr": torch.tensor(rate)}
 
@@ -164,7 +166,7 @@ class Run:
         if score and isinstance(self.task, Scored):
             journal.scalars("eval", self.task.scores(model), self.step)
         if save:
-            self._require_finite()
+            self.require_finite()
             self.save(model)
 
     def must_stop(self, asked: bool) -> bool:
@@ -275,7 +277,7 @@ class Run:
 
     def _log(self, scalars: dict[str, Tensor], journal: Journal) -> None:
         begun = time.perf_counter()
-        loss = self._require_finite()
+        loss = self.require_finite()
         values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
         self.seconds += time.perf_counter() - begun  # where steps run ahead, they end here
         step, seconds = self.logged
@@ -288,8 +290,8 @@ class Run:
                 journal.scalars(prefix, more, self.step)
         journal.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
 
-    def _require_finite(self) -> float:
-        """The mean of the recent losses; ValueError if one is not a number to go on with."""
+    def require_finite(self) -> float:
+        """The mean of the recent losses; ValueError if one, or its gradient, is not finite."""
         losses = self.world.mean(torch.stack(list(self.recent)))
         if not losses.isfinite().all():
             first = self.step - len(losses) + int((~losses.isfinite()).nonzero()[0])

@@ -77,7 +77,9 @@ def require_same(described: Path, config: RunConfig) -> None:
 def non_finite(
     logs: Path | None, config: RunConfig, step: int, losses: Tensor, indices: list[int]
 ) -> ValueError:
-    """The error of a loss that is not a number; with `logs`, training/non-finite.json, too.
+    """The error of a loss that is not finite (nan, too, where its gradient is not).
+
+    With `logs`, training/non-finite.json is written, too.
 
     Args:
         logs: where to write the whole story.
