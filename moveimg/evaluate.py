@@ -21,6 +21,7 @@ from moveimg.evaluation.classifier import load_classifier, save_classifier, trai
 from moveimg.evaluation.features import Extractor
 from moveimg.evaluation.reference import (
     Reference,
+    digest_of,
     locate,
     open_reference,
     reference_of,
@@ -151,10 +152,13 @@ def sweep(
     changed = [{**sampling.changes, key: value} for value in values]
     plans = [plan_of(pipeline, model, replace(sampling, changes=c), extractor) for c in changed]
     root = out or Path("evaluation") / f"{Path(model).name}-{key}-{_hash(asdict(plans[0]))}"
+    digest = None  # of a reference that may have changed since its name was given last
+    if comparison.reference is not None and comparison.reference != DIGITS:
+        digest = digest_of(locate(comparison.reference, features_cache()))
     found = []
     for value, plan in zip(values, plans, strict=True):
         folder = root / f"{key}-{value:g}"
-        one = _finished(folder, plan, comparison, extractor)
+        one = _finished(folder, plan, comparison, digest, extractor)
         if one is None:
             both = _evaluate(pipeline, model, plan, folder, comparison, extractor, sampling.png)
             one = both[0] if both else None
@@ -289,9 +293,9 @@ def _evaluate(
 
 
 def _finished(
-    folder: Path, plan: Plan, comparison: Comparison, extractor: Extractor
+    folder: Path, plan: Plan, comparison: Comparison, digest: str | None, extractor: Extractor
 ) -> dict[str, Any] | None:
-    """The results in `folder`, if they are of this plan, reference and extractor."""
+    """The results in `folder`, if they are of this plan, reference (and its sha256), extractor."""
     path = folder / RESULTS
     if not path.is_file():
         return None
@@ -299,6 +303,7 @@ def _finished(
     same = (
         found.get("plan") == json.loads(json.dumps(asdict(plan)))
         and found.get("reference_given") == comparison.reference
+        and digest in (None, found["reference"]["sha256"])
         and found["extractor"]["sha256"] == extractor.fingerprint
     )
     return found if same else None

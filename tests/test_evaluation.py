@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moveimg.config import SamplingSettings
 from moveimg.evaluation.guards import (
     check_allowed,
     check_labels,
@@ -105,9 +106,13 @@ def test_a_folder_of_pngs_comes_back(tmp_path):
     write_pngs(tmp_path / "set", parts_of(pictures()), np.arange(7))
     opened = open_set(tmp_path / "set")
     assert (read_all(opened) == pictures()).all() and (opened.labels == np.arange(7)).all()
-    (tmp_path / "set" / "labels.json").write_text("[1]")
-    with pytest.raises(ValueError, match="list of 7 labels"):
-        open_set(tmp_path / "set")
+    for text, part in {
+        "[1]": "list of 7 labels", "[0, 0, 0, 0, 0, 0, -1]": "of 0 or more",
+        '["a", 0, 0, 0, 0, 0, 0]': "of 0 or more", "[1": "labels.json: not JSON",
+    }.items():  # fmt: skip
+        (tmp_path / "set" / "labels.json").write_text(text)
+        with pytest.raises(ValueError, match=part):
+            open_set(tmp_path / "set")
 
 
 def test_subfolders_are_classes_and_odd_pictures_are_refused(tmp_path):
@@ -172,10 +177,12 @@ def test_sets_that_are_broken_throughout_are_refused_unless_allowed():
     labels = class_labels(np.arange(40), 10)
     black = array_set("set", np.zeros((40, 6, 5, 3), np.uint8), labels)
     findings = check_set(black, look(black), 2, 10)
-    with pytest.raises(ValueError, match="--allow duplicate-images"):
+    with pytest.raises(ValueError, match="--allow blank-images"):
         enforce(findings, [])
+    with pytest.raises(ValueError, match="--allow duplicate-images"):
+        enforce(findings, ["blank-images"])
     lines = enforce(findings, ["duplicate-images", "blank-images"])
-    assert [line.split(":")[0] for line in lines] == ["duplicate-images", "blank-images"]
+    assert [line.split(":")[0] for line in lines] == ["blank-images", "duplicate-images"]
     with pytest.raises(ValueError, match="expected one of"):
         check_allowed(["anything"])
 
@@ -235,6 +242,15 @@ def test_published_rows_stay_away_from_other_feature_spaces():
     assert "published" not in table and "Feature space: a classifier." in table
     mixed = markdown_table([result("a", "one", fid=1.0), result("b", "two", fid=1.0)])
     assert "feature space" in mixed and "| one |" in mixed and "| two |" in mixed
+
+
+def test_a_row_names_the_guidance_it_was_drawn_with():
+    sampling = SamplingSettings(cfg_scale=1.75, top_k=50).model_dump()
+    drawn = result("mine", fid=1.0, sfid=2.0) | {"plan": {"sampling": sampling}}
+    table = markdown_table([drawn, result("theirs", fid=1.0)], peers=True)
+    assert "| cfg_scale 1.75, top_k 50 | imagenet256 |" in table
+    assert "| not known | imagenet256 |" in table and "| as published | imagenet256 |" in table
+    assert len({row.count("|") for row in table.splitlines() if row.startswith("|")}) == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "metrics": {}}', '{"format": 1}'])

@@ -141,7 +141,7 @@ def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
     assert "| cfg_scale 1 | 5 |" in first and "| cfg_scale 2 | 5 |" in first
     with Image.open(tmp_path / "sweep" / "sweep.png") as plot:
         assert plot.size[0] > 300
-    assert (tmp_path / "sweep" / "sweep.md").read_text().count("| cfg_scale") == 2
+    assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| cfg_scale") == 2
     drawn = []
     whole = evaluate._evaluate
     monkeypatch.setattr(
@@ -150,6 +150,20 @@ def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
     command[-3] = "cfg_scale=1:3:1"
     assert "| cfg_scale 3 | 5 |" in run(*command).output
     assert drawn == ["cfg_scale-3"]
+
+
+def test_a_sweep_does_not_read_back_what_another_reference_gave(tmp_path):
+    common = ["--num-samples", 4, "--reference", "r.npz", "--out", tmp_path / "sweep",
+              "--extractor", evaluate.DIGITS_EXTRACTOR, "--sweep", "cfg_scale=1:1:1"]  # fmt: skip
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    seen = []
+    for part in (pixels[:5], pixels[3:], pixels[3:]):  # the file is replaced by another
+        np.savez("r.npz", arr_0=part)
+        run("evaluate", *common)
+        path = tmp_path / "sweep/cfg_scale-1/results.json"
+        result = json.loads(path.read_text())
+        seen.append((result["reference"]["sha256"], path.stat().st_mtime_ns))
+    assert seen[0][0] != seen[1][0] and seen[1] == seen[2]
 
 
 def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
@@ -221,6 +235,11 @@ def test_a_reference_of_statistics_alone_gives_fid_alone(tmp_path):
     np.savez(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64), about=about)
     reference = open_reference(str(tmp_path / "s.npz"), extractor, tmp_path)
     assert reference.features is None and reference.count == 9 and reference.size is None
+    # ADM's own files are known by their names, whatever was left out of them
+    np.savez(tmp_path / "VIRTUAL_imagenet128_labeled.npz", mu=np.zeros(64), sigma=np.eye(64),
+             about=json.dumps({"extractor": extractor.fingerprint}))  # fmt: skip
+    known = open_reference(str(tmp_path / "VIRTUAL_imagenet128_labeled.npz"), extractor, tmp_path)
+    assert known.size == (128, 128) and known.split == "train"
     np.savez(tmp_path / "bad.npz", mu=np.zeros(64), sigma=np.eye(9), about=about)
     with pytest.raises(ValueError, match=r"expected \[D\] and \[D, D\]"):
         open_reference(str(tmp_path / "bad.npz"), extractor, tmp_path)

@@ -130,11 +130,11 @@ def _count(count: int, width: int) -> list[Finding]:
 
 def _pixels(count: int, content: Content) -> list[Finding]:
     found = []
+    if content.blank:  # first: black images equal each other, too
+        text = f"{content.blank} of {count} images are of one colour (black?)"
+        found.append(Finding("blank-images", text, refused=content.blank >= count // 2))
     if content.duplicates:
         everything = content.duplicates >= count // 2
         text = f"{content.duplicates} of {count} images equal an earlier one: a seed used twice?"
         found.append(Finding("duplicate-images", text, refused=everything))
-    if content.blank:
-        text = f"{content.blank} of {count} images are of one colour (black?)"
-        found.append(Finding("blank-images", text, refused=content.blank >= count // 2))
     return found

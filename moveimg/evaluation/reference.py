@@ -39,7 +39,7 @@ class Reference:
         name: the path or name given.
         digest: sha256 of the file; of a folder, of its pixels.
         split: `train`, `val`, or None where nothing tells.
-        size: (H, W) of its images; None where it holds none.
+        size: (H, W) of its images; None where it holds none and does not tell.
         count: images behind the statistics; None where the file does not tell.
         statistics: of `fid` and, with Inception, `sfid`.
         features: float32 [M, D] of its images, for precision, recall and KID; None without images.
@@ -81,8 +81,10 @@ def open_reference(name: str, extractor: Extractor, cache: Path) -> Reference:
         return reference_of(open_set(path), extractor, cache)
     entries = npz_entries(path)
     about = json.loads(npz_array(path, "about").item()) if "about" in entries else {}
-    if path.name in {url.rsplit("/", 1)[-1] for url in PUBLISHED.values()}:
-        about.setdefault("split", "train")
+    for published, url in PUBLISHED.items():
+        if path.name == url.rsplit("/", 1)[-1]:
+            size = int(published.removeprefix("imagenet"))
+            about = {"split": "train", "size": (size, size)} | about
     _require_extractor(path, about.get("extractor"), extractor, "mu" in entries)
     images = open_set(path) if "arr_0" in entries else None
     if images is None and "mu" not in entries:
@@ -92,13 +94,11 @@ def open_reference(name: str, extractor: Extractor, cache: Path) -> Reference:
     if images is not None:
         features = extract(images, look(images).digest, extractor, cache)
         found = _statistics(features) | found
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Reference(
         name=name,
-        digest=digest,
+        digest=digest_of(path),
         split=about.get("split"),
-        size=None if images is None else images.size,
+        size=images.size if images is not None else _size(about),
         count=found["fid"].count,
         statistics=found,
         features=None if features is None else features["fid"],
@@ -152,6 +152,14 @@ def write_reference(
     return about
 
 
+def digest_of(path: Path) -> str:
+    """sha256 of a reference's file; of a folder, of its pixels."""
+    if path.is_dir():
+        return look(open_set(path)).digest
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def locate(name: str, cache: Path) -> Path:
     """The file or folder of a reference. FileNotFoundError or ValueError where there is none."""
     path = fetch(name, cache) if name in PUBLISHED else Path(name)
@@ -177,6 +185,12 @@ def fetch(name: str, cache: Path) -> Path:
                 f"to {path}, or give its path"
             ) from None
     return path
+
+
+def _size(about: Mapping[str, Any]) -> tuple[int, int] | None:
+    """What a file says of the size of its images, where it holds none."""
+    size = about.get("size")
+    return (int(size[0]), int(size[1])) if size else None
 
 
 def _statistics(features: Mapping[str, np.ndarray]) -> dict[str, Statistics]:

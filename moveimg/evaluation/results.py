@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moveimg.config import SamplingSettings
 from moveimg.evaluation.peers import PUBLISHED_PEERS
 from moveimg.files import write_text
 
@@ -72,7 +73,9 @@ def markdown_table(results: Sequence[dict[str, Any]], peers: bool = False) -> st
         rows += [_peer(*peer) for peer in PUBLISHED_PEERS]
     keys = [key for key in COLUMNS if any(row.get(key) for row in rows)]
     spaces = {result["extractor"]["space"] for result in results}
-    columns = ["name", "images", *keys, "reference", *(["space"] if len(spaces) > 1 else [])]
+    drawn = any("plan" in result for result in results)  # by this program: how is known
+    columns = ["name", "images", *keys, *(["settings"] if drawn else []), "reference"]
+    columns += ["space"] if len(spaces) > 1 else []
     titles = COLUMNS | {"name": "", "space": "feature space"}
     lines = [_cells(titles.get(key, key) for key in columns), _cells("---" for _ in columns)]
     lines += [_cells(row.get(key, "") for key in columns) for row in rows]
@@ -89,6 +92,7 @@ def _row(result: dict[str, Any]) -> dict[str, str]:
     metrics = result["metrics"]
     row = {key: _number(key, metrics[key]) for key in COLUMNS if key in metrics}
     row["name"] = str(result.get("name", "samples"))
+    row["settings"] = _settings(result.get("plan", {}).get("sampling"))
     row["images"] = f"{result['samples']['count']:,}"
     row["reference"] = str(result["reference"]["name"]).rsplit("/", 1)[-1]
     row["space"] = result["extractor"]["space"]
@@ -101,7 +105,16 @@ def _peer(
     given = {"fid": fid, "inception_score_adm": score, "precision": precision, "recall": recall}
     row = {key: str(value) for key, value in given.items() if value is not None}
     about = {"name": f"{name} (published)", "images": "50,000", "reference": "imagenet256"}
-    return row | about | {"space": "as published"}
+    return row | about | {"space": "as published", "settings": "as published"}
+
+
+def _settings(sampling: dict[str, Any] | None) -> str:
+    """Guidance, which no number means much without, and what else is not plain."""
+    if sampling is None:
+        return "not known"
+    plain = SamplingSettings().model_dump()
+    others = [f"{k} {v}" for k, v in sampling.items() if k != "cfg_scale" and v != plain.get(k)]
+    return ", ".join([f"cfg_scale {sampling['cfg_scale']:g}", *others])
 
 
 def _number(key: str, value: float) -> str:

@@ -222,9 +222,15 @@ def _read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
 def _folder_labels(folder: Path, paths: list[Path]) -> np.ndarray | None:
     listed = folder / LABELS_FILE
     if listed.is_file():
-        labels: Any = json.loads(listed.read_text(encoding="utf-8"))
-        if not isinstance(labels, list) or len(labels) != len(paths):
-            raise ValueError(f"{listed}: expected a list of {len(paths)} labels, one a picture")
+        try:
+            labels: Any = json.loads(listed.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{listed}: not JSON ({error})") from None
+        whole = isinstance(labels, list) and all(type(x) is int and x >= 0 for x in labels)
+        if not whole or len(labels) != len(paths):
+            raise ValueError(
+                f"{listed}: expected a list of {len(paths)} labels of 0 or more, one a picture"
+            )
         return np.asarray(labels, np.int64)
     parents = [path.parent for path in paths]
     if folder in parents:
