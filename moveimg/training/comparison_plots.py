@@ -50,8 +50,8 @@ def curves(configs: Sequence[dict[str, Any]]) -> Figure:
     axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))  # the start hides the rest
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss (nats a code)")
-    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
     axes.grid(alpha=0.3)
+    _legend(axes)
     return figure
 
 
@@ -61,22 +61,29 @@ def flops(configs: Sequence[dict[str, Any]]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     _scatter(left, configs, "flops_per_token", "FLOPs a token (forward; training takes 3 times)")
     _scatter(right, configs, "flops_per_image", "FLOPs an image (decoding, unguided)")
+    _legend(right)
     return figure
 
 
 def scatter(configs: Sequence[dict[str, Any]], key: str, title: str) -> Figure:
     """Final loss with its spread over seeds, against a cost."""
     figure = Figure(figsize=(8, 5))
-    _scatter(figure.add_subplot(), configs, key, title)
+    axes = figure.add_subplot()
+    _scatter(axes, configs, key, title)
+    _legend(axes)
     return figure
 
 
 def _scatter(axes: Axes, configs: Sequence[dict[str, Any]], key: str, title: str) -> None:
     for config, colour in zip(configs, colours(len(configs)), strict=True):
         x, y = config[key], config["loss_mean"]
-        axes.errorbar(x, y, yerr=config["loss_std"] or 0, fmt="o", color=colour, capsize=3)
-        axes.annotate(config["name"], (x, y), (5, 4), textcoords="offset points", fontsize=7)
+        error, name = config["loss_std"] or 0, config["name"]
+        axes.errorbar(x, y, yerr=error, fmt="o", color=colour, capsize=3, label=name)
     axes.set_xlabel(title)
     axes.set_ylabel("held-out loss (nats a code)")
-    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the axes: names beside the points would lie on each other."""
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
