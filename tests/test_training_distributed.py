@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from moveimg.model import Transformer
 from moveimg.training.distributed import Plan, World, part_seed, plan, spread
@@ -151,3 +152,18 @@ def test_recomputed_activations_give_the_same_gradients(name):
         (loss + model.auxiliary_loss()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_every_layer_is_compiled(monkeypatch):
+    """Nine layers that read another slot each, nine without memory: ten graphs."""
+    torch._dynamo.reset()
+    graphs, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=graphs))
+    memory = {"kind": "lave", "layers": "alternate"}
+    tiny = tiny_config(n_layer=18, memory=memory)
+    model = Transformer(tiny).train()
+    spread(model, None, Plan(compiled=True))
+    model(*random_inputs(tiny))
+    assert graphs.frame_count == 10
+    torch._dynamo.reset()

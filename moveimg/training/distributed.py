@@ -183,6 +183,7 @@ def spread(model: nn.Module, average: nn.Module | None, plan: Plan) -> nn.Module
     if isinstance(model, Transformer):
         model.checkpointing = plan.checkpointing
         if plan.compiled:
+            allow_graphs(len(model.layers))
             for block in model.layers:
                 compile_training(block)
     if plan.world.size == 1:
@@ -203,6 +204,18 @@ def spread(model: nn.Module, average: nn.Module | None, plan: Plan) -> nn.Module
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
+
+
+def allow_graphs(n: int) -> None:
+    """Let blocks be compiled to n graphs and some more.
+
+    They share their code, and like ones share a graph; but every layer of LaVE reads another slot,
+    and beyond torch's limit of 8 graphs the later layers would stay eager, with a warning.
+    """
+    import torch._dynamo
+
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, n + 8)
 
 
 def compile_training(block: nn.Module) -> None:
