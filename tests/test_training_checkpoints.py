@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_the_one_before(digits, tmp_path, monkeypatch, capsys
 def test_sigterm_keeps_the_step_and_the_run_goes_on(digits, tmp_path, monkeypatch):
     whole, parted = (train_config(digits, tmp_path / name) for name in ("whole", "parted"))
     train_generator(whole, CPU)
-    advance = Run.advance
+    advance, handler = Run.advance, signal.getsignal(signal.SIGTERM)
 
     def told(run):
         if run.step == 4:
@@ -131,7 +131,7 @@ def test_sigterm_keeps_the_step_and_the_run_goes_on(digits, tmp_path, monkeypatc
             train_generator(parted, CPU)
     assert stop.value.code == 143
     assert kept(parted.out) == [4, 5]  # step 5 is no multiple of checkpoint_every
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     train_generator(parted, CPU)
     assert same_end(whole.out, parted.out)
 
