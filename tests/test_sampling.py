@@ -143,7 +143,7 @@ def test_filters_equal_their_definition(logits, top_k, top_p):
         allowed = row >= row.sort(descending=True).values[min(top_k or 6, 6) - 1]
         p = row.masked_fill(~allowed, -math.inf).softmax(-1)
         nucleus, total = torch.zeros(6, dtype=torch.bool), 0.0
-        for i in p.sort(descending=True, stable=True).indices:
+        for i in row.masked_fill(~allowed, -math.inf).sort(descending=True, stable=True).indices:
             if total < top_p or top_p == 1:
                 nucleus[i] = True
             total += p[i].item()

@@ -22,6 +22,8 @@ from tests.test_training import (
 )
 from tests.tools.processes import launch
 
+pytestmark = pytest.mark.xdist_group("processes")  # they share what two processes wrote
+
 EVERY = {"micro_batch": 4, "validate_every": 1, "checkpoint_every": 2, "log_every": 4}
 # what FSDP2 has most to do with: tables in the blocks and outside, experts, a latent, recomputing
 RICH = {
