@@ -182,3 +182,9 @@ def write_json(path: Path, data: Any) -> None:
 
 def _and_more(keys: list[str]) -> str:
     return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+
+
+def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
+    """The tokenizer in its own directory, or that of a model directory."""
+    inside = path / "tokenizer"
+    return vq.load(inside if (inside / "config.json").is_file() else path, device=device)

@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from moveimg.checkpoint import load_model
+from moveimg.checkpoint import load_model, load_tokenizer
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig, validate
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
-from moveimg.training.generator import GeneratorTask, load_tokenizer, train_generator
+from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run
 from moveimg.training.optimizer import learning_rate, make_optimizers
 from moveimg.training.tokenizer import train_tokenizer

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from moveimg.checkpoint import ModelParts, load_generator, load_model, save_model
+from moveimg.checkpoint import ModelParts, load_generator, load_model, load_tokenizer, save_model
 from moveimg.config import SamplingSettings
 from moveimg.data.digits import CLASS_NAMES
 from moveimg.model import Transformer
@@ -15,7 +15,7 @@ from moveimg.model.memory import GatedMixer
 from moveimg.pretrained.upcycle import upcycle
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.checkpoints import read_index
-from moveimg.training.generator import load_tokenizer, train_generator
+from moveimg.training.generator import train_generator
 from moveimg.training.initial import break_symmetry, start_from
 from tests.conftest import ATTENTIONS, FEEDFORWARDS, lively, random_inputs, tiny_config
 from tests.test_model import decode_all

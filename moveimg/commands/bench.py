@@ -69,6 +69,7 @@ def encode(
     """Images -> codes: images and codes a second."""
     import tokenizer as vq
     from moveimg.bench.workloads import bench_encode
+    from moveimg.checkpoint import load_tokenizer
     from moveimg.device import pick_device, pick_dtype
     from moveimg.pipeline import resolve
 
@@ -78,8 +79,7 @@ def encode(
         model = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer")).freeze().to(where)
     else:
         path = Path(tokenizer)
-        known = (path / "config.json").is_file() and not (path / "tokenizer").is_dir()
-        model = vq.load(path if known else resolve(tokenizer) / "tokenizer", device=where)
+        model = load_tokenizer(path if path.exists() else resolve(tokenizer), where)
     model = model.to(number_type)
     if size % model.downsample:
         raise ValueError(f"size {size}: expected a multiple of {model.downsample}")

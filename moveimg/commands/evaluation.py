@@ -155,11 +155,11 @@ def reconstruct(
 ) -> None:
     """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
     from moveimg import evaluate as runner
+    from moveimg.checkpoint import load_tokenizer
     from moveimg.data.images import open_images
     from moveimg.pictures import save_png
     from moveimg.pipeline import BUNDLED
     from moveimg.reconstruct import reconstruct
-    from moveimg.training.generator import load_tokenizer
 
     bundled = BUNDLED / tokenizer
     chosen = bundled if bundled.is_dir() and not tokenizer.exists() else tokenizer

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moveimg.config import SamplingSettings
+from moveimg.device import hardware
 from moveimg.evaluation.peers import PUBLISHED_PEERS
 from moveimg.files import write_text
 
@@ -36,11 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    hardware: dict[str, Any] = {"device": str(device), "machine": platform.machine()}
-    hardware["threads"] = torch.get_num_threads()
-    if device.type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {"versions": versions, "hardware": hardware}
+    return {"versions": versions, "hardware": hardware(device)}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

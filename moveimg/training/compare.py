@@ -7,7 +7,6 @@ directory (metrics.jsonl, the model) is all that is read of it. The table is mad
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from moveimg.checkpoint import load_generator, read_model_config, write_json
+from moveimg.device import hardware
 from moveimg.files import write_text
 from moveimg.model.cost import model_cost
 from moveimg.progress import progress_bar
@@ -101,7 +101,7 @@ class Report:
             self.runs.setdefault(run.name, []).append(run)
         self.about = {
             "settings": shared_settings(runs[0].config),
-            "hardware": hardware(device, jobs),
+            "hardware": {**hardware(device), "jobs": jobs, "sampled_side_by_side": SAMPLED},
             "columns": ABOUT,
         }
 
@@ -154,12 +154,3 @@ def sampling_rate(run: OneRun, device: torch.device) -> float:
     kept = run.directory / "training" / "sampling_rate.json"
     write_json(kept, {"images_per_second": rate, "batch": SAMPLED, "device": device.type})
     return rate
-
-
-def hardware(device: torch.device, jobs: int) -> dict[str, Any]:
-    """What the speeds were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "device": name, "cpu_cores": os.cpu_count(), "torch": torch.__version__, "jobs": jobs,
-        "sampled_side_by_side": SAMPLED,
-    }  # fmt: skip

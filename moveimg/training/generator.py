@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokenizer as vq
-from moveimg.checkpoint import ModelParts, save_model
+from moveimg.checkpoint import ModelParts, load_tokenizer, save_model
 from moveimg.config import ModelConfig, TrainConfig
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.manifest import MANIFEST, sha256_file
@@ -225,12 +225,6 @@ def _open_codes(
 
 def codes_an_image(codes: PackedCodes) -> int:
     return codes.grid[0] * codes.grid[1]
-
-
-def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
-    """The tokenizer in its own directory, or that of a model directory."""
-    inside = path / "tokenizer"
-    return vq.load(inside if (inside / "config.json").is_file() else path, device=device)
 
 
 def _cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
