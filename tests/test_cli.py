@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from moveimg import __version__
 from moveimg.cli import app
 from moveimg.pipeline import BUNDLED
 from tests.test_training import EVERY, TOKENIZER
@@ -32,9 +33,10 @@ def run(*arguments, code=0):
 def refused(*arguments):
     """Run a command that must end with one line and exit code 2; returns the line."""
     result = run(*arguments, code=2)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-    return lines[0]
+    lines = result.stderr.splitlines()
+    assert len([line for line in lines if "rror" in line]) == 1, result.stderr
+    assert lines[-1].startswith("error: ") and "Usage" not in result.stderr, result.stderr
+    return lines[-1]
 
 
 def test_sample_writes_pictures_with_their_settings_and_a_grid(tmp_path):
@@ -73,6 +75,11 @@ def test_sample_without_arguments_shows_every_class(tmp_path, monkeypatch):
         (["sample", "--seed", "-3"], ["seed -3", "0.."]),
         (["sample", "--model", "nowhere"], ["'nowhere'", "digits"]),
         (["sample", "--device", "abacus"], ["'abacus'"]),
+        (["sample", "--num", "0"], ["'--num'", "1", "sample --help"]),
+        (["sample", "--no-such"], ["--no-such"]),
+        (["train"], ["missing argument 'config'"]),
+        (["smaple"], ["'smaple'", "'sample'"]),
+        (["bench", "sleep"], ["'sleep'", "bench --help"]),
         (["info", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
         (["info", ROOT / "configs/digits-tokenizer.yaml"], ["no `model`", "tokenizer's config"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
@@ -85,6 +92,13 @@ def test_bad_input_gets_one_line(arguments, parts, tmp_path, monkeypatch):
     line = refused(*arguments)
     assert all(part in line for part in parts), line
     assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_the_version_is_told_and_groups_are_explained():
+    assert run("--version").stdout == f"moveimg {__version__}\n"
+    for group in ([], ["bench"]):
+        result = run(*group, code=2)
+        assert "Commands:" in result.output and "error:" not in result.output
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):

@@ -5,13 +5,48 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from moveimg import __version__
+
+UsageError: Any = typer.BadParameter.__bases__[0]  # typer's own from 0.2x on, click's before
+
+
+@contextmanager
+def on_one_line() -> Iterator[None]:
+    """An option or argument that does not fit ends the command as any other bad input does."""
+    try:
+        yield
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group alone: its help follows
+            raise
+        message = " ".join(error.format_message().split())
+        context = error.ctx
+        hint = f" (see {context.command_path} --help)" if context else ""
+        print(f"error: {message[:1].lower()}{message[1:].rstrip('.')}{hint}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+class Commands(TyperGroup):
+    """The group of all commands."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with on_one_line():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with on_one_line():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain help: rich would take a quarter of a second to load
@@ -30,6 +65,25 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the config"),
 ]
 Restart = Annotated[bool, typer.Option(help="start over where an earlier run left its state")]
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"moveimg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="print the version and end"
+        ),
+    ] = False,
+) -> None:
+    # what the command takes before the name of a command; no docstring: the help has its own
+    pass
 
 
 def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[..., Any]:
