@@ -18,9 +18,10 @@ from moveimg.checkpoint import load_model, load_tokenizer
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig, validate
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
+from moveimg.model.product_key import ValueTable
 from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run
-from moveimg.training.optimizer import learning_rate, make_optimizers
+from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers
 from moveimg.training.tokenizer import train_tokenizer
 from tests.conftest import lively, tiny_config
 
@@ -215,6 +216,20 @@ def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, m
     with pytest.raises(ValueError, match=r"loss nan at step 1 on images"):
         train_generator(train_config(digits, tmp_path, steps=8, **every), CPU)
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))
+
+
+def test_a_table_gradient_that_is_not_finite_shows_at_its_own_step():
+    """Value tables are clipped apart: the norm that is watched must tell of them, too."""
+    keys = {"kind": "product_key", "n_keys": 4, "key_heads": 2, "top_k": 3, "key_width": 6}
+    model = lively(tiny_config(ffn=keys), dtype=torch.float32)
+    optimizers = make_optimizers(model, OptimizerConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    (table,) = (m.weight for m in model.modules() if isinstance(m, ValueTable))
+    rest = sum(p.numel() for p in model.parameters()) - table.numel()
+    assert clip_gradients(optimizers, OptimizerConfig()) == pytest.approx(math.sqrt(rest))
+    table.grad[0, 0] = torch.inf
+    assert not clip_gradients(optimizers, OptimizerConfig()).isfinite()
 
 
 def test_learning_rates():

@@ -62,12 +62,22 @@ def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
 
 
 def clip_gradients(optimizers: Sequence[Optimizer], config: OptimizerConfig) -> Tensor:
-    """Clip all gradients together, those of value tables apart; the norm of the former."""
+    """Clip all gradients together, those of value tables apart.
+
+    Returns the norm [] of the former, or that of the tables where that one is not finite.
+    """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     tables = [p for group in groups if "lr_factor" in group for p in group["params"]]
     rest = [p for group in groups if "lr_factor" not in group for p in group["params"]]
-    nn.utils.clip_grad_norm_(tables, config.table_clip)
-    norm = nn.utils.clip_grad_norm_(rest, config.clip)
+    norm = _clip(rest, config.clip)
+    if not tables:
+        return norm
+    of_tables = _clip(tables, config.table_clip)
+    return torch.where(of_tables.isfinite(), norm, of_tables)
+
+
+def _clip(parameters: list[Tensor], most: float) -> Tensor:
+    norm = nn.utils.clip_grad_norm_(parameters, most)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
