@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moveimg.config_model import MHAConfig, ModelConfig
-from moveimg.model.memory import Mixer
+from moveimg.model.memory import Mixer, Rows
 from moveimg.model.mla import MultiHeadLatentAttention
 from moveimg.model.rope import rotate
 
@@ -77,17 +77,20 @@ class MultiHeadAttention(nn.Module):
     def make_cache(self, batch: int, length: int, like: Tensor) -> KVCache:
         return KVCache(batch, length, self.config, like)
 
-    def forward(
-        self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> queries, keys and values [B, S, 3 D], and what the mixer's router sees."""
+        return self.wqkv(x), x
+
+    def forward(self, x: Tensor, rows: Rows, rope: Tensor, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D], rows [B, S, H, M, K], rope [S, K / 2, 2] -> [B, S, D].
 
         With a cache, S is 1, or the cache is empty.
         """
-        qkv = self.wqkv(x).unflatten(-1, (3, self.config.n_head, -1))
-        q, k, v = qkv.unbind(2)  # [B, S, H, K]
-        v = self.mixer(x, v, rows)
-        q, k = rotate(q, rope), rotate(k, rope)
+        heads = self.config.n_head
+        qkv, routed = self.project(x)
+        qk, v = qkv.unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), dim=2)
+        v = self.mixer(routed, v, rows)  # [B, S, H, K]
+        q, k = rotate(qk, rope).chunk(2, dim=2)  # both in one kernel
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K]
         if cache is not None:
             k, v = cache.append(k, v)

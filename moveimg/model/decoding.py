@@ -1,19 +1,27 @@
 """A model made ready to be sampled on a CPU: the same function from faster matrix products.
 
 A step of decoding multiplies a few rows (two an image, with guidance) by every weight matrix, so
-reading the weights takes most of the time. Here they are laid out once for such products, by
-oneDNN, and optionally kept in 8 bits. A module names matrices that it does not apply to rows, but
-uses in another way, in `absorbed`: they stay. Other devices take the model as it is.
+reading the weights takes most of the time. Here they are laid out once for such products: float32
+by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no instructions for it;
+and optionally 8 bits by FBGEMM. What is left is many small kernels: matrices that are applied to
+the same rows become one, and norms take four kernels in place of seven. A module names matrices
+that it does not apply to rows, but uses in another way, in `absorbed`: they stay. Other devices
+take the model as it is.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from moveimg.model.attention import MultiHeadAttention
+from moveimg.model.memory import GatedMixer
+from moveimg.model.swiglu import SwiGLU
 from moveimg.model.transformer import Transformer
 
 ROWS = 16  # how many rows the layout is made for; it serves other numbers, too
@@ -31,6 +39,22 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class HalfLinear(nn.Module):
+    """x [..., in] float32 -> x W^T + b [..., out] float32, with W kept in half precision.
+
+    For W that was bfloat16: half precision has its numbers from 2^-14 to 65,504, and below
+    rounds to multiples of 2^-24. Sums are of float32.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
 class Int8Linear(nn.Module):
@@ -55,11 +79,57 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
 
 
+class FusedAttention(MultiHeadAttention):
+    """Queries, keys, values and the mixer's gates of one matrix product."""
+
+    def __init__(self, attention: MultiHeadAttention) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(attention.__dict__)  # a copy that may be changed: see decoding_model
+        if isinstance(self.mixer, GatedMixer):
+            self.wqkv = side_by_side(attention.wqkv, self.mixer.router)
+            self.mixer.router = nn.Identity()
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> queries, keys and values [B, S, 3 D], and the logits of the gates."""
+        width = 3 * self.config.width
+        both = self.wqkv(x)
+        return both[..., :width], both[..., width:]
+
+
+class FusedSwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), with w1 and w3 of one matrix product."""
+
+    auxiliary = load = None
+
+    def __init__(self, ffn: SwiGLU) -> None:
+        super().__init__()
+        self.w13, self.w2 = side_by_side(ffn.w1, ffn.w3), ffn.w2
+
+    def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class FusedRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight [..., D], by way of the length of x; for float32."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        size = norm.weight.numel()
+        self.weight = norm.weight
+        self.scaled = norm.weight.detach() * size**0.5
+        self.least = torch.tensor((size * (norm.eps or 0.0)) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.least) * self.scaled
+
+
 def decoding_model(model: Transformer, quantize: str | None = None) -> Transformer:
     """A model that decodes as `model` does, faster where the device allows it.
 
     On a CPU it is a copy that shares embeddings and memory with `model` and has matrices of its
-    own; bfloat16 is computed in float32 (with the weights as they are) where the processor has no
+    own; bfloat16 is computed in float32 (from the weights as they are) where the processor has no
     instructions for it. Elsewhere, and in float64, it is `model` itself.
 
     Args:
@@ -80,12 +150,49 @@ def decoding_model(model: Transformer, quantize: str | None = None) -> Transform
     else:
         tensors = (*model.parameters(), *model.buffers())
         fast = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # not copied
-    make = Int8Linear if quantize is not None else PackedLinear
-    for module in list(fast.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and name not in getattr(module, "absorbed", ()):
-                setattr(module, name, make(child))
+    swap(fast, FUSED)
+    if fast.norm.weight.dtype == torch.float32:
+        swap(fast, {nn.RMSNorm: FusedRMSNorm})
+    swap(fast, {nn.Linear: linear_kind(weight, quantize)})
     return fast
+
+
+FUSED: dict[type, Any] = {
+    MultiHeadAttention: FusedAttention,
+    SwiGLU: FusedSwiGLU,
+    nn.Dropout: lambda dropout: nn.Identity(),
+}
+
+
+def swap(model: nn.Module, kinds: dict[type, Any]) -> None:
+    """Put kinds[its type](module) in place of every module of `model` that has a kind."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in kinds and name not in getattr(module, "absorbed", ()):
+                setattr(module, name, kinds[type(child)](child))
+
+
+def side_by_side(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """x -> the outputs of both, one behind the other. Neither has a bias."""
+    weight = torch.cat([first.weight.detach(), second.weight.detach()])
+    both = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    both.weight = nn.Parameter(weight, requires_grad=False)
+    return both
+
+
+def linear_kind(weight: Tensor, quantize: str | None) -> Any:
+    """How matrices of the type of `weight` are kept."""
+    if quantize is not None:
+        return Int8Linear
+    fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    if weight.dtype == torch.bfloat16 and not has_bfloat16() and fbgemm:
+        return lambda linear: (HalfLinear if fits_half(linear.weight) else PackedLinear)(linear)
+    return PackedLinear
+
+
+def fits_half(weight: Tensor) -> bool:
+    """Whether half precision has room for every number; not for infinity, nor what is none."""
+    return bool(weight.abs().max() <= torch.finfo(torch.float16).max)
 
 
 def packable(weight: Tensor) -> bool:

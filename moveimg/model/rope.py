@@ -32,7 +32,7 @@ def rope_2d(
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn neighbouring pairs of x [B, S, H, K] by rope [S, K / 2, 2]; in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    pairs = x.to(wide).unflatten(-1, (-1, 2))  # [B, S, H, K / 2, 2]
+    pairs = x.to(wide).view(*x.shape[:-1], -1, 2)  # [B, S, H, K / 2, 2]
     rope = rope[:, None].to(wide)  # [S, 1, K / 2, 2]
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and _even(pairs):
         # One kernel instead of eight: a quarter of a small model's training step. Compilers fuse
