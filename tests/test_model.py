@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import cycle
 
 import pytest
 import torch
@@ -15,7 +16,17 @@ from moveimg.model.memory import GatedMixer
 from moveimg.model.mla import MultiHeadLatentAttention
 from moveimg.model.moe import MoE, blocks
 from moveimg.model.product_key import PEER, ProductKeyMemory
-from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
+from tests.conftest import (
+    ATTENTIONS,
+    FEEDFORWARDS,
+    MEMORIES,
+    MORE,
+    MORE_MEMORIES,
+    VARIANTS,
+    lively,
+    random_inputs,
+    tiny_config,
+)
 from tests.reference import reference_logits
 
 NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
@@ -106,8 +117,17 @@ def test_a_few_steps_overfit_one_batch(variant):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_compiles_to_one_graph(variant):
+# Tracing takes seconds: each pair of attention and memory once, their feed-forwards in turn, and
+# each option once.
+PAIRS = [(a, m) for a in ATTENTIONS for m in MEMORIES]
+TRACED = [f"{a}-{m}-{f}" for (a, m), f in zip(PAIRS, cycle(FEEDFORWARDS), strict=False)]
+TRACED += [f"{a}-{m}-swiglu" for a, m in zip(cycle(ATTENTIONS), MORE_MEMORIES, strict=False)]
+
+
+@pytest.mark.parametrize("name", [*TRACED, *MORE])
+def test_compiles_to_one_graph(name):
     torch._dynamo.reset()  # every variant runs the same code objects, which may recompile 8 times
+    variant = tiny_config(**VARIANTS[name])
     model = lively(variant)
     codes, labels = random_inputs(variant)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
