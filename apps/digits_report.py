@@ -1,9 +1,10 @@
 """How good a model of the digits is, by a judge that never saw it.
 
 An SVM trained on the real 8 x 8 training digits says which digit a sample shows. Beside that:
-how many samples are distinct, and how many repeat the codes of a training image.
+how many samples are distinct, how many repeat the codes of a training image, and the held-out loss.
 
     python apps/digits_report.py                                  # the bundled model
+    python apps/digits_report.py --quantize int8                  # what 8 bits cost
     python apps/digits_report.py --model runs/digits-move --codes runs/digits-codes
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.svm import SVC
+from torch.nn import functional as F
 
 import tokenizer as vq
 from moveimg.data.crops import crop_views, to_tensor
@@ -59,11 +61,26 @@ def training_codes(tokenizer: vq.AutoencoderTokenizer, codes: Path | None) -> se
     return set(map(tuple, torch.cat(found).tolist()))
 
 
+@torch.inference_mode()
+def held_out_loss(pipeline: Pipeline, ratio: float) -> float:
+    """Nats a code of the held-out digits' centre views, by the model as it is sampled."""
+    source, losses = open_images("digits", "val"), []
+    for start in range(0, len(source), 90):
+        part = [source[i] for i in range(start, min(start + 90, len(source)))]
+        views = to_tensor([crop_views(image, 32, ranges=(ratio,))[0] for image, _ in part])
+        codes = pipeline.tokenizer.encode(views.to(pipeline.device))
+        labels = torch.tensor([label for _, label in part], device=codes.device)
+        logits = pipeline.decoder(codes, labels)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
 def report(
-    model: str, per_class: int, codes: Path | None, ratio: float, seed: int = 0, **changes: Any
-) -> dict:
+    model: str, per_class: int, codes: Path | None, ratio: float, seed: int = 0,
+    quantize: str | None = None, **changes: Any,
+) -> dict:  # fmt: skip
     """The figures of `per_class` samples of each class, image i drawn with seed + i."""
-    pipeline = Pipeline.from_pretrained(model)
+    pipeline = Pipeline.from_pretrained(model, quantize=quantize)
     settings = pipeline.settings(**changes)
     labels = [label for label in range(10) for _ in range(per_class)]
     begun = time.perf_counter()
@@ -80,6 +97,7 @@ def report(
         "recognised": float(hits.mean()),
         "recognised_by_class": hits.reshape(10, -1).mean(1).round(3).tolist(),
         "real_validation_digits_recognised": svm.score(real.reshape(-1, 64) / 255, real_labels),
+        "held_out_nats_a_code": held_out_loss(pipeline, ratio),
         "distinct": len(set(drawn)) / len(drawn),
         "equal_to_a_training_image": sum(row in known for row in drawn) / len(drawn),
         "seconds": round(seconds, 1),
@@ -95,10 +113,15 @@ def main() -> None:
     parser.add_argument("--codes", type=Path, help="packed codes: compare with all their views")
     parser.add_argument("--ratio", type=float, default=1.0, help="the crop range trained at")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
+    parser.add_argument("--quantize", help="int8: matrices of 8 bits")
     parser.add_argument("--cfg-scale", type=float, help="instead of the model's own")
     parser.add_argument("--temperature", type=float, help="instead of the model's own")
     given = parser.parse_args()
-    changes = {"cfg_scale": given.cfg_scale, "temperature": given.temperature}
+    changes: dict[str, Any] = {
+        "quantize": given.quantize,
+        "cfg_scale": given.cfg_scale,
+        "temperature": given.temperature,
+    }
     figures = report(given.model, given.per_class, given.codes, given.ratio, given.seed, **changes)
     print(json.dumps(figures, indent=2))
 
