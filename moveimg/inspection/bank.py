@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moveimg.inspection.gates import hooked, mixers
 from moveimg.model import Transformer
-from moveimg.model.memory import GatedMixer, ValueBank
+from moveimg.model.memory import GatedMixer, ValueBank, gathered
 
 FADED = 0.1  # a row is faded below this share of its slot's median norm
 
@@ -94,7 +94,7 @@ def _gradient_norms(
 
     def hook(layer: int) -> Any:
         def replace(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> tuple:
-            leaves[layer] = args[2].detach().requires_grad_()
+            leaves[layer] = gathered(args[2]).detach().requires_grad_()
             return args[0], args[1], leaves[layer]
 
         return replace

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moveimg.model import Transformer
-from moveimg.model.memory import NEAR_TWO, NEAR_ZERO, GatedMixer
+from moveimg.model.memory import NEAR_TWO, NEAR_ZERO, GatedMixer, gathered
 from moveimg.model.moe import MoE, shares
 
 
@@ -131,7 +131,8 @@ def gather_gates(model: Transformer, batches: list[tuple[Tensor, Tensor]]) -> di
 
     def hook(layer: int) -> Any:
         def gather(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            x, v, rows = (part[:, 1:] for part in args)  # no code stands at the class token's
+            # no code stands at the class token's
+            x, v, rows = (part[:, 1:] for part in (*args[:2], gathered(args[2])))
             g_0, g_i = mixer.gates(x)
             _, memory = mixer.parts(x, rows)
             gates = g_i if g_0 is None else torch.cat([g_0, g_i], dim=-1)

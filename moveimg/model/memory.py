@@ -3,7 +3,8 @@
     B batch   S positions   D width   H heads   K width of a head   M slots   V codebook size
 
 The transformer owns one memory and looks its rows up once per forward pass; each attention
-layer holds a mixer made by that memory and calls `v = mixer(x, v, rows)`. What v is depends on the
+layer holds a mixer made by that memory and calls `v = mixer(x, v, rows)`, with the rows as tensors
+or, where one kernel does look-up and sum, as the places to find them. What v is depends on the
 attention: a memory names the `sites` it can be injected at, best first, and takes the first that
 the attention offers. MHA offers its values; MLA its compressed latent, too, where v [B, S, H, K]
 is the latent cut into H chunks. Rows are [B, S, H, M, K]: what a head mixes stands together, and
@@ -16,6 +17,7 @@ a table of its own, one slot, for each chosen layer, and by default no g_0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +30,18 @@ from moveimg.config_model import (
     NoMemoryConfig,
     pick_layers,
 )
+from moveimg.model.fused_mix import BankRows, look_up, mix, usable
 
 # A gate below the first is as good as shut, one above the second as good as wide open.
 NEAR_ZERO, NEAR_TWO = 0.1, 1.9
+
+Rows = Tensor | BankRows | None
+
+
+def gathered(rows: Rows) -> Tensor:
+    """What a mixer was handed, as the rows themselves [B, S, H, M, K], to be looked at."""
+    assert rows is not None
+    return rows.gathered() if isinstance(rows, BankRows) else rows
 
 
 class PassThrough(nn.Module):
@@ -39,11 +50,11 @@ class PassThrough(nn.Module):
     value_width = 0  # of what it adds
     gate_standard = False
 
-    def parts(self, x: Tensor, rows: Tensor | None) -> tuple[None, None]:
+    def parts(self, x: Tensor, rows: Rows) -> tuple[None, None]:
         """Nothing gates v, nothing is added to it."""
         return None, None
 
-    def forward(self, x: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
         return v
 
 
@@ -66,9 +77,13 @@ class GatedMixer(nn.Module):
         n_gates = config.n_head * (len(slots) + gate_standard)
         self.router = nn.Linear(config.width, n_gates, bias=False)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> x W_G [B, S, H, M], with one before that is of g_0, where v is gated."""
+        return self.router(x).unflatten(-1, (self.n_head, -1))
+
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """x [B, S, D] -> g_0 [B, S, H, 1] (None where ungated) and g_1.. [B, S, H, M]."""
-        gates = 2 * torch.sigmoid(self.router(x)).unflatten(-1, (self.n_head, -1))
+        gates = 2 * torch.sigmoid(self.logits(x))
         if not self.gate_standard:
             return None, gates
         return gates[..., :1], gates[..., 1:]
@@ -85,7 +100,7 @@ class GatedMixer(nn.Module):
         """W_G = 0: every gate starts at 1 (the paper)."""
         nn.init.zeros_(self.router.weight)
 
-    def parts(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def parts(self, x: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor]:
         """What v is multiplied by and what is added to it, before v is there.
 
         x [B, S, D], rows [B, S, H, all slots, K] -> g_0 [B, S, H, 1] or None, and the weighted sum
@@ -93,15 +108,24 @@ class GatedMixer(nn.Module):
         """
         if rows is None:
             raise ValueError("this layer mixes value memory into V and was handed no rows")
+        if isinstance(rows, BankRows):
+            logits = self.logits(x)
+            g_0 = 2 * torch.sigmoid(logits[..., :1]) if self.gate_standard else None
+            return g_0, self._fused(rows, logits, None)
         g_0, g_i = self.gates(x)  # [B, S, H, 1], [B, S, H, M]
         rows = rows[..., self.slots.start : self.slots.stop, :].to(g_i.dtype)  # [B, S, H, M, K]
         # Not a matrix product: with one row a head, that takes several times as long.
         return g_0, (g_i[..., None] * rows).sum(dim=-2)
 
-    def forward(self, x: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """x [B, S, D], v [B, S, H, K], rows [B, S, H, all slots, K] -> v [B, S, H, K]."""
+        if isinstance(rows, BankRows):
+            return self._fused(rows, self.logits(x), v)
         g_0, memory = self.parts(x, rows)
         return memory.to(v.dtype) + (v if g_0 is None else g_0.to(v.dtype) * v)
+
+    def _fused(self, rows: BankRows, logits: Tensor, v: Tensor | None) -> Tensor:
+        return mix(rows, logits, v, self.slots.start, self.gate_standard)
 
 
 Mixer = PassThrough | GatedMixer
@@ -114,15 +138,13 @@ class NoMemory(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: NoMemoryConfig, value_width: int) -> None:
         super().__init__()
+        self.n_layer = config.n_layer
 
     def mixer(self, layer: int) -> Mixer:
         return PassThrough()
 
-    def class_rows(self, labels: Tensor) -> Tensor | None:
-        return None
-
-    def code_rows(self, codes: Tensor) -> Tensor | None:
-        return None
+    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Sequence[Rows]:
+        return [None] * self.n_layer
 
 
 class ValueBank(nn.Module):
@@ -132,6 +154,7 @@ class ValueBank(nn.Module):
         config: the transformer's config.
         spec: the memory's; with `class_rows`, classes (the null label included) have rows as
             codes do; without, the class token's rows are zero, since no code stands there.
+        reads: of each layer, the slots it reads, or None.
         slots: how many value vectors of `value_width` a code has in all.
         value_width: H * K, the width of the values mixed into.
     """
@@ -139,18 +162,52 @@ class ValueBank(nn.Module):
     sites: tuple[str, ...]
 
     def __init__(
-        self, config: ModelConfig, spec: LaVEConfig | MoVEConfig, slots: int, value_width: int
-    ) -> None:
+        self, config: ModelConfig, spec: LaVEConfig | MoVEConfig, reads: list[range | None],
+        slots: int, value_width: int,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.reads = config, spec, reads
         self.slots, self.value_width = slots, value_width
         self.bank = nn.Embedding(config.codebook_size, slots * value_width)
         self.class_bank = (
             nn.Embedding(config.n_classes + 1, slots * value_width) if spec.class_rows else None
         )
 
-    def _mixer(self, slots: range) -> GatedMixer:
+    def mixer(self, layer: int) -> Mixer:
+        slots = self.reads[layer]
+        if slots is None:
+            return PassThrough()
         return GatedMixer(self.config, self.value_width, slots, self.spec.gate_standard)
+
+    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Sequence[Rows]:
+        """What each layer's mixer is to be handed.
+
+        labels [B] for the class token's position, codes [B, S] for those behind it; either can be
+        left out. Rows are looked up here, [B, S or 1 + S, H, slots, K], the same for all layers,
+        unless a kernel does it (fused_mix.py).
+        """
+        if usable(self.bank.weight):
+            return self._places(labels, codes)
+        parts = [] if labels is None else [self.class_rows(labels)]
+        parts += [] if codes is None else [self.code_rows(codes)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return [rows] * len(self.reads)
+
+    def _places(self, labels: Tensor | None, codes: Tensor | None) -> Sequence[Rows]:
+        """The same, for the kernel."""
+        bank, classes = self.bank.weight, self.class_bank
+        tables, ids = [bank], []
+        if labels is not None and classes is None:
+            ids.append(torch.full_like(labels, -1)[:, None])
+        elif labels is not None and classes is not None:
+            tables = [classes.weight] if codes is None else [bank, classes.weight]
+            ids.append(labels[:, None] + (0 if codes is None else len(bank)))
+        ids += [] if codes is None else [codes]
+        firsts = [None if slots is None else slots.start for slots in self.reads]
+        gated = self.spec.gate_standard
+        gates = gated + next(len(slots) for slots in self.reads if slots is not None)
+        heads, joint = self.config.n_head, torch.cat(ids, dim=1)
+        return look_up(tables, joint, firsts, heads, self.slots, gates, gated)
 
     def class_rows(self, labels: Tensor) -> Tensor:
         """labels [B] -> rows of the class token [B, 1, H, slots, K]."""
@@ -179,14 +236,11 @@ class LaVE(ValueBank):
     sites = ("value",)
 
     def __init__(self, config: ModelConfig, spec: LaVEConfig, value_width: int) -> None:
-        self.layers = pick_layers(spec.layers, config.n_layer)
-        super().__init__(config, spec, len(self.layers), value_width)
-
-    def mixer(self, layer: int) -> Mixer:
-        if layer not in self.layers:
-            return PassThrough()
-        slot = self.layers.index(layer)
-        return self._mixer(range(slot, slot + 1))
+        layers = pick_layers(spec.layers, config.n_layer)
+        reads: list[range | None] = [None] * config.n_layer
+        for slot, layer in enumerate(layers):
+            reads[layer] = range(slot, slot + 1)
+        super().__init__(config, spec, reads, len(layers), value_width)
 
 
 class MoVE(ValueBank):
@@ -198,10 +252,8 @@ class MoVE(ValueBank):
     sites = ("latent", "value")
 
     def __init__(self, config: ModelConfig, spec: MoVEConfig, value_width: int) -> None:
-        super().__init__(config, spec, spec.slots, value_width)
-
-    def mixer(self, layer: int) -> Mixer:
-        return self._mixer(range(self.slots))
+        reads: list[range | None] = [range(spec.slots)] * config.n_layer
+        super().__init__(config, spec, reads, spec.slots, value_width)
 
 
 MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moveimg.config_model import MLAConfig, ModelConfig
-from moveimg.model.memory import Mixer, PassThrough
+from moveimg.model.memory import Mixer, PassThrough, Rows
 from moveimg.model.rope import rotate
 
 
@@ -126,7 +126,7 @@ class MultiHeadLatentAttention(nn.Module):
         return LatentCache(batch, length, self.config, width, self.value_mixer, like)
 
     def forward(
-        self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: LatentCache | None = None
+        self, x: Tensor, rows: Rows, rope: Tensor, cache: LatentCache | None = None
     ) -> Tensor:
         """x [B, S, D], rows [B, S, H, M, C/H or K], rope [S, R / 2, 2] -> [B, S, D]."""
         heads, spec = self.config.n_head, self.spec
@@ -146,9 +146,7 @@ class MultiHeadLatentAttention(nn.Module):
             out = self._absorbed(q, q_rope, *filled)
         return self.wo(out.flatten(-2))
 
-    def _unfolded(
-        self, x: Tensor, rows: Tensor | None, q: Tensor, latent: Tensor, key: Tensor
-    ) -> Tensor:
+    def _unfolded(self, x: Tensor, rows: Rows, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
         """Keys and values of every head: q [B, S, H, K + R], latent [B, S, C] -> [B, S, H, K]."""
         k, v = self.wkv_up(latent).unflatten(-1, (self.config.n_head, 2, -1)).unbind(-2)
         v = self.value_mixer(x, v, rows)

@@ -5,6 +5,7 @@ B batch   S positions in this call   T codes in an image   D width   V codebook 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from moveimg.config_model import ModelConfig, SlotConfig
 from moveimg.model.attention import ATTENTIONS
 from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
-from moveimg.model.memory import MEMORIES, Mixer
+from moveimg.model.memory import MEMORIES, Mixer, Rows
 from moveimg.model.rope import rope_2d
 
 
@@ -38,7 +39,7 @@ class Block(nn.Module):
         self.ffn_dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(
-        self, x: Tensor, rows: Tensor | None, rope: Tensor, shared: nn.Module | None,
+        self, x: Tensor, rows: Rows, rope: Tensor, shared: nn.Module | None,
         cache: Any = None,
     ) -> Tensor:  # fmt: skip
         """x [B, S, D] -> [B, S, D]; `shared` is what the feed-forwards of all layers share."""
@@ -155,10 +156,7 @@ class Transformer(nn.Module):
         """The normed stream before the output head, [B, T, D] (arguments as of forward)."""
         before = codes[:, :-1]
         x = torch.cat([self.label_embedding(labels)[:, None], self.code_embedding(before)], dim=1)
-        rows = self.memory.class_rows(labels)
-        if rows is not None:
-            rows = torch.cat([rows, self.memory.code_rows(before)], dim=1)
-        return self._blocks(x, rows, self.rope()[: x.shape[1]])
+        return self._blocks(x, self.memory.rows(labels, before), self.rope()[: x.shape[1]])
 
     def make_cache(self, batch: int) -> Cache:
         """An empty cache for decoding `batch` sequences side by side."""
@@ -172,7 +170,7 @@ class Transformer(nn.Module):
                 f"{cache.batch} at position {cache.position}"
             )
         x = self.label_embedding(labels)[:, None]
-        return self._step(x, self.memory.class_rows(labels), cache)
+        return self._step(x, self.memory.rows(labels, None), cache)
 
     def decode(self, codes: Tensor, cache: Cache) -> Tensor:
         """Next step of decoding: the codes just drawn [B] -> logits of the next ones [B, V]."""
@@ -182,21 +180,21 @@ class Transformer(nn.Module):
                 "after start and before the last code"
             )
         x = self.code_embedding(codes[:, None])
-        return self._step(x, self.memory.code_rows(codes[:, None]), cache)
+        return self._step(x, self.memory.rows(None, codes[:, None]), cache)
 
-    def _step(self, x: Tensor, rows: Tensor | None, cache: Cache) -> Tensor:
+    def _step(self, x: Tensor, rows: Sequence[Rows], cache: Cache) -> Tensor:
         rope = cache.rope[cache.position : cache.position + 1]
         x = self._blocks(x, rows, rope, cache)
         cache.position += 1
         return self.logits(x)[:, 0]
 
     def _blocks(
-        self, x: Tensor, rows: Tensor | None, rope: Tensor, cache: Cache | None = None
+        self, x: Tensor, rows: Sequence[Rows], rope: Tensor, cache: Cache | None = None
     ) -> Tensor:
         x = self.token_dropout(x)
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
-            inputs = (x, rows, rope, self.shared_ffn, layer_cache)
+            inputs = (x, rows[index], rope, self.shared_ffn, layer_cache)
             if self.checkpointing and self.training:
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
