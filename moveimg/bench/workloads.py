@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenizer as vq
@@ -129,8 +128,7 @@ def bench_train(
     def step() -> None:
         low = dtype == torch.bfloat16
         with torch.autocast(device.type, dtype=dtype, enabled=low):
-            logits = model(codes, labels)
-        loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten()) + model.auxiliary_loss()
+            loss = model(codes, labels, loss=True)[0] + model.auxiliary_loss()
         for each in optimizers:
             each.zero_grad(set_to_none=True)
         loss.backward()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moveimg.config_model import ModelConfig, SlotConfig
 from moveimg.model.attention import ATTENTIONS
+from moveimg.model.cross_entropy import linear_cross_entropy
 from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
 from moveimg.model.memory import MEMORIES, Mixer, Rows
 from moveimg.model.rope import rope_2d
@@ -138,11 +139,15 @@ class Transformer(nn.Module):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return rope_2d(config.grid, dim, config.rope_base, like.device, dtype)
 
-    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, labels: Tensor, loss: bool = False) -> Any:
         """Teacher forcing: codes int64 [B, T], labels int64 [B] -> logits [B, T, V].
 
         `logits[:, t]` predicts `codes[:, t]` from the label and `codes[:, :t]`; the last code
         is not looked at. Raises ValueError for other shapes.
+
+        With `loss`: (mean cross-entropy in nats a code, share of codes that are the likeliest),
+        scalars, without ever holding all logits. It is here and not in a method of its own because
+        DDP and FSDP2 gather weights and gradients around this call alone.
         """
         config = self.config
         if codes.shape != (len(labels), config.seq_len):
@@ -150,7 +155,10 @@ class Transformer(nn.Module):
                 f"codes {tuple(codes.shape)} for {len(labels)} labels: expected "
                 f"[{len(labels)}, {config.seq_len}] ({config.grid[0]} x {config.grid[1]} codes)"
             )
-        return self.logits(self.hidden(codes, labels))
+        x = self.hidden(codes, labels)
+        if loss:
+            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, codes.flatten())
+        return self.logits(x)
 
     def hidden(self, codes: Tensor, labels: Tensor) -> Tensor:
         """The normed stream before the output head, [B, T, D] (arguments as of forward)."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import tokenizer as vq
 from moveimg.checkpoint import ModelParts, load_tokenizer, save_model
@@ -60,13 +59,12 @@ class GeneratorTask:
         codes, labels = codes.to(self.device), labels.to(self.device)
         dropped = torch.rand(len(labels), device=self.device) < self.config.class_dropout
         labels = labels.masked_fill(dropped, self.config_of_model.n_classes)
-        logits = self._logits(self.forward, codes, labels)
-        accuracy = (logits.detach().argmax(-1) == codes).float().mean()
+        loss, accuracy = self._loss(self.forward, codes, labels)
         scalars = {"accuracy": accuracy}
         assert isinstance(self.model, Transformer)
         if (load := self.model.expert_load()) is not None:
             scalars["expert_load_max"] = load.max() * load.shape[-1]  # 1 is even
-        return _cross_entropy(logits, codes).mean() + self.model.auxiliary_loss(), scalars
+        return loss + self.model.auxiliary_loss(), scalars
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -80,10 +78,9 @@ class GeneratorTask:
             indices = torch.arange(start, min(start + size, n))
             codes, labels = self.val.get(indices.numpy(), torch.zeros_like(indices).numpy())
             codes, labels = codes.to(self.device), labels.to(self.device)
-            logits = self._logits(model, codes, labels)
-            losses, hits = _cross_entropy(logits, codes), logits.argmax(-1) == codes
-            sums += torch.stack([losses.cpu().double().sum(), hits.cpu().double().sum()])
-        loss, accuracy = (world.mean(sums) * world.size / (n * codes_an_image(self.val))).tolist()
+            means = torch.stack(self._loss(model, codes, labels))
+            sums += means.cpu().double() * len(indices)
+        loss, accuracy = (world.mean(sums) * world.size / n).tolist()
         return {"loss": loss, "accuracy": accuracy}
 
     def preview(self, model: nn.Module) -> Image.Image:
@@ -149,21 +146,22 @@ class GeneratorTask:
             self.plan.world,
         )
 
-    def _read_some(self) -> Tensor:
+    def _read_some(self) -> None:
         """A forward pass over some held-out images."""
         indices = torch.arange(min(len(self.val), WATCHED)).numpy()
         codes, labels = self.val.get(indices, 0 * indices)
-        return self._logits(self.model, codes.to(self.device), labels.to(self.device))
+        self._loss(self.model, codes.to(self.device), labels.to(self.device))
 
     @property
     def config_of_model(self) -> ModelConfig:
         assert isinstance(self.model, Transformer)
         return self.model.config
 
-    def _logits(self, model: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats a code and the share of codes foretold, both means over the batch."""
         low = self.plan.dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=self.plan.dtype, enabled=low):
-            return model(codes, labels)
+            return model(codes, labels, loss=True)
 
 
 def train_generator(
@@ -225,9 +223,3 @@ def _open_codes(
 
 def codes_an_image(codes: PackedCodes) -> int:
     return codes.grid[0] * codes.grid[1]
-
-
-def _cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """logits [B, T, V], codes [B, T] -> nats [B, T]."""
-    losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
-    return losses.view_as(codes)
