@@ -37,7 +37,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    return _LinearCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled())  # type: ignore[no-untyped-call, no-any-return]
+    return _LinearCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

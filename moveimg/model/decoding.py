@@ -5,8 +5,8 @@ reading the weights takes most of the time. Here they are laid out once for such
 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no instructions for it;
 and optionally 8 bits by FBGEMM. What is left is many small kernels: matrices that are applied to
 the same rows become one, and norms take four kernels in place of seven. A module names matrices
-that it does not apply to rows, but uses in another way, in `absorbed`: they stay. Other devices
-take the model as it is.
+that it does not apply to rows, but uses in another way, in `absorbed`: they stay. On
+CUDA steps are recorded (static_decoding.py). Other devices take the model as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from moveimg.model.attention import MultiHeadAttention
 from moveimg.model.memory import GatedMixer
+from moveimg.model.static_decoding import StaticTransformer
 from moveimg.model.swiglu import SwiGLU
 from moveimg.model.transformer import Transformer
 
@@ -130,7 +131,8 @@ def decoding_model(model: Transformer, quantize: str | None = None) -> Transform
 
     On a CPU it is a copy that shares embeddings and memory with `model` and has matrices of its
     own; bfloat16 is computed in float32 (from the weights as they are) where the processor has no
-    instructions for it. Elsewhere, and in float64, it is `model` itself.
+    instructions for it. On CUDA it takes its steps from CUDA graphs (see static_decoding.py).
+    Elsewhere, and in float64 on a CPU, it is `model` itself.
 
     Args:
         model: in eval mode. The copy is for decoding: teacher forcing works, training does not.
@@ -143,6 +145,8 @@ def decoding_model(model: Transformer, quantize: str | None = None) -> Transform
         raise ValueError(f"quantize {quantize!r}: expected {' or '.join(QUANTIZED)}")
     if quantize is not None and weight.device.type != "cpu":
         raise ValueError(f"quantize {quantize} on {weight.device.type}: expected a CPU")
+    if weight.device.type == "cuda":
+        return StaticTransformer(model)
     if quantize is None and not packable(weight):
         return model
     if weight.dtype == torch.bfloat16 and not (quantize is None and has_bfloat16()):

@@ -60,6 +60,12 @@ class Cache:
         self.rope = model.rope()[:length]
         self.position = 0
 
+    def rewind(self, position: int) -> None:
+        """Make `position` the next one; what stood there and behind it is forgotten."""
+        self.position = position
+        for layer in self.layers:
+            layer.filled = position
+
 
 class Transformer(nn.Module):
     """logits = generator(codes, labels): the distribution of every code given those before it.

@@ -1,0 +1,145 @@
+"""Decoding as recorded steps: what CUDA would be told kernel by kernel, told at once.
+
+    R rows (images, twice as many with guidance)   V codebook size
+
+A step of decoding is a few hundred small kernels, and telling a GPU to run them takes longer than
+running them. A CUDA graph is told once and replayed. Here every position has a graph of its own:
+it is recorded from the step that any device takes, with the shapes that it has at that position, so
+attention reads exactly the filled part of the cache and the numbers are those of the plain path.
+Replays wait for nothing; the draws between them are queued while the graph before them still runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moveimg.model.transformer import Cache, Transformer
+
+
+class StaticTransformer(Transformer):
+    """`model`, whose decoding is recorded when a batch size comes up for the second time.
+
+    The first time takes the plain path: a single call gains nothing by recording, and kernels must
+    have run before they are recorded. It shares every weight with `model`, which must keep them
+    where they are. Decodings may be under way side by side; each has steps of its own, and those of
+    the last one to end are kept for the next.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        torch.nn.Module.__init__(self)
+        self.__dict__.update(model.__dict__)
+        self._seen: set[int] = set()
+        self._idle: list[Steps] = []  # one at the most
+        self._lock = threading.Lock()
+
+    def make_cache(self, batch: int) -> Any:
+        with self._lock:
+            known = batch in self._seen
+            self._seen.add(batch)
+            steps = self._idle.pop() if known and self._idle else None
+        if not known:
+            return super().make_cache(batch)
+        if steps is None or steps.batch != batch:
+            del steps  # its memory is free before new steps take some
+            with torch.inference_mode():
+                steps = Steps(self, batch)
+        handle = Handle(steps)
+        weakref.finalize(handle, self._idle.__setitem__, slice(None), [steps]).atexit = False
+        return handle
+
+    @torch.inference_mode()
+    def start(self, labels: Tensor, cache: Any) -> Tensor:
+        return self._take(super().start, labels, cache)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, cache: Any) -> Tensor:
+        return self._take(super().decode, codes, cache)
+
+    def _take(self, plain: Callable[..., Tensor], inputs: Tensor, cache: Any) -> Tensor:
+        if not isinstance(cache, Handle):
+            return plain(inputs, cache)
+        logits = cache.steps.take(plain, inputs, cache.position)
+        cache.position += 1
+        return logits
+
+
+class Handle:
+    """One decoding under way: steps that nobody else takes meanwhile, and how far it is."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.position = steps, 0
+
+
+class Steps:
+    """Decoding R rows, position by position, from fixed inputs to fixed outputs.
+
+    Attributes:
+        batch: R.
+        inputs: the labels or codes of a step, int64 [R].
+        logits: what it gives, [R, V].
+    """
+
+    def __init__(self, model: Transformer, batch: int) -> None:
+        like = model.norm.weight
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.batch = batch
+        self.cache = Cache(model, batch)
+        self.inputs = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.logits = like.new_empty(batch, model.config.codebook_size, dtype=wide)
+        self.recorder = Recorder(like.device)
+        self.recorded: list[Callable[[], None]] = []
+
+    def take(self, plain: Callable[..., Tensor], inputs: Tensor, position: int) -> Tensor:
+        """The step at `position`, by `plain` where it is not recorded -> logits [R, V]."""
+        if len(inputs) != self.batch or position > len(self.recorded):
+            raise ValueError(
+                f"step {position} of {len(inputs)} rows: expected {self.batch} rows, at most "
+                f"step {len(self.recorded)}"
+            )
+        self.inputs.copy_(inputs)
+        if position == len(self.recorded):
+            self.recorded.append(self.recorder.record(partial(self._step, plain, position)))
+        self.recorded[position]()
+        return self.logits.clone()
+
+    def _step(self, plain: Callable[..., Tensor], position: int) -> None:
+        self.cache.rewind(position)
+        self.logits.copy_(plain(self.inputs, self.cache))
+
+
+class Recorder:
+    """Makes CUDA graphs that share their memory: they are replayed one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(device)
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """`step` as a graph; on other devices, and where it cannot be one, `step` itself."""
+        if self.device.type != "cuda":
+            return step
+        graph = torch.cuda.CUDAGraph()
+        try:
+            torch.cuda.synchronize(self.device)
+            with torch.cuda.stream(self.stream):
+                # torch.cuda.graph would collect garbage first, at every position
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            warnings.warn(f"a step of decoding is not a CUDA graph: {first}", stacklevel=2)
+            return step
+        return graph.replay
