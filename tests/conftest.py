@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,6 +73,37 @@ VARIANTS |= {name: _named(*slots) for name, slots in MORE.items()}
 def one_thread() -> None:
     """Two test workers on two cores: more threads would only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with some packed digits and their tokenizer, made once a worker."""
+    from tests.test_training import encode_tiny_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    encode_tiny_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running demo with two models, the second a copy with class names of ImageNet's kind."""
+    from apps import demo
+    from apps.demo_parts.models import Models
+    from apps.demo_parts.turns import Turns
+    from moveimg.pipeline import BUNDLED
+
+    other = tmp_path_factory.mktemp("models") / "gallery"
+    shutil.copytree(BUNDLED / "digits", other)
+    names = ["goldfish, Carassius auratus", "golden retriever", *(f"thing {i}" for i in range(8))]
+    (other / "classes.json").write_text(json.dumps(names))
+    temporary = demo.quiet_gradio()
+    models, turns = Models(["digits", str(other)], keep=2), Turns()
+    page = demo.serve(models, turns)
+    models.get(None)
+    yield SimpleNamespace(url=page.local_url.rstrip("/"), models=models, turns=turns, page=page,
+                          temporary=temporary)  # fmt: skip
+    page.close(verbose=False)
 
 
 def tiny_config(**changes) -> ModelConfig:

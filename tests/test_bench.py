@@ -81,7 +81,12 @@ def test_a_training_step_is_three_forward_passes():
 
 def test_the_command_writes_json_and_a_trace(tmp_path):
     out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
-    arguments = ["bench", "sample", "--batch-size", "1", "--repeats", "1", "--device", "cpu"]
+    (tmp_path / "tiny.yaml").write_text(
+        "out: unused\ndata: {codes: c, tokenizer: t}\nmodel: {n_layer: 1, n_head: 2, width: 16, "
+        "codebook_size: 11, n_classes: 5, grid: [3, 4]}\n"
+    )
+    arguments = ["bench", "sample", str(tmp_path / "tiny.yaml"), "--batch-size", "1", "--repeats",
+                 "1", "--device", "cpu"]  # fmt: skip
     result = CliRunner().invoke(app, [*arguments, "--json", str(out), "--profile", str(trace)])
     assert result.exit_code == 0, result.output
     assert "images a second" in result.output and "reached" in result.output

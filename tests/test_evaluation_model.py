@@ -6,14 +6,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from moveimg import evaluate, sample_sets
+from moveimg.checkpoint import ModelParts
+from moveimg.config import SamplingSettings
 from moveimg.data.ranks import Ranks
 from moveimg.evaluation.reference import open_reference
 from moveimg.pipeline import Pipeline
 from moveimg.sample_sets import make_plan, sample_set
+from tests.conftest import lively, tiny_config
 from tests.test_cli import refused, run
+from tests.test_pipeline import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +29,11 @@ def in_its_own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline.from_pretrained("digits", device="cpu")
+    """Pictures of 3 x 3 codes: what is tested here is who draws which of them when."""
+    generator = lively(tiny_config(grid=[3, 3]), dtype=torch.float32)
+    names = ["a", "b", "c", "d", "e"]
+    parts = ModelParts(generator, tiny_tokenizer(), names, SamplingSettings(top_k=9))
+    return Pipeline(parts, torch.device("cpu"))
 
 
 def plan_for(pipeline, **changes):

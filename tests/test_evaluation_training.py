@@ -13,7 +13,7 @@ from moveimg.pipeline import Pipeline
 from moveimg.training.distributed import World
 from moveimg.training.generator import train_generator
 from moveimg.training.scoring import Scorer
-from tests.test_training import CPU, digits, train_config  # noqa: F401
+from tests.test_training import CPU, train_config
 
 SMALL = {"every": 2, "images": 9, "reference": "digits"}
 
@@ -23,7 +23,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
 
 
-def test_scores_reach_tensorboard_and_change_nothing_else(digits, tmp_path):  # noqa: F811
+def test_scores_reach_tensorboard_and_change_nothing_else(digits, tmp_path):
     common = {"steps": 3, "validate_every": 3, "preview_every": 3, "checkpoint_every": 3}
     config = train_config(digits, tmp_path / "scored", evaluation=SMALL, **common)
     scored = train_generator(config, CPU)
@@ -61,7 +61,7 @@ def test_processes_share_the_images_and_the_first_has_the_numbers():
     assert alone["fid"] > 0 and 0 <= alone["accuracy"] <= 1
 
 
-def test_a_reference_that_does_not_fit_ends_the_run_before_it_begins(digits, tmp_path):  # noqa: F811
+def test_a_reference_that_does_not_fit_ends_the_run_before_it_begins(digits, tmp_path):
     wrong = {"every": 2, "reference": str(tmp_path / "nowhere.npz"), "images": 4}
     wrong["extractor"] = tmp_path / "none.safetensors"
     config = train_config(digits, tmp_path / "run", evaluation=wrong)

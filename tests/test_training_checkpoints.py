@@ -1,10 +1,10 @@
 """Checkpoints: kept, checked, replaced; runs that are killed, stopped, or out of disk."""
 
-# ruff: noqa: F811 (a fixture is imported and asked for)
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 
 import pytest
@@ -18,13 +18,7 @@ from moveimg.training.generator import train_generator
 from moveimg.training.loop import Run
 from moveimg.training.watch import gate_statistics
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
-from tests.test_training import (
-    CPU,
-    die_at_step_5,
-    digits,  # noqa: F401
-    newest_state,
-    train_config,
-)
+from tests.test_training import CPU, die_at_step_5, newest_state, train_config
 from tests.tools.kill_training import compare_killed, leftovers
 
 
@@ -70,17 +64,24 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """A run of 6 steps that nothing happened to."""
+    config = train_config(digits, tmp_path_factory.mktemp("runs") / "whole", steps=6)
+    train_generator(config, CPU)
+    return config
+
+
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "extra.pt", "checkpoint.json"])
-def test_a_damaged_newest_checkpoint_falls_back(digits, tmp_path, capsys, file):
-    whole = train_config(digits, tmp_path / "whole", steps=6)
+def test_a_damaged_newest_checkpoint_falls_back(digits, whole, tmp_path, capsys, file):
     parted = train_config(digits, tmp_path / "parted", steps=6)
-    train_generator(whole, CPU)
-    train_generator(parted, CPU)
+    shutil.copytree(whole.out, parted.out)
+    (parted.out / "model.safetensors").unlink()
     flip_a_bit(tmp_path / "parted/training/checkpoints/step-0000006" / file)
     train_generator(parted, CPU)
     said = capsys.readouterr().err
     assert f"{file} " in said and "set aside, going back to step-0000004" in said
-    assert same_end(whole.out, parted.out)
+    assert same_end(whole.out, parted.out) and (parted.out / "model.safetensors").is_file()
     assert (parted.out / "training/checkpoints/step-0000006.damaged").is_dir()
 
 

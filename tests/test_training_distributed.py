@@ -1,6 +1,5 @@
 """Several processes train what one does, and read each other's checkpoints."""
 
-# ruff: noqa: F811 (a fixture is imported and asked for)
 from __future__ import annotations
 
 import json
@@ -13,13 +12,7 @@ from moveimg.model import Transformer
 from moveimg.training.distributed import Plan, World, part_seed, plan, spread
 from moveimg.training.generator import train_generator
 from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, random_inputs, tiny_config
-from tests.test_training import (
-    CPU,
-    die_at_step_5,
-    digits,  # noqa: F401
-    newest_state,
-    train_config,
-)
+from tests.test_training import CPU, die_at_step_5, newest_state, train_config
 from tests.tools.processes import launch
 
 pytestmark = pytest.mark.xdist_group("processes")  # they share what two processes wrote

@@ -21,9 +21,7 @@ from tests.conftest import ATTENTIONS, FEEDFORWARDS, lively, random_inputs, tiny
 from tests.test_model import decode_all
 from tests.test_pipeline import tiny_tokenizer
 from tests.test_pretrained import run
-from tests.test_training import CPU, digits, newest_state, train_config
-
-__all__ = ["digits"]  # a fixture
+from tests.test_training import CPU, newest_state, train_config
 
 MEMORIES = {
     "move": {"kind": "move", "slots": 3},

@@ -6,6 +6,7 @@ FLOPs count a multiply and an add as two, in matrix products only, as torch's Fl
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Cost:
         return asdict(self)
 
 
+@cache
 def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     """The cost of the model of `config`, with its cache and bank in `dtype`."""
     with torch.device("meta"):

@@ -24,6 +24,7 @@ from tokenizer.perceptual import load_perceptual_loss
 
 PREVIEW_COLUMNS = 8
 MOST_VALIDATED = 2048  # held-out images that are reconstructed for a validation
+VALIDATED_AT_ONCE = 32  # of those, at least; without gradients they take less room than a batch
 
 
 class RandomViews(Dataset):
@@ -107,7 +108,7 @@ class TokenizerTask:
         """Mean squared error on [-1, 1] of held-out images as decoded, and their code usage."""
         assert isinstance(model, vq.AutoencoderTokenizer)
         errors, counts = [], torch.zeros(model.codebook_size, dtype=torch.int64)
-        for images in self.val.split(self.config.batch_size):
+        for images in self.val.split(max(VALIDATED_AT_ONCE, self.config.batch_size)):
             codes = model.encode(images)
             grid = tuple(side // model.downsample for side in images.shape[2:])
             decoded = model.decode(codes, (grid[0], grid[1])).cpu()
