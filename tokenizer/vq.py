@@ -163,7 +163,8 @@ class AttentionBlock(nn.Module):
 
 def _swish(x: Tensor) -> Tensor:
     """x * sigmoid(x) in two roundings, as LlamaGen computes it; F.silu rounds once."""
-    return x * torch.sigmoid(x)
+    gate = torch.sigmoid(x)
+    return x * gate if torch.is_grad_enabled() else gate.mul_(x)  # in place: a third less memory
 
 
 def _middle(config: VQConfig) -> nn.Sequential:

@@ -38,11 +38,12 @@ def encode(
     from moveimg.data.encode import encode_splits
     from moveimg.device import pick_dtype
     from moveimg.training.distributed import processes
+    from tokenizer import fast_encoder
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
-        vq = load_tokenizer(tokenizer, world.device)
+        vq = fast_encoder(load_tokenizer(tokenizer, world.device))
         chosen = {} if dtype is None else {"dtype": pick_dtype(dtype, world.device)}
         manifests = encode_splits(
             settings, vq, out, device=world.device, batch_size=batch_size, **chosen

@@ -88,7 +88,7 @@ class FusedAttention(MultiHeadAttention):
         self.__dict__.update(attention.__dict__)  # a copy that may be changed: see decoding_model
         if isinstance(self.mixer, GatedMixer):
             self.wqkv = side_by_side(attention.wqkv, self.mixer.router)
-            self.mixer.router = nn.Identity()
+            self.mixer.router = nn.Identity()  # type: ignore[assignment]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D] -> queries, keys and values [B, S, 3 D], and the logits of the gates."""

@@ -217,7 +217,8 @@ def _open_codes(
 
         assert config.data.images is not None
         directory = config.out / "codes"
-        encode_splits(config.data.images, tokenizer, directory, device=world.device)
+        encoder = vq.fast_encoder(tokenizer)
+        encode_splits(config.data.images, encoder, directory, device=world.device)
     return PackedCodes(directory / "train"), PackedCodes(directory / "val")
 
 
