@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moveimg.config import TrainConfig, load_config
-from moveimg.model import Transformer
+from moveimg.model import Transformer, cross_entropy
+from moveimg.model.cross_entropy import linear_cross_entropy
+from moveimg.training import budget as budget_module
 from moveimg.training.budget import block_activations, comment, train_budget
 from tests.conftest import tiny_config
 
@@ -54,6 +60,45 @@ def test_activations_are_what_autograd_keeps(memory: dict) -> None:
     assert counted == pytest.approx(block_activations(config, 1), rel=1e-3)
 
 
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is None or storage in given or storage in self.known:
+                continue
+            self.known[storage] = True
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.freed, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def freed(self, size: int) -> None:
+        self.now -= size
+
+
+def test_the_loss_holds_what_the_budget_says(monkeypatch) -> None:
+    for module in (cross_entropy, budget_module):
+        monkeypatch.setattr(module, "CHUNK", 2**16)
+    config = tiny_config(codebook_size=1024, width=32, grid=[16, 16])
+    x = torch.randn(256, 32, requires_grad=True)
+    weight = torch.randn(1024, 32, requires_grad=True)
+    targets = torch.randint(1024, (256,))
+    with Held() as held, torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(x, weight, targets)[0].backward()
+    expected = budget_module._head(config, 256)
+    assert 8 * 2**16 < expected < 0.25 * 14 * 256 * 1024  # of what all logits would take
+    assert held.most == pytest.approx(expected, rel=0.02)
+
+
 def test_bytes_of_a_run_by_hand() -> None:
     given = ["micro_batch=32", "distributed=ddp", "activation_checkpointing=false"]
     config = load_config(CONFIGS / "imagenet-b-256-move-x1.yaml", TrainConfig, given)
@@ -62,7 +107,8 @@ def test_bytes_of_a_run_by_hand() -> None:
     block = 4 * d * d + 3 * d * 2048 + 2 * d + d * 12 * 7
     total = layers * block + 2 * vocabulary * d + 1001 * d + d + vocabulary * 6 * d
     assert budget.parameters == total
-    assert budget.state == 20 * total and budget.head == 14 * vocabulary * tokens
+    assert budget.state == 20 * total
+    assert budget.head == 8 * 2**24 + 6 * vocabulary * d + 4 * tokens * d
     linear = layers * (block - 2 * d) + vocabulary * d
     attention, mixing = 4 * layers * d * 257 / 2, 2 * layers * 6 * d
     assert budget.flops_per_step == 3 * (2 * linear + attention + mixing) * 256 * 256

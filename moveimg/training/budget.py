@@ -22,6 +22,7 @@ from moveimg.config_model import (
 from moveimg.data.encode import codes_bytes
 from moveimg.model import Transformer
 from moveimg.model.cost import cost_of
+from moveimg.model.cross_entropy import CHUNK
 from moveimg.model.swiglu import swiglu_hidden
 from moveimg.training.distributed import World, plan
 from moveimg.training.watch import PEAKS
@@ -46,7 +47,7 @@ class Budget:
         state: weights, gradients, moments, average; a share of them with FSDP2.
         copies: weights in bfloat16, and with FSDP2 what is gathered and reduced at a time.
         activations: kept for the backward pass by the blocks and the value memory.
-        head: logits, their log-softmax and its gradient.
+        head: a chunk of logits and what the loss makes of them, the head and its gradient.
         memory: all of it together.
         flops_per_step: of the whole batch, 3 forward passes (4 with activation checkpointing).
         hours: of all the steps.
@@ -126,7 +127,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> Budge
     else:
         copies = 2 * total  # autocast keeps the matrices' bfloat16 copies for the backward pass
     activations = tokens * _activations(model, config.activation_checkpointing)
-    head = tokens * 14 * model.codebook_size  # bfloat16 and float32 logits, log-softmax, gradient
+    head = _head(model, tokens)
     # Previews and validation gather whole float32 weights, when the rest is free again.
     working = max(copies + activations + head, total * WEIGHT if sharded else 0)
     images = IMAGENET_IMAGES if model.n_classes == IMAGENET_CLASSES else None
@@ -177,6 +178,16 @@ def _activations(config: ModelConfig, checkpointing: bool) -> int:
     if isinstance(memory, LaVEConfig):
         return kept + 4 * config.width * len(pick_layers(memory.layers, config.n_layer))
     return kept + 4 * _slot_width(config) * getattr(memory, "slots", 0)
+
+
+def _head(config: ModelConfig, tokens: int) -> int:
+    """Bytes that the loss holds at a time, in bfloat16 autocast (a test counts them).
+
+    Of a chunk's logits the float32 ones and their log-softmax; the head in bfloat16, its gradient
+    in float32, and the gradient of what goes into it.
+    """
+    logits = min(max(CHUNK, config.codebook_size), tokens * config.codebook_size)
+    return 8 * logits + 6 * config.codebook_size * config.width + 4 * tokens * config.width
 
 
 def _slot_width(config: ModelConfig) -> int:
