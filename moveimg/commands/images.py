@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,9 @@ def encode(
     ranges: Annotated[
         list[float], typer.Option("--range", help="cut from size * range pixels; repeatable")
     ] = [1.0],  # noqa: B006
-    batch_size: Annotated[int, typer.Option(min=1, help="views a call of the tokenizer")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="views a call of the tokenizer; left out, by device")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -44,10 +46,12 @@ def encode(
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
         vq = fast_encoder(load_tokenizer(tokenizer, world.device))
-        chosen = {} if dtype is None else {"dtype": pick_dtype(dtype, world.device)}
-        manifests = encode_splits(
-            settings, vq, out, device=world.device, batch_size=batch_size, **chosen
-        )
+        chosen: dict[str, Any] = {}
+        if dtype is not None:
+            chosen["dtype"] = pick_dtype(dtype, world.device)
+        if batch_size is not None:
+            chosen["batch_size"] = batch_size
+        manifests = encode_splits(settings, vq, out, device=world.device, **chosen)
         if world.main:
             for split, manifest in manifests.items():
                 n, views = manifest.n_images, manifest.settings.n_crops
