@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 64  # tokens of one code that one program adds up
+ALIGNED = 16  # bytes: addresses that may be read in wide pieces
+OPTIONS = {"enable_fp_fusion": True}  # whatever Triton's own default, which changes with 3.10
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -107,11 +109,10 @@ def bank_gradient(
         shape: N and A.
     """
     import triton
-    from triton import language as tl
 
     from moveimg.model import mix_kernels
 
-    outs, logits = [out.contiguous() for out in outs], [z.contiguous() for z in logits]
+    outs, logits = [_aligned(out) for out in outs], [z.contiguous() for z in logits]
     (length, slots), (heads, width), device = shape, outs[0].shape[2:], ids.device
     tokens, numbers = ids.numel(), slots * heads * width
     ids, order = ids.flatten().sort(stable=True)
@@ -125,21 +126,20 @@ def bank_gradient(
     place_of = torch.searchsorted(rows_before, torch.arange(1, rows + 1, device=device))
     total = torch.zeros(length, slots, heads, width, device=device)
     partial = torch.empty(rows, numbers, device=device)
-    pointers = torch.tensor([[t.data_ptr() for t in part] for part in (outs, logits)])
-    types = [getattr(tl, str(part[0].dtype).removeprefix("torch.")) for part in (outs, logits)]
+    where = torch.tensor([_distances(outs), _distances(logits), firsts]).to(device)
     with on_device(total):
         mix_kernels.bank_gradient[(tokens, heads)](
-            total, partial, rows_before - 1, ids, order, begin, end, *pointers.to(device),
-            torch.tensor(firsts, device=device), len(outs), OUT=types[0], LOGIT=types[1],
-            ALL=slots, HEADS=heads, WIDTH=width, SLOTS=logits[0].shape[-1] - gated,
-            GATED=int(gated), CHUNK=CHUNK, PRECISION="ieee" if torch.version.hip else "tf32x3",
-            BLOCK_L=16, BLOCK_A=max(16, triton.next_power_of_2(slots)),
-            BLOCK_K=max(16, triton.next_power_of_2(width)),
+            total, partial, rows_before - 1, ids, order, begin, end, outs[0], logits[0],
+            *where, len(outs), ALIGNED=ALIGNED // outs[0].element_size(), ALL=slots, HEADS=heads,
+            WIDTH=width, SLOTS=logits[0].shape[-1] - gated, GATED=int(gated), CHUNK=CHUNK,
+            PRECISION="ieee" if torch.version.hip else "tf32x3", BLOCK_L=16,
+            BLOCK_A=max(16, triton.next_power_of_2(slots)),
+            BLOCK_K=max(16, triton.next_power_of_2(width)), **OPTIONS,
         )  # fmt: skip
         if rows:
             mix_kernels.add_chunks[(rows, triton.cdiv(numbers, 1024))](
                 total, partial, place_of, ids, begin, end, tokens,
-                ROW=numbers, CHUNK=CHUNK, BLOCK=1024,
+                ROW=numbers, CHUNK=CHUNK, BLOCK=1024, **OPTIONS,
             )  # fmt: skip
     return total
 
@@ -147,3 +147,14 @@ def bank_gradient(
 @bank_gradient.register_fake
 def _(outs, logits, ids, firsts, gated, shape):
     return ids.new_empty((*shape, *outs[0].shape[2:]), dtype=torch.float32)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
+
+
+def _distances(tensors: list[Tensor]) -> list[int]:
+    """How many numbers after the first tensor each of them begins."""
+    first, size = tensors[0].data_ptr(), tensors[0].element_size()
+    return [(tensor.data_ptr() - first) // size for tensor in tensors]

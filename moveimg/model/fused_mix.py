@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moveimg.model.fused_bank import carriers, on_device
+from moveimg.model.fused_bank import OPTIONS, carriers, on_device
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -216,7 +216,7 @@ def _launch(
             outputs[0] if v is None else v, stride, first,
             ALL=slots, HEADS=heads, WIDTH=width, SLOTS=logits.shape[-1] - gated, GATED=int(gated),
             HAS_V=v is not None, BLOCK_H=block_h, BLOCK_K=block_k,
-            num_warps=max(1, min(8, block_h * block_k // 256)),
+            num_warps=max(1, min(8, block_h * block_k // 256)), **OPTIONS,
         )  # fmt: skip
 
 

@@ -87,10 +87,10 @@ def mix_backward(
 
 @triton.jit
 def bank_gradient(
-    d_table, partial, partial_row, ids, order, begin, end, outs, logits, firsts, n_layer,
-    OUT: tl.constexpr, LOGIT: tl.constexpr, ALL: tl.constexpr, HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, SLOTS: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
+    d_table, partial, partial_row, ids, order, begin, end, out, logits, outs, gates, firsts, n_layer,
+    ALIGNED: tl.constexpr, ALL: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_table[code, a, h] = sum over tokens of the code and layers of g_a * d_out, both in order.
 
@@ -98,8 +98,9 @@ def bank_gradient(
     tokens. A program takes CHUNK of them, one head, all slots; the others of the grid have nothing
     to do. A code of more than CHUNK tokens leaves partial sums for `add_chunks`.
 
-    outs, logits: addresses of the layers' gradients [T, H, K] (of type OUT) and logits [T, H, G]
-    (LOGIT), so that nothing has to be copied together; firsts: of each layer.
+    The layers' gradients [T, H, K] and logits [T, H, G] lie anywhere in memory, so that nothing has
+    to be copied together: out and logits are those of one layer, outs and gates say how many
+    numbers away each layer's are, in multiples of ALIGNED for outs; firsts: of each layer.
     """
     place, head = tl.program_id(0), tl.program_id(1)
     code = tl.load(ids + place).to(tl.int64)
@@ -112,8 +113,8 @@ def bank_gradient(
             for begun in range(0, n_layer, BLOCK_L):
                 layer = begun + tl.arange(0, BLOCK_L)
                 there = layer < n_layer
-                out = tl.load(outs + layer, there, other=0).to(tl.pointer_type(OUT))
-                z = tl.load(logits + layer, there, other=0).to(tl.pointer_type(LOGIT))
+                away = tl.multiple_of(tl.load(outs + layer, there, other=0), ALIGNED)
+                z = logits + tl.load(gates + layer, there, other=0)
                 first = tl.load(firsts + layer, there, other=0)
                 mine = slot[:, None] - first[None, :]  # which of the layer's slots, [A, L]
                 read = (mine >= 0) & (mine < SLOTS) & there[None, :]
@@ -121,7 +122,7 @@ def bank_gradient(
                 g = 2 * tl.sigmoid(tl.load(at, read, other=0.0).to(tl.float32))
                 g = tl.where(read, g, 0.0)
                 d = tl.load(
-                    out[:, None] + (token * HEADS + head) * WIDTH + k[None, :],
+                    out + away[:, None] + (token * HEADS + head) * WIDTH + k[None, :],
                     there[:, None] & (k < WIDTH)[None, :],
                     other=0.0,
                 )
