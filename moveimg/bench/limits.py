@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moveimg.bench.timing import seconds_of
 
@@ -20,21 +21,30 @@ def memory_bandwidth(device: torch.device) -> float:
     return 4 * n / statistics.median(seconds_of(data.sum, device, REPEATS))
 
 
+Layout = Callable[[nn.Linear], nn.Module]
+
+
 def matrix_rate(
-    shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device
+    shapes: list[tuple[int, int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout = lambda linear: linear,
 ) -> float:
-    """FLOPs a second of plain products x [rows, k] W [k, n] over all (rows, k, n) in turn.
+    """FLOPs a second of products W [n, k] x [k, rows] over all (rows, k, n) in turn.
 
     The matrices of one pass are different ones, so that small ones do not stay in a cache that
-    the model's would not stay in. One product's FLOPs are 2 rows k n.
+    the model's would not stay in. One product's FLOPs are 2 rows k n. `layout` makes of a linear
+    layer what is measured; `takes` of that is its input's dtype, where it is another.
     """
-    pairs = [
-        (torch.randn(rows, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype))
-        for rows, k, n in shapes
-    ]
+    pairs = []
+    for rows, k, n in shapes:
+        linear = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        made = layout(linear)
+        x = torch.randn(rows, k, device=device)
+        pairs.append((made, x.to(getattr(made, "takes", dtype))))
 
     def multiply() -> list[Tensor]:
-        return [x @ w for x, w in pairs]
+        return [product(x) for product, x in pairs]
 
     with torch.inference_mode():
         seconds = statistics.median(seconds_of(multiply, device, REPEATS))

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenizer as vq
-from moveimg.bench.limits import matrix_rate, memory_bandwidth
+from moveimg.bench.limits import Layout, matrix_rate, memory_bandwidth
 from moveimg.bench.timing import seconds_of, spread, synchronize
 from moveimg.config import OptimizerConfig, SamplingSettings
 from moveimg.device import peak_memory
 from moveimg.model import Transformer
 from moveimg.model.cost import token_flops
-from moveimg.model.decoding import decoding_model
+from moveimg.model.decoding import decoding_model, linear_kind
 from moveimg.sampling import image_rngs, iter_codes
 from moveimg.training.optimizer import clip_gradients, make_optimizers
 
@@ -65,7 +65,8 @@ def bench_sample(
     weight_bytes = matrices * (1 if quantize == "int8" else dtype.itemsize)
     read = length * (weight_bytes + rows * context * kept * dtype.itemsize)
     flops = length * rows * token_flops(model, context, decoding=True)
-    limit = least_seconds(read, flops, linear_shapes(model, rows), dtype, device)
+    layout = linear_kind(model.head.weight, quantize)
+    limit = least_seconds(read, flops, linear_shapes(model, rows), dtype, device, layout)
     return {
         "what": "sample",
         "images": batch_size,
@@ -168,9 +169,10 @@ def least_seconds(
     shapes: list[tuple[int, int, int]],
     dtype: torch.dtype,
     device: torch.device,
+    layout: Layout = lambda linear: linear,
 ) -> dict[str, float]:
     """The limit of work that reads `read` bytes and takes `flops`, with the rates behind it."""
-    bandwidth, rate = memory_bandwidth(device), matrix_rate(shapes, dtype, device)
+    bandwidth, rate = memory_bandwidth(device), matrix_rate(shapes, dtype, device, layout)
     return {
         "bytes": read,
         "flops": flops,

@@ -49,6 +49,8 @@ class HalfLinear(nn.Module):
     rounds to multiples of 2^-24. Sums are of float32.
     """
 
+    takes = torch.float32
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
@@ -64,6 +66,8 @@ class Int8Linear(nn.Module):
     W has a scale for each output, x one for the whole call: what a row gives depends, by rounding,
     on the rows beside it.
     """
+
+    takes = torch.float32
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -185,9 +189,11 @@ def side_by_side(first: nn.Linear, second: nn.Linear) -> nn.Linear:
 
 
 def linear_kind(weight: Tensor, quantize: str | None) -> Any:
-    """How matrices of the type of `weight` are kept."""
+    """What a linear layer becomes, in a model whose matrices are like `weight`."""
     if quantize is not None:
         return Int8Linear
+    if not packable(weight):
+        return lambda linear: linear
     fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     if weight.dtype == torch.bfloat16 and not has_bfloat16() and fbgemm:
         return lambda linear: (HalfLinear if fits_half(linear.weight) else PackedLinear)(linear)
