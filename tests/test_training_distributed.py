@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from moveimg.model import Transformer
 from moveimg.training.distributed import Plan, World, part_seed, plan, spread
 from moveimg.training.generator import train_generator
-from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, random_inputs, tiny_config
+from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, lively, random_inputs, tiny_config
 from tests.test_training import CPU, die_at_step_5, newest_state, train_config
 from tests.tools.processes import launch
 
@@ -161,4 +161,28 @@ def test_every_layer_is_compiled(monkeypatch):
     spread(model, None, Plan(compiled=True))
     model(*random_inputs(tiny))
     assert graphs.frame_count == 10
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mha-none-swiglu", "mha-move-3-class-rows-moe", "mla-lave-x1-product_key", "mla-q-move-moe-listed"],
+)  # fmt: skip
+def test_compiled_training_has_no_graph_breaks(monkeypatch, name):
+    """In train mode, on the way back and in recomputed blocks: a break would raise."""
+    torch._dynamo.reset()
+    compile = torch.compile
+    graphs = {"backend": "aot_eager", "fullgraph": True}
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, **graphs))
+    still = {f"{place}_dropout": 0.0 for place in ("token", "resid", "ffn")}
+    config = tiny_config(**VARIANTS[name], **still)
+    codes, labels = random_inputs(config)
+    found = []
+    for compiled in (False, True):
+        model = lively(config).train()
+        spread(model, None, Plan(compiled=compiled, checkpointing=compiled))
+        loss, _ = model(codes, labels, loss=True)
+        (loss + model.auxiliary_loss()).backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
     torch._dynamo.reset()
