@@ -204,8 +204,8 @@ def test_autocast_rounds_the_table_once_and_keeps_float32_gradients():
         found = loss_and_gradients(model, codes, labels)
         with plain():
             expected = loss_and_gradients(model, codes, labels)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == torch.float32 and (a - b).norm() < 0.06 * b.norm()
+    for a, b in zip(found, expected, strict=True):  # of 8 bits, through two layers and back
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.12 * b.norm()
 
 
 def test_blocks_compile_to_one_graph_each():
