@@ -113,7 +113,9 @@ class GatedMixer(nn.Module):
             g_0 = 2 * torch.sigmoid(logits[..., :1]) if self.gate_standard else None
             return g_0, self._fused(rows, logits, None)
         g_0, g_i = self.gates(x)  # [B, S, H, 1], [B, S, H, M]
-        rows = rows[..., self.slots.start : self.slots.stop, :].to(g_i.dtype)  # [B, S, H, M, K]
+        if rows.shape[-2] != len(self.slots):
+            rows = rows[..., self.slots.start : self.slots.stop, :]
+        rows = rows.to(g_i.dtype)  # [B, S, H, M, K]
         # Not a matrix product: with one row a head, that takes several times as long.
         return g_0, (g_i[..., None] * rows).sum(dim=-2)
 
@@ -122,7 +124,8 @@ class GatedMixer(nn.Module):
         if isinstance(rows, BankRows):
             return self._fused(rows, self.logits(x), v)
         g_0, memory = self.parts(x, rows)
-        return memory.to(v.dtype) + (v if g_0 is None else g_0.to(v.dtype) * v)
+        memory = memory.to(v.dtype)
+        return memory + v if g_0 is None else torch.addcmul(memory, g_0.to(v.dtype), v)
 
     def _fused(self, rows: BankRows, logits: Tensor, v: Tensor | None) -> Tensor:
         return mix(rows, logits, v, self.slots.start, self.gate_standard)
