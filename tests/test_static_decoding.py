@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -141,3 +142,63 @@ def test_weights_are_the_models_own_and_the_cpu_takes_another_way():
     codes, labels = random_inputs(model.config)
     assert torch.equal(static(codes, labels), model(codes, labels))
     assert not isinstance(decoding_model(model), StaticTransformer)
+
+
+class FakeGraph:
+    """Stands for torch.cuda.CUDAGraph, as far as a machine without CUDA can tell."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.calls = fails, []
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.calls.append("begin")
+
+    def capture_end(self):
+        self.calls.append("end")
+        if self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture\nmore")
+
+    def replay(self):
+        self.calls.append("replay")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_cannot_be_recorded_is_taken_plainly(monkeypatch, fails):
+    graph = FakeGraph(fails)
+    fakes = {
+        "CUDAGraph": lambda: graph,
+        "Stream": lambda device: None,
+        "graph_pool_handle": lambda: (0, 1),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda device: graph.calls.append("wait"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step():
+        graph.calls.append("step")
+
+    recorder = static_decoding.Recorder(torch.device("cuda"))
+    if fails:
+        with pytest.warns(UserWarning, match="not a CUDA graph: operation failed .* capture$"):
+            recorded = recorder.record(step)
+    else:
+        recorded = recorder.record(step)
+    assert graph.calls == ["wait", "begin", "step", "end"]
+    recorded()
+    assert graph.calls[4:] == ["step" if fails else "replay"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_codes_of_the_plain_path(name, dtype, recwarn):
+    model = lively(tiny_config(**VARIANTS[name]), dtype=dtype).cuda()
+    static = decoding_model(model)
+    assert isinstance(static, StaticTransformer)
+    labels = torch.tensor([0, 4, 2], device="cuda")
+    for seed in range(4):
+        rngs = [image_rngs(range(seed, seed + 3)) for _ in range(2)]
+        expected = sample_codes(model, labels, GUIDED, rngs[0])
+        assert torch.equal(sample_codes(static, labels, GUIDED, rngs[1]), expected)
+    assert not [w for w in recwarn if "CUDA graph" in str(w.message)]

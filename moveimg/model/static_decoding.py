@@ -139,7 +139,7 @@ class Recorder:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
+            first = str(error).split("\n")[0]
             warnings.warn(f"a step of decoding is not a CUDA graph: {first}", stacklevel=2)
             return step
         return graph.replay
