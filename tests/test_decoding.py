@@ -80,6 +80,27 @@ def test_int8_survives_a_row_of_zeros():
     assert (logits[..., 3] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["code_embedding", "norm"])
+def test_int8_of_damaged_weights_is_told(name):
+    model = tiny_model("mha-none-swiglu")
+    with torch.no_grad():
+        getattr(model, name).weight.fill_(torch.nan)
+    codes, labels = random_inputs(model.config)
+    with pytest.raises(ValueError, match="weights are damaged"):
+        decoded(decoding_model(model, "int8"), codes, labels)
+
+
+@pytest.mark.parametrize("damage", [torch.inf, torch.nan, 1e6])
+def test_what_half_precision_cannot_hold_is_kept_as_it_is(damage):
+    model = tiny_model("mha-none-swiglu").bfloat16()
+    with torch.no_grad():
+        model.head.weight[3, 2] = damage
+    codes, labels = random_inputs(model.config)
+    exact = decoded(copy.deepcopy(model).double(), codes, labels)
+    near = decoded(decoding_model(model), codes, labels)
+    torch.testing.assert_close(near.double(), exact, atol=0.1, rtol=0.05, equal_nan=True)
+
+
 def test_tables_are_shared_and_matrices_are_not():
     model = tiny_model("mha-move-3-class-rows-swiglu")
     fast = decoding_model(model)

@@ -81,7 +81,14 @@ class Int8Linear(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
+        try:
+            return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
+        except RuntimeError:  # it finds no scale for what is not a number
+            if torch.isfinite(x).all():
+                raise
+            raise ValueError(
+                "the model's numbers are not finite: its weights are damaged"
+            ) from None
 
 
 class FusedAttention(MultiHeadAttention):
