@@ -120,7 +120,8 @@ class TokenizerTask:
     def preview(self, model: nn.Module) -> Image.Image:
         """Held-out images above their reconstructions."""
         assert isinstance(model, vq.AutoencoderTokenizer)
-        images = self.val[:PREVIEW_COLUMNS]
+        n = len(self.val)  # from first to last, so that every class may come
+        images = self.val[torch.linspace(0, n - 1, min(n, PREVIEW_COLUMNS)).round().long()]
         grid = tuple(side // model.downsample for side in images.shape[2:])
         decoded = model.decode(model.encode(images), (grid[0], grid[1]))
         return labelled_grid([to_pil(images), to_pil(decoded)], ["image", "decoded"])
