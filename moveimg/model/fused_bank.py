@@ -124,6 +124,7 @@ def bank_gradient(
     rows_before = cut.cumsum(0)
     rows = 2 * tokens // CHUNK  # at most: a code of n > CHUNK tokens has less than 2 n / CHUNK
     place_of = torch.searchsorted(rows_before, torch.arange(1, rows + 1, device=device))
+    block_a, block_k = (max(16, triton.next_power_of_2(n)) for n in (slots, width))
     total = torch.zeros(length, slots, heads, width, device=device)
     partial = torch.empty(rows, numbers, device=device)
     where = torch.tensor([_distances(outs), _distances(logits), firsts]).to(device)
@@ -133,8 +134,8 @@ def bank_gradient(
             *where, len(outs), ALIGNED=ALIGNED // outs[0].element_size(), ALL=slots, HEADS=heads,
             WIDTH=width, SLOTS=logits[0].shape[-1] - gated, GATED=int(gated), CHUNK=CHUNK,
             PRECISION="ieee" if torch.version.hip else "tf32x3", BLOCK_L=16,
-            BLOCK_A=max(16, triton.next_power_of_2(slots)),
-            BLOCK_K=max(16, triton.next_power_of_2(width)), **OPTIONS,
+            BLOCK_A=block_a, BLOCK_K=block_k, num_warps=4 if block_a * block_k <= 4096 else 8,
+            **OPTIONS,
         )  # fmt: skip
         if rows:
             mix_kernels.add_chunks[(rows, triton.cdiv(numbers, 1024))](

@@ -88,8 +88,7 @@ def mix_backward(
 @triton.jit
 def bank_gradient(
     d_table, partial, partial_row, ids, order, begin, end, out, logits, outs, gates, firsts,
-    n_layer,
-    ALIGNED: tl.constexpr, ALL: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    n_layer, ALIGNED: tl.constexpr, ALL: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     SLOTS: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
