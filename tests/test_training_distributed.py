@@ -153,13 +153,13 @@ def test_every_layer_is_compiled(monkeypatch):
     """Nine layers that read another slot each, nine without memory: ten graphs."""
     torch._dynamo.reset()
     graphs, compile = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=graphs))
     memory = {"kind": "lave", "layers": "alternate"}
     tiny = tiny_config(n_layer=18, memory=memory)
     model = Transformer(tiny).train()
-    spread(model, None, Plan(compiled=True))
-    model(*random_inputs(tiny))
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would take the key away
+        spread(model, None, Plan(compiled=True))
+        model(*random_inputs(tiny))
     assert graphs.frame_count == 10
     torch._dynamo.reset()
 
