@@ -77,7 +77,8 @@ class Pipeline:
     def decoder(self) -> Transformer:
         """The generator as it is sampled: made ready for the device once (see decoding_model)."""
         weights = [p for p in self.generator.parameters() if not p.is_inference()]
-        now = (self.generator, self.quantize, sum(p._version for p in weights))
+        places = tuple((p.data_ptr(), p.dtype, p.device) for p in weights)
+        now = (self.generator, self.quantize, sum(p._version for p in weights), places)
         if self._prepared is None or self._prepared[0] != now:  # swapped, or its weights changed
             self._prepared = (now, decoding_model(self.generator, self.quantize))
         return self._prepared[1]

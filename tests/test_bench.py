@@ -48,7 +48,8 @@ def test_least_work_of_sampling(cfg_scale, rows):
     mix, attention = layers * 2 * 3 * width, layers * 4 * 6.5 * width
     assert found["limit"]["flops"] == length * rows * (2 * matrices + mix + attention)
     assert len(found["first_row_seconds"]) == 3
-    assert found["share"] == found["limit"]["seconds"] / found["seconds"]["median"]
+    least = found["limit"]["bytes"] / found["limit"]["bytes_per_second"]
+    assert found["share"]["bytes"] == least / found["seconds"]["median"]
     assert found["codes_per_second"]["max"] == 24 / found["seconds"]["min"]
 
 

@@ -25,12 +25,15 @@ def describe(result: dict[str, Any]) -> str:
             found = result[key]
             spread = f"({found['min']:,.4g} to {found['max']:,.4g})"
             lines.append(f"{unit:<26}{found['median']:>12,.4g}  {spread}")
+    shares = result["share"]
+    read = (
+        f"{'bandwidth (GB/s)':<26}{limit['bytes_per_second'] / 1e9:>12,.4g}  measured, "
+        f"{limit['bytes'] / 1e9:,.4g} GB to read: {shares['bytes']:.0%} of it reached"
+    )
     lines += [
         f"{'peak memory (MiB)':<26}{result['peak_memory'] / 2**20:>12,.0f}",
-        f"{'bandwidth (GB/s)':<26}{limit['bytes_per_second'] / 1e9:>12,.4g}  measured, and "
-        f"{limit['bytes'] / 1e9:,.4g} GB to read",
+        *([read] if limit["bytes"] else []),
         f"{'matrix rate (GFLOP/s)':<26}{limit['flops_per_second'] / 1e9:>12,.4g}  measured at "
-        f"these shapes, and {limit['flops'] / 1e9:,.4g} GFLOPs to do",
-        f"{'least seconds by these':<26}{limit['seconds']:>12,.4g}  reached: {result['share']:.0%}",
+        f"these shapes, {limit['flops'] / 1e9:,.4g} GFLOPs to do: {shares['flops']:.0%} of it",
     ]
     return "\n".join(lines)

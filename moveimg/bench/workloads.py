@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from moveimg.bench.limits import Layout, matrix_rate, memory_bandwidth
 from moveimg.bench.timing import seconds_of, spread, synchronize
 from moveimg.config import OptimizerConfig, SamplingSettings
 from moveimg.device import peak_memory
+from moveimg.files import atomic
 from moveimg.model import Transformer
 from moveimg.model.cost import token_flops
 from moveimg.model.decoding import decoding_model, linear_kind
@@ -57,6 +59,7 @@ def bench_sample(
     if device.type == "cuda":
         draw()  # beside the one that is never counted: steps are recorded at the second call
     seconds = seconds_of(draw, device, repeats)
+    peak = peak_memory(device)  # before the limits are measured
     rows, length = batch_size * (1 if settings.cfg_scale == 1 else 2), config.seq_len
     context = (length + 1) / 2
     dtype = model.head.weight.dtype
@@ -74,7 +77,8 @@ def bench_sample(
         "images_per_second": spread([batch_size / s for s in seconds]),
         "codes_per_second": spread([batch_size * length / s for s in seconds]),
         "first_row_seconds": spread(first_rows[-repeats:]),
-    } | outcome(limit, seconds, device)
+        "call": draw,
+    } | outcome(limit, seconds, peak)
 
 
 def bench_encode(
@@ -100,6 +104,7 @@ def bench_encode(
         handle.remove()
     fast = vq.fast_encoder(tokenizer)  # after counting: what is counted is the plain way
     seconds = seconds_of(lambda: fast.encode(images), device, repeats)
+    peak = peak_memory(device)  # before the limits are measured
     dtype = next(tokenizer.parameters()).dtype
     read = sum(p.numel() * p.element_size() for p in tokenizer.parameters())
     limit = least_seconds(read, counter.get_total_flops(), shapes, dtype, device)
@@ -109,7 +114,8 @@ def bench_encode(
         "seconds": spread(seconds),
         "images_per_second": spread([batch_size / s for s in seconds]),
         "codes_per_second": spread([codes.numel() / s for s in seconds]),
-    } | outcome(limit, seconds, device)
+        "call": lambda: fast.encode(images),
+    } | outcome(limit, seconds, peak)
 
 
 def bench_train(
@@ -141,6 +147,7 @@ def bench_train(
             each.step()
 
     seconds = seconds_of(step, device, repeats)
+    peak = peak_memory(device)  # before the limits are measured
     tokens = batch_size * config.seq_len
     flops = 3 * tokens * token_flops(model, (config.seq_len + 1) / 2)
     limit = least_seconds(0, flops, linear_shapes(model, tokens), dtype, device)
@@ -151,7 +158,8 @@ def bench_train(
         "steps_per_second": spread([1 / s for s in seconds]),
         "images_per_second": spread([batch_size / s for s in seconds]),
         "codes_per_second": spread([tokens / s for s in seconds]),
-    } | outcome(limit, seconds, device)
+        "call": step,
+    } | outcome(limit, seconds, peak)
 
 
 def linear_shapes(model: nn.Module, rows: int) -> list[tuple[int, int, int]]:
@@ -178,20 +186,26 @@ def least_seconds(
         "flops": flops,
         "bytes_per_second": bandwidth,
         "flops_per_second": rate,
-        "seconds": max(read / bandwidth, flops / rate),
     }
 
 
-def outcome(limit: dict[str, float], seconds: list[float], device: torch.device) -> dict[str, Any]:
-    share = limit["seconds"] / spread(seconds)["median"]
-    return {"peak_memory": peak_memory(device), "limit": limit, "share": share}
+def outcome(limit: dict[str, float], seconds: list[float], peak: int) -> dict[str, Any]:
+    """Peak memory in bytes, the limit, and the shares of its rates that were reached."""
+    median = spread(seconds)["median"]
+    shares = {
+        "bytes": limit["bytes"] / limit["bytes_per_second"] / median,
+        "flops": limit["flops"] / limit["flops_per_second"] / median,
+    }
+    return {"peak_memory": peak, "limit": limit, "share": shares}
 
 
-def profiled(call: Callable[[], Any], path: str) -> Any:
-    """What `call` returns; a trace of it, for chrome://tracing or Perfetto, at `path`."""
+def write_trace(call: Callable[[], Any], path: Path) -> None:
+    """A trace of one `call`, for chrome://tracing or Perfetto. OSError if it cannot be written."""
     from torch.profiler import profile
 
     with profile() as trace:
-        result = call()
-    trace.export_chrome_trace(path)
-    return result
+        call()
+    with atomic(path) as temporary:
+        trace.export_chrome_trace(str(temporary))
+        if not temporary.is_file() or not temporary.stat().st_size:  # a full disk is not told
+            raise OSError(f"{path}: the trace could not be written")

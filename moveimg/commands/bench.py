@@ -105,14 +105,16 @@ def train(
     from moveimg.bench.workloads import bench_train
     from moveimg.config import TrainConfig, load_config
     from moveimg.device import pick_device, pick_dtype
+    from moveimg.training.distributed import allow_graphs, compile_training
 
     where = pick_device(device)
     settings = load_config(config, TrainConfig, set or [])
     number_type = pick_dtype(settings.dtype, where)
     model = _generator(str(config), set or []).to(where)
     if settings.compile:
+        allow_graphs(len(model.layers))
         for block in model.layers:
-            block.compile()
+            compile_training(block)
     torch.manual_seed(settings.seed)
     _show(
         lambda times: bench_train(
@@ -154,14 +156,15 @@ def _show(
 ) -> None:
     """Measure, print a table, and write what was asked for."""
     from moveimg.bench.report import describe
-    from moveimg.bench.workloads import profiled
+    from moveimg.bench.workloads import write_trace
     from moveimg.checkpoint import write_json
     from moveimg.device import hardware
 
     result = {**about, "repeats": repeats, "machine": hardware(device)} | measure(repeats)
+    call = result.pop("call")
     print(describe(result))
     if json is not None:
         write_json(json, result)
     if profile is not None:
-        profiled(lambda: measure(1), str(profile))
+        write_trace(call, profile)
         print(f"trace: {profile} (chrome://tracing or ui.perfetto.dev)")

@@ -18,7 +18,9 @@ def encode(
             help="a folder of class subfolders, ImageNet's archives or Parquet files; or `digits`"
         ),
     ],
-    tokenizer: Annotated[Path, typer.Option(help="a tokenizer's directory, or a model's")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="a tokenizer's or a model's directory, or a bundled name")
+    ],
     out: Annotated[Path, typer.Option(help="folder for train/ and val/ codes")],
     size: Annotated[int, typer.Option(min=1, help="pixels of a side")] = 256,
     crops: Annotated[str, typer.Option(help="center, flip, five or ten views")] = "center",
@@ -39,13 +41,15 @@ def encode(
     from moveimg.config import ImagesConfig, validate
     from moveimg.data.encode import encode_splits
     from moveimg.device import pick_dtype
+    from moveimg.pipeline import resolve
     from moveimg.training.distributed import processes
     from tokenizer import fast_encoder
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
-        vq = fast_encoder(load_tokenizer(tokenizer, world.device))
+        where = tokenizer if tokenizer.exists() else resolve(str(tokenizer))
+        vq = fast_encoder(load_tokenizer(where, world.device))
         chosen: dict[str, Any] = {}
         if dtype is not None:
             chosen["dtype"] = pick_dtype(dtype, world.device)

@@ -11,6 +11,7 @@ Replays wait for nothing; the draws between them are queued while the graph befo
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 import weakref
@@ -115,6 +116,9 @@ class Steps:
         self.logits.copy_(plain(self.inputs, self.cache))
 
 
+RECORDING = threading.Lock()  # what another thread waits for would end up in a graph, or break it
+
+
 class Recorder:
     """Makes CUDA graphs that share their memory: they are replayed one after the other."""
 
@@ -128,7 +132,13 @@ class Recorder:
         """`step` as a graph; on other devices, and where it cannot be one, `step` itself."""
         if self.device.type != "cuda":
             return step
+        with RECORDING:
+            return self._graph(step)
+
+    def _graph(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # a graph that is collected meanwhile would break this one
         try:
             torch.cuda.synchronize(self.device)
             with torch.cuda.stream(self.stream):
@@ -142,4 +152,7 @@ class Recorder:
             first = str(error).split("\n")[0]
             warnings.warn(f"a step of decoding is not a CUDA graph: {first}", stacklevel=2)
             return step
+        finally:
+            if collecting:
+                gc.enable()
         return graph.replay

@@ -255,4 +255,6 @@ def reason(error: BaseException) -> str:
         return reason(next(iter(error.failures.values()))[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    # torch's writer of archives counts bytes instead of asking the system
+    return "not all bytes could be written: is the disk full?" if "unexpected pos" in text else text

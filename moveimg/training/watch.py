@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,24 +56,27 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
         if self.writer is not None:
-            self.writer.close()
+            with self._spared("TensorBoard's events"):
+                self.writer.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error[0] is not None))
 
     def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
         """Add numbers to TensorBoard as `prefix/key`."""
         if self.writer is not None:
-            for key, value in values.items():
-                self.writer.add_scalar(f"{prefix}/{key}", value, step)
+            with self._spared("TensorBoard's events"):
+                for key, value in values.items():
+                    self.writer.add_scalar(f"{prefix}/{key}", value, step)
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         """Write preview-STEP[-NAME].png, and add it to TensorBoard."""
         if self.writer is None:
             return
         ending = f"-{name}" if name else ""
-        with atomic(self.logs / f"preview-{step:06d}{ending}.png") as path:
-            picture.save(path)
-        self.writer.add_image(f"preview{ending}", pil_to_tensor(picture), step)
+        with self._spared(f"the preview of step {step}"):
+            with atomic(self.logs / f"preview-{step:06d}{ending}.png") as path:
+                picture.save(path)
+            self.writer.add_image(f"preview{ending}", pil_to_tensor(picture), step)
 
     def line(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, dropping lines of steps that a crash undid."""
@@ -80,7 +85,16 @@ class Journal:
         path = self.logs / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [text for text in lines if json.loads(text)["step"] < line["step"]]
-        write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+        with self._spared(path.name):
+            write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+
+    @contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """A full disk costs what is shown of a run, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.tell(f"warning: {what} not written ({error.strerror or error}); training goes on")
 
     def tell(self, text: str) -> None:
         """A line above the bar."""
@@ -120,7 +134,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, peak in PEAKS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return peak
     side, tries = (512, 20) if device.type == "cpu" else (8192, 5)
     matrix = torch.ones(side, side, device=device, dtype=dtype)
