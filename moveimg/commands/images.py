@@ -19,7 +19,7 @@ def encode(
         ),
     ],
     tokenizer: Annotated[
-        Path, typer.Option(help="a tokenizer's or a model's directory, or a bundled name")
+        Path, typer.Option(help="directory of a tokenizer or model, or a bundled name")
     ],
     out: Annotated[Path, typer.Option(help="folder for train/ and val/ codes")],
     size: Annotated[int, typer.Option(min=1, help="pixels of a side")] = 256,
