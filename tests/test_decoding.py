@@ -79,15 +79,6 @@ def test_int8_of_other_dtypes(dtype):
     assert (near - exact).norm() / exact.norm() < 0.1
 
 
-def test_int8_rows_do_not_depend_on_the_rows_beside_them():
-    model = tiny_model("mha-move-3-class-rows-swiglu")
-    codes, labels = random_inputs(model.config)
-    fast = decoding_model(model, "int8")
-    together = decoded(fast, codes, labels)
-    alone = [decoded(fast, codes[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]
-    assert torch.equal(together, torch.cat(alone))
-
-
 def test_int8_survives_a_row_of_zeros():
     model = tiny_model("mha-none-swiglu")
     with torch.no_grad():

@@ -35,7 +35,7 @@ def sample(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Annotated[
-        str | None, typer.Option(help="int8: faster on a CPU, slightly off")
+        str | None, typer.Option(help="int8: faster on a CPU, slightly off; codes vary by batch")
     ] = None,
 ) -> None:
     """Class labels -> PNGs and a labelled grid."""
