@@ -119,8 +119,8 @@ class Pipeline:
             classes: indices or names (see label); a class given n times makes n pictures.
             cfg_scale, temperature, top_k, top_p, cfg_schedule, cfg_power, cfg_start: see
                 SamplingSettings.
-            seed: picture i is drawn with seed + i, and can be made again alone (not with int8, which
-                rounds by the numbers of the whole batch).
+            seed: picture i is drawn with seed + i, and can be made again alone (but with
+                int8, which rounds by the numbers of the whole batch).
             batch_size: pictures generated side by side; more is faster and takes more memory.
         """
         settings = self.settings(

@@ -22,8 +22,6 @@ from apps.demo_parts.turns import Turns, Visitor
 from moveimg import Pipeline
 from moveimg.pipeline import BUNDLED
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 
 def picture_of(uri):
     """The picture in a data URI, and the settings in it."""

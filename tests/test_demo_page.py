@@ -18,7 +18,6 @@ from PIL import Image
 from moveimg import Pipeline
 from tests.test_demo_api import picture_of
 
-pytestmark = pytest.mark.xdist_group("demo")
 CHROMIUM = shutil.which("chromium")
 PATIENCE = 120_000
 
