@@ -15,7 +15,6 @@ from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, lively, random_inpu
 from tests.test_training import CPU, die_at_step_5, newest_state, train_config
 from tests.tools.processes import launch
 
-
 EVERY = {"micro_batch": 4, "validate_every": 1, "checkpoint_every": 2, "log_every": 4}
 # what FSDP2 has most to do with: tables in the blocks and outside, experts, a latent, recomputing
 RICH = {
