@@ -41,14 +41,15 @@ def encode(
     from moveimg.config import ImagesConfig, validate
     from moveimg.data.encode import encode_splits
     from moveimg.device import pick_dtype
-    from moveimg.pipeline import resolve
+    from moveimg.pipeline import BUNDLED
     from moveimg.training.distributed import processes
     from tokenizer import fast_encoder
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
-        where = tokenizer if tokenizer.exists() else resolve(str(tokenizer))
+        bundled = BUNDLED / tokenizer
+        where = bundled if bundled.is_dir() and not tokenizer.exists() else tokenizer
         vq = fast_encoder(load_tokenizer(where, world.device))
         chosen: dict[str, Any] = {}
         if dtype is not None:
