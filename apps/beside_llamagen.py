@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,9 @@ def theirs(checkout: Path, module: str) -> Any:
 
     ours = forget()
     sys.path.insert(0, str(checkout))
+    for name in ("tokenizer", "dataset"):  # folders without __init__.py, which would lose to ours
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(checkout / name)]
     try:
         return importlib.import_module(module)
     finally:
