@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moveimg.commands.common import Device, Dtype, Set, app, command
+from moveimg.commands.common import Device, Dtype, Set, app, command, open_tokenizer
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -69,17 +69,14 @@ def encode(
     """Images -> codes: images and codes a second."""
     import tokenizer as vq
     from moveimg.bench.workloads import bench_encode
-    from moveimg.checkpoint import load_tokenizer
     from moveimg.device import pick_device, pick_dtype
-    from moveimg.pipeline import resolve
 
     where = pick_device(device)
     number_type = pick_dtype(dtype, where)
     if tokenizer == "vq-16":
         model = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer")).freeze().to(where)
     else:
-        path = Path(tokenizer)
-        model = load_tokenizer(path if path.exists() else resolve(tokenizer), where)
+        model = open_tokenizer(Path(tokenizer), where)
     model = model.to(number_type)
     if size % model.downsample:
         raise ValueError(f"size {size}: expected a multiple of {model.downsample}")

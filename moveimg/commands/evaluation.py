@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moveimg.commands.common import Device, Dtype, command, device_of, print_json
+from moveimg.commands.common import Device, Dtype, command, device_of, open_tokenizer, print_json
 
 
 class Split(StrEnum):
@@ -155,15 +155,11 @@ def reconstruct(
 ) -> None:
     """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
     from moveimg import evaluate as runner
-    from moveimg.checkpoint import load_tokenizer
     from moveimg.data.images import open_images
     from moveimg.pictures import save_png
-    from moveimg.pipeline import BUNDLED
     from moveimg.reconstruct import reconstruct
 
-    bundled = BUNDLED / tokenizer
-    chosen = bundled if bundled.is_dir() and not tokenizer.exists() else tokenizer
-    vq = load_tokenizer(chosen, where := device_of(device))
+    vq = open_tokenizer(tokenizer, where := device_of(device))
     source = open_images(images, split.value)
     against = runner.Comparison(reference or images, extractor, inception_weights, allow or [])
     eyes = _eyes(against, where) if rfid else None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moveimg.commands.common import Device, Dtype, command
+from moveimg.commands.common import Device, Dtype, command, open_tokenizer
 
 
 @command
@@ -37,20 +37,16 @@ def encode(
 
     On several devices: torchrun --nproc-per-node N -m moveimg encode ...
     """
-    from moveimg.checkpoint import load_tokenizer
     from moveimg.config import ImagesConfig, validate
     from moveimg.data.encode import encode_splits
     from moveimg.device import pick_dtype
-    from moveimg.pipeline import BUNDLED
     from moveimg.training.distributed import processes
     from tokenizer import fast_encoder
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
-        bundled = BUNDLED / tokenizer
-        where = bundled if bundled.is_dir() and not tokenizer.exists() else tokenizer
-        vq = fast_encoder(load_tokenizer(where, world.device))
+        vq = fast_encoder(open_tokenizer(tokenizer, world.device))
         chosen: dict[str, Any] = {}
         if dtype is not None:
             chosen["dtype"] = pick_dtype(dtype, world.device)

@@ -64,7 +64,7 @@ class Int8Linear(nn.Module):
     """x [..., in] -> x W^T + b [..., out], with W and, at each call, x rounded to 8 bits or less.
 
     W has a scale for each output, x one for the whole call: what a row gives depends, by rounding,
-    on the rows beside it. A scale for each row takes a tenth of a step's time.
+    on the rows beside it (a scale for each row: docs/performance.md).
     """
 
     takes = torch.float32

@@ -15,6 +15,17 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _place(HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program's token and heads; numbers of a head; which are there; their places in a token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    k = tl.arange(0, BLOCK_K)
+    live_head = head < HEADS
+    live = live_head[:, None] & (k < WIDTH)[None, :]
+    return token, head, k, live_head, live, head[:, None] * WIDTH + k[None, :]
+
+
 @triton.jit(do_not_specialize=["first"])  # or LaVE's layers would each compile their own
 def mix_forward(
     out, table, ids, logits, v, v_stride, first,
@@ -22,12 +33,7 @@ def mix_forward(
     GATED: tl.constexpr, HAS_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = (g_0) v + sum_i g_i rows_i, or the sum alone; a program a token and BLOCK_H heads."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    k = tl.arange(0, BLOCK_K)
-    live_head = head < HEADS
-    live = live_head[:, None] & (k < WIDTH)[None, :]
-    at = head[:, None] * WIDTH + k[None, :]
+    token, head, k, live_head, live, at = _place(HEADS, WIDTH, BLOCK_H, BLOCK_K)
     gate = logits + (token * HEADS + head) * (SLOTS + GATED)
     mixed = tl.zeros((BLOCK_H, BLOCK_K), tl.float32)
     if HAS_V:
@@ -56,12 +62,7 @@ def mix_backward(
 
     g = 2 sigmoid(z), so dg/dz = g (1 - g / 2); dL/dg_i = d_out . rows_i.
     """
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    k = tl.arange(0, BLOCK_K)
-    live_head = head < HEADS
-    live = live_head[:, None] & (k < WIDTH)[None, :]
-    at = head[:, None] * WIDTH + k[None, :]
+    token, head, k, live_head, live, at = _place(HEADS, WIDTH, BLOCK_H, BLOCK_K)
     gate_at = (token * HEADS + head) * (SLOTS + GATED)
     gate, d_gate = logits + gate_at, d_logits + gate_at
     d = tl.load(d_out + token * (HEADS * WIDTH) + at, live, other=0.0).to(tl.float32)

@@ -132,10 +132,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     What no table here knows is measured once: the best of some products of square matrices.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if re.search(rf"\b{part}\b", name):
-                return peak
+        known = data_sheet_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
     side, tries = (512, 20) if device.type == "cpu" else (8192, 5)
     matrix = torch.ones(side, side, device=device, dtype=dtype)
     seconds = []
@@ -144,6 +143,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         (matrix @ matrix)[0, 0].item()
         seconds.append(time.perf_counter() - begun)
     return 2 * side**3 / min(seconds)
+
+
+def data_sheet_peak(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device by its name; None where the table lacks it."""
+    found = (peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name))
+    return next(found, None)
 
 
 # --- gates ---------------------------------------------------------------------------------
