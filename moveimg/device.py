@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -10,20 +11,42 @@ from typing import Any
 
 import torch
 
+# Of glibc's mallopt: how many blocks may be mapped apart, and how much may lie free at the end.
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the accelerator that is there, or the CPU. ValueError if unusable."""
+    """The named device, or the accelerator that is there, or the CPU. ValueError if unusable.
+
+    With a CPU, this process keeps its freed memory from now on (see keep_memory).
+    """
     if name is None or name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = found or torch.device("cpu")
+    else:
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+    if device.type == "cpu":
+        keep_memory()
     return device
+
+
+def keep_memory() -> bool:
+    """Have freed memory used again by this process, not given back to the system; whether it could.
+
+    glibc maps every block of 32 MiB or more apart and unmaps it when it is freed, so that each
+    large activation and gradient is handed out anew by the system, page by page, all zeros. That
+    took a third of encoding's time (docs/performance.md). Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:

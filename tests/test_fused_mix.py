@@ -1,4 +1,4 @@
-"""The fused value mix: in Triton's interpreter, by Triton's compiler, and where it is not used."""
+"""The value mix: in Triton's interpreter, by Triton's compiler, and which way is taken where."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from moveimg.model import Transformer
 from moveimg.model.fused_mix import BankRows, usable
-from tests.conftest import random_inputs, tiny_config
+from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton comes with torch on Linux alone"
@@ -22,7 +22,7 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 def test_it_is_right_in_tritons_interpreter():
-    inner = Path(__file__).with_name("interpreted_mix.py")
+    inner = Path(__file__).with_name("test_value_mix.py")
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(inner)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
@@ -75,27 +75,47 @@ def compile_all(number, capability):
         print(name)
 
 
-def test_on_a_cpu_rows_are_gathered():
+def test_on_a_cpu_whole_sequences_go_by_bags_and_steps_by_gathered_rows():
     config = tiny_config(memory={"kind": "move", "slots": 2})
     model = Transformer(config)
-    assert not usable(model.memory.bank.weight)
-    rows = model.memory.rows(*reversed(random_inputs(config)))
-    assert not any(isinstance(r, BankRows) for r in rows)
-    assert rows[0].shape == (3, 13, 2, 2, 8) and all(r is rows[0] for r in rows)
+    codes, labels = random_inputs(config)
+    for inputs in ((labels, None), (None, codes[:, :1])):
+        rows = model.memory.rows(*inputs)
+        assert rows[0].shape == (3, 1, 2, 2, 8) and all(r is rows[0] for r in rows)
+    assert all(isinstance(r, BankRows) for r in model.memory.rows(labels, codes))
+    low = model.bfloat16().memory.rows(labels, codes)  # bags would round their weights
+    assert low[0].shape == (3, 13, 2, 2, 8)
+
+
+@pytest.mark.parametrize("name", ["mha-move-3-class-rows-swiglu", "mla-lave-x2-gated-swiglu"])
+def test_bags_under_autocast_keep_float32_gradients(name, monkeypatch):
+    from moveimg.model import memory
+
+    config = tiny_config(**VARIANTS[name], resid_dropout=0.0, ffn_dropout=0.0, token_dropout=0.0)
+    model = lively(config, dtype=torch.float32)
+    codes, labels = random_inputs(config)
+    found = []
+    for bags in (True, False):
+        monkeypatch.setattr(memory, "usable", lambda *given, on=bags: on and usable(*given))
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(codes, labels).float().square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):  # of 8 bits, through two layers and back
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.12 * b.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_equals_the_plain_formulation(dtype, monkeypatch):
     from moveimg.model import memory
-    from tests.conftest import lively
 
     config = tiny_config(memory={"kind": "move", "slots": 3}, codebook_size=50)
     model = lively(config, dtype=dtype).cuda()
     codes, labels = (part.cuda() for part in random_inputs(config, batch=64))
     found = []
     for fused in (True, False):
-        monkeypatch.setattr(memory, "usable", lambda weight, fused=fused: fused and usable(weight))
+        monkeypatch.setattr(memory, "usable", lambda *given, on=fused: on and usable(*given))
         model.zero_grad()
         assert isinstance(model.memory.rows(labels, codes)[0], BankRows) == fused
         model(codes, labels).square().mean().backward()

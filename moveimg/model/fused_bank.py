@@ -18,15 +18,24 @@ would be added, which is not what factors are for.
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moveimg.model.bag_mix import bag_bank_gradient
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 64  # tokens of one code that one program adds up
 ALIGNED = 16  # bytes: addresses that may be read in wide pieces
 OPTIONS = {"enable_fp_fusion": True}  # whatever Triton's own default, which changes with 3.10
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether bag_mix.py is what mixes here."""
+    return tensor.device.type == "cpu" and not INTERPRETED
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -108,6 +117,8 @@ def bank_gradient(
         gated: whether gate 0 is that of v.
         shape: N and A.
     """
+    if on_cpu(ids):
+        return bag_bank_gradient(outs, logits, ids, firsts, gated, shape)
     import triton
 
     from moveimg.model import mix_kernels
@@ -147,7 +158,8 @@ def bank_gradient(
 
 @bank_gradient.register_fake
 def _(outs, logits, ids, firsts, gated, shape):
-    return ids.new_empty((*shape, *outs[0].shape[2:]), dtype=torch.float32)
+    wide = torch.promote_types(outs[0].dtype, torch.float32)
+    return ids.new_empty((*shape, *outs[0].shape[2:]), dtype=wide)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

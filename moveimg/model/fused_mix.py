@@ -1,17 +1,17 @@
-"""The value mix in one kernel: from bank, code ids, router logits and V to the mixed V.
+"""The value mix without gathered rows: from bank, code ids, router logits and V to the mixed V.
 
     B batch   S positions   H heads   K width of a head   N codes   A slots of a code   L layers
     M slots a layer reads   G gates of a head: M, or M + 1 where gate 0 is that of v
 
 Nothing of the size [B, S, M, H * K] is ever made, forward or backward; how the gradient reaches
-the bank is told in fused_bank.py. Kernels run on CUDA; in Triton's interpreter (TRITON_INTERPRET=1)
-on a CPU, to be tested. Where they do not run, the memory gathers its rows (see memory.py).
+the bank is told in fused_bank.py. On CUDA it is one kernel, which Triton's interpreter runs on a
+CPU to be tested (TRITON_INTERPRET=1). On a CPU whole sequences go by bag_mix.py. Elsewhere the
+memory gathers its rows (see memory.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moveimg.model.fused_bank import OPTIONS, carriers, on_device
+from moveimg.model.bag_mix import bag_mix, places
+from moveimg.model.fused_bank import INTERPRETED, OPTIONS, carriers, on_cpu, on_device
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # what Triton supports
 
@@ -33,11 +33,13 @@ class BankRows(NamedTuple):
         table: [N, A, H, K].
         ids: int64 [B, S], -1 where no row stands.
         carriers: [B, S, H, K] and [B, S, H, G], through which gradients reach the bank, or None.
+        found: what bag_mix.places says of the slots that the layer reads, where that mixes.
     """
 
     table: Tensor
     ids: Tensor
     carriers: tuple[Tensor, Tensor] | None = None
+    found: Tensor | None = None
 
     def gathered(self) -> Tensor:
         """The rows themselves, [B, S, H, A, K], without a gradient."""
@@ -45,8 +47,10 @@ class BankRows(NamedTuple):
         return rows * (self.ids >= 0)[..., None, None, None]
 
 
-def usable(weight: Tensor) -> bool:
-    """Whether the kernels run where this table is."""
+def usable(weight: Tensor, whole: bool) -> bool:
+    """Whether this table can be mixed from here; `whole`: for sequences, not a step of decoding."""
+    if on_cpu(weight):  # a few rows are gathered faster
+        return whole and weight.dtype in (torch.float32, torch.float64)
     if weight.dtype not in DTYPES:
         return False
     if INTERPRETED:
@@ -92,16 +96,23 @@ def look_up(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         # Rounding the whole table reads and writes it once; each layer reads its rows twice.
-        if ids.numel() * len(firsts) > 2 * len(table):
+        if ids.numel() * len(firsts) > 2 * len(table) and not on_cpu(table):
             table = table.to(dtype)
     table = table.unflatten(1, (slots, heads, -1))
     readers = [layer for layer, first in enumerate(firsts) if first is not None]
     rows = [BankRows(table, ids) for _ in firsts]
+    if on_cpu(table):
+        named = {None: None} | {
+            first: places(ids, first, gates - gated, slots, heads)
+            for first in set(firsts)
+            if first is not None
+        }
+        rows = [BankRows(table, ids, found=named[first]) for first in firsts]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tables):
         at = [first for first in firsts if first is not None]
         pairs = carriers(tables, ids, at, [heads, slots, gates], gated, dtype)
         for layer, *pair in zip(readers, pairs[: len(at)], pairs[len(at) :], strict=True):
-            rows[layer] = BankRows(table, ids, (pair[0], pair[1]))
+            rows[layer] = rows[layer]._replace(carriers=(pair[0], pair[1]))
     return rows
 
 
@@ -115,6 +126,8 @@ def mix(rows: BankRows, logits: Tensor, v: Tensor | None, first: int, gated: boo
         first: the first of the slots to read; there are as many as gates for them.
         gated: whether gate 0 is that of v; without v it is not looked at.
     """
+    if rows.found is not None:
+        return bag_mix(rows.table, rows.ids, rows.found, logits, v, gated, rows.carriers)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         pair = rows.carriers or (None, None)
         return mix_op(rows.table, rows.ids, logits, v, first, gated, *pair)

@@ -189,7 +189,7 @@ class ValueBank(nn.Module):
         left out. Rows are looked up here, [B, S or 1 + S, H, slots, K], the same for all layers,
         unless a kernel does it (fused_mix.py).
         """
-        if usable(self.bank.weight):
+        if usable(self.bank.weight, labels is not None and codes is not None):
             return self._places(labels, codes)
         parts = [] if labels is None else [self.class_rows(labels)]
         parts += [] if codes is None else [self.code_rows(codes)]

@@ -1,7 +1,8 @@
-"""The fused value mix in Triton's interpreter, against float64 and against the plain formulation.
+"""The value mix without gathered rows, against float64 and against the plain formulation.
 
-Run by test_fused_mix.py in a process of its own: TRITON_INTERPRET=1 must be set before triton is
-imported. There every model in float32 or bfloat16 takes the fused path, on a CPU.
+By itself this tests bags on a CPU. test_fused_mix.py runs it once more with TRITON_INTERPRET=1, in
+a process of its own, since that must be set before triton is imported: there the kernels of CUDA
+are tested, on a CPU.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from moveimg.inspection.bank import _gradient_norms
 from moveimg.inspection.maps import bank_maps, without_bank
 from moveimg.model import fused_bank, memory
-from moveimg.model.fused_mix import BankRows, look_up, mix
+from moveimg.model.fused_bank import INTERPRETED
+from moveimg.model.fused_mix import look_up, mix
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 
+kernels_only = pytest.mark.skipif(not INTERPRETED, reason="true of the kernels alone")
 NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
 
 
@@ -49,6 +52,12 @@ class Case:
             self.v = [random(batch, length, 3, heads, width)[:, :, 1] for _ in layers]
         self.factors = [random(*places, width) for _ in layers]
 
+    def look_up(self, tables, ids):
+        """What each layer is handed, and after them one that reads nothing."""
+        heads, _, every = self.shape[2:]
+        firsts, gates = [*self.firsts, None], self.slots + self.gated
+        return look_up(tables, ids, firsts, heads, every, gates, self.gated)
+
     def inputs(self, dtype=None):
         """tables, logits and v as leaves of a graph."""
         parts = (self.tables, self.logits, [v for v in self.v if v is not None])
@@ -56,10 +65,7 @@ class Case:
 
     def fused(self):
         tables, logits, vs = self.inputs()
-        heads, _, every = self.shape[2:]
-        firsts = [*self.firsts, None]  # and a layer that reads nothing
-        gates = self.slots + self.gated
-        rows = look_up(tables, self.ids, firsts, heads, every, gates, self.gated)
+        rows = self.look_up(tables, self.ids)
         vs_or_none = vs or [None] * len(logits)
         outs = [
             mix(r, z, None if v is None else strided(v), first, self.gated)
@@ -103,7 +109,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=kernels_only) if n == "bf16" else n for n in CASES]
+)
 def test_values_and_gradients_equal_the_formula_in_float64(name, monkeypatch):
     monkeypatch.setattr(fused_bank, "CHUNK", 2)  # so that a repeated code is cut into chunks
     case = CASES[name]
@@ -138,22 +146,23 @@ def test_the_same_bits_twice_whether_asked_for_or_not(monkeypatch):
         assert torch.equal(a, b)
 
 
+@kernels_only
 def test_a_token_is_mixed_alike_in_any_batch():
     case = CASES["one slot"]
-    table = case.tables[0].unflatten(1, (1, 2, 8))
-    ids = case.ids.clamp(max=5)
     with torch.no_grad():
-        whole = mix(BankRows(table, ids), case.logits[0], case.v[0], 0, True)
-        for i in range(len(ids)):
-            part = (BankRows(table, ids[i : i + 1]), case.logits[0][i : i + 1])
-            assert torch.equal(mix(*part, case.v[0][i : i + 1], 0, True)[0], whole[i])
+        whole = mix(case.look_up(case.tables, case.ids)[0], case.logits[0], case.v[0], 0, True)
+        for i in range(len(case.ids)):
+            part = slice(i, i + 1)
+            rows = case.look_up(case.tables, case.ids[part])[0]
+            alone = mix(rows, case.logits[0][part], case.v[0][part], 0, True)
+            assert torch.equal(alone[0], whole[i])
 
 
 # --- models, against the plain formulation -------------------------------------------------
 
 
 def plain():
-    return patch.object(memory, "usable", lambda weight: False)
+    return patch.object(memory, "usable", lambda *given: False)
 
 
 def model_and_inputs(name, **changes):
@@ -196,6 +205,7 @@ def test_decoding_equals_the_whole_sequence(name):
     torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=1e-4, atol=1e-4)
 
 
+@kernels_only
 def test_autocast_rounds_the_table_once_and_keeps_float32_gradients():
     model, codes, labels = model_and_inputs("mha-move-1-swiglu", codebook_size=5)
     with torch.autocast("cpu", torch.bfloat16):
