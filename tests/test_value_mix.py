@@ -18,6 +18,7 @@ from moveimg.model import fused_bank, memory
 from moveimg.model.fused_bank import INTERPRETED
 from moveimg.model.fused_mix import look_up, mix
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
+from tests.test_budget import counted_and_expected
 
 kernels_only = pytest.mark.skipif(not INTERPRETED, reason="true of the kernels alone")
 NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
@@ -247,3 +248,12 @@ def test_a_look_inside_sees_the_rows():
         expected = bank_maps(model, codes, labels)[1], _gradient_norms(model, codes, labels)
     torch.testing.assert_close(found[0].share, expected[0].share, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+@kernels_only
+@pytest.mark.parametrize("slots", [1, 6])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_block_keeps_what_the_budget_says(slots, gated):
+    memory = {"kind": "move", "slots": slots, "gate_standard": gated}
+    counted, expected = counted_and_expected(memory)
+    assert counted == pytest.approx(expected, rel=1e-3)

@@ -199,20 +199,20 @@ def _slot_width(config: ModelConfig) -> int:
 def block_activations(config: ModelConfig, layer: int) -> int:
     """Bytes a token that a block keeps for the backward pass, in bfloat16 autocast.
 
-    The numbers are those that autograd counts for MHA and SwiGLU in eager mode (a test counts
-    them again); other kinds are taken to be alike. CUDA's fused norms and dropout keep 10 a
+    The numbers are those that autograd counts for MHA and SwiGLU in eager mode, with the mix as a
+    kernel (tests count them again); other kinds are taken to be alike. CUDA's fused norms and dropout keep 10 a
     unit of width less, a compiled block less again.
     """
     width, heads, memory = config.width, config.n_head, config.memory
     ffn = config.ffn.at(layer, config.n_layer)
     hidden = swiglu_hidden(width, ffn if isinstance(ffn, SwiGLUConfig) else SwiGLUConfig())
     plain = 38 * width + 8 * hidden + 4 * heads + 8
+    gates = 0
     if isinstance(memory, MoVEConfig):
-        mixed = (4 + 2 * memory.slots) * _slot_width(config)
-        return plain + mixed + 4 * (memory.slots + 1) * heads
+        gates = memory.slots + memory.gate_standard
     if isinstance(memory, LaVEConfig) and layer in pick_layers(memory.layers, config.n_layer):
-        return plain + 4 * heads
-    return plain
+        gates = 1 + memory.gate_standard
+    return plain + (4 * _slot_width(config) + 2 * heads * gates if gates else 0)
 
 
 # --- saying it -----------------------------------------------------------------------------
