@@ -1,4 +1,4 @@
-"""Times of ours beside LlamaGen's own code, in turn and in one process, with random weights.
+"""Times of ours beside LlamaGen's own code, in turn, each in a process of its own; random weights.
 
     git clone https://github.com/FoundationVision/LlamaGen
     python apps/beside_llamagen.py LlamaGen sample --dtype bfloat16 --batch-size 8
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +36,7 @@ from moveimg.config import OptimizerConfig, SamplingSettings
 from moveimg.config_model import ModelConfig
 from moveimg.data.encode import encode_images, views_a_call
 from moveimg.data.images import open_images
+from moveimg.device import pick_device
 from moveimg.model import Transformer
 from moveimg.model.decoding import decoding_model
 from moveimg.sampling import image_rngs, sample_codes
@@ -45,6 +48,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "MoVE x1": {"kind": "move", "slots": 6},
     "MoVE x4": {"kind": "move", "slots": 24},
 }
+LLAMAGEN = "LlamaGen"
 Run = Callable[[], object]
 
 
@@ -86,39 +90,38 @@ def our_generator(memory: str, **dropout: float) -> Transformer:
     return model
 
 
-def sampling(checkout: Path, given: argparse.Namespace) -> dict[str, Run]:
+def sampling(name: str, given: argparse.Namespace) -> Run:
     """All codes of the images, guidance 2, no filters; LlamaGen's always without 8 bits."""
     dtype, labels = getattr(torch, given.dtype), torch.zeros(given.batch_size, dtype=torch.long)
-    generate = theirs(checkout, "autoregressive.models.generate").generate
-    model = their_generator(checkout).eval().to(dtype)
+    if name == LLAMAGEN:
+        generate = theirs(given.checkout, "autoregressive.models.generate").generate
+        model = their_generator(given.checkout).eval().to(dtype)
+        options = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return lambda: generate(model, labels, 256, **options)
     settings = SamplingSettings(cfg_scale=2.0)
-
-    def draw(fast: Transformer) -> object:
-        return sample_codes(fast, labels, settings, image_rngs(range(given.batch_size)))
-
-    options = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    runs: dict[str, Run] = {"LlamaGen": lambda: generate(model, labels, 256, **options)}
-    for name in ("dense", "MoVE x1"):
-        fast = decoding_model(our_generator(name).eval().to(dtype), given.quantize)
-        runs[name] = lambda fast=fast: draw(fast)  # type: ignore[misc]
-    return runs
+    fast = decoding_model(our_generator(name).eval().to(dtype), given.quantize)
+    return lambda: sample_codes(fast, labels, settings, image_rngs(range(given.batch_size)))
 
 
-def training(checkout: Path, given: argparse.Namespace) -> dict[str, Run]:
+def training(name: str, given: argparse.Namespace) -> Run:
     """Steps in float32: forward, backward, AdamW; dropout 0.1 everywhere."""
     codes = torch.randint(CODES, (given.batch_size, GRID[0] * GRID[1]))
     labels = torch.randint(CLASSES, (given.batch_size,))
-    names = ("resid_dropout_p", "ffn_dropout_p", "token_dropout_p", "class_dropout_prob")
-    model = their_generator(checkout, **dict.fromkeys(names, 0.1)).train()
-    settings = OptimizerConfig()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    if name == LLAMAGEN:
+        names = ("resid_dropout_p", "ffn_dropout_p", "token_dropout_p", "class_dropout_prob")
+        model = their_generator(given.checkout, **dict.fromkeys(names, 0.1)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
-    def their_step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(idx=codes[:, :-1], cond_idx=labels, targets=codes)[1].backward()
-        optimizer.step()
+        def their_step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            model(idx=codes[:, :-1], cond_idx=labels, targets=codes)[1].backward()
+            optimizer.step()
 
-    def our_step(mine: Transformer, optimizers: Any) -> None:
+        return their_step
+    mine = our_generator(name, token_dropout=0.1, resid_dropout=0.1, ffn_dropout=0.1).train()
+    optimizers = make_optimizers(mine, OptimizerConfig())
+
+    def our_step() -> None:
         for each in optimizers:
             each.zero_grad(set_to_none=True)
         dropped = labels.masked_fill(torch.rand(len(labels)) < 0.1, CLASSES)
@@ -126,28 +129,23 @@ def training(checkout: Path, given: argparse.Namespace) -> dict[str, Run]:
         for each in optimizers:
             each.step()
 
-    runs: dict[str, Run] = {"LlamaGen": their_step}
-    for name in MEMORIES:
-        mine = our_generator(name, token_dropout=0.1, resid_dropout=0.1, ffn_dropout=0.1).train()
-        both = (mine, make_optimizers(mine, settings))
-        runs[name] = lambda both=both: our_step(*both)  # type: ignore[misc]
-    return runs
+    return our_step
 
 
-def encoding(checkout: Path, given: argparse.Namespace) -> dict[str, Run]:
+def encoding(name: str, given: argparse.Namespace) -> Run:
     """JPEG files -> codes on disk."""
     folder = Path(tempfile.mkdtemp())
     for number in range(max(2, given.batch_size)):
-        name = ("china", "flower")[number % 2]
-        photograph = Image.fromarray(load_sample_image(f"{name}.jpg"))
-        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+        kind = ("china", "flower")[number % 2]
+        photograph = Image.fromarray(load_sample_image(f"{kind}.jpg"))
+        (folder / "images" / kind).mkdir(parents=True, exist_ok=True)
         window = photograph.crop((10 * number, 0, 10 * number + 400, 400))
-        window.save(folder / "images" / name / f"{number:03d}.jpg", quality=90)
-    make = theirs(checkout, "tokenizer.tokenizer_image.vq_model").VQ_models["VQ-16"]
+        window.save(folder / "images" / kind / f"{number:03d}.jpg", quality=90)
+    make = theirs(given.checkout, "tokenizer.tokenizer_image.vq_model").VQ_models["VQ-16"]
     model = make(codebook_size=CODES, codebook_embed_dim=8).eval()
     torch.save({"model": model.state_dict()}, folder / "vq.pt")
     fast = vq.fast_encoder(vq.load_llamagen_vq(folder / "vq.pt"))
-    crop = theirs(checkout, "dataset.augmentation").center_crop_arr
+    crop = theirs(given.checkout, "dataset.augmentation").center_crop_arr
     view = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     views = transforms.Compose(
         [
@@ -175,34 +173,56 @@ def encoding(checkout: Path, given: argparse.Namespace) -> dict[str, Run]:
             batch_size=views_a_call(SIZE, torch.device("cpu")),
         )  # fmt: skip
 
-    return {"LlamaGen": extract, "moveimg": pack}
+    return extract if name == LLAMAGEN else pack
+
+
+WORK: dict[str, tuple[Callable[[str, argparse.Namespace], Run], list[str]]] = {
+    "sample": (sampling, ["dense", "MoVE x1"]),
+    "train": (training, list(MEMORIES)),
+    "encode": (encoding, ["moveimg"]),
+}
+
+
+def serve(name: str, given: argparse.Namespace, connection: Connection) -> None:
+    """In a process of its own: run once whenever asked, and tell the seconds."""
+    if name != LLAMAGEN:
+        pick_device("cpu")  # as every command of ours does
+    torch.manual_seed(0)
+    run = WORK[given.what][0](name, given)
+    while connection.recv():
+        begun = time.perf_counter()
+        run()
+        connection.send(time.perf_counter() - begun)
 
 
 def main() -> None:
     """Print medians, ranges and how many times as fast as LlamaGen each run is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="a clone of LlamaGen's repository")
-    parser.add_argument("what", choices=("sample", "train", "encode"))
+    parser.add_argument("what", choices=list(WORK))
     parser.add_argument("--batch-size", type=int, default=1, help="images")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--quantize", choices=("int8",), help="ours alone")
     parser.add_argument("--rounds", type=int, default=3, help="after one that is not counted")
     given = parser.parse_args()
-    torch.manual_seed(0)
-    make = {"sample": sampling, "train": training, "encode": encoding}[given.what]
-    runs = make(given.checkout, given)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    context, asked = multiprocessing.get_context("spawn"), {}
+    for name in (LLAMAGEN, *WORK[given.what][1]):
+        asked[name], theirs_end = context.Pipe()
+        context.Process(target=serve, args=(name, given, theirs_end), daemon=True).start()
+    times: dict[str, list[float]] = {name: [] for name in asked}
     for number in range(given.rounds + 1):
-        for name, run in runs.items() if number % 2 else reversed(runs.items()):
-            begun = time.perf_counter()
-            run()
+        for name in times if number % 2 else reversed(times):
+            asked[name].send(True)
+            seconds = asked[name].recv()
             if number:
-                times[name].append(time.perf_counter() - begun)
-    for name, seconds in times.items():
-        ratios = [theirs / mine for theirs, mine in zip(times["LlamaGen"], seconds, strict=True)]
+                times[name].append(seconds)
+    for pipe in asked.values():
+        pipe.send(False)
+    for name, taken in times.items():
+        ratios = [theirs / mine for theirs, mine in zip(times[LLAMAGEN], taken, strict=True)]
         print(
-            f"{name:<9} {statistics.median(seconds):8.2f} s ({min(seconds):.2f} to "
-            f"{max(seconds):.2f}), {statistics.median(ratios):.2f} times as fast "
+            f"{name:<9} {statistics.median(taken):8.2f} s ({min(taken):.2f} to "
+            f"{max(taken):.2f}), {statistics.median(ratios):.2f} times as fast "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 

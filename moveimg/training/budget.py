@@ -200,8 +200,8 @@ def block_activations(config: ModelConfig, layer: int) -> int:
     """Bytes a token that a block keeps for the backward pass, in bfloat16 autocast.
 
     The numbers are those that autograd counts for MHA and SwiGLU in eager mode, with the mix as a
-    kernel (tests count them again); other kinds are taken to be alike. CUDA's fused norms and dropout keep 10 a
-    unit of width less, a compiled block less again.
+    kernel (tests count them again); other kinds are taken to be alike. CUDA's fused norms and
+    dropout keep 10 a unit of width less, a compiled block less again.
     """
     width, heads, memory = config.width, config.n_head, config.memory
     ffn = config.ffn.at(layer, config.n_layer)
