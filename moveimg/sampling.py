@@ -67,22 +67,35 @@ def iter_codes(
         labels = torch.full_like(labels, generator.null_label)
     draws = torch.stack([torch.rand(length, generator=g) for g in rng]).to(labels.device)
 
-    cache = generator.make_cache(len(labels))
-    logits = generator.start(labels, cache)
-    for position, scale in enumerate(scales):
+    def choose(logits: Tensor, uniforms: Tensor, scale: float | Tensor) -> Tensor:
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, scale)
+        return draw(logits, uniforms, settings)
+
+    cache = generator.make_cache(len(labels))
+    # All that `choose` depends on beside its arguments: with other values it is another function.
+    known = (guided, settings.temperature, settings.top_k, settings.top_p)
+    choose_fast = cache.recorded(known, choose)
+    logits = generator.start(labels, cache)
+    for position, scale in enumerate(scales):
         if position == 0 and not torch.isfinite(logits).all():  # once: it waits for the device
             raise ValueError("the model's logits are not finite: its weights are damaged")
-        codes = draw(logits, draws[:, position], settings)
+        codes = choose_fast(logits, draws[:, position], scale)
         yield codes
         if position < length - 1:
             logits = generator.decode(codes.repeat(2) if guided else codes, cache)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on logits: uncond + (cond - uncond) * scale (LlamaGen)."""
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance on logits: uncond + (cond - uncond) * scale (LlamaGen).
+
+    A scale of 1 gives `conditional` to the bit, also where it is a tensor [], which is not waited
+    for.
+    """
+    if isinstance(scale, Tensor):
+        guided = unconditional + (conditional - unconditional) * scale
+        return torch.where(scale == 1, conditional, guided)
     if scale == 1:
         return conditional
     return unconditional + (conditional - unconditional) * scale

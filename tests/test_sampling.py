@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -76,7 +77,7 @@ class Recorder(torch.nn.Module):
         self.asked = []
 
     def make_cache(self, batch):
-        return None
+        return SimpleNamespace(recorded=lambda known, function: function)
 
     def start(self, labels, cache):
         self.labels = labels

@@ -12,7 +12,7 @@ from moveimg.config import SamplingSettings
 from moveimg.model import Transformer, static_decoding
 from moveimg.model.decoding import decoding_model
 from moveimg.model.static_decoding import Handle, StaticTransformer
-from moveimg.sampling import image_rngs, iter_codes, sample_codes
+from moveimg.sampling import guide, image_rngs, iter_codes, sample_codes
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 
 GUIDED = SamplingSettings(cfg_scale=2.0, temperature=0.9, top_k=8, top_p=0.95)
@@ -85,6 +85,30 @@ def test_recording_begins_when_a_batch_size_comes_back(monkeypatch):
         sample(static, labels=[0] * rows, settings=one)
     # 3, 2 and 4 plainly; 3 recorded, and used again; those of the last batch size alone are kept
     assert made == [3, 2, 3]
+
+
+def test_the_draw_is_recorded_once_for_its_filters():
+    model = lively(tiny_config(), dtype=torch.float32)
+    static = warmed(model, 6)
+    kept = []
+    for settings in (GUIDED, GUIDED.model_copy(update={"cfg_scale": 4.0, "cfg_start": 0.3})):
+        assert torch.equal(sample(static, settings=settings), sample(model, settings=settings))
+        kept.append(static._idle[0].call[1])
+    length = model.config.seq_len
+    assert kept[0] is kept[1] and kept[0].calls == 2 * length  # the scale is an argument
+    other = GUIDED.model_copy(update={"top_k": 3})
+    assert torch.equal(sample(static, settings=other), sample(model, settings=other))
+    assert static._idle[0].call[1].calls == length
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, 2.5])
+def test_guidance_by_a_tensor_is_guidance_by_the_number(scale):
+    conditional, unconditional = torch.randn(2, 3, 50)
+    conditional[0, 0] = -torch.inf
+    by_number = guide(conditional, unconditional, scale)
+    assert torch.equal(
+        guide(conditional, unconditional, torch.tensor(scale)).nan_to_num(), by_number.nan_to_num()
+    )
 
 
 def test_a_decoding_that_was_given_up_leaves_no_trace():
@@ -194,8 +218,8 @@ def test_what_cannot_be_recorded_is_taken_plainly(monkeypatch, fails):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs_give_the_codes_of_the_plain_path(name, dtype, recwarn):
     model = lively(tiny_config(**VARIANTS[name]), dtype=dtype).cuda()
-    static = decoding_model(model)
-    assert isinstance(static, StaticTransformer)
+    static = StaticTransformer(model)
+    assert isinstance(decoding_model(model), StaticTransformer)  # whose products round otherwise
     labels = torch.tensor([0, 4, 2], device="cuda")
     for seed in range(4):
         rngs = [image_rngs(range(seed, seed + 3)) for _ in range(2)]

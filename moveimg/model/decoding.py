@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from moveimg.model.attention import MultiHeadAttention
 from moveimg.model.memory import GatedMixer
+from moveimg.model.mla import MultiHeadLatentAttention
 from moveimg.model.static_decoding import StaticTransformer
 from moveimg.model.swiglu import SwiGLU
 from moveimg.model.transformer import Transformer
@@ -108,6 +109,30 @@ class FusedAttention(MultiHeadAttention):
         return both[..., :width], both[..., width:]
 
 
+class FusedLatentAttention(MultiHeadLatentAttention):
+    """Queries (or what they come from), the latent and the mixer's gates of one matrix product."""
+
+    def __init__(self, attention: MultiHeadLatentAttention) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(attention.__dict__)  # a copy that may be changed: see decoding_model
+        parts: list[Any] = [self.wq, self.wkv_down]
+        if isinstance(self.wq, nn.Sequential):  # of low rank: only its first step sees x
+            parts[0], self.wq = self.wq[0], self.wq[1:]
+        else:
+            self.wq = nn.Identity()
+        for mixer in (self.latent_mixer, self.value_mixer):
+            if isinstance(mixer, GatedMixer):
+                parts.append(mixer.router)
+                mixer.router = nn.Identity()  # type: ignore[assignment]
+        self.widths = [part.out_features for part in parts] + [0] * (len(parts) < 3)
+        self.wkv_down = side_by_side(*parts)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As there, with the logits of the gates last."""
+        q, joint, logits = self.wkv_down(x).split(self.widths, dim=-1)
+        return self.wq(q), joint, logits
+
+
 class FusedSwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x), with w1 and w3 of one matrix product."""
 
@@ -142,7 +167,8 @@ def decoding_model(model: Transformer, quantize: str | None = None) -> Transform
 
     On a CPU it is a copy that shares embeddings and memory with `model` and has matrices of its
     own; bfloat16 is computed in float32 (from the weights as they are) where the processor has no
-    instructions for it. On CUDA it takes its steps from CUDA graphs (see static_decoding.py).
+    instructions for it. On CUDA it takes its steps from CUDA graphs (see static_decoding.py), and
+    matrices that are applied to the same rows are copied into one.
     Elsewhere, and in float64 on a CPU, it is `model` itself.
 
     Args:
@@ -157,15 +183,14 @@ def decoding_model(model: Transformer, quantize: str | None = None) -> Transform
     if quantize is not None and weight.device.type != "cpu":
         raise ValueError(f"quantize {quantize} on {weight.device.type}: expected a CPU")
     if weight.device.type == "cuda":
-        return StaticTransformer(model)
+        return StaticTransformer(swap(sharing(model), FUSED))
     if quantize is None and not packable(weight):
         return model
     low = weight.dtype == torch.bfloat16 and not has_bfloat16()
     if low or (quantize is not None and weight.dtype != torch.float32):
         fast = copy.deepcopy(model).float()
     else:
-        tensors = (*model.parameters(), *model.buffers())
-        fast = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # not copied
+        fast = sharing(model)
     swap(fast, FUSED)
     if fast.norm.weight.dtype == torch.float32:
         swap(fast, {nn.RMSNorm: FusedRMSNorm})
@@ -175,22 +200,30 @@ def decoding_model(model: Transformer, quantize: str | None = None) -> Transform
 
 FUSED: dict[type, Any] = {
     MultiHeadAttention: FusedAttention,
+    MultiHeadLatentAttention: FusedLatentAttention,
     SwiGLU: FusedSwiGLU,
     nn.Dropout: lambda dropout: nn.Identity(),
 }
 
 
-def swap(model: nn.Module, kinds: dict[type, Any]) -> None:
-    """Put kinds[its type](module) in place of every module of `model` that has a kind."""
+def sharing(model: Transformer) -> Transformer:
+    """A copy with the tensors of `model`."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # not copied
+
+
+def swap(model: Transformer, kinds: dict[type, Any]) -> Transformer:
+    """`model`, with kinds[its type](module) in place of every module that has a kind."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) in kinds and name not in getattr(module, "absorbed", ()):
                 setattr(module, name, kinds[type(child)](child))
+    return model
 
 
-def side_by_side(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """x -> the outputs of both, one behind the other. Neither has a bias."""
-    weight = torch.cat([first.weight.detach(), second.weight.detach()])
+def side_by_side(*linears: nn.Linear) -> nn.Linear:
+    """x -> the outputs of all, one behind the other. None has a bias."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
     both = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     both.weight = nn.Parameter(weight, requires_grad=False)
     return both

@@ -125,14 +125,19 @@ class MultiHeadLatentAttention(nn.Module):
         width = self.spec.kv_rank + self.spec.rope_dim
         return LatentCache(batch, length, self.config, width, self.value_mixer, like)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> queries [B, S, H (K + R)], latent and rotary key, what a router sees."""
+        return self.wq(x), self.wkv_down(x), x
+
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, cache: LatentCache | None = None
     ) -> Tensor:
         """x [B, S, D], rows [B, S, H, M, C/H or K], rope [S, R / 2, 2] -> [B, S, D]."""
         heads, spec = self.config.n_head, self.spec
-        q = self.wq(x).unflatten(-1, (heads, -1))  # [B, S, H, K + R]
+        q, joint, x = self.project(x)
+        q = q.unflatten(-1, (heads, -1))  # [B, S, H, K + R]
         q, q_rope = q.split([self.config.head_dim, spec.rope_dim], dim=-1)
-        latent, key = self.wkv_down(x).split([spec.kv_rank, spec.rope_dim], dim=-1)
+        latent, key = joint.split([spec.kv_rank, spec.rope_dim], dim=-1)
         latent = self.kv_norm(latent)  # [B, S, C]
         if not isinstance(self.latent_mixer, PassThrough):  # cut into a chunk a head
             chunks = latent.unflatten(-1, (heads, -1))  # [B, S, H, C / H]

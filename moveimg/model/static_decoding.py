@@ -6,7 +6,8 @@ A step of decoding is a few hundred small kernels, and telling a GPU to run them
 running them. A CUDA graph is told once and replayed. Here every position has a graph of its own:
 it is recorded from the step that any device takes, with the shapes that it has at that position, so
 attention reads exactly the filled part of the cache and the numbers are those of the plain path.
-Replays wait for nothing; the draws between them are queued while the graph before them still runs.
+What is done with the logits (guidance, filters, the draw) is one graph more, for all positions.
+Replays wait for nothing: the next is queued while the one before it still runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,13 @@ class Handle:
     def __init__(self, steps: Steps) -> None:
         self.steps, self.position = steps, 0
 
+    def recorded(self, known: Hashable, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """As Cache.recorded; the last function is kept for the next decoding."""
+        steps = self.steps
+        if steps.call is None or steps.call[0] != known:
+            steps.call = (known, Call(steps.recorder, function))
+        return steps.call[1]
+
 
 class Steps:
     """Decoding R rows, position by position, from fixed inputs to fixed outputs.
@@ -97,6 +105,7 @@ class Steps:
         self.logits = like.new_empty(batch, model.config.codebook_size, dtype=wide)
         self.recorder = Recorder(like.device)
         self.recorded: list[Callable[[], None]] = []
+        self.call: tuple[Hashable, Call] | None = None
 
     def take(self, plain: Callable[..., Tensor], inputs: Tensor, position: int) -> Tensor:
         """The step at `position`, by `plain` where it is not recorded -> logits [R, V]."""
@@ -114,6 +123,36 @@ class Steps:
     def _step(self, plain: Callable[..., Tensor], position: int) -> None:
         self.cache.rewind(position)
         self.logits.copy_(plain(self.inputs, self.cache))
+
+
+class Call:
+    """A function of tensors and numbers, recorded when it is called for the second time.
+
+    By then its kernels have run. Tensors keep their shapes; the first argument is a tensor.
+    """
+
+    def __init__(self, recorder: Recorder, function: Callable[..., Tensor]) -> None:
+        self.recorder, self.function = recorder, function
+        self.calls = 0
+
+    def __call__(self, *given: Tensor | float) -> Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            return self.function(*given)
+        if self.calls == 2:
+            first = given[0]
+            assert isinstance(first, Tensor)
+            parts = (first.new_empty(g.shape if isinstance(g, Tensor) else ()) for g in given)
+            self.inputs = list(parts)
+        for fixed, value in zip(self.inputs, given, strict=True):
+            fixed.copy_(value) if isinstance(value, Tensor) else fixed.fill_(value)
+        if self.calls == 2:
+            self.replay = self.recorder.record(self._take)
+        self.replay()
+        return self.out.clone()  # other graphs may use the memory that it lies in
+
+    def _take(self) -> None:
+        self.out = self.function(*self.inputs)
 
 
 RECORDING = threading.Lock()  # what another thread waits for would end up in a graph, or break it

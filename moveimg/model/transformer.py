@@ -5,7 +5,7 @@ B batch   S positions in this call   T codes in an image   D width   V codebook 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,15 @@ class Cache:
         self.position = position
         for layer in self.layers:
             layer.filled = position
+
+    def recorded(self, known: Hashable, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`function`, to be called at every step; a cache of recorded steps may record it, too.
+
+        Args:
+            known: all that it depends on beside its arguments (tensors of one shape, and numbers).
+            function: waits for nothing on the device.
+        """
+        return function
 
 
 class Transformer(nn.Module):
