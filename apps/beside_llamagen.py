@@ -209,6 +209,7 @@ def main() -> None:
     for name in (LLAMAGEN, *WORK[given.what][1]):
         asked[name], theirs_end = context.Pipe()
         context.Process(target=serve, args=(name, given, theirs_end), daemon=True).start()
+        theirs_end.close()  # here; when the process dies, nothing is waited for
     times: dict[str, list[float]] = {name: [] for name in asked}
     for number in range(given.rounds + 1):
         for name in times if number % 2 else reversed(times):

@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, or the accelerator that is there, or the CPU. ValueError if unusable.
 
-    With a CPU, this process keeps its freed memory from now on (see keep_memory).
+    With a CPU, the whole process keeps its freed memory from now on (see keep_memory).
     """
     if name is None or name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
@@ -39,6 +39,7 @@ def pick_device(name: str | None = None) -> torch.device:
 def keep_memory() -> bool:
     """Have freed memory used again by this process, not given back to the system; whether it could.
 
+    It holds for what the main thread frees, and until the process ends.
     glibc maps every block of 32 MiB or more apart and unmaps it when it is freed, so that each
     large activation and gradient is handed out anew by the system, page by page, all zeros. That
     took a third of encoding's time (docs/performance.md). Other C libraries are left alone.

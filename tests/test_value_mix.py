@@ -251,9 +251,14 @@ def test_a_look_inside_sees_the_rows():
 
 
 @kernels_only
-@pytest.mark.parametrize("slots", [1, 6])
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_block_keeps_what_the_budget_says(slots, gated):
-    memory = {"kind": "move", "slots": slots, "gate_standard": gated}
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"kind": "move", "slots": 6},
+        {"kind": "move", "slots": 1, "gate_standard": False},
+        {"kind": "lave", "layers": "all"},
+    ],
+)
+def test_a_block_keeps_what_the_budget_says(memory):
     counted, expected = counted_and_expected(memory)
-    assert counted == pytest.approx(expected, rel=1e-3)
+    assert counted == pytest.approx(expected, rel=3e-3)  # LaVE's table grows with the layers

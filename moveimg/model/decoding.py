@@ -5,8 +5,8 @@ reading the weights takes most of the time. Here they are laid out once for such
 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no instructions for it;
 and optionally 8 bits by FBGEMM. What is left is many small kernels: matrices that are applied to
 the same rows become one, and norms take four kernels in place of seven. A module names matrices
-that it does not apply to rows, but uses in another way, in `absorbed`: they stay. On
-CUDA steps are recorded (static_decoding.py). Other devices take the model as it is.
+that it does not apply to rows, but uses in another way, in `absorbed`: they stay. On CUDA matrices
+become one, too, and steps are recorded (static_decoding.py). Other devices take the model as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moveimg.model.swiglu import SwiGLU
 from moveimg.model.transformer import Transformer
 
 ROWS = 16  # how many rows the layout is made for; it serves other numbers, too
+ALIGNED = 16  # outputs of a joined product: of others, rows would not begin where GPUs want them
 INT8_LIMIT = 63  # of a weight: the 16-bit sums of AVX2 hold two products of 7 by 8 bits, not more
 QUANTIZED = ("int8",)
 
@@ -98,15 +99,16 @@ class FusedAttention(MultiHeadAttention):
     def __init__(self, attention: MultiHeadAttention) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(attention.__dict__)  # a copy that may be changed: see decoding_model
+        self.ends = [3 * self.config.width] * 2
         if isinstance(self.mixer, GatedMixer):
+            self.ends[1] += self.mixer.router.out_features
             self.wqkv = side_by_side(attention.wqkv, self.mixer.router)
             self.mixer.router = nn.Identity()  # type: ignore[assignment]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D] -> queries, keys and values [B, S, 3 D], and the logits of the gates."""
-        width = 3 * self.config.width
-        both = self.wqkv(x)
-        return both[..., :width], both[..., width:]
+        (middle, end), both = self.ends, self.wqkv(x)
+        return both[..., :middle], both[..., middle:end]
 
 
 class FusedLatentAttention(MultiHeadLatentAttention):
@@ -126,10 +128,11 @@ class FusedLatentAttention(MultiHeadLatentAttention):
                 mixer.router = nn.Identity()  # type: ignore[assignment]
         self.widths = [part.out_features for part in parts] + [0] * (len(parts) < 3)
         self.wkv_down = side_by_side(*parts)
+        self.widths.append(self.wkv_down.out_features - sum(self.widths))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As there, with the logits of the gates last."""
-        q, joint, logits = self.wkv_down(x).split(self.widths, dim=-1)
+        q, joint, logits, _ = self.wkv_down(x).split(self.widths, dim=-1)
         return self.wq(q), joint, logits
 
 
@@ -141,9 +144,10 @@ class FusedSwiGLU(nn.Module):
     def __init__(self, ffn: SwiGLU) -> None:
         super().__init__()
         self.w13, self.w2 = side_by_side(ffn.w1, ffn.w3), ffn.w2
+        self.hidden = ffn.w1.out_features
 
     def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
+        gate, up, *_ = self.w13(x).split(self.hidden, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 
@@ -222,8 +226,9 @@ def swap(model: Transformer, kinds: dict[type, Any]) -> Transformer:
 
 
 def side_by_side(*linears: nn.Linear) -> nn.Linear:
-    """x -> the outputs of all, one behind the other. None has a bias."""
+    """x -> the outputs of all, one behind the other, then zeros. None has a bias."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
     both = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     both.weight = nn.Parameter(weight, requires_grad=False)
     return both

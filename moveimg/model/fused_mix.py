@@ -100,8 +100,9 @@ def look_up(
             table = table.to(dtype)
     table = table.unflatten(1, (slots, heads, -1))
     readers = [layer for layer, first in enumerate(firsts) if first is not None]
-    rows = [BankRows(table, ids) for _ in firsts]
-    if on_cpu(table):
+    if not on_cpu(table):
+        rows = [BankRows(table, ids) for _ in firsts]
+    else:
         named = {None: None} | {
             first: places(ids, first, gates - gated, slots, heads)
             for first in set(firsts)

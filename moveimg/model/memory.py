@@ -4,9 +4,9 @@
 
 The transformer owns one memory and looks its rows up once per forward pass; each attention
 layer holds a mixer made by that memory and calls `v = mixer(x, v, rows)`, with the rows as tensors
-or, where one kernel does look-up and sum, as the places to find them. What v is depends on the
-attention: a memory names the `sites` it can be injected at, best first, and takes the first that
-the attention offers. MHA offers its values; MLA its compressed latent, too, where v [B, S, H, K]
+or, where look-up and sum are one (fused_mix.py), as the places to find them. What v is depends on
+the attention: a memory names the `sites` it can be injected at, best first, and takes the first
+that the attention offers. MHA offers its values; MLA its compressed latent, too, where v [B, S, H, K]
 is the latent cut into H chunks. Rows are [B, S, H, M, K]: what a head mixes stands together, and
 no layer has to move it.
 
@@ -187,7 +187,7 @@ class ValueBank(nn.Module):
 
         labels [B] for the class token's position, codes [B, S] for those behind it; either can be
         left out. Rows are looked up here, [B, S or 1 + S, H, slots, K], the same for all layers,
-        unless a kernel does it (fused_mix.py).
+        unless the mix does it (fused_mix.py).
         """
         if usable(self.bank.weight, labels is not None and codes is not None):
             return self._places(labels, codes)
@@ -197,7 +197,7 @@ class ValueBank(nn.Module):
         return [rows] * len(self.reads)
 
     def _places(self, labels: Tensor | None, codes: Tensor | None) -> Sequence[Rows]:
-        """The same, for the kernel."""
+        """The same as places."""
         bank, classes = self.bank.weight, self.class_bank
         tables, ids = [bank], []
         if labels is not None and classes is None:

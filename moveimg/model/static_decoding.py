@@ -128,27 +128,27 @@ class Steps:
 class Call:
     """A function of tensors and numbers, recorded when it is called for the second time.
 
-    By then its kernels have run. Tensors keep their shapes; the first argument is a tensor.
+    By then its kernels have run. It is handed tensors in place of numbers. Tensors keep their
+    shapes; the first argument is one.
     """
 
     def __init__(self, recorder: Recorder, function: Callable[..., Tensor]) -> None:
         self.recorder, self.function = recorder, function
+        self.inputs: list[Tensor] = []
+        self.take: Callable[[], None] = self._take
         self.calls = 0
 
-    def __call__(self, *given: Tensor | float) -> Tensor:
+    def __call__(self, first: Tensor, *rest: Tensor | float) -> Tensor:
         self.calls += 1
-        if self.calls == 1:
-            return self.function(*given)
-        if self.calls == 2:
-            first = given[0]
-            assert isinstance(first, Tensor)
-            parts = (first.new_empty(g.shape if isinstance(g, Tensor) else ()) for g in given)
-            self.inputs = list(parts)
+        given = (first, *rest)
+        if not self.inputs:
+            shapes = [part.shape if isinstance(part, Tensor) else () for part in given]
+            self.inputs = [first.new_empty(shape) for shape in shapes]
         for fixed, value in zip(self.inputs, given, strict=True):
             fixed.copy_(value) if isinstance(value, Tensor) else fixed.fill_(value)
         if self.calls == 2:
-            self.replay = self.recorder.record(self._take)
-        self.replay()
+            self.take = self.recorder.record(self._take)
+        self.take()
         return self.out.clone()  # other graphs may use the memory that it lies in
 
     def _take(self) -> None:
@@ -189,7 +189,7 @@ class Recorder:
                     graph.capture_end()
         except RuntimeError as error:
             first = str(error).split("\n")[0]
-            warnings.warn(f"a step of decoding is not a CUDA graph: {first}", stacklevel=2)
+            warnings.warn(f"a part of decoding is not a CUDA graph: {first}", stacklevel=2)
             return step
         finally:
             if collecting:

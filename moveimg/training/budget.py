@@ -171,13 +171,12 @@ def _parameters(model: Transformer) -> tuple[int, int]:
 
 
 def _activations(config: ModelConfig, checkpointing: bool) -> int:
-    """Bytes a token that the blocks and the value memory keep for the backward pass."""
+    """Bytes a token that the blocks keep for the backward pass.
+
+    What value memory keeps on the way back (fused_bank.py) is less than blocks have freed by then.
+    """
     blocks = [block_activations(config, layer) for layer in range(config.n_layer)]
-    kept = config.n_layer * 4 * config.width + max(blocks) if checkpointing else sum(blocks)
-    memory = config.memory
-    if isinstance(memory, LaVEConfig):
-        return kept + 4 * config.width * len(pick_layers(memory.layers, config.n_layer))
-    return kept + 4 * _slot_width(config) * getattr(memory, "slots", 0)
+    return config.n_layer * 4 * config.width + max(blocks) if checkpointing else sum(blocks)
 
 
 def _head(config: ModelConfig, tokens: int) -> int:
@@ -207,12 +206,11 @@ def block_activations(config: ModelConfig, layer: int) -> int:
     ffn = config.ffn.at(layer, config.n_layer)
     hidden = swiglu_hidden(width, ffn if isinstance(ffn, SwiGLUConfig) else SwiGLUConfig())
     plain = 38 * width + 8 * hidden + 4 * heads + 8
-    gates = 0
     if isinstance(memory, MoVEConfig):
-        gates = memory.slots + memory.gate_standard
+        return plain + 4 * _slot_width(config) + 2 * heads * (memory.slots + memory.gate_standard)
     if isinstance(memory, LaVEConfig) and layer in pick_layers(memory.layers, config.n_layer):
-        gates = 1 + memory.gate_standard
-    return plain + (4 * _slot_width(config) + 2 * heads * gates if gates else 0)
+        return plain + 4 * width + 2 * heads * (1 + memory.gate_standard)
+    return plain
 
 
 # --- saying it -----------------------------------------------------------------------------
