@@ -4,10 +4,10 @@
     N codes   A slots of a code   M slots a layer reads   G gates of a head: M, or M + 1
 
 The bank stands as rows of K numbers by (code, slot, head); a token's bag for head h is its M rows
-of that head, weighted by gates. No row is copied, but where classes have rows, too: then both tables
-are made one. The bank's gradient does not come from the bags, which would write a row for every
-token, slot and layer: as in fused_bank.py both factors of all layers are kept, and one batched
-product adds them up.
+of that head, weighted by gates. No row is copied, but where classes have rows, too: then both
+tables are made one. The bank's gradient does not come from the bags, which would write a row for
+every token, slot and layer: as in fused_bank.py both factors of all layers are kept, and one
+batched product adds them up.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@
 It is the sum over layers of gates (x) d (d: the gradient of the layer's mixed V), two factors that
 each layer has at hand. They are kept until the last layer is through; then one kernel adds up
 everything that belongs to a row and writes it once (on a CPU: bag_mix.py). Tokens are sorted by
-code for it, so there are no atomics, and the same inputs give the same bits. Had each layer added its products to the
-bank's gradient as they come, 2 L A H K numbers a token would be moved, not L H K.
+code for it, so there are no atomics, and the same inputs give the same bits. Had each layer added
+its products to the bank's gradient as they come, 2 L A H K numbers a token would be moved, not L H
+K.
 
 The factors travel by autograd's own ways: `carriers` makes, from the bank, two tensors a layer
 that hold no numbers (one element, expanded); a layer's mix takes them as inputs and returns the

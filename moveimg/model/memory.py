@@ -2,13 +2,13 @@
 
     B batch   S positions   D width   H heads   K width of a head   M slots   V codebook size
 
-The transformer owns one memory and looks its rows up once per forward pass; each attention
-layer holds a mixer made by that memory and calls `v = mixer(x, v, rows)`, with the rows as tensors
-or, where look-up and sum are one (fused_mix.py), as the places to find them. What v is depends on
-the attention: a memory names the `sites` it can be injected at, best first, and takes the first
-that the attention offers. MHA offers its values; MLA its compressed latent, too, where v [B, S, H, K]
-is the latent cut into H chunks. Rows are [B, S, H, M, K]: what a head mixes stands together, and
-no layer has to move it.
+The transformer owns one memory and looks its rows up once per forward pass; each attention layer
+holds a mixer made by that memory and calls `v = mixer(x, v, rows)`, with the rows as tensors or,
+where look-up and sum are one (fused_mix.py), as the places to find them. What v is depends on the
+attention: a memory names the `sites` it can be injected at, best first, and takes the first that
+the attention offers. MHA offers its values; MLA its compressed latent, too, where v [B, S, H, K] is
+the latent cut into H chunks. Rows are [B, S, H, M, K]: what a head mixes stands together, and no
+layer has to move it.
 
 MoVE (arXiv 2601.22887): M_t = E[w_t], gates g = 2 sigmoid(x W_G) in (0, 2), and for head h
 V = g_0 V + sum_i g_i M_i. W_G starts at zero, where every gate is 1. LaVE is the same sum with
