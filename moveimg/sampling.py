@@ -75,8 +75,8 @@ def iter_codes(
 
     cache = generator.make_cache(len(labels))
     # All that `choose` depends on beside its arguments: with other values it is another function.
-    known = (guided, settings.temperature, settings.top_k, settings.top_p)
-    choose_fast = cache.recorded(known, choose)
+    key = (guided, settings.temperature, settings.top_k, settings.top_p)
+    choose_fast = cache.recorded(key, choose)
     logits = generator.start(labels, cache)
     for position, scale in enumerate(scales):
         if position == 0 and not torch.isfinite(logits).all():  # once: it waits for the device

@@ -77,7 +77,7 @@ class Recorder(torch.nn.Module):
         self.asked = []
 
     def make_cache(self, batch):
-        return SimpleNamespace(recorded=lambda known, function: function)
+        return SimpleNamespace(recorded=lambda key, function: function)
 
     def start(self, labels, cache):
         self.labels = labels

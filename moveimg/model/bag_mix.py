@@ -33,7 +33,7 @@ def places(ids: Tensor, first: int, slots: int, every: int, heads: int) -> Tenso
 
 
 def bag_mix(
-    table: Tensor, ids: Tensor, found: Tensor, logits: Tensor, v: Tensor | None, gated: bool,
+    table: Tensor, ids: Tensor, bags: Tensor, logits: Tensor, v: Tensor | None, gated: bool,
     carriers: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
     """As fused_mix.mix: sum_i g_i rows_i, plus (g_0) v where there is v, [B, S, H, K].
@@ -41,7 +41,7 @@ def bag_mix(
     Args:
         table: [N, A, H, K], without a gradient.
         ids: int64 [B, S], -1 where no row stands.
-        found: what `places` says of them.
+        bags: what `places` says of them.
         logits: [B, S, H, G]; the gates are 2 sigmoid(logits).
         v: [B, S, H, K] or None.
         gated: whether gate 0 is that of v.
@@ -49,8 +49,8 @@ def bag_mix(
     """
     gates = 2 * torch.sigmoid(logits.to(table.dtype))
     g_i = gates[..., int(gated) :] * (ids >= 0)[..., None, None]
-    weights, rows = g_i.reshape(found.shape), table.flatten(0, 2)
-    sums = F.embedding_bag(found, rows, mode="sum", per_sample_weights=weights)
+    weights, rows = g_i.reshape(bags.shape), table.flatten(0, 2)
+    sums = F.embedding_bag(bags, rows, mode="sum", per_sample_weights=weights)
     out = sums.view(*logits.shape[:3], -1).to(logits.dtype if v is None else v.dtype)
     if carriers is not None:
         out = Factors.apply(out, logits, *carriers)

@@ -33,13 +33,13 @@ class BankRows(NamedTuple):
         table: [N, A, H, K].
         ids: int64 [B, S], -1 where no row stands.
         carriers: [B, S, H, K] and [B, S, H, G], through which gradients reach the bank, or None.
-        found: what bag_mix.places says of the slots that the layer reads, where that mixes.
+        bags: what bag_mix.places says of the slots that the layer reads, where that mixes.
     """
 
     table: Tensor
     ids: Tensor
     carriers: tuple[Tensor, Tensor] | None = None
-    found: Tensor | None = None
+    bags: Tensor | None = None
 
     def gathered(self) -> Tensor:
         """The rows themselves, [B, S, H, A, K], without a gradient."""
@@ -108,7 +108,7 @@ def look_up(
             for first in set(firsts)
             if first is not None
         }
-        rows = [BankRows(table, ids, found=named[first]) for first in firsts]
+        rows = [BankRows(table, ids, bags=named[first]) for first in firsts]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tables):
         at = [first for first in firsts if first is not None]
         pairs = carriers(tables, ids, at, [heads, slots, gates], gated, dtype)
@@ -127,8 +127,8 @@ def mix(rows: BankRows, logits: Tensor, v: Tensor | None, first: int, gated: boo
         first: the first of the slots to read; there are as many as gates for them.
         gated: whether gate 0 is that of v; without v it is not looked at.
     """
-    if rows.found is not None:
-        return bag_mix(rows.table, rows.ids, rows.found, logits, v, gated, rows.carriers)
+    if rows.bags is not None:
+        return bag_mix(rows.table, rows.ids, rows.bags, logits, v, gated, rows.carriers)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         pair = rows.carriers or (None, None)
         return mix_op(rows.table, rows.ids, logits, v, first, gated, *pair)

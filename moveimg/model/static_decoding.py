@@ -79,11 +79,11 @@ class Handle:
     def __init__(self, steps: Steps) -> None:
         self.steps, self.position = steps, 0
 
-    def recorded(self, known: Hashable, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def recorded(self, key: Hashable, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """As Cache.recorded; the last function is kept for the next decoding."""
         steps = self.steps
-        if steps.call is None or steps.call[0] != known:
-            steps.call = (known, Call(steps.recorder, function))
+        if steps.call is None or steps.call[0] != key:
+            steps.call = (key, Call(steps.recorder, function))
         return steps.call[1]
 
 

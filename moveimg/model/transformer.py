@@ -66,11 +66,11 @@ class Cache:
         for layer in self.layers:
             layer.filled = position
 
-    def recorded(self, known: Hashable, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def recorded(self, key: Hashable, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`function`, to be called at every step; a cache of recorded steps may record it, too.
 
         Args:
-            known: all that it depends on beside its arguments (tensors of one shape, and numbers).
+            key: all that it depends on beside its arguments (tensors of one shape, and numbers).
             function: waits for nothing on the device.
         """
         return function
