@@ -14,7 +14,7 @@ import torch
 
 from moveimg.inspection.bank import _gradient_norms
 from moveimg.inspection.maps import bank_maps, without_bank
-from moveimg.model import fused_bank, memory
+from moveimg.model import fused_bank, fused_mix, memory
 from moveimg.model.fused_bank import INTERPRETED
 from moveimg.model.fused_mix import look_up, mix
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
@@ -259,6 +259,8 @@ def test_a_look_inside_sees_the_rows():
         {"kind": "lave", "layers": "all"},
     ],
 )
-def test_a_block_keeps_what_the_budget_says(memory):
+def test_a_block_keeps_what_the_budget_says(memory, monkeypatch):
+    # what is kept has its size whatever is in it, and the interpreter takes its time
+    monkeypatch.setattr(fused_mix, "_launch", lambda kernel, *given: None)
     counted, expected = counted_and_expected(memory)
     assert counted == pytest.approx(expected, rel=3e-3)  # LaVE's table grows with the layers
