@@ -11,6 +11,7 @@ import tokenizer as tok
 from moveimg.config import TokenizerTrainConfig, load_config, validate
 from moveimg.data.codes import PackedCodes
 from moveimg.training import tokenizer as training
+from moveimg.training.distributed import Plan
 from moveimg.training.loop import Run
 from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
 from tests.test_cli import run
@@ -23,17 +24,20 @@ TINY = {
 JUDGE = {"start": 3, "n_layers": 1, "width": 4, "lr": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Two classes of smooth colour pictures."""
-    root = tmp_path_factory.mktemp("images")
+def smooth_pictures(root: Path) -> Path:
+    """Two classes of smooth colour pictures, in a folder."""
     rng = np.random.default_rng(0)
     for index in range(12):
         path = root / ("warm" if index % 2 else "cold") / f"{index}.png"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         coarse = Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8))
         coarse.resize((16, 16), Image.Resampling.BICUBIC).save(path)
     return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return smooth_pictures(tmp_path_factory.mktemp("images"))
 
 
 def make_config(folder, out, quantizer=None, **changes) -> TokenizerTrainConfig:
@@ -135,7 +139,7 @@ def test_the_discriminator_learns_and_its_scalars_are_logged(folder, tmp_path):
     config = make_config(folder, tmp_path, adversarial=JUDGE | {"start": 0})
     torch.manual_seed(0)
     model = tok.build(tok.parse_config({"kind": "vq"} | config.tokenizer, "test"))
-    task = TokenizerTask(config, model, CPU)
+    task = TokenizerTask(config, model, Plan())
     assert task.adversary is not None
     images = task.val.repeat(3, 1, 1, 1)
     noisy = images + 0.5 * torch.randn_like(images)
@@ -159,7 +163,7 @@ def test_the_perceptual_loss_is_weighed_into_the_reconstruction(folder, tmp_path
     config = make_config(folder, tmp_path, perceptual_weight=2.0, l1_weight=0.5)
     torch.manual_seed(0)
     model = tok.build(tok.parse_config({"kind": "vq"} | config.tokenizer, "test"))
-    loss, terms = TokenizerTask(config, model, CPU).loss(0)
+    loss, terms = TokenizerTask(config, model, Plan()).loss(0)
     weights = {"l1": 0.5, "l2": 1, "perceptual": 2, "codebook": 1, "commitment": 0.25}
     expected = sum(weight * terms[name].item() for name, weight in weights.items())
     assert loss.item() == pytest.approx(expected, rel=1e-6) and terms["perceptual"] > 0
@@ -198,7 +202,7 @@ def test_codes_of_every_quantizer_are_packed_and_decoded(folder, tmp_path, kind)
     assert codes.shape == (len(packed), 16) and codes.min() >= 0 and codes.max() < 16
     images = tokenizer.decode(codes)
     assert images.shape == (len(packed), 3, 16, 16)
-    task = TokenizerTask(config, tokenizer, CPU)
+    task = TokenizerTask(config, tokenizer, Plan())
     again = torch.stack([task_image(task, index) for index in range(len(packed))])
     assert torch.equal(tokenizer.encode(again), codes)
 

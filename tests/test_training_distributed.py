@@ -11,9 +11,11 @@ from torch._dynamo.testing import CompileCounter
 from moveimg.model import Transformer
 from moveimg.training.distributed import Plan, World, part_seed, plan, spread
 from moveimg.training.generator import train_generator
+from moveimg.training.tokenizer import train_tokenizer
 from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, lively, random_inputs, tiny_config
+from tests.test_tokenizer_training import JUDGE, make_config, smooth_pictures
 from tests.test_training import CPU, die_at_step_5, newest_state, train_config
-from tests.tools.processes import launch
+from tests.tools.processes import job, launch
 
 EVERY = {"micro_batch": 4, "validate_every": 1, "checkpoint_every": 2, "log_every": 4}
 # what FSDP2 has most to do with: tables in the blocks and outside, experts, a latent, recomputing
@@ -39,6 +41,16 @@ JOBS: dict[str, tuple[dict, int | None]] = {
 }
 
 
+MANY = ("one", "two")
+# the first two do nothing that depends on how a batch is cut
+TOKENIZERS: dict[str, dict] = {
+    "vq": {"quantizer": {"kind": "vq", "init_from_data": False, "reseed_after": 0}, "steps": 4},
+    "ibq": {"quantizer": {"kind": "ibq"}, "steps": 4},  # its sharp choices enlarge what is rounded
+    "judged": {"adversarial": JUDGE | {"start": 2}},
+    "judged, parted": {"adversarial": JUDGE | {"start": 2}},
+}
+
+
 @pytest.fixture(scope="module")
 def folder(digits, tmp_path_factory):
     """Every job's run by one process, in one/NAME, and by two, in two/NAME."""
@@ -57,10 +69,13 @@ def folder(digits, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         begun = config("two", "fsdp, begun by one")
         die_at_step_5(patch, lambda: train_generator(begun, CPU))
-    jobs = [
-        {"config": config("two", name).model_dump(mode="json", exclude_unset=True), "stop_at": stop}
-        for name, (_, stop) in JOBS.items()
-    ]
+    jobs = [job(config("two", name), stop) for name, (_, stop) in JOBS.items()]
+    images = smooth_pictures(folder / "images")
+    for name, changes in TOKENIZERS.items():
+        one, two = (make_config(images, folder / many / name, **changes) for many in MANY)
+        if not name.startswith("judged"):
+            train_tokenizer(one, CPU)
+        jobs += [job(two, stop) for stop in ([4, None] if name.endswith("parted") else [None])]
     launch(2, jobs, folder)
     ended = config("two", "fsdp, ended by one")
     assert [line["step"] for line in curve(ended.out)] == [1, 2, 3, 4]  # both stopped there
@@ -83,6 +98,24 @@ def test_two_processes_compute_what_one_does(folder, name):
     tolerance = 1e-3 if name == "muon" else 2e-5
     for key, value in expected.items():
         assert torch.allclose(value, found[key], atol=tolerance), key
+
+
+@pytest.mark.parametrize("name", ["vq", "ibq"])
+def test_two_processes_train_the_tokenizer_that_one_does(folder, name):
+    one, two = (newest_state(folder / many / name) for many in MANY)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=2e-5), key
+    lines = [curve(folder / many / name) for many in MANY]
+    for key in ("mse", "usage", "perplexity"):
+        expected, found = ([line[key] for line in part] for part in lines)
+        assert found == pytest.approx(expected, rel=1e-4), key
+
+
+def test_two_processes_go_on_with_a_tokenizer_to_the_same_bits(folder):
+    whole, parted = (newest_state(folder / "two" / n) for n in ("judged", "judged, parted"))
+    assert whole.keys() == parted.keys()
+    assert all(torch.equal(value, parted[key]) for key, value in whole.items())
 
 
 def test_both_processes_wrote_shards(folder):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.processes import mean
+
 MOST_WEIGHT = 1e4
 
 
@@ -56,10 +58,10 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         last_layer: L, the decoder's last weight.
 
     Returns:
-        a scalar without a gradient.
+        a scalar without a gradient, of the images of all processes.
     """
     gradients = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+        mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
         for loss in (reconstruction, adversarial)
     ]
     ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.losses import CODEBOOK_WEIGHTS, codebook_losses
+from tokenizer.processes import total
 
 SCORES_AT_ONCE = 2**24
 """Elements of the score matrix held at once (64 MiB in float32)."""
@@ -78,6 +79,7 @@ class Quantizer(nn.Module):
         quantized, codes, losses = self.choose(vectors, codebook)
         counts = codes.bincount(minlength=len(codebook))
         if self.training:
+            counts = total(counts)
             self.record(counts)
         b, _, h, w = z.shape
         return QuantizerOutput(
@@ -103,7 +105,7 @@ class Quantizer(nn.Module):
         return {}
 
     def record(self, counts: Tensor) -> None:
-        """After a training batch, in which code i occurred counts[i] times."""
+        """After a training batch, in which code i occurred counts[i] times, on all processes."""
 
     def training_state(self) -> dict[str, Tensor | None]:
         """What resuming a training needs and no tokenizer file holds."""

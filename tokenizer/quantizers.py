@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,15 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from tokenizer.codebook import Choice, Quantizer, likeliest_codes, rows_at_once
 from tokenizer.config import IBQQuantizerConfig, SimVQQuantizerConfig, VQQuantizerConfig
 from tokenizer.losses import codebook_losses
+from tokenizer.processes import from_first, mean
 
 
 class VectorQuantizer(Quantizer):
     """Nearest codebook vector (VQ-VAE, arXiv 1711.00937) with re-seeding of dead codes.
 
     A code that no vector chose for `reseed_after` training steps is put onto a vector of the
-    current batch. The record of use is never saved, and does not exist outside training. With
-    torch.distributed running, every process sees the use of all, and takes new vectors from
-    rank 0, so that replicas stay equal. Parameters must be whole (not sharded) on each process.
+    current batch. The record of use is never saved, and does not exist outside training. Where
+    several processes train, each sees the use of all and takes new vectors from the first one, so
+    that replicas stay equal. Parameters must be whole (not sharded) on each process.
     """
 
     def __init__(
@@ -48,9 +48,6 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def record(self, counts: Tensor) -> None:
         assert self.idle_steps is not None  # made by prepare
-        if _distributed():
-            counts = counts.clone()
-            dist.all_reduce(counts)
         self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
 
     def training_state(self) -> dict[str, Tensor | None]:
@@ -72,7 +69,7 @@ class VectorQuantizer(Quantizer):
         if self.awaits_data:
             self.awaits_data = False
             weight.copy_(_resample(vectors, len(weight)))
-            _broadcast(weight)
+            from_first(weight)
             return torch.zeros_like(self.idle_steps[0])
         limit = self.config.reseed_after or torch.iinfo(torch.int64).max
         dead = (self.idle_steps >= limit).nonzero().flatten()
@@ -82,8 +79,8 @@ class VectorQuantizer(Quantizer):
             dead = dead[: len(chosen)]
             weight[dead] = vectors[chosen].to(weight.dtype)
             self.idle_steps[dead] = 0
-            _broadcast(weight)
-            _broadcast(self.idle_steps)
+            from_first(weight)
+            from_first(self.idle_steps)
         return torch.tensor(len(dead), device=weight.device)
 
 
@@ -151,7 +148,7 @@ class IndexQuantizer(Quantizer):
             chosen = F.embedding(index, codebook)  # [n, D]
             # the value is `chosen` to the bit; C as a value is moved by the chosen row alone
             quantized = chosen + (expected - expected.detach())
-            mean_usage = _mean_over_processes(torch.stack(usage).sum(0) / len(vectors))  # [N]
+            mean_usage = mean(torch.stack(usage).sum(0) / len(vectors))  # [N]
             # 1e-5: an unused code has a finite gradient
             spread = -(mean_usage * (mean_usage + 1e-5).log()).sum()
             losses = {
@@ -176,24 +173,6 @@ def _resample(vectors: Tensor, count: int) -> Tensor:
     order = [torch.randperm(len(vectors), device=vectors.device) for _ in range(rounds)]
     chosen = vectors[torch.cat(order)[:count]]
     return chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _broadcast(tensor: Tensor) -> None:
-    if _distributed():
-        dist.broadcast(tensor.detach(), src=0)
-
-
-def _mean_over_processes(tensor: Tensor) -> Tensor:
-    """The mean of all, with the gradient of one's own: gradients are averaged over processes."""
-    if not _distributed():
-        return tensor
-    mean = tensor.detach().clone()
-    dist.all_reduce(mean)
-    return tensor + (mean / dist.get_world_size() - tensor.detach())
 
 
 def _keep_loaded_codebook(module: nn.Module, _: object) -> None:

@@ -48,17 +48,19 @@ def train_tokenizer(
     restart: Restart = False,
     device: Device = None,
 ) -> None:
-    """Images -> tokenizer directory. The same command continues a run that was stopped."""
+    """Images -> tokenizer directory. The same command continues a run that was stopped.
+
+    On several devices: torchrun --nproc-per-node N -m moveimg train-tokenizer CONFIG
+    """
     from moveimg.config import TokenizerTrainConfig, load_config
     from moveimg.training import tokenizer
     from moveimg.training.distributed import processes
 
     with processes(device) as world:
-        if world.size > 1:
-            raise ValueError(f"train-tokenizer runs in one process, not in {world.size}")
         settings = load_config(config, TokenizerTrainConfig, set or [])
-        result = tokenizer.train_tokenizer(settings, world.device, restart)
-        print(f"{settings.out}: {numbers(result)}")
+        result = tokenizer.train_tokenizer(settings, world, restart)
+        if world.main:
+            print(f"{settings.out}: {numbers(result)}")
 
 
 @command

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from moveimg.config import TokenizerTrainConfig
 from moveimg.training.optimizer import learning_rate
 from tokenizer import adversarial
+from tokenizer.processes import mean
 
 
 class Adversary:
     """A PatchGAN with an optimizer of its own (VQGAN, arXiv 2012.09841, section 3.1).
 
     From step `start` on, each step first teaches it the step's images and reconstructions, then
-    lets it judge the reconstructions. Before, it costs nothing and changes nothing.
+    lets it judge the reconstructions. Before, it costs nothing and changes nothing. Where several
+    processes train, its gradients are averaged over them; its BatchNorms see a process's own images
+    (as LlamaGen's and taming's do).
     """
 
     def __init__(self, config: TokenizerTrainConfig, channels: int, device: torch.device) -> None:
@@ -49,6 +52,9 @@ class Adversary:
         loss = adversarial.discriminator_loss(real, fake)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for parameter in self.discriminator.parameters():
+            assert parameter.grad is not None
+            parameter.grad = mean(parameter.grad)
         nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.clip)
         self.optimizer.step()
         return {

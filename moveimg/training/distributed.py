@@ -48,7 +48,7 @@ class World:
         """The mean over processes of a tensor that each has, on the CPU, in float64."""
         if self.size == 1:
             return values.detach().cpu().double()
-        values = values.detach().to(self.device, torch.float64)
+        values = values.detach().to(self.device, torch.float64, copy=True)
         dist.all_reduce(values)
         return (values / self.size).cpu()
 
@@ -69,6 +69,15 @@ class World:
     def wait(self) -> None:
         """Go on when every process is here."""
         self.any(False)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Around what fetches a file: the first process does it, then the others find it there."""
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
 
 
 @contextmanager

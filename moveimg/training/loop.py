@@ -98,8 +98,7 @@ class Run:
         self.logs = config.out / "training"
         self.ema = ModelEmaV3(task.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.called = spread(task.model, None if self.ema is None else self.ema.module, plan)
-        if isinstance(task, Watched):
-            task.forward = self.called
+        task.forward = self.called
         self.optimizers = make_optimizers(task.model, config.optimizer)
         self.checkpoints = Checkpoints(
             self.logs / "checkpoints", config.keep_checkpoints, self.world

@@ -13,6 +13,7 @@ class Task(Protocol):
     """What is trained: a model, its loss, and what to show and keep of it."""
 
     model: nn.Module
+    forward: nn.Module  # what loss is to call in the place of the model; set by the loop
 
     def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's loss with its graph, and scalars to log.
@@ -39,8 +40,6 @@ class Task(Protocol):
 @runtime_checkable
 class Watched(Protocol):
     """What a task may have beside that: more to log, and names for what it is trained on."""
-
-    forward: nn.Module  # what loss is to call in the place of the model; set by the loop
 
     def identity(self) -> dict[str, str]:
         """What the run's data is; a run on other data is another run."""

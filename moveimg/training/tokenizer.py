@@ -18,6 +18,7 @@ from moveimg.data.crops import count_views, crop_views, to_tensor
 from moveimg.data.images import ImageSource, open_images
 from moveimg.pictures import labelled_grid, to_pil
 from moveimg.training.adversary import Adversary
+from moveimg.training.distributed import Plan, World
 from moveimg.training.loop import fit
 from tokenizer.losses import ImageLoss
 from tokenizer.perceptual import load_perceptual_loss
@@ -46,9 +47,11 @@ class TokenizerTask:
     model: nn.Module
 
     def __init__(
-        self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, device: torch.device
+        self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Plan
     ) -> None:
-        self.config, self.model, self.device = config, model, device
+        self.config, self.model, self.plan = config, model, plan
+        self.forward: nn.Module = model
+        self.device = device = plan.world.device
         self.train = open_images(config.images.source, "train")
         val = open_images(config.images.source, "val")
         shown = range(min(len(val), MOST_VALIDATED))
@@ -59,14 +62,16 @@ class TokenizerTask:
         self.perceptual: ImageLoss | None = None
         if config.perceptual_weight:
             self.reconstruction_weights["perceptual"] = config.perceptual_weight
-            self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
+            with plan.world.first_alone():
+                self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
         self.weights = self.reconstruction_weights | dict(model.quantize.loss_weights)
         self.adversary: Adversary | None = None
         if config.adversarial is not None:
             self.adversary = Adversary(config, self.val.shape[1], device)
         self._batches: Iterator[Tensor] | None = None
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        step = index // self.plan.parts
         if self._batches is None:
             workers = 0 if len(self.train) < MOST_VALIDATED else 4
             views = RandomViews(self.train, self.config)
@@ -80,7 +85,7 @@ class TokenizerTask:
         images = next(self._batches).to(self.device)
         bfloat16 = self.config.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            out = self.model(images)
+            out = self.forward(images)
             losses = dict(out.losses)
             if self.perceptual is not None:
                 losses["perceptual"] = self.perceptual(out.reconstruction, images)
@@ -105,17 +110,23 @@ class TokenizerTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean squared error on [-1, 1] of held-out images as decoded, and their code usage."""
+        """Mean squared error on [-1, 1] of held-out images as decoded, and their code usage.
+
+        The processes share the batches; all get the same numbers.
+        """
         assert isinstance(model, vq.AutoencoderTokenizer)
-        errors, counts = [], torch.zeros(model.codebook_size, dtype=torch.int64)
-        for images in self.val.split(max(VALIDATED_AT_ONCE, self.config.batch_size)):
+        world = self.plan.world
+        error, counts = torch.zeros(1).double(), torch.zeros(model.codebook_size).double()
+        batches = self.val.split(max(VALIDATED_AT_ONCE, self.config.batch_size))
+        for images in batches[world.rank :: world.size]:
             codes = model.encode(images)
             grid = tuple(side // model.downsample for side in images.shape[2:])
             decoded = model.decode(codes, (grid[0], grid[1])).cpu()
-            errors.append((decoded - images).square().flatten(1).mean(1))
+            error += (decoded - images).square().double().mean() * len(images)
             counts += codes.flatten().bincount(minlength=model.codebook_size).cpu()
+        error, counts = (world.mean(part) * world.size for part in (error, counts))
         stats = {key: value.item() for key, value in vq.code_statistics(counts).items()}
-        return {"mse": torch.cat(errors).mean().item(), **stats}
+        return {"mse": error.item() / len(self.val), **stats}
 
     def preview(self, model: nn.Module) -> Image.Image:
         """Held-out images above their reconstructions."""
@@ -143,8 +154,12 @@ class TokenizerTask:
             self.adversary.load_state(state)
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """(image, view) keys of the batches from `step` on: functions of (seed, step) alone."""
+        """(image, view) keys of the batches from `step` on: functions of (seed, step) alone.
+
+        Of each batch, those that this process is to take.
+        """
         n, size, seed = len(self.train), self.config.batch_size, self.config.seed
+        world, share = self.plan.world, size // self.plan.world.size
         n_views = count_views(self.config.images.crops, self.config.images.ranges)
         place = step * size
         while True:
@@ -155,19 +170,35 @@ class TokenizerTask:
                 choice = crop_choice(n, n_views, seed, epoch)
                 batch += [(int(i), int(choice[i])) for i in order]
                 place += len(order)
-            yield batch
+            yield batch[world.rank * share : (world.rank + 1) * share]
 
 
 def train_tokenizer(
-    config: TokenizerTrainConfig, device: torch.device, restart: bool = False
+    config: TokenizerTrainConfig, world: World | torch.device, restart: bool = False
 ) -> dict:
-    """`moveimg train-tokenizer`: make a tokenizer directory at config.out."""
+    """`moveimg train-tokenizer`: make a tokenizer directory at config.out.
+
+    Args:
+        config: the run's settings.
+        world: the processes that share it, or the device of the only one.
+        restart: throw an earlier run in config.out away first.
+
+    Returns:
+        the held-out scalars.
+
+    Raises ValueError or FileNotFoundError for images or weights that are missing, or for sizes
+    that do not go together.
+    """
+    world = World(device=world) if isinstance(world, torch.device) else world
+    if config.batch_size % world.size:
+        raise ValueError(f"batch_size {config.batch_size}: {world.size} processes cannot share it")
     settings = vq.parse_config({"kind": "vq"} | config.tokenizer, "tokenizer")
     torch.manual_seed(config.seed)
-    model = vq.build(settings).to(device)
+    model = vq.build(settings).to(world.device)
     if config.images.size % model.downsample:
         raise ValueError(
             f"images.size {config.images.size}: expected a multiple of the tokenizer's "
             f"downsampling, {model.downsample}"
         )
-    return fit(TokenizerTask(config, model, device), config, device, restart)
+    plan = Plan(world, parts=world.size)
+    return fit(TokenizerTask(config, model, plan), config, world.device, restart, plan)

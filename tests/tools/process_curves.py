@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from moveimg.training.generator import train_generator
 from tests.test_training import CPU, encode_tiny_digits, newest_state, train_config
-from tests.tools.processes import launch
+from tests.tools.processes import job, launch
 
 NAMES = {"one": "one process", "ddp": "two, DDP", "fsdp": "two, FSDP2"}
 
@@ -38,11 +38,7 @@ def main() -> None:
         for name in NAMES
     }  # fmt: skip
     train_generator(configs["one"], CPU)
-    shared = [configs["ddp"], configs["fsdp"]]
-    jobs = [
-        {"config": c.model_dump(mode="json", exclude_unset=True), "stop_at": None} for c in shared
-    ]
-    launch(2, jobs, folder)
+    launch(2, [job(configs["ddp"]), job(configs["fsdp"])], folder)
     curves = {name: losses(configs[name].out) for name in NAMES}
     weights = newest_state(configs["one"].out)
     figure = Figure(figsize=(8, 3), layout="constrained")

@@ -2,8 +2,8 @@
 
 `launch` starts `python -m tests.tools.processes JSON` N times, with the jobs of the file.
 
-A job is {"config": settings of a run, "stop_at": step or null}. At `stop_at` the last process, and
-it alone, gets SIGTERM.
+After each step of a tokenizer all weights, those of its discriminator, too, must be the same in
+every process.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moveimg.config import RunConfig, TokenizerTrainConfig, TrainConfig, validate
+
 ROOT = Path(__file__).parents[2]
 
 
+def job(config: RunConfig, stop_at: int | None = None) -> dict:
+    """A run; at step `stop_at` the last process, and it alone, gets SIGTERM."""
+    kind = "generator" if isinstance(config, TrainConfig) else "tokenizer"
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    return {"kind": kind, "config": settings, "stop_at": stop_at}
+
+
 def launch(n: int, jobs: list[dict], folder: Path) -> None:
-    """Run the jobs in `n` processes. Raises RuntimeError with what they said if one fails."""
+    """Do jobs (of `job`) in `n` processes. Raises RuntimeError with what they said if one fails."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs, default=str))
     with socket.socket() as free:
@@ -47,11 +56,18 @@ def launch(n: int, jobs: list[dict], folder: Path) -> None:
 def work(jobs: list[dict]) -> None:
     """What one of the processes does."""
     import torch
+    from torch.nn.utils import parameters_to_vector
 
-    from moveimg.config import TrainConfig, validate
-    from moveimg.training.distributed import processes
+    from moveimg.training.distributed import World, processes
     from moveimg.training.generator import train_generator
     from moveimg.training.loop import Run
+    from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
+
+    def require_replicas(task: TokenizerTask, world: World) -> None:
+        judge = [] if task.adversary is None else [task.adversary.discriminator]
+        for model in (task.model, *judge):
+            weights = parameters_to_vector(model.parameters()).detach().double()
+            assert torch.equal(world.mean(weights), weights)
 
     torch.set_num_threads(1)
     advance = Run.advance
@@ -60,13 +76,18 @@ def work(jobs: list[dict]) -> None:
 
             def dying(run: Run, stop_at: int | None = job["stop_at"]) -> dict:
                 scalars = advance(run)
+                if isinstance(run.task, TokenizerTask):
+                    require_replicas(run.task, world)
                 if run.step == stop_at and world.rank == world.size - 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return scalars
 
             Run.advance = dying  # type: ignore[method-assign]
             try:
-                train_generator(validate(TrainConfig, job["config"], "job"), world)
+                if job["kind"] == "tokenizer":
+                    train_tokenizer(validate(TokenizerTrainConfig, job["config"], "job"), world)
+                else:
+                    train_generator(validate(TrainConfig, job["config"], "job"), world)
             except SystemExit as stop:
                 assert stop.code == 143 and job["stop_at"], stop.code
 
