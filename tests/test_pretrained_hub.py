@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from moveimg.checkpoint import ModelParts, load_model, save_model
-from moveimg.config import SIZES, SamplingSettings
+from moveimg.checkpoint import ModelParts, load_model, save_model, write_json
+from moveimg.config import SIZES, SamplingSettings, TrainConfig
 from moveimg.files import atomic_directory
 from moveimg.pipeline import Pipeline, resolve
 from moveimg.pretrained import hub, llamagen, share
@@ -33,6 +34,10 @@ def model_directory(tmp_path):
     about = {"step": 30, "val": {"loss": 1.23456, "accuracy": 0.5}}
     save_model(tmp_path / "model", parts, about)
     return tmp_path / "model"
+
+
+def model_config(directory):
+    return json.loads((directory / "config.json").read_text())
 
 
 @pytest.mark.usefixtures("offline")
@@ -113,6 +118,47 @@ def test_hub_ids_load_what_push_uploads(monkeypatch, model_directory, tmp_path):
     (uploaded / "classes.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"is no moveimg model.*lacks classes\.json"):
         resolve("owner/name")
+
+
+def test_push_publishes_no_folder_of_this_machine(model_directory, tmp_path):
+    run = {
+        "out": "/home/anna/out", "steps": 30, "init_from": "llamagen-b-256", "dtype": "auto",
+        "data": {"codes": None, "images": {"source": "/home/anna/photos", "size": 8,
+                 "crops": "ten", "ranges": [1.0]}, "tokenizer": "/home/anna/vq"},
+        "model": {"n_layer": 1, "n_head": 1, "width": 8},
+        "evaluation": {"every": 5, "reference": "/home/anna/r.npz", "extractor": "/home/anna/e",
+                       "inception_weights": "/home/anna/w"},
+    }  # fmt: skip
+    config = model_config(model_directory)
+    before = {"step": 30, "run": TrainConfig.model_validate(run).model_dump(mode="json")}
+    config["about"] = {"source": "upcycled", "from": "anna", "before": before}
+    write_json(model_directory / "config.json", config)
+    uploaded = {}
+
+    class Api:
+        def create_repo(self, *_, **__):
+            pass
+
+        def upload_folder(self, *, folder_path, **_):
+            uploaded.update(model_config(folder_path))
+
+    share.push(model_directory, "owner/name", api=Api())
+    assert "anna" not in json.dumps(uploaded)
+    assert uploaded["model"] == config["model"] and uploaded["about"]["source"] == "upcycled"
+    kept = uploaded["about"]["before"]["run"]
+    assert kept["steps"] == 30 and kept["init_from"] == "llamagen-b-256"
+    assert kept["data"] == {"codes": None, "images": {"size": 8, "crops": "ten", "ranges": [1.0]}}
+    assert model_config(model_directory) == config  # what lies here keeps them
+
+
+def test_every_setting_that_is_a_path_is_known_as_local():
+    schema = TrainConfig.model_json_schema()
+    parts = [schema, *schema["$defs"].values()]
+    paths = {
+        name for part in parts for name, field in part.get("properties", {}).items()
+        if '"format": "path"' in json.dumps(field)
+    }  # fmt: skip
+    assert paths and paths <= share.LOCAL
 
 
 def test_the_card_tells_config_settings_classes_and_results(model_directory):

@@ -6,18 +6,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moveimg.checkpoint import read_about, read_model_config
+from moveimg.checkpoint import read_about, read_model_config, write_json
 from moveimg.config import read_json
 from moveimg.files import write_text
 from moveimg.model.cost import model_cost
-from moveimg.pretrained.hub import MODEL_FILES, reason_of
+from moveimg.pretrained.hub import MODEL_FILES, PUBLISHED, reason_of
 
 CARD = "README.md"
 SHOWN_CLASSES = 20
+# Settings of a run that name files and folders of the machine it ran on, and values that do not
+LOCAL = {
+    "out", "codes", "source", "tokenizer", "init_from",
+    "reference", "extractor", "inception_weights",
+}  # fmt: skip
+PUBLIC = (None, "digits", *PUBLISHED)
 
 
 def push(directory: Path, repo_id: str, *, private: bool = False, api: Any = None) -> str:
     """Upload a model directory and its card in one commit; returns the repository's address.
+
+    What config.json says of the folders here is left out (see public_config).
 
     Args:
         directory: a model directory. A README.md in it is taken as the card; without one, a card
@@ -37,6 +45,7 @@ def push(directory: Path, repo_id: str, *, private: bool = False, api: Any = Non
     if missing:
         raise FileNotFoundError(f"{directory}: no whole model here (it lacks {missing[0]})")
     own = directory / CARD
+    config = public_config(directory)
     text = own.read_text(encoding="utf-8") if own.is_file() else model_card(directory, repo_id)
     if api is None:
         from huggingface_hub import HfApi
@@ -48,6 +57,8 @@ def push(directory: Path, repo_id: str, *, private: bool = False, api: Any = Non
         for file in MODEL_FILES:
             (staged / file).parent.mkdir(exist_ok=True)
             (staged / file).symlink_to((directory / file).resolve())
+        (staged / "config.json").unlink()
+        write_json(staged / "config.json", config)
         write_text(staged / CARD, text)
         try:
             api.create_repo(repo_id, exist_ok=True, private=private)
@@ -55,6 +66,26 @@ def push(directory: Path, repo_id: str, *, private: bool = False, api: Any = Non
         except Exception as error:  # which kinds, depends on huggingface_hub's transport
             raise OSError(f"huggingface.co/{repo_id}: not uploaded: {reason_of(error)}") from None
     return f"https://huggingface.co/{repo_id}"
+
+
+def public_config(directory: Path) -> dict[str, Any]:
+    """config.json as it is published: without the names of files and folders of this machine.
+
+    Raises ValueError if it is not of a model.
+    """
+    read_model_config(directory)
+    return read_json(directory / "config.json") | {"about": _nameless(read_about(directory))}
+
+
+def _nameless(about: dict[str, Any], in_run: bool = False) -> dict[str, Any]:
+    """`about` without the folder a model was made from, and without its run's LOCAL settings."""
+    kept: dict[str, Any] = {}
+    for key, value in about.items():
+        if isinstance(value, dict):
+            kept[key] = _nameless(value, in_run or key == "run")
+        elif not (key in LOCAL if in_run else key == "from") or value in PUBLIC:
+            kept[key] = value
+    return kept
 
 
 def model_card(directory: Path, repo_id: str) -> str:
