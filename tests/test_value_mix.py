@@ -125,6 +125,18 @@ def test_values_and_gradients_equal_the_formula_in_float64(name, monkeypatch):
         assert right.abs().max() > 0
 
 
+@pytest.mark.parametrize("damage", [torch.inf, torch.nan])
+def test_a_row_that_is_not_finite_stays_with_the_codes_that_have_it(damage):
+    case = Case((2, 3, 2, 8, 1), [0, 0], 1)
+    case.ids = torch.tensor([[-1, 2, 3], [-1, 4, 2]])
+    outs, gradients = case.fused()
+    case.tables[0][0] = damage
+    rows = case.look_up(case.tables, case.ids)[0]
+    assert rows.gathered().isfinite().all()
+    for found, expected in zip(case.fused(), (outs, gradients), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_the_banks_gradient_is_added_up_in_float32():
     # 130 times the same code, more than a program takes: bfloat16 counts to 256 only
     out, logits = torch.full((1, 130, 1, 16), 3.0), torch.zeros(1, 130, 1, 1)

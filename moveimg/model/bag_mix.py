@@ -24,11 +24,13 @@ NUMBERS = 2**20  # of rows of the bank's gradient that are added up at once: nea
 def places(ids: Tensor, first: int, slots: int, every: int, heads: int) -> Tensor:
     """ids [B, S] -> the M = `slots` rows from `first` of every head, int64 [T H, M].
 
-    `every` and `heads` are A and H; where no row stands (-1), those of the first code are named.
+    `every` and `heads` are A and H. Where no row stands (-1), those of another token of the
+    sequence are named: their weight is 0, and what is not finite reaches none but its own sequence.
     """
     slot = torch.arange(first, first + slots, device=ids.device)
     head = torch.arange(heads, device=ids.device)[:, None]
-    start = ids.flatten().clamp(min=0)[:, None, None] * every
+    named = torch.where(ids < 0, ids.amax(dim=1, keepdim=True).clamp(min=0), ids)
+    start = named.flatten()[:, None, None] * every
     return ((start + slot) * heads + head).flatten(0, 1)
 
 

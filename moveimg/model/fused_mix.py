@@ -44,7 +44,7 @@ class BankRows(NamedTuple):
     def gathered(self) -> Tensor:
         """The rows themselves, [B, S, H, A, K], without a gradient."""
         rows = self.table.detach()[self.ids.clamp(min=0)].transpose(2, 3)
-        return rows * (self.ids >= 0)[..., None, None, None]
+        return rows.masked_fill((self.ids < 0)[..., None, None, None], 0)
 
 
 def usable(weight: Tensor, whole: bool) -> bool:
