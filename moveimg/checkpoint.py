@@ -66,6 +66,12 @@ def load_model(
 ) -> ModelParts:
     """Read a model directory.
 
+    Args:
+        directory: of `save_model`.
+        device: where the weights go.
+        dtype: of the generator. The tokenizer's is no shorter than float32: pixels are a share of
+            the time, and their bits count in FID (LlamaGen samples so, too).
+
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged or disagrees with another; one line says which and how.
@@ -73,7 +79,8 @@ def load_model(
     directory = Path(directory)
     generator = load_generator(directory, device, dtype)
     config = generator.config
-    tokenizer = vq.load(directory / "tokenizer", device=device, dtype=dtype)
+    precise = torch.promote_types(dtype, torch.float32)
+    tokenizer = vq.load(directory / "tokenizer", device=device, dtype=precise)
     if tokenizer.codebook_size != config.codebook_size:
         raise ValueError(
             f"{directory}: the generator has {config.codebook_size} codes, "

@@ -59,7 +59,8 @@ class Pipeline:
             name_or_path: a bundled name, a model directory, a name of LlamaGen's public weights
                 (`llamagen-b-256`; downloaded and converted once), or a Hub id `owner/name`.
             device: cpu, cuda, mps, ...; left out, an accelerator where there is one.
-            dtype: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else float32.
+            dtype: of the generator, float32, bfloat16 or float64; left out, bfloat16 on CUDA, else
+                float32. The tokenizer paints in float32 at least.
             quantize: int8 samples from matrices of 8 bits (CPU; faster, and slightly off).
 
         Raises:

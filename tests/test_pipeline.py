@@ -237,6 +237,8 @@ def test_unknown_models_and_devices_are_named(directory):
 def test_other_number_types_load_and_sample(directory, dtype):
     pipeline = Pipeline.from_pretrained(directory, device="cpu", dtype=dtype)
     assert pipeline.generator.head.weight.dtype == getattr(torch, dtype)
+    precise = torch.promote_types(getattr(torch, dtype), torch.float32)  # 8 bits are not for pixels
+    assert pipeline.tokenizer.quant_conv.weight.dtype == precise
     assert len(pipeline.sample([0, 1])) == 2
 
 
