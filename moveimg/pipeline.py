@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +236,15 @@ def find_label(class_names: Sequence[str], name_or_index: str | int) -> int:
     if len(exact or matches) == 1:
         return (exact or matches)[0]
     if not matches:
-        known = ", ".join(class_names[:10])
-        more = ", ..." if len(class_names) > 10 else ""
-        raise ValueError(f"unknown class {text!r}: expected an index or a name ({known}{more})")
+        known = {name: i for i, names in enumerate(class_names) for name in synonyms(names)}
+        near = [f"{known[name]} ({name})" for name in get_close_matches(wanted, known)]
+        some = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"such as {', '.join(class_names[:5])}"
+        )
+        last = len(class_names) - 1
+        raise ValueError(f"unknown class {text!r}: expected an index (0..{last}) or a name; {some}")
     some = ", ".join(f"{i} ({class_names[i]})" for i in (exact or matches)[:5])
     raise ValueError(f"class {text!r} fits {len(exact or matches)} classes: {some}; be exact")
 

@@ -66,7 +66,8 @@ def test_classes_by_index_name_synonym_and_part(pipeline):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("zebra", "unknown class 'zebra': expected an index or a name (tench"),
+        ("zebra", "unknown class 'zebra': expected an index (0..4) or a name; such as tench,"),
+        ("goldfsh", "; did you mean 1 (goldfish)?"),
         (5, "class 5: expected 0..4"),
         ("-1", "class -1: expected 0..4"),
         ("crane", "fits 2 classes: 2 (crane), 3 (crane)"),
