@@ -59,6 +59,11 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices by itself."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far: allocated by torch on CUDA, else resident, of this process."""
     if device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -11,9 +12,14 @@ from typer.testing import CliRunner
 from moveimg.bench import workloads
 from moveimg.bench.timing import seconds_of, spread
 from moveimg.cli import app
-from moveimg.config import OptimizerConfig, SamplingSettings
+from moveimg.config import SamplingSettings
+from moveimg.model import Transformer
+from moveimg.training import loop
+from moveimg.training.generator import GeneratorTask
+from moveimg.training.loop import Run
 from tests.conftest import lively, tiny_config
 from tests.test_pipeline import tiny_tokenizer
+from tests.test_training import train_config
 
 CPU = torch.device("cpu")
 
@@ -70,14 +76,70 @@ def test_encoding_counts_its_convolutions():
     assert found["codes_per_second"]["median"] == 2 * 4 / found["seconds"]["median"]
 
 
-def test_a_training_step_is_three_forward_passes():
-    model = lively(tiny_config(), dtype=torch.float32)
-    before = model.head.weight.clone()
-    found = workloads.bench_train(model, OptimizerConfig(), 2, 1, CPU, torch.float32)
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    attention = 2 * 4 * 6.5 * 16
-    assert found["limit"]["flops"] == 3 * 24 * (2 * matrices + attention)
-    assert not torch.equal(model.head.weight, before)  # it really trains
+def test_encoding_is_measured_as_the_command_does_it(monkeypatch):
+    seen = []
+
+    def fast(tokenizer):
+        for module in tokenizer.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda m, x, out: seen.append(out.dtype))
+        return tokenizer
+
+    monkeypatch.setattr(workloads.vq, "fast_encoder", fast)
+    low, tokenizer = torch.bfloat16, tiny_tokenizer()
+    found = workloads.bench_encode(tokenizer, 8, 2, 1, CPU, low)
+    assert low in seen and all(p.dtype == torch.float32 for p in tokenizer.parameters())
+    codes = found["call"]()
+    assert codes.shape == (2, 1, 4) and codes.dtype == np.uint16
+
+
+def test_a_training_step_is_three_forward_passes(tmp_path):
+    model = {"n_layer": 2, "n_head": 2, "width": 16, "codebook_size": 11, "grid": [3, 4]}
+    config = train_config(tmp_path, tmp_path / "out", model=model, batch_size=2)
+    found = workloads.bench_train(config, 1, CPU)
+    layers = [m for m in Transformer(config.model).modules() if isinstance(m, torch.nn.Linear)]
+    matrices = sum(layer.weight.numel() for layer in layers)
+    assert found["limit"]["flops"] == 3 * 24 * (2 * matrices + 2 * 4 * 6.5 * 16)
+    assert not any(tmp_path.iterdir())  # nothing is kept of it
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "passes"),
+    [(8, 2), (6, 1)],  # micro_batch 4, and where it does not divide
+)
+def test_a_training_step_is_that_of_the_config(tmp_path, monkeypatch, batch_size, passes):
+    (tmp_path / "tiny.yaml").write_text(
+        "out: unused\ndata: {codes: c, tokenizer: t}\nsteps: 9\nmicro_batch: 4\nema: 0.5\n"
+        "activation_checkpointing: true\nmodel: {n_layer: 1, n_head: 2, width: 16, "
+        "codebook_size: 11, n_classes: 5, grid: [3, 4]}\n"
+    )
+    runs, start = [], Run.__init__
+    monkeypatch.setattr(Run, "__init__", lambda run, *given: runs.append(run) or start(run, *given))
+    passed, loss = [], GeneratorTask.loss
+    monkeypatch.setattr(
+        GeneratorTask, "loss", lambda task, index: passed.append(index) or loss(task, index)
+    )
+    arguments = ["bench", "train", str(tmp_path / "tiny.yaml"), "--batch-size", str(batch_size)]
+    result = CliRunner().invoke(app, [*arguments, "--repeats", "1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert passed == list(range(2 * passes)) and "steps a second" in result.output
+    (run,) = runs
+    assert run.step == 2 and run.ema is not None and run.task.model.checkpointing
+    assert run.task.model.head.weight.any()  # it really trains
+
+
+@pytest.mark.parametrize(
+    ("dtype", "able", "times"),
+    [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)],
+)
+def test_training_tells_once_that_bfloat16_is_slow(
+    tmp_path, monkeypatch, capsys, dtype, able, times
+):
+    monkeypatch.setattr(loop, "has_bfloat16", lambda: able)
+    model = {"n_layer": 1, "n_head": 2, "width": 16, "codebook_size": 11, "grid": [3, 4]}
+    config = train_config(tmp_path, tmp_path / "out", model=model, batch_size=2, dtype=dtype)
+    workloads.bench_train(config, 2, CPU)
+    assert capsys.readouterr().err.count("--set dtype=float32 is faster") == times
 
 
 def test_the_command_writes_json_and_a_trace(tmp_path):
@@ -102,6 +164,7 @@ def test_the_command_writes_json_and_a_trace(tmp_path):
         (["sample", "nowhere"], "no model 'nowhere'"),
         (["sample", "--quantize", "int3"], "expected int8"),
         (["encode", "--size", "30"], "size 30: expected a multiple of 4"),
+        (["encode", "--dtype", "float64"], "float64: expected float32 or bfloat16"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

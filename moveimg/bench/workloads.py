@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,14 +21,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenizer as vq
 from moveimg.bench.limits import Layout, matrix_rate, memory_bandwidth
 from moveimg.bench.timing import seconds_of, spread, synchronize
-from moveimg.config import OptimizerConfig, SamplingSettings
+from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
+from moveimg.data.crops import normalize
+from moveimg.data.shards import make_encoder
 from moveimg.device import peak_memory
 from moveimg.files import atomic
 from moveimg.model import Transformer
 from moveimg.model.cost import token_flops
 from moveimg.model.decoding import decoding_model, linear_kind
 from moveimg.sampling import image_rngs, iter_codes
-from moveimg.training.optimizer import clip_gradients, make_optimizers
+from moveimg.training.distributed import World, plan
+from moveimg.training.generator import GeneratorTask
+from moveimg.training.initial import freeze_backbone
+from moveimg.training.loop import Run
 
 ROWS_OF_A_CONVOLUTION = 4096  # more would measure the same rate for longer
 
@@ -87,9 +94,19 @@ def bench_encode(
     batch_size: int,
     repeats: int,
     device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Turn a batch of images of `size` pixels a side into codes, `repeats` times."""
-    images = torch.rand(batch_size, 3, size, size, device=device) * 2 - 1
+    """A call of the tokenizer as `moveimg encode` makes it, `repeats` times.
+
+    `batch_size` uint8 views of `size` pixels a side become codes; `dtype` is that of autocast, as
+    of encode_images. Images are neither read nor cut, nor codes written.
+    """
+    views = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8)
+    side = size // tokenizer.downsample
+    settings: Any = SimpleNamespace(  # what of EncodeSettings matters here
+        codebook_size=tokenizer.codebook_size, grid=(side, side), n_crops=1, batch_size=batch_size
+    )
+    encode = make_encoder(vq.fast_encoder(tokenizer), settings, device, dtype)
     shapes: list[tuple[int, int, int]] = []
 
     def note(module: nn.Conv2d, args: Any, out: Tensor) -> None:
@@ -98,67 +115,71 @@ def bench_encode(
 
     convolutions = [m for m in tokenizer.modules() if isinstance(m, nn.Conv2d)]
     handles = [module.register_forward_hook(note) for module in convolutions]
-    with FlopCounterMode(display=False) as counter:
-        codes = tokenizer.encode(images)
+    with FlopCounterMode(display=False) as counter:  # of the plain way
+        tokenizer.encode(normalize(views.to(device)))
     for handle in handles:
         handle.remove()
-    fast = vq.fast_encoder(tokenizer)  # after counting: what is counted is the plain way
-    seconds = seconds_of(lambda: fast.encode(images), device, repeats)
+    seconds = seconds_of(lambda: encode(views), device, repeats)
     peak = peak_memory(device)  # before the limits are measured
-    dtype = next(tokenizer.parameters()).dtype
+    weight = next(tokenizer.parameters())
     read = sum(p.numel() * p.element_size() for p in tokenizer.parameters())
-    limit = least_seconds(read, counter.get_total_flops(), shapes, dtype, device)
+    limit = least_seconds(read, counter.get_total_flops(), shapes, dtype or weight.dtype, device)
     return {
         "what": "encode",
         "images": batch_size,
         "seconds": spread(seconds),
         "images_per_second": spread([batch_size / s for s in seconds]),
-        "codes_per_second": spread([codes.numel() / s for s in seconds]),
-        "call": lambda: fast.encode(images),
+        "codes_per_second": spread([batch_size * side * side / s for s in seconds]),
+        "call": lambda: encode(views),
     } | outcome(limit, seconds, peak)
 
 
-def bench_train(
-    model: Transformer,
-    optimizer: OptimizerConfig,
-    batch_size: int,
-    repeats: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """A training step on random codes: forward, cross-entropy, backward, clip, update.
+class RandomCodes:
+    """What a training asks of packed codes: n images of random codes and classes, in memory."""
+
+    n_crops = 1
+
+    def __init__(self, config: ModelConfig, n: int) -> None:
+        self.codes = torch.randint(config.codebook_size, (n, config.seq_len))
+        self.labels = torch.randint(config.n_classes, (n,))
+        self.class_names = [str(i) for i in range(config.n_classes)]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def get(self, indices: np.ndarray, crops: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.codes[indices], self.labels[indices]
+
+
+def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> dict[str, Any]:
+    """The steps of `moveimg train` on random codes, from random weights.
 
     Its FLOPs are three times those of the forward pass; the share is what is called MFU.
     """
-    config = model.train().config
-    codes = torch.randint(config.codebook_size, (batch_size, config.seq_len), device=device)
-    labels = torch.randint(config.n_classes, (batch_size,), device=device)
-    optimizers = make_optimizers(model, optimizer)
-
-    def step() -> None:
-        low = dtype == torch.bfloat16
-        with torch.autocast(device.type, dtype=dtype, enabled=low):
-            loss = model(codes, labels, loss=True)[0] + model.auxiliary_loss()
-        for each in optimizers:
-            each.zero_grad(set_to_none=True)
-        loss.backward()
-        clip_gradients(optimizers, optimizer)
-        for each in optimizers:
-            each.step()
-
-    seconds = seconds_of(step, device, repeats)
+    config = config.model_copy(update={"evaluation": None})
+    torch.manual_seed(config.seed)
+    model = Transformer(config.model).to(device)
+    if config.train == "memory":
+        freeze_backbone(model)
+    spreading = plan(config, World(device=device))
+    codes: Any = RandomCodes(config.model, config.batch_size)
+    tokenizer: Any = None  # of previews alone
+    task = GeneratorTask(config, model, tokenizer, codes, codes, spreading)
+    run = Run(task, config, device, spreading)
+    seconds = seconds_of(run.advance, device, repeats)
     peak = peak_memory(device)  # before the limits are measured
-    tokens = batch_size * config.seq_len
-    flops = 3 * tokens * token_flops(model, (config.seq_len + 1) / 2)
-    limit = least_seconds(0, flops, linear_shapes(model, tokens), dtype, device)
+    tokens = config.batch_size * config.model.seq_len
+    flops = 3 * tokens * token_flops(model, (config.model.seq_len + 1) / 2)
+    shapes = linear_shapes(model, tokens // spreading.parts)
+    limit = least_seconds(0, flops, shapes, spreading.dtype, device)
     return {
         "what": "train",
-        "images": batch_size,
+        "images": config.batch_size,
         "seconds": spread(seconds),
         "steps_per_second": spread([1 / s for s in seconds]),
-        "images_per_second": spread([batch_size / s for s in seconds]),
+        "images_per_second": spread([config.batch_size / s for s in seconds]),
         "codes_per_second": spread([tokens / s for s in seconds]),
-        "call": step,
+        "call": run.advance,
     } | outcome(limit, seconds, peak)
 
 

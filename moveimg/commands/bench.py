@@ -59,16 +59,19 @@ def encode(
         str, typer.Argument(help="a tokenizer's or a model's directory, or vq-16 (random weights)")
     ] = "digits",
     size: Annotated[int, typer.Option(min=1, help="pixels of a side")] = 32,
-    batch_size: Batch = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="views a call of the tokenizer; left out, by device")
+    ] = None,
     repeats: Repeats = 5,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = None,
     profile: Trace = None,
 ) -> None:
-    """Images -> codes: images and codes a second."""
+    """Images -> codes, as by a call of `moveimg encode`: images and codes a second."""
     import tokenizer as vq
     from moveimg.bench.workloads import bench_encode
+    from moveimg.data.encode import views_a_call
     from moveimg.device import pick_device, pick_dtype
 
     where = pick_device(device)
@@ -77,11 +80,11 @@ def encode(
         model = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer")).freeze().to(where)
     else:
         model = open_tokenizer(Path(tokenizer), where)
-    model = model.to(number_type)
     if size % model.downsample:
         raise ValueError(f"size {size}: expected a multiple of {model.downsample}")
+    views = batch_size or views_a_call(size, where)
     _show(
-        lambda times: bench_encode(model, size, batch_size, times, where),
+        lambda times: bench_encode(model, size, views, times, where, number_type),
         {"tokenizer": tokenizer, "size": size, "dtype": str(number_type)},
         repeats, where, json, profile,
     )  # fmt: skip
@@ -96,30 +99,23 @@ def train(
     json: Json = None,
     profile: Trace = None,
 ) -> None:
-    """Training steps on random codes: steps a second, and the share of the matrix rate (MFU)."""
-    import torch
+    """Steps of `moveimg train` on random codes: steps a second, share of the matrix rate (MFU).
 
+    With the config's own micro_batch where it divides --batch-size, else in one pass; from random
+    weights, whatever init_from says.
+    """
     from moveimg.bench.workloads import bench_train
     from moveimg.config import TrainConfig, load_config
     from moveimg.device import pick_device, pick_dtype
-    from moveimg.training.distributed import allow_graphs, compile_training
 
     where = pick_device(device)
     settings = load_config(config, TrainConfig, set or [])
-    number_type = pick_dtype(settings.dtype, where)
-    model = _generator(str(config), set or []).to(where)
-    if settings.compile:
-        allow_graphs(len(model.layers))
-        for block in model.layers:
-            compile_training(block)
-    torch.manual_seed(settings.seed)
-    _show(
-        lambda times: bench_train(
-            model, settings.optimizer, batch_size, times, where, number_type
-        ),
-        {"config": str(config), "dtype": str(number_type), "compile": settings.compile},
-        repeats, where, json, profile,
-    )  # fmt: skip
+    micro = settings.micro_batch or batch_size
+    micro = batch_size if batch_size % micro else micro
+    settings = settings.model_copy(update={"batch_size": batch_size, "micro_batch": micro})
+    about = {"config": str(config), "dtype": str(pick_dtype(settings.dtype, where))}
+    about |= {key: getattr(settings, key) for key in ("micro_batch", "compile")}
+    _show(lambda times: bench_train(settings, times, where), about, repeats, where, json, profile)
 
 
 for function in (sample, encode, train):

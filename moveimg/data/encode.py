@@ -79,13 +79,13 @@ def encode_images(
     settings = _settings(
         source, tokenizer, size, crops, tuple(ranges), batch_size, shard_size, dtype
     )
+    encode = make_encoder(tokenizer, settings, device, dtype)
     with all_ranks() as ranks:
         manifest = resume.finished_manifest(out, settings)
         ranks.wait()
         if manifest is not None:
             return manifest
         ranks.first(lambda: _prepare(out, settings, len(source)))
-        encode = make_encoder(tokenizer, settings, device, dtype)
         blocks = _share(out, settings, len(source), ranks)
         loader = load_views(source, settings, blocks.values(), device, workers)
         done, total = 0, sum(len(block) for block in blocks.values())

@@ -41,7 +41,12 @@ def make_encoder(
     device: str | torch.device,
     dtype: torch.dtype | None,
 ) -> Encoder:
-    """The function from views to codes; it raises ValueError for codes that cannot be."""
+    """The function from views to codes; it raises ValueError for codes that cannot be.
+
+    Raises ValueError for a dtype that autocast does not have.
+    """
+    if dtype == torch.float64:
+        raise ValueError("dtype float64: expected float32 or bfloat16")
     n_codes = settings.grid[0] * settings.grid[1]
     low = dtype in (torch.bfloat16, torch.float16)
 

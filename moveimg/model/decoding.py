@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moveimg.device import has_bfloat16
 from moveimg.model.attention import MultiHeadAttention
 from moveimg.model.memory import GatedMixer
 from moveimg.model.mla import MultiHeadLatentAttention
@@ -255,8 +256,3 @@ def packable(weight: Tensor) -> bool:
     """Whether oneDNN has a layout for matrices like this one."""
     known = weight.dtype in (torch.float32, torch.bfloat16)
     return weight.device.type == "cpu" and known and torch.backends.mkldnn.is_available()
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices by itself."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

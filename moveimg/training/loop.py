@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from moveimg.config import RunConfig
-from moveimg.device import peak_memory
+from moveimg.device import has_bfloat16, peak_memory
 from moveimg.files import remove_temporaries
 from moveimg.training.checkpoints import Checkpoints, reason
 from moveimg.training.distributed import (
@@ -93,6 +93,8 @@ class Run:
     """A run's state: step, weights, their average, optimizers, and the files they live in."""
 
     def __init__(self, task: Task, config: RunConfig, device: torch.device, plan: Plan) -> None:
+        if plan.dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
+            tell("warning: bfloat16 is slow on this processor: --set dtype=float32 is faster")
         self.task, self.config, self.device = task, config, device
         self.plan, self.world = plan, plan.world
         self.logs = config.out / "training"

@@ -16,6 +16,7 @@ from moveimg.config import TokenizerTrainConfig
 from moveimg.data.codes import crop_choice, epoch_order
 from moveimg.data.crops import count_views, crop_views, to_tensor
 from moveimg.data.images import ImageSource, open_images
+from moveimg.device import pick_dtype
 from moveimg.pictures import labelled_grid, to_pil
 from moveimg.training.adversary import Adversary
 from moveimg.training.distributed import Plan, World
@@ -83,8 +84,8 @@ class TokenizerTask:
             )
             self._batches = iter(loader)
         images = next(self._batches).to(self.device)
-        bfloat16 = self.config.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        low = self.plan.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, self.plan.dtype, enabled=low):
             out = self.forward(images)
             losses = dict(out.losses)
             if self.perceptual is not None:
@@ -200,5 +201,5 @@ def train_tokenizer(
             f"images.size {config.images.size}: expected a multiple of the tokenizer's "
             f"downsampling, {model.downsample}"
         )
-    plan = Plan(world, parts=world.size)
+    plan = Plan(world, parts=world.size, dtype=pick_dtype(config.dtype, world.device))
     return fit(TokenizerTask(config, model, plan), config, world.device, restart, plan)
