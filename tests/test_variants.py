@@ -49,6 +49,9 @@ def test_the_balance_loss_is_kept_in_train_mode_alone_and_handed_out_once():
     assert loss > 2 * 0.01 * 0.5 and loss.requires_grad
     assert model.auxiliary_loss() == 0
     copy.deepcopy(model)  # no graph is left that could not be copied
+    model(codes, labels)
+    copy.deepcopy(model.eval())  # nor where nobody took the loss
+    assert model.auxiliary_loss() == 0
 
 
 def test_product_key_layers_share_one_value_table():

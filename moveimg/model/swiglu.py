@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +20,11 @@ class FeedForward(nn.Module):
     def shared(config: ModelConfig, spec: SlotConfig) -> nn.Module | None:
         """Weights that all layers of this kind share. The transformer owns them."""
         return None
+
+    def train(self, mode: bool = True) -> Self:
+        """As in nn.Module; the graph of an earlier pass, which could not be copied, is let go."""
+        self.auxiliary = None
+        return super().train(mode)
 
     def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
         raise NotImplementedError
