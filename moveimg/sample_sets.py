@@ -165,11 +165,11 @@ def _draw(pipeline: Pipeline, plan: Plan, start: int) -> np.ndarray:
     codes = pipeline.sample_codes(
         labels, settings, seed=plan.seed + start, batch_size=plan.batch_size
     )
-    images = pipeline.tokenizer.decode(codes, pipeline.generator.config.grid)
+    # as LlamaGen brings 384 to 256: bicubic, not antialiased, and clipped only then
+    images = pipeline.tokenizer.decode(codes, pipeline.generator.config.grid, clip=False)
     if not torch.isfinite(images).all():
         raise ValueError(f"non-finite: the tokenizer's pictures of images {start}.. are not finite")
-    if plan.resize is not None and images.shape[-1] != plan.resize:
-        # as LlamaGen brings 384 to 256: bicubic, not antialiased
+    if plan.resize is not None and images.shape[-2:] != (plan.resize, plan.resize):
         images = F.interpolate(images.float(), (plan.resize, plan.resize), mode="bicubic")
     return to_uint8(images)
 

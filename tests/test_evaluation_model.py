@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -124,7 +125,27 @@ def test_another_plan_in_the_same_folder_is_refused(pipeline, tmp_path):
 def test_resized_sets_are_scored_at_their_new_size(pipeline, tmp_path):
     path = sample_set(pipeline, plan_for(pipeline, num=2, resize=24), tmp_path / "set")
     with np.load(path) as arrays:
-        assert arrays["arr_0"].shape == (2, 24, 24, 3)
+        drawn, labels = arrays["arr_0"], arrays["arr_1"].tolist()
+    assert drawn.shape == (2, 24, 24, 3)
+    # LlamaGen's order: resized, then clipped and rounded
+    tokenizer, codes = pipeline.tokenizer, pipeline.sample_codes(labels, pipeline.sampling, seed=3)
+    with torch.no_grad():
+        vectors = tokenizer.quantize.embed(codes).mT.unflatten(2, (3, 3))
+        images = tokenizer.decoder(tokenizer.post_quant_conv(vectors))
+    assert images.abs().max() > 1.01
+    resized = torch.nn.functional.interpolate(images, (24, 24), mode="bicubic")
+    wanted = (127.5 * resized + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert (drawn != wanted).mean() < 0.01  # ties of rounding at the most
+
+
+def test_pictures_that_are_not_square_are_resized_where_one_side_fits(tmp_path):
+    generator = lively(tiny_config(grid=[2, 3]), dtype=torch.float32)
+    parts = ModelParts(generator, tiny_tokenizer(), list("abcde"), SamplingSettings())
+    side = 3 * parts.tokenizer.downsample
+    oblong = Pipeline(parts, torch.device("cpu"))
+    path = sample_set(oblong, plan_for(oblong, num=1, resize=side), tmp_path / "set")
+    with np.load(path) as arrays:
+        assert arrays["arr_0"].shape == (1, side, side, 3)
 
 
 def test_the_bundled_model_is_scored_without_any_download(tmp_path):
@@ -146,6 +167,7 @@ def test_the_bundled_model_is_scored_without_any_download(tmp_path):
 def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
     command = ["evaluate", "--num-samples", 5, "--sweep", "cfg_scale=1:2:1",
                "--out", tmp_path / "sweep"]  # fmt: skip
+    monkeypatch.setattr(matplotlib, "use", None)  # the backend is the user's
     first = run(*command).output
     assert "| cfg_scale 1 | 5 |" in first and "| cfg_scale 2 | 5 |" in first
     with Image.open(tmp_path / "sweep" / "sweep.png") as plot:

@@ -140,15 +140,18 @@ class AutoencoderTokenizer(nn.Module):
             return self.quantize.lookup(self._encode(images))
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def decode(
+        self, codes: Tensor, grid: tuple[int, int] | None = None, *, clip: bool = True
+    ) -> Tensor:
         """Images of codes, on the tokenizer's device.
 
         Args:
             codes: integer [B, T] in 0..codebook_size-1, raster order.
             grid: (h, w) with h*w = T; a square when not given.
+            clip: clamp the pixels to [-1, 1]; without, some lie a little outside.
 
         Returns:
-            [B, C, h * downsample, w * downsample] clamped to [-1, 1], in float32 (float64 when the
+            [B, C, h * downsample, w * downsample], in float32 (float64 when the
             tokenizer is in float64).
 
         Raises:
@@ -160,7 +163,8 @@ class AutoencoderTokenizer(nn.Module):
             z = self.quantize.embed(codes.to(like.device, torch.int64))  # [B, T, D]
             z = z.mT.contiguous().unflatten(2, (h, w)).to(like.dtype)  # [B, D, h, w]
             images: Tensor = self.decoder(self.post_quant_conv(z))
-        return images.to(torch.promote_types(images.dtype, torch.float32)).clamp(-1, 1)
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        return images.clamp(-1, 1) if clip else images
 
     def forward(self, images: Tensor) -> TrainingOutput:
         """Encode, quantize and decode images [B, C, H, W] in [-1, 1], with gradients."""

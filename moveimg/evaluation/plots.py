@@ -16,13 +16,11 @@ def write_sweep(
     folder: Path, key: str, values: Sequence[float], results: Sequence[dict[str, Any]]
 ) -> None:
     """Write sweep.md, a row a value, and sweep.png, FID and IS (or accuracy) against the value."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the user's
 
     write_text(folder / "sweep.md", markdown_table(results) + "\n")
-    figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    left = figure.subplots()
     scores = [result["metrics"]["fid"] for result in results]
     left.plot(values, scores, "o-", color="tab:blue")
     left.set_xlabel(key)
@@ -36,4 +34,3 @@ def write_sweep(
     left.set_title(f"{results[0]['samples']['count']:,} images; {space}", fontsize=9)
     with atomic(folder / "sweep.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
