@@ -84,7 +84,8 @@ def _clip(parameters: list[Tensor], most: float) -> Tensor:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of a step, a function of the step alone, so that resuming needs no state.
 
-    Linear warm-up, then constant or half a cosine from lr to lr * final_lr at the last step.
+    Linear warm-up, then constant or half a cosine from lr to lr * final_lr, which the step after
+    the last would have.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
