@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.config import SamplingSettings, validate
@@ -195,14 +196,17 @@ class Pipeline:
         return to_pil(self.tokenizer.decode(codes, self.generator.config.grid))
 
     def decode_partial(self, codes: Tensor, done: int) -> list[Image.Image]:
-        """Pictures of the first `done` codes of codes int64 [B, T], the rest mid-grey."""
+        """Pictures of the first `done` codes of codes int64 [B, T], the rest mid-grey.
+
+        Lines that have no code yet are not decoded, so the lower edge is not yet what it will be.
+        """
         height, width = self.generator.config.grid
-        images = self.tokenizer.decode(codes, (height, width))  # [B, 3, H, W]
-        known = torch.arange(height * width, device=images.device) < done
-        known = known.view(1, 1, height, width)
-        mask = known.float().repeat_interleave(images.shape[2] // height, dim=2)
-        mask = mask.repeat_interleave(images.shape[3] // width, dim=3)
-        return to_pil(images * mask)
+        lines, over = -(-done // width), -done % width
+        images = self.tokenizer.decode(codes[:, : lines * width], (lines, width))  # [B, 3, h, W]
+        pixels = self.tokenizer.downsample
+        if over:
+            images[:, :, -pixels:, -over * pixels :] = 0
+        return to_pil(pad(images, (0, 0, 0, (height - lines) * pixels)))
 
     def _labels(self, classes: Sequence[str | int] | str | int) -> Tensor:
         if isinstance(classes, str | int):

@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,20 @@ def test_saved_pictures_carry_what_makes_them_again(models):
     inside = page.split('src="data:image/png;base64,')[2].split('"')[0]
     shown = Image.open(io.BytesIO(base64.b64decode(inside)))
     assert json.loads(shown.info["moveimg"]) == about
+
+
+def test_nothing_is_said_of_a_bank_that_a_model_has_not(tmp_path):
+    shutil.copytree(BUNDLED / "digits", tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config["model"]["memory"] = {"kind": "none"}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    models = Models([str(tmp_path / "dense"), "digits"])
+    for about in models.describe("dense"), models.describe("digits"):
+        row = drawing.row_of(about, "four", 1, 9)
+        row = replace(row, codes=torch.zeros(1, 64, dtype=torch.int64))
+        frame = drawing.Frame([row], [[Image.new("RGB", (32, 32))]], 64, 64, 1.0, "done")
+        page = gallery.tiles(frame, models, "look")
+        assert ("data-pick" in page, "memoryless" in page) == (about.has_bank, not about.has_bank)
 
 
 def test_class_names_cannot_write_html_or_templates(tmp_path):

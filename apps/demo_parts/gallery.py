@@ -55,9 +55,12 @@ def tiles(frame: Frame, models: Models, pick: str = "") -> str:
     Args:
         frame: what there is to show.
         models: for class names and grid sizes.
-        pick: what choosing a picture does, for the screen reader; "" where nothing.
+        pick: what choosing a picture of a model with memory does, for the screen reader; "" where
+            nothing.
     """
-    parts, index = [], 0
+    parts, index, state = [], 0, "" if frame.ended else " drawing"
+    if not any(models.describe(row.model).has_bank for row in frame.rows):
+        state += " memoryless"  # and style.css hides what would be said of a bank
     for row, pictures in zip(frame.rows, frame.pictures, strict=True):
         about = models.describe(row.model)
         cells = []
@@ -65,13 +68,12 @@ def tiles(frame: Frame, models: Models, pick: str = "") -> str:
             picture = pictures[i] if pictures else None
             meta = metadata(row, i, about.class_names)
             finished = row.codes is not None and picture is not None
-            cells.append(_tile(picture, meta, index, finished, pick))
+            cells.append(_tile(picture, meta, index, finished, pick if about.has_bank else ""))
             index += 1
         title = f"<h3>{text(row.title)}</h3>" if row.title else ""
         kind = "row strip" if row.title else "row"
         parts.append(f'<section class="{kind}">{title}<div class="tiles">{"".join(cells)}</div>'
                      "</section>")  # fmt: skip
-    state = "" if frame.ended else " drawing"
     return f'<div class="gallery{state}" data-pictures="{index}">{"".join(parts)}</div>'
 
 
