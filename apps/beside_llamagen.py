@@ -144,7 +144,7 @@ def encoding(name: str, given: argparse.Namespace) -> Run:
     make = theirs(given.checkout, "tokenizer.tokenizer_image.vq_model").VQ_models["VQ-16"]
     model = make(codebook_size=CODES, codebook_embed_dim=8).eval()
     torch.save({"model": model.state_dict()}, folder / "vq.pt")
-    fast = vq.fast_encoder(vq.load_llamagen_vq(folder / "vq.pt"))
+    fast = vq.fast_tokenizer(vq.load_llamagen_vq(folder / "vq.pt"))
     crop = theirs(given.checkout, "dataset.augmentation").center_crop_arr
     view = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     views = transforms.Compose(

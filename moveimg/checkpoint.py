@@ -81,6 +81,7 @@ def load_model(
     config = generator.config
     precise = torch.promote_types(dtype, torch.float32)
     tokenizer = vq.load(directory / "tokenizer", device=device, dtype=precise)
+    tokenizer = vq.fast_tokenizer(tokenizer)
     if tokenizer.codebook_size != config.codebook_size:
         raise ValueError(
             f"{directory}: the generator has {config.codebook_size} codes, "
@@ -192,6 +193,7 @@ def _and_more(keys: list[str]) -> str:
 
 
 def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
-    """The tokenizer in its own directory, or that of a model directory."""
+    """The tokenizer in its own directory, or that of a model directory, frozen, in float32."""
     inside = path / "tokenizer"
-    return vq.load(inside if (inside / "config.json").is_file() else path, device=device)
+    directory = inside if (inside / "config.json").is_file() else path
+    return vq.fast_tokenizer(vq.load(directory, device=device))

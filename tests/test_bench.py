@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import tokenizer as vq
 from moveimg.bench import workloads
 from moveimg.bench.timing import seconds_of, spread
 from moveimg.cli import app
@@ -76,21 +77,25 @@ def test_encoding_counts_its_convolutions():
     assert found["codes_per_second"]["median"] == 2 * 4 / found["seconds"]["median"]
 
 
-def test_encoding_is_measured_as_the_command_does_it(monkeypatch):
-    seen = []
-
-    def fast(tokenizer):
-        for module in tokenizer.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.register_forward_hook(lambda m, x, out: seen.append(out.dtype))
-        return tokenizer
-
-    monkeypatch.setattr(workloads.vq, "fast_encoder", fast)
-    low, tokenizer = torch.bfloat16, tiny_tokenizer()
+def test_encoding_is_measured_as_the_command_does_it():
+    seen, low, tokenizer = [], torch.bfloat16, tiny_tokenizer()
+    for module in tokenizer.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, x, out: seen.append(out.dtype))
     found = workloads.bench_encode(tokenizer, 8, 2, 1, CPU, low)
     assert low in seen and all(p.dtype == torch.float32 for p in tokenizer.parameters())
     codes = found["call"]()
     assert codes.shape == (2, 1, 4) and codes.dtype == np.uint16
+
+
+def test_the_work_of_an_encoding_is_that_of_the_plain_way():
+    config = {"kind": "vq", "width": 128, "multipliers": [1], "n_res_blocks": 1, "attention": False}
+    plain = vq.build(vq.parse_config(config, "test")).freeze()
+    counts = [
+        workloads.bench_encode(tokenizer, 64, 1, 1, CPU)["limit"]["flops"]
+        for tokenizer in (plain, vq.fast_tokenizer(plain))
+    ]
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_training_step_is_three_forward_passes(tmp_path):

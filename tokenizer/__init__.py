@@ -20,7 +20,7 @@ from tokenizer.io import build, load, save
 from tokenizer.losses import DEFAULT_WEIGHTS, total_loss
 from tokenizer.taming import TamingTokenizer
 from tokenizer.vq import VQTokenizer
-from tokenizer.winograd import fast_encoder
+from tokenizer.winograd import fast_tokenizer
 
 __all__ = [
     "DEFAULT_WEIGHTS",
@@ -38,7 +38,7 @@ __all__ = [
     "VQTokenizer",
     "build",
     "code_statistics",
-    "fast_encoder",
+    "fast_tokenizer",
     "load",
     "load_llamagen_vq",
     "load_taming",

@@ -1,4 +1,4 @@
-"""A tokenizer that encodes faster on a CPU: wide 3 x 3 convolutions by Winograd's algorithm.
+"""A tokenizer that is faster on a CPU: wide 3 x 3 convolutions by Winograd's algorithm.
 
 At 256 pixels three quarters of the time go into convolutions, which already run near the
 processor's peak. Winograd's algorithm (arXiv 1509.09308) needs fewer multiplications for the same
@@ -37,12 +37,12 @@ class WinogradConv2d(nn.Conv2d):
         return torch.cat(parts)
 
 
-def fast_encoder(tokenizer: AnyTokenizer) -> AnyTokenizer:
-    """A tokenizer that encodes as `tokenizer` does, faster where the device allows.
+def fast_tokenizer(tokenizer: AnyTokenizer) -> AnyTokenizer:
+    """A tokenizer that encodes and decodes as `tokenizer` does, faster where the device allows.
 
-    Vectors before quantization differ by rounding, and so, at ties, may codes. It shares all
-    weights, has the same fingerprint, and is meant for a frozen tokenizer. Anywhere but in
-    float32 on a CPU with NNPACK it is `tokenizer` itself.
+    Vectors before quantization and pixels differ by rounding, and so, at ties, may codes. It
+    shares all weights, has the same fingerprint, and is meant for a frozen tokenizer. Anywhere but
+    in float32 on a CPU with NNPACK it is `tokenizer` itself.
     """
     weight = next(tokenizer.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -51,7 +51,7 @@ def fast_encoder(tokenizer: AnyTokenizer) -> AnyTokenizer:
         return tokenizer
     tensors = (*tokenizer.parameters(), *tokenizer.buffers())
     fast = copy.deepcopy(tokenizer, {id(tensor): tensor for tensor in tensors})  # not copied
-    for module in fast.encoder.modules():
+    for module in fast.modules():
         if type(module) is nn.Conv2d and _suits(module):
             module.__class__ = WinogradConv2d  # it adds no state
     return fast

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import tokenizer as vq
 from moveimg.bench.limits import Layout, matrix_rate, memory_bandwidth
@@ -88,6 +88,10 @@ def bench_sample(
     } | outcome(limit, seconds, peak)
 
 
+def _convolution_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flop_count(list(x), list(weight), list(out_shape))
+
+
 def bench_encode(
     tokenizer: vq.AutoencoderTokenizer,
     size: int,
@@ -106,7 +110,7 @@ def bench_encode(
     settings: Any = SimpleNamespace(  # what of EncodeSettings matters here
         codebook_size=tokenizer.codebook_size, grid=(side, side), n_crops=1, batch_size=batch_size
     )
-    encode = make_encoder(vq.fast_encoder(tokenizer), settings, device, dtype)
+    encode = make_encoder(tokenizer, settings, device, dtype)
     shapes: list[tuple[int, int, int]] = []
 
     def note(module: nn.Conv2d, args: Any, out: Tensor) -> None:
@@ -115,7 +119,8 @@ def bench_encode(
 
     convolutions = [m for m in tokenizer.modules() if isinstance(m, nn.Conv2d)]
     handles = [module.register_forward_hook(note) for module in convolutions]
-    with FlopCounterMode(display=False) as counter:  # of the plain way
+    winograd = {torch.ops.aten._nnpack_spatial_convolution: _convolution_flops}  # as the plain way
+    with FlopCounterMode(display=False, custom_mapping=winograd) as counter:
         tokenizer.encode(normalize(views.to(device)))
     for handle in handles:
         handle.remove()

@@ -77,7 +77,8 @@ def encode(
     where = pick_device(device)
     number_type = pick_dtype(dtype, where)
     if tokenizer == "vq-16":
-        model = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer")).freeze().to(where)
+        plain = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer"))
+        model = vq.fast_tokenizer(plain.freeze().to(where))
     else:
         model = open_tokenizer(Path(tokenizer), where)
     if size % model.downsample:

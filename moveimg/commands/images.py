@@ -41,12 +41,11 @@ def encode(
     from moveimg.data.encode import encode_splits
     from moveimg.device import pick_dtype
     from moveimg.training.distributed import processes
-    from tokenizer import fast_encoder
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
-        vq = fast_encoder(open_tokenizer(tokenizer, world.device))
+        vq = open_tokenizer(tokenizer, world.device)
         chosen: dict[str, Any] = {}
         if dtype is not None:
             chosen["dtype"] = pick_dtype(dtype, world.device)

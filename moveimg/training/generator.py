@@ -217,8 +217,7 @@ def _open_codes(
 
         assert config.data.images is not None
         directory = config.out / "codes"
-        encoder = vq.fast_encoder(tokenizer)
-        encode_splits(config.data.images, encoder, directory, device=world.device)
+        encode_splits(config.data.images, tokenizer, directory, device=world.device)
     return PackedCodes(directory / "train"), PackedCodes(directory / "val")
 
 
