@@ -287,7 +287,7 @@ def load_config(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -
         key, equals, text = override.partition("=")
         if not key or not equals:
             raise ValueError(f"--set {override}: expected key.path=value")
-        nested: Any = _parse_yaml(text, f"--set {override}")
+        nested: Any = parse_yaml(text, f"--set {override}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         data = _merge(data, nested)
@@ -313,7 +313,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
-    data = _parse_yaml(text, str(path))
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(data).__name__}")
     base = data.pop("base", None)
@@ -324,7 +324,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), data)
 
 
-def _parse_yaml(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str) -> Any:
+    """Plain data of a YAML text; ValueError, one line with `origin`, for what is not valid."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

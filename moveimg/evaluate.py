@@ -38,6 +38,7 @@ from moveimg.sample_sets import Plan, make_plan, sample_set
 DIGITS = "digits"  # the name of the data set, as a reference
 DIGITS_EXTRACTOR = BUNDLED / "digits" / "extractor.safetensors"
 FULL, SMALL = 50_000, 2_000  # samples by default: of published FIDs; for a small extractor
+FEWEST = 4  # of which precision and recall, of three neighbours, can be taken
 RESULTS = "results.json"
 
 
@@ -191,6 +192,8 @@ def score_files(
 def plan_of(pipeline: Pipeline, model: str, sampling: Sampling, extractor: Extractor) -> Plan:
     """The plan of a model's samples; the settings are its sampling.json with the changes."""
     num = sampling.num or (FULL if extractor.class_names is None else SMALL)
+    if num < FEWEST:  # told now, not after they are drawn
+        raise ValueError(f"too-few-samples: {num} images: expected {FEWEST} or more")
     settings = pipeline.settings(**sampling.changes)
     digest = model_digest(resolve(model))
     return make_plan(

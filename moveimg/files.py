@@ -21,8 +21,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     Makes missing parent folders. Raises OSError, naming the path, where it cannot be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, expected a file name to write to")
+    require_file_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -37,6 +36,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and not error.filename:
             error.filename = str(path)  # a full disk does not say which file it was
         raise
+
+
+def require_file_name(path: Path) -> None:
+    """Raise IsADirectoryError where `path`, to be written, is a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, expected a file name to write to")
 
 
 @contextmanager

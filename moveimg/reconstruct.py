@@ -13,6 +13,7 @@ from PIL import Image
 
 import tokenizer as vq
 from moveimg.data.crops import crop_views, to_tensor
+from moveimg.data.encode import views_a_call
 from moveimg.data.images import ImageSource
 from moveimg.evaluation.features import Extractor, run
 from moveimg.evaluation.metrics import frechet_distance
@@ -23,7 +24,7 @@ from moveimg.evaluation.statistics import statistics_of
 from moveimg.pictures import labelled_grid, to_pil, to_uint8
 from moveimg.progress import progress_bar
 
-BATCH, SHOWN = 64, 10
+SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,12 @@ def reconstruct(
     if reference is not None:
         lines = check_pair((size, size), reference, allowed, wanted="val")
     measured = _Measured(tokenizer.codebook_size)
-    shown: list[list[Image.Image]] = []
+    shown: list[list[Image.Image]] = [[], []]
+    step = views_a_call(size, next(tokenizer.parameters()).device)
     grid = (size // tokenizer.downsample,) * 2
     with progress_bar(len(source), "reconstruct", "image") as bar:
-        for start in range(0, len(source), BATCH):
-            rows = range(start, min(start + BATCH, len(source)))
+        for start in range(0, len(source), step):
+            rows = range(start, min(start + step, len(source)))
             views = [crop_views(source[i][0], size, "center", (ratio,))[0] for i in rows]
             images = to_tensor(views)
             codes = tokenizer.encode(images)
@@ -99,7 +101,8 @@ def reconstruct(
             if not torch.isfinite(decoded).all():
                 raise ValueError(f"non-finite: reconstructions of images {start}.. are not finite")
             measured.add(images, decoded, codes, extractor, reference is None)
-            shown = shown or [to_pil(images[:SHOWN]), to_pil(decoded[:SHOWN])]
+            for row, batch in zip(shown, (images, decoded), strict=True):
+                row += to_pil(batch[: SHOWN - len(row)])
             bar.update(len(rows))
     figures = measured.figures()
     if extractor is not None:

@@ -13,9 +13,12 @@ from PIL import Image
 from moveimg import evaluate, sample_sets
 from moveimg.checkpoint import ModelParts
 from moveimg.config import SamplingSettings
+from moveimg.data.encode import views_a_call
+from moveimg.data.images import ImageSource
 from moveimg.data.ranks import Ranks
 from moveimg.evaluation.reference import open_reference
 from moveimg.pipeline import Pipeline
+from moveimg.reconstruct import reconstruct
 from moveimg.sample_sets import make_plan, sample_set
 from tests.conftest import lively, tiny_config
 from tests.test_cli import refused, run
@@ -229,6 +232,41 @@ def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
     assert 30 < figures["psnr"] < 34 and 0.9 < figures["ssim"] < 1 and figures["usage"] > 0.9
     cut = ["--extractor", _cut(tmp_path / "e.safetensors")]
     assert "damaged extractor" in refused(*samples, *reference, *cut)
+
+
+def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
+    """A hundred images of 256 pixels at once would take tens of gigabytes on a CPU."""
+    pictures = [
+        Image.fromarray(rows) for rows in np.arange(13 * 192, dtype=np.uint8).reshape(13, 8, 24)
+    ]
+    source = ImageSource(
+        "gradients", ["a"], [str(i) for i in range(13)], np.zeros(13, np.int32),
+        lambda row: pictures[row].resize((300, 300)).convert("RGB"), lambda row: 0,
+    )  # fmt: skip
+    tokenizer, encoded = tiny_tokenizer(), []
+    encode = tokenizer.encode
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda images: encoded.append(len(images)) or encode(images)
+    )
+    few, shown = reconstruct(source, tokenizer, 256)
+    assert sum(encoded) == 13 and max(encoded) == views_a_call(256, torch.device("cpu")) < 10
+    monkeypatch.setattr("moveimg.reconstruct.views_a_call", lambda *_: 13)
+    whole, same = reconstruct(source, tokenizer, 256)
+    assert few.mse == pytest.approx(whole.mse, rel=1e-5) and few.usage == whole.usage
+    assert shown.size == same.size  # the first ten images, however they were cut
+
+
+def test_rfid_against_a_reference_that_was_named_is_not_left_out(tmp_path, monkeypatch):
+    def offline(*_):
+        raise FileNotFoundError("no Inception weights here")
+
+    monkeypatch.setattr(evaluate, "open_extractor", offline)
+    for i in range(6):
+        (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 9, 9)).save(tmp_path / "images" / "a" / f"{i}.png")
+    command = ["reconstruct", tmp_path / "images", "--tokenizer", "digits", "--size", "32"]
+    assert json.loads(run(*command).stdout)["rfid"] is None
+    assert "no Inception weights" in refused(*command, "--reference", "nowhere.npz")
 
 
 def _cut(path):

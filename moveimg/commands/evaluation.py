@@ -156,13 +156,18 @@ def reconstruct(
     """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
     from moveimg import evaluate as runner
     from moveimg.data.images import open_images
+    from moveimg.evaluation.guards import check_allowed
+    from moveimg.files import require_file_name
     from moveimg.pictures import save_png
     from moveimg.reconstruct import reconstruct
 
+    check_allowed(allow or [])
+    if out is not None:
+        require_file_name(out)
     vq = open_tokenizer(tokenizer, where := device_of(device))
     source = open_images(images, split.value)
     against = runner.Comparison(reference or images, extractor, inception_weights, allow or [])
-    eyes = _eyes(against, where) if rfid else None
+    eyes = _eyes(against, where, reference) if rfid else None
     real = None
     if eyes is not None and reference is not None:
         real = runner.load_reference(against, (size, size), eyes, runner.features_cache())
@@ -172,14 +177,14 @@ def reconstruct(
     print_json(found.as_dict())
 
 
-def _eyes(against: Any, device: Any) -> Any:
+def _eyes(against: Any, device: Any, reference: str | None) -> Any:
     """The extractor; None, and a line on stderr, where Inception was not asked for nor is here."""
     from moveimg.evaluate import open_extractor
 
     try:
         return open_extractor(against, device)
     except FileNotFoundError as error:
-        if against.extractor or against.inception_weights:
+        if against.extractor or against.inception_weights or reference:
             raise
         print(f"rFID left out: {error}", file=sys.stderr)
         return None
@@ -210,13 +215,13 @@ def _one(named: Sequence[str]) -> str:
 
 
 def _settings(given: Sequence[str]) -> dict[str, Any]:
-    import yaml
+    from moveimg.config import parse_yaml
 
     pairs = [text.partition("=") for text in given]
     for key, equals, _ in pairs:
         if not equals:
             raise ValueError(f"--set {key}: expected KEY=VALUE")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    return {key: parse_yaml(value, f"--set {key}={value}") for key, _, value in pairs}
 
 
 def _values(text: str) -> tuple[str, list[float]]:

@@ -28,10 +28,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"images are {list(a.shape[-2:])}: SSIM needs {WINDOW} x {WINDOW} or more")
     channels = a.shape[1]
-    window = _window(a)[None, None].repeat(channels, 1, 1, 1)  # [C, 1, 11, 11]
+    window = _window(a).repeat(channels, 1, 1, 1)  # [C, 1, 1, 11]
 
     def blur(images: Tensor) -> Tensor:
-        return F.conv2d(images, window, groups=channels)
+        # by rows, then by columns: float64 on a CPU copies every window's numbers, 11 and not 121
+        rows = F.conv2d(images, window, groups=channels)
+        return F.conv2d(rows, window.transpose(2, 3), groups=channels)
 
     mean_a, mean_b = blur(a), blur(b)
     variance_a = blur(a * a) - mean_a**2
@@ -44,8 +46,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _window(like: Tensor) -> Tensor:
-    """Gaussian weights [11, 11] that sum to 1."""
+    """Gaussian weights [11] that sum to 1; the square window is their outer product."""
     offsets = torch.arange(WINDOW, dtype=like.dtype, device=like.device) - WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    weights = weights / weights.sum()
-    return torch.outer(weights, weights)
+    return weights / weights.sum()
