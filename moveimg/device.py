@@ -27,9 +27,9 @@ def pick_device(name: str | None = None) -> torch.device:
     else:
         try:
             device = torch.device(name)
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()  # meta tensors hold nothing
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". ")[0]  # what follows fills a screen
             raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
     if device.type == "cpu":
         keep_memory()

@@ -75,7 +75,14 @@ def test_sample_without_arguments_shows_every_class(tmp_path, monkeypatch):
         (["sample", "--seed", "-3"], ["seed -3", "0.."]),
         (["sample", "--model", "nowhere"], ["'nowhere'", "digits"]),
         (["sample", "--device", "abacus"], ["'abacus'"]),
+        (["sample", "--device", "meta"], ["device 'meta' cannot be used here"]),
         (["sample", "--num", "0"], ["'--num'", "1", "sample --help"]),
+        (["sample", "--seed", "1.5"], ["'--seed'", "valid integer", "'1.5'"]),
+        (["evaluate", "--set", "cfg_scale=[1"], ["--set cfg_scale=[1: not valid YAML"]),
+        (["evaluate", "--num-samples", "3"], ["too-few-samples: 3 images", "4 or more"]),
+        (["reconstruct", "digits", "--tokenizer", "digits", "--allow", "x"], ["--allow x: exp"]),
+        (["reconstruct", "x", "--tokenizer", "x", "--split", "test"], ["'--split': 'test' is"]),
+        (["reconstruct", "digits", "--tokenizer", "digits", "--out", ROOT], ["is a directory"]),
         (["sample", "--no-such"], ["--no-such"]),
         (["train"], ["missing argument 'config'"]),
         (["smaple"], ["'smaple'", "'sample'"]),
@@ -104,6 +111,7 @@ def test_the_version_is_told_and_groups_are_explained():
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("sample", "0", "--out", tmp_path / "file" / "x")
+    assert "file: is a file, expected a" in refused("sample", "0", "--out", tmp_path / "file")
 
 
 def test_an_empty_or_unreadable_image_folder_is_named(tmp_path):
@@ -114,6 +122,7 @@ def test_an_empty_or_unreadable_image_folder_is_named(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "bad" / split / "a").mkdir(parents=True)
         (tmp_path / "bad" / split / "a" / "x.png").write_text("no picture")
+        (tmp_path / "bad" / split / "a" / "y.png").symlink_to("nowhere")
     assert "could be read" in refused("encode", tmp_path / "bad", *common)
 
 

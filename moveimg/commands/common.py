@@ -27,10 +27,14 @@ def on_one_line() -> Iterator[None]:
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group alone: its help follows
             raise
-        message = " ".join(error.format_message().split())
+        message = " ".join(error.format_message().split()).replace("Value error, ", "")
+        problems: Any = getattr(error.__cause__, "errors", list)()  # pydantic's, by typer's side
+        given = repr(problems[0]["input"]) if problems else ""
+        told = "" if given in message else f" (got {given})"
         context = error.ctx
         hint = f" (see {context.command_path} --help)" if context else ""
-        print(f"error: {message[:1].lower()}{message[1:].rstrip('.')}{hint}", file=sys.stderr)
+        line = f"{message[:1].lower()}{message[1:].rstrip('.')}{told}{hint}"
+        print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
@@ -110,6 +114,8 @@ def describe(error: Exception) -> str:
     """An error on one line; an OSError with its path."""
     if isinstance(error, OSError) and error.strerror:
         path = error.filename2 or error.filename
+        if isinstance(error, FileExistsError):  # of mkdir
+            return f"{path}: is a file, expected a folder"
         return f"{path}: {error.strerror}" if path else error.strerror
     return " ".join(str(error).split())
 

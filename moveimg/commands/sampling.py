@@ -38,7 +38,10 @@ def sample(
         str | None, typer.Option(help="int8: faster on a CPU, slightly off; codes vary by batch")
     ] = None,
 ) -> None:
-    """Class labels -> PNGs and a labelled grid."""
+    """Class labels -> PNGs and a labelled grid.
+
+    Settings left out, --cfg-scale to --top-p, are the model's own (its sampling.json).
+    """
     from moveimg.pictures import labelled_grid, save_png
     from moveimg.pipeline import Pipeline
     from moveimg.sampling import image_rngs

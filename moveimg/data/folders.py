@@ -28,7 +28,10 @@ class _Files:
         return decode_rgb(self.root / name, name, self.as_published)
 
     def size(self, row: int) -> int:
-        return (self.root / self.names[row]).stat().st_size
+        try:
+            return (self.root / self.names[row]).stat().st_size
+        except FileNotFoundError:  # a link to nothing: left out when it is to be read
+            return -1
 
 
 def open_folder(root: Path, split: Split, val_fraction: float, seed: int) -> ImageSource:
