@@ -198,7 +198,7 @@ def test_a_file_that_needs_code_is_refused_and_not_run(tmp_path, style):
 
 @pytest.mark.parametrize(
     ("content", "parts"),
-    [(b"", ["damaged"]), (b"hello", ["damaged"]), (b"PK\3\4" + b"x" * 99, ["damaged"])],
+    [(b"", ["damaged"]), (b"hello", ["damaged", "Error: "]), (b"PK\3\4" + b"x" * 99, ["damaged"])],
 )
 def test_damaged_torch_files(tmp_path, content, parts):
     (tmp_path / "vq.pt").write_bytes(content)

@@ -114,8 +114,8 @@ def _read_torch(file: Path) -> Any:
             "weights_only=False)['state_dict'], 'weights.pt')"
         ) from None
     except Exception as error:  # a damaged pickle can end in any of them
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file}: damaged or no PyTorch file: {reason}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise ValueError(f"{file}: damaged or no PyTorch file ({reason})") from None
 
 
 def _llamagen_config(weights: Mapping[str, Tensor], file: Path) -> VQConfig:
