@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -65,7 +66,9 @@ def iter_codes(
         labels = torch.cat([labels, torch.full_like(labels, generator.null_label)])
     elif scales[0] == 0:
         labels = torch.full_like(labels, generator.null_label)
-    draws = torch.stack([torch.rand(length, generator=g) for g in rng]).to(labels.device)
+    # Whatever torch's defaults are: with another type the same seed gives other numbers.
+    drawn = [torch.rand(length, generator=g, dtype=torch.float32, device=g.device) for g in rng]
+    draws = torch.stack(drawn).to(labels.device)
 
     def choose(logits: Tensor, uniforms: Tensor, scale: float | Tensor) -> Tensor:
         if guided:
@@ -77,14 +80,22 @@ def iter_codes(
     # All that `choose` depends on beside its arguments: with other values it is another function.
     key = (guided, settings.temperature, settings.top_k, settings.top_p)
     choose_fast = cache.recorded(key, choose)
-    logits = generator.start(labels, cache)
+    with as_it_is(labels.device):
+        logits = generator.start(labels, cache)
     for position, scale in enumerate(scales):
         if position == 0 and not torch.isfinite(logits).all():  # once: it waits for the device
             raise ValueError("the model's logits are not finite: its weights are damaged")
         codes = choose_fast(logits, draws[:, position], scale)
         yield codes
         if position < length - 1:
-            logits = generator.decode(codes.repeat(2) if guided else codes, cache)
+            with as_it_is(labels.device):  # around a step, for the caller's own goes on in between
+                logits = generator.decode(codes.repeat(2) if guided else codes, cache)
+
+
+def as_it_is(device: torch.device) -> AbstractContextManager[object]:
+    """Around a model that is to run in its own number type, in an autocast of the caller's, too."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:

@@ -12,7 +12,16 @@ import torch
 from hypothesis import given, settings
 
 from moveimg.config import SamplingSettings
-from moveimg.sampling import draw, guidance_scales, guide, image_rngs, keep_top, sample_codes
+from moveimg.model.decoding import decoding_model
+from moveimg.sampling import (
+    draw,
+    guidance_scales,
+    guide,
+    image_rngs,
+    iter_codes,
+    keep_top,
+    sample_codes,
+)
 from tests.conftest import VARIANTS, lively, tiny_config
 
 SETTINGS = SamplingSettings(cfg_scale=2.0, temperature=0.9, top_k=8, top_p=0.95)
@@ -64,6 +73,24 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_global_rng_alone():
     assert torch.equal(sample(model, [1, 2]), sample(model, [1, 2]))
     assert not torch.equal(sample(model, [1, 2]), sample(model, [1, 2], seed=7))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_the_caller_has_set_for_torch_changes_nothing():
+    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    for generator in (model, decoding_model(model)):
+        wanted = sample(generator, [1, 2])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(sample(generator, [1, 2]), wanted)
+            for _ in iter_codes(generator, torch.tensor([1]), SETTINGS, image_rngs([0])):
+                assert torch.is_autocast_enabled("cpu")  # between codes it is the caller's
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                rngs = image_rngs(range(2))
+                labels = torch.tensor([1, 2], device="cpu")
+                assert torch.equal(sample_codes(generator, labels, SETTINGS, rngs), wanted)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 class Recorder(torch.nn.Module):
