@@ -5,8 +5,10 @@
     python apps/beside_llamagen.py LlamaGen sample --quantize int8
     python apps/beside_llamagen.py LlamaGen train --batch-size 2
     python apps/beside_llamagen.py LlamaGen encode --batch-size 2
+    python apps/beside_llamagen.py LlamaGen paint --batch-size 4
 
-GPT-B at 256 pixels on the CPU; encoding is ten crops of each of `--batch-size` images by VQ-16.
+GPT-B at 256 pixels on the CPU; encoding is ten crops of each of `--batch-size` images by VQ-16,
+painting the way back from one's codes to its pixels.
 """
 
 from __future__ import annotations
@@ -132,6 +134,23 @@ def training(name: str, given: argparse.Namespace) -> Run:
     return our_step
 
 
+def tokenizers(checkout: Path, folder: Path) -> tuple[Any, vq.AutoencoderTokenizer]:
+    """LlamaGen's VQ-16 and ours with its weights, which go by a file in `folder`."""
+    make = theirs(checkout, "tokenizer.tokenizer_image.vq_model").VQ_models["VQ-16"]
+    model = make(codebook_size=CODES, codebook_embed_dim=8).eval()
+    torch.save({"model": model.state_dict()}, folder / "vq.pt")
+    return model, vq.fast_tokenizer(vq.load_llamagen_vq(folder / "vq.pt"))
+
+
+def painting(name: str, given: argparse.Namespace) -> Run:
+    """Codes -> pixels, both in float32 as LlamaGen's sampling does it."""
+    model, fast = tokenizers(given.checkout, Path(tempfile.mkdtemp()))
+    codes, shape = torch.randint(CODES, (given.batch_size, 256)), (given.batch_size, 8, *GRID)
+    if name == LLAMAGEN:
+        return torch.no_grad()(lambda: model.decode_code(codes, shape))
+    return lambda: fast.decode(codes)
+
+
 def encoding(name: str, given: argparse.Namespace) -> Run:
     """JPEG files -> codes on disk."""
     folder = Path(tempfile.mkdtemp())
@@ -141,10 +160,7 @@ def encoding(name: str, given: argparse.Namespace) -> Run:
         (folder / "images" / kind).mkdir(parents=True, exist_ok=True)
         window = photograph.crop((10 * number, 0, 10 * number + 400, 400))
         window.save(folder / "images" / kind / f"{number:03d}.jpg", quality=90)
-    make = theirs(given.checkout, "tokenizer.tokenizer_image.vq_model").VQ_models["VQ-16"]
-    model = make(codebook_size=CODES, codebook_embed_dim=8).eval()
-    torch.save({"model": model.state_dict()}, folder / "vq.pt")
-    fast = vq.fast_tokenizer(vq.load_llamagen_vq(folder / "vq.pt"))
+    model, fast = tokenizers(given.checkout, folder)
     crop = theirs(given.checkout, "dataset.augmentation").center_crop_arr
     view = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     views = transforms.Compose(
@@ -180,6 +196,7 @@ WORK: dict[str, tuple[Callable[[str, argparse.Namespace], Run], list[str]]] = {
     "sample": (sampling, ["dense", "MoVE x1"]),
     "train": (training, list(MEMORIES)),
     "encode": (encoding, ["moveimg"]),
+    "paint": (painting, ["moveimg"]),
 }
 
 

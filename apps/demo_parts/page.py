@@ -106,14 +106,12 @@ def _generate_tab(handlers: Handlers, models: Models, first: About) -> gr.Dropdo
                 again = gr.Button("Again, another seed", size="sm", elem_id="again", min_width=140)
                 vary = gr.Button("Vary guidance", size="sm", elem_id="vary", min_width=140)
                 save = gr.Button("Save all as zip", size="sm", elem_id="save-all", min_width=140)
+            with gr.Row(elem_id="beside", visible=len(models.names) > 1):
+                compare = gr.Button("Compare with", size="sm", elem_id="compare", min_width=140)
                 other = gr.Dropdown(
                     models.names, value=models.names[-1], show_label=False, container=False,
-                    label="Model to compare with", min_width=120, elem_id="other",
-                    visible=len(models.names) > 1,
+                    label="Model to compare with", min_width=140, elem_id="other", scale=2,
                 )  # fmt: skip
-                compare = gr.Button(
-                    "Compare with", size="sm", elem_id="compare", visible=len(models.names) > 1
-                )
             memory = _memory_panel(handlers, rows, index, gallery)
 
     form = [model, klass, num, settings["seed"], *(settings[k] for k in FORM)]
