@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from moveimg.training import watch
+from moveimg.training.checkpoints import reason
 
 
 def test_a_full_disk_costs_what_is_shown_and_not_the_run(tmp_path, monkeypatch, capsys):
@@ -33,6 +38,46 @@ def test_a_full_disk_costs_what_is_shown_and_not_the_run(tmp_path, monkeypatch, 
     assert (told.out + told.err).count("No space left on device") == 2
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 3]
+
+
+def test_a_full_disk_ends_tensorboard_with_one_line(tmp_path, monkeypatch, capsys):
+    def full(writer: Any, data: bytes):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shown: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    config: Any = SimpleNamespace(wandb=False, steps=9)
+    with watch.Journal(tmp_path, config, 0, main=True) as journal:
+        journal.scalars("train", {"loss": 1.0}, 1)
+        monkeypatch.setattr(RecordWriter, "write", full)
+        for step in range(2, 9):
+            journal.scalars("train", {"loss": 1.0, "lr": 0.1}, step)
+        journal.picture("", Image.new("RGB", (8, 8)), 9)
+        thread = threading.Thread(target=full, args=(None, b""))  # another's errors are shown
+        thread.start()
+        thread.join()
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("TensorBoard gets no more of this run") == 1
+    assert len(shown) == 1 and shown[0].thread is thread
+    assert (tmp_path / "preview-000009.png").is_file()
+
+
+class SmallDisk(io.BytesIO):
+    """A file that a full disk cuts off, as the system does: the last write falls short."""
+
+    def write(self, data: Any) -> int:
+        room = 3000 - self.tell()
+        if len(data) > room > 0:
+            return super().write(data[:room])
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_named_as_the_system_does():
+    with pytest.raises(RuntimeError) as caught:  # torch's writer of archives misses bytes
+        torch.save(torch.zeros(10_000), SmallDisk())
+    assert reason(caught.value) == "No space left on device"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ It can be read by any number of processes, and by DDP what FSDP2 has written, an
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -79,8 +80,10 @@ class Checkpoints:
         try:
             if self.world.main:
                 temporary.mkdir(parents=True, exist_ok=True)
-                torch.save(extra, temporary / EXTRA)
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
+                buffer = io.BytesIO()  # into a file, torch.save would not say that the disk is full
+                torch.save(extra, buffer)
+                (temporary / EXTRA).write_bytes(buffer.getbuffer())
+        except OSError as error:
             self._failed(step, temporary, error)
         if self.world.any(self.failure is not None):
             return
@@ -255,6 +258,8 @@ def reason(error: BaseException) -> str:
         return reason(next(iter(error.failures.values()))[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error.__context__, OSError):  # which torch's writer of archives buries
+        return reason(error.__context__)
     text = " ".join(str(error).split())[:200] or type(error).__name__
-    # torch's writer of archives counts bytes instead of asking the system
+    # of another process there is the text alone: that writer's, who missed bytes
     return "not all bytes could be written: is the disk full?" if "unexpected pos" in text else text

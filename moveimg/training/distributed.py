@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from moveimg.config import TrainConfig
 from moveimg.device import pick_device, pick_dtype
@@ -266,6 +267,6 @@ def whole(model: nn.Module) -> nn.Module:
 
 
 def tell(message: str) -> None:
-    """A line on stderr, said by the first process alone."""
+    """A line on stderr, above the bar if there is one; said by the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+        tqdm.write(message, file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class Journal:
             return
         if config.wandb:
             self.wandb = start_wandb(logs, config)
+        self.hook = threading.excepthook
+        threading.excepthook = self._quiet
         self.writer = SummaryWriter(str(logs), purge_step=step)
         self.bar = progress_bar(config.steps, "train", "step", step)
 
@@ -55,28 +58,26 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        if self.writer is not None:
-            with self._spared("TensorBoard's events"):
-                self.writer.close()
+        self._events(SummaryWriter.close)
+        if self.main:
+            threading.excepthook = self.hook
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error[0] is not None))
 
     def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
         """Add numbers to TensorBoard as `prefix/key`."""
-        if self.writer is not None:
-            with self._spared("TensorBoard's events"):
-                for key, value in values.items():
-                    self.writer.add_scalar(f"{prefix}/{key}", value, step)
+        for key, value in values.items():
+            self._events(SummaryWriter.add_scalar, f"{prefix}/{key}", value, step)
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         """Write preview-STEP[-NAME].png, and add it to TensorBoard."""
-        if self.writer is None:
+        if not self.main:
             return
         ending = f"-{name}" if name else ""
-        with self._spared(f"the preview of step {step}"):
-            with atomic(self.logs / f"preview-{step:06d}{ending}.png") as path:
-                picture.save(path)
-            self.writer.add_image(f"preview{ending}", pil_to_tensor(picture), step)
+        path = self.logs / f"preview-{step:06d}{ending}.png"
+        with self._spared(f"the preview of step {step}"), atomic(path) as temporary:
+            picture.save(temporary)
+        self._events(SummaryWriter.add_image, f"preview{ending}", pil_to_tensor(picture), step)
 
     def line(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, dropping lines of steps that a crash undid."""
@@ -87,6 +88,23 @@ class Journal:
         kept = [text for text in lines if json.loads(text)["step"] < line["step"]]
         with self._spared(path.name):
             write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+
+    def _events(self, call: Callable[..., None], *values: Any) -> None:
+        """call(writer, *values), until a full disk ends the writer's thread: that is told once."""
+        if self.writer is None:
+            return
+        try:
+            call(self.writer, *values)
+        except OSError as error:
+            self.writer = None
+            why = error.strerror or error
+            self.tell(f"warning: TensorBoard gets no more of this run ({why}); training goes on")
+
+    def _quiet(self, failure: threading.ExceptHookArgs) -> None:
+        """No traceback of that thread: what ended it is raised again by the writer's next call."""
+        events = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (events and isinstance(failure.exc_value, OSError)):
+            self.hook(failure)
 
     @contextmanager
     def _spared(self, what: str) -> Iterator[None]:
