@@ -77,7 +77,9 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_global_rng_alone():
 
 def test_what_the_caller_has_set_for_torch_changes_nothing():
     model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
-    for generator in (model, decoding_model(model)):
+    with torch.device("meta"):
+        made_ready = [decoding_model(model), decoding_model(model, "int8")]
+    for generator in (model, *made_ready):
         wanted = sample(generator, [1, 2])
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(sample(generator, [1, 2]), wanted)

@@ -77,7 +77,7 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         tiny = torch.finfo(torch.float32).tiny  # a row of zeros still needs a scale
         scales = (weight.abs().amax(dim=1) / INT8_LIMIT).clamp_min(tiny).double()
-        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
         with warnings.catch_warnings():  # torch says that torchao will replace its quantization
             warnings.simplefilter("ignore")
             rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
@@ -160,7 +160,7 @@ class FusedRMSNorm(nn.Module):
         size = norm.weight.numel()
         self.weight = norm.weight
         self.scaled = norm.weight.detach() * size**0.5
-        self.least = torch.tensor((size * (norm.eps or 0.0)) ** 0.5)
+        self.least = self.scaled.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
