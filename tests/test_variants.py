@@ -54,6 +54,21 @@ def test_the_balance_loss_is_kept_in_train_mode_alone_and_handed_out_once():
     assert model.auxiliary_loss() == 0
 
 
+def test_activation_checkpointing_keeps_no_balance_loss_and_changes_no_gradient():
+    config = tiny_config(
+        **VARIANTS["mha-none-moe"], token_dropout=0, resid_dropout=0, ffn_dropout=0
+    )
+    model = lively(config).train()
+    found = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        loss, _ = model(*random_inputs(config), loss=True)
+        (loss + model.auxiliary_loss()).backward()
+        assert model.auxiliary_loss() == 0  # of the pass that is computed again, neither
+        found.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
 def test_product_key_layers_share_one_value_table():
     config = tiny_config(n_layer=3, **VARIANTS["mha-move-product_key-listed"])
     config = ModelConfig.model_validate(

@@ -5,7 +5,8 @@ B batch   S positions in this call   T codes in an image   D width   V codebook 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -219,7 +220,8 @@ class Transformer(nn.Module):
             layer_cache = None if cache is None else cache.layers[index]
             inputs = (x, rows[index], rope, self.shared_ffn, layer_cache)
             if self.checkpointing and self.training:
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                again = _around_recomputing(block.ffn)
+                x = checkpoint(block, *inputs, use_reentrant=False, context_fn=again)
             else:
                 x = block(*inputs)
         return self.norm(x)
@@ -228,3 +230,20 @@ class Transformer(nn.Module):
         """Normed stream [B, S, D] -> logits [B, S, V], float32 (float64 in a float64 model)."""
         out = self.head(x)
         return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def _around_recomputing(ffn: Any) -> Callable[[], tuple[Any, Any]]:
+    """For checkpoint: the auxiliary loss of the backward pass, wanted by nobody, is let go.
+
+    Its graph would keep what a block computes again until the next step: as much, over all blocks,
+    as checkpointing saves.
+    """
+
+    @contextmanager
+    def recomputing() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            ffn.auxiliary = None
+
+    return lambda: (nullcontext(), recomputing())
