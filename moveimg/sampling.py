@@ -83,7 +83,8 @@ def iter_codes(
     with as_it_is(labels.device):
         logits = generator.start(labels, cache)
     for position, scale in enumerate(scales):
-        if position == 0 and not torch.isfinite(logits).all():  # once: it waits for the device
+        # First and last alone: it waits for the device, and what is no number stays in the cache.
+        if position in (0, length - 1) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
         codes = choose_fast(logits, draws[:, position], scale)
         yield codes
@@ -153,7 +154,8 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
     # the last possible one can be reached.
     total = cumulative[:, -1:] * (1 - torch.finfo(cumulative.dtype).eps)
     target = uniforms[:, None].to(cumulative.dtype) * total
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    codes = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return codes.clamp(max=logits.shape[-1] - 1)  # of what is no number: a code nevertheless
 
 
 def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:

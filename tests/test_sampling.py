@@ -223,3 +223,14 @@ def test_bad_input_is_named():
     for bad in ({"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"cfg_scale": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SamplingSettings(**bad)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_damage_that_the_first_logits_do_not_show_is_told(top_p):
+    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    with torch.no_grad():
+        model.memory.bank.weight.fill_(math.nan)
+    for temperature in (0, 1):
+        chosen = SamplingSettings(temperature=temperature, top_p=top_p)
+        with pytest.raises(ValueError, match="not finite"):
+            sample(model, [1, 2], chosen)
