@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from apps.demo_parts.turns import Turns
 
+DTYPES = ("float32", "bfloat16", "float64")  # of moveimg.device, which would load torch
 MAX_BODY = 12 * 2**20  # bytes of a request: an upload of looking.MAX_UPLOAD in base64, and a bit
 
 
@@ -45,7 +46,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s)"
     )
-    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--port", type=_port, help="port (default: the first free one from 7860)")
     parser.add_argument(
         "--auth", metavar="USER:PASSWORD", help="ask for this; or a file with one such line a user"
     )
@@ -67,13 +68,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)"
     )
-    parser.add_argument("--dtype", help="float32, bfloat16 or float64 (default: bfloat16 on CUDA)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the models' numbers (default: bfloat16 on CUDA)"
+    )
     return parser.parse_args(argv)
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number in 1..65535")
     return int(text)
 
 
@@ -157,7 +166,10 @@ def main(argv: list[str] | None = None) -> int:
             auth=auth,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = str(error)
+        if "empty port" in told:  # gradio's, which goes on about its own settings
+            told = f"port {given.port or '7860 and those after it'} at {given.host}: cannot be used"
+        print(f"error: {told}", file=sys.stderr)
         return 2
     print(f"moveimg demo: {page.local_url}", flush=True)
     if given.host not in ("127.0.0.1", "localhost", "::1") and auth is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from contextlib import aclosing
 
@@ -11,6 +12,7 @@ import pytest
 from apps import demo
 from apps.demo_parts.guard import Guard
 from apps.demo_parts.turns import Busy, Turns, Visitor, Waiting, in_turn
+from moveimg import device
 
 ANN, BOB = Visitor("ann", "10.0.0.1"), Visitor("bob", "10.0.0.2")
 
@@ -154,7 +156,24 @@ def test_the_command_names_what_it_cannot_serve(capsys, tmp_path):
     assert "config.json" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         demo.arguments(["--queue", "0"])
+    for option, value, wanted in (
+        ("--port", "99999", "'99999': expected a whole number in 1..65535"),
+        ("--port", "http", "'http': expected a whole number in 1..65535"),
+        ("--dtype", "int8", "bfloat16"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            demo.arguments([option, value])
+        assert wanted in capsys.readouterr().err
+    assert set(demo.DTYPES) == set(device.DTYPES)
     assert demo.arguments([]).host == "127.0.0.1"
+
+
+def test_a_port_in_use_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "quiet_gradio", lambda: tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert demo.main(["--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: port {port} at 127.0.0.1: cannot be used\n"
 
 
 def through_guard(path, headers=(), chunks=(b"",)):
