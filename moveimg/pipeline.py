@@ -211,9 +211,9 @@ class Pipeline:
     def _labels(self, classes: Sequence[str | int] | str | int) -> Tensor:
         if isinstance(classes, str | int):
             classes = [classes]
-        if not classes:
+        labels = [self.label(item) for item in classes]  # of an array, too
+        if not labels:
             raise ValueError("no classes given: expected at least one index or name")
-        labels = [self.label(item) for item in classes]
         return torch.tensor(labels, dtype=torch.int64, device=self.device)
 
 

@@ -96,6 +96,7 @@ def test_settings_left_out_are_the_models_own(pipeline):
         pipeline.sample([0], temperature=-1)
     with pytest.raises(ValueError, match="no classes given"):
         pipeline.sample([])
+    assert len(pipeline.sample(np.array([1, 0]))) == 2
 
 
 def test_streaming_ends_with_the_sampled_pictures(pipeline):
