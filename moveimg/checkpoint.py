@@ -23,6 +23,7 @@ from moveimg.files import atomic, write_text
 from moveimg.model import Transformer
 
 FORMAT = 1
+BUNDLED = Path(__file__).parent / "bundled"
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,12 @@ def _and_more(keys: list[str]) -> str:
 
 
 def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
-    """The tokenizer in its own directory, or that of a model directory, frozen, in float32."""
-    inside = path / "tokenizer"
-    directory = inside if (inside / "config.json").is_file() else path
+    """A tokenizer in a directory, of its own or a model's, or a bundled one: frozen, in float32.
+
+    Raises FileNotFoundError or ValueError as tokenizer.load.
+    """
+    directory = path if path.exists() or not (BUNDLED / path).is_dir() else BUNDLED / path
+    inside = directory / "tokenizer"
+    if (inside / "config.json").is_file():
+        directory = inside
     return vq.fast_tokenizer(vq.load(directory, device=device))

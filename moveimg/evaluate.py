@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moveimg.checkpoint import BUNDLED
 from moveimg.config import SamplingSettings
 from moveimg.data.crops import crop_views
 from moveimg.data.images import ImageSource, Split, open_images
@@ -30,7 +31,7 @@ from moveimg.evaluation.reference import (
 from moveimg.evaluation.results import environment, read_results, write_results
 from moveimg.evaluation.scoring import check_pair, score
 from moveimg.evaluation.sets import ImageSet, open_set
-from moveimg.pipeline import BUNDLED, DEFAULT_MODEL, Pipeline, resolve
+from moveimg.pipeline import DEFAULT_MODEL, Pipeline, resolve
 from moveimg.pretrained.hub import cache_directory
 from moveimg.progress import progress_bar
 from moveimg.sample_sets import Plan, make_plan, sample_set

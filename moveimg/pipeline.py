@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moveimg.checkpoint import ModelParts, load_model
+from moveimg.checkpoint import BUNDLED, ModelParts, load_model
 from moveimg.config import SamplingSettings, validate
 from moveimg.device import pick_device, pick_dtype
 from moveimg.model import Transformer
@@ -22,7 +22,6 @@ from moveimg.pictures import to_pil
 from moveimg.pretrained.hub import PUBLISHED, fetch
 from moveimg.sampling import image_rngs, iter_codes, sample_codes
 
-BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_MODEL = "digits"
 
 

@@ -91,7 +91,7 @@ def server(tmp_path_factory):
     from apps import demo
     from apps.demo_parts.models import Models
     from apps.demo_parts.turns import Turns
-    from moveimg.pipeline import BUNDLED
+    from moveimg.checkpoint import BUNDLED
 
     other = tmp_path_factory.mktemp("models") / "gallery"
     shutil.copytree(BUNDLED / "digits", other)

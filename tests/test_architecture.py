@@ -26,7 +26,8 @@ ALLOWED = {
     "moveimg.reconstruct": {"moveimg.data", "moveimg.evaluation", "tokenizer"},
     "moveimg.sample_sets": {"moveimg.pipeline", "moveimg.sampling", "moveimg.data"}
     | {"moveimg.evaluation"},
-    "moveimg.evaluate": {"moveimg.pipeline", "moveimg.pretrained", "moveimg.data"}
+    "moveimg.evaluate": {"moveimg.checkpoint", "moveimg.pipeline", "moveimg.pretrained"}
+    | {"moveimg.data"}
     | {"moveimg.evaluation", "moveimg.sample_sets"},
     "moveimg.training": CORE
     | {"tokenizer", "moveimg.data", "moveimg.pipeline"}

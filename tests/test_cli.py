@@ -16,8 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moveimg import __version__
+from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
-from moveimg.pipeline import BUNDLED
 from tests.test_training import EVERY, TOKENIZER
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from apps import demo
 from apps.demo_parts import texts
 from apps.demo_parts.turns import Turns, Visitor
 from moveimg import Pipeline
-from moveimg.pipeline import BUNDLED
+from moveimg.checkpoint import BUNDLED
 
 
 def picture_of(uri):

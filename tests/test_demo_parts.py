@@ -18,9 +18,9 @@ from PIL import Image, ImageCms
 from apps.demo_parts import drawing, gallery, looking, show
 from apps.demo_parts.models import Models
 from moveimg import Pipeline
+from moveimg.checkpoint import BUNDLED
 from moveimg.inspection.gates import gather_gates
 from moveimg.inspection.maps import bank_maps, without_bank
-from moveimg.pipeline import BUNDLED
 from tests.conftest import MEMORIES, lively, random_inputs, tiny_config
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import tokenizer as vq
-from moveimg.checkpoint import ModelParts, load_model, save_model
+from moveimg.checkpoint import BUNDLED, ModelParts, load_model, load_tokenizer, save_model
 from moveimg.config import SamplingSettings
 from moveimg.pictures import labelled_grid, to_pil
 from moveimg.pipeline import Pipeline
@@ -233,6 +234,16 @@ def test_unknown_models_and_devices_are_named(directory):
         Pipeline.from_pretrained(directory, device="abacus")
     with pytest.raises(ValueError, match="dtype 'int3'"):
         Pipeline.from_pretrained(directory, device="cpu", dtype="int3")
+
+
+def test_a_bundled_tokenizer_is_known_by_name(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    bundled = load_tokenizer(BUNDLED / "digits" / "tokenizer", cpu)
+    assert load_tokenizer(Path("digits"), cpu).fingerprint == bundled.fingerprint
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()  # a directory of one's own comes first
+    with pytest.raises(FileNotFoundError, match=r"digits: no such tokenizer|digits.*config.json"):
+        load_tokenizer(Path("digits"), cpu)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

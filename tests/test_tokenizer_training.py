@@ -190,6 +190,20 @@ def test_refusals_come_before_anything_is_written(folder, tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
+def test_an_image_that_cannot_be_read_ends_no_run(tmp_path, capsys):
+    folder = smooth_pictures(tmp_path / "images")
+    broken = folder / "warm" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    config = make_config(folder, tmp_path / "run")
+    assert np.isfinite(train_tokenizer(config, CPU)["mse"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "warm/1.png" in line]
+    assert len(said) == 1 and said[0].endswith("; the next one takes its place")
+    for path in folder.rglob("*.png"):
+        path.write_text("no picture")
+    with pytest.raises(ValueError, match="none of its 2 images can be read"):
+        train_tokenizer(make_config(folder, tmp_path / "other"), CPU)
+
+
 @pytest.mark.parametrize("kind", ["simvq", "ibq"])
 def test_codes_of_every_quantizer_are_packed_and_decoded(folder, tmp_path, kind):
     config = make_config(folder, tmp_path / "tokenizer", {"kind": kind}, steps=2)
@@ -209,7 +223,7 @@ def test_codes_of_every_quantizer_are_packed_and_decoded(folder, tmp_path, kind)
 
 def task_image(task: TokenizerTask, index: int) -> torch.Tensor:
     """A training image of 16 x 16 pixels as the tokenizer sees it."""
-    pixels = np.asarray(task.train[index][0], np.float32)
+    pixels = np.asarray(task.train.image(index), np.float32)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
 
 

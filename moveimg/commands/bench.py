@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moveimg.commands.common import Device, Dtype, Set, app, command, open_tokenizer
+from moveimg.commands.common import Device, Dtype, Set, app, command
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -71,6 +71,7 @@ def encode(
     """Images -> codes, as by a call of `moveimg encode`: images and codes a second."""
     import tokenizer as vq
     from moveimg.bench.workloads import bench_encode
+    from moveimg.checkpoint import load_tokenizer
     from moveimg.data.encode import views_a_call
     from moveimg.device import pick_device, pick_dtype
 
@@ -80,7 +81,7 @@ def encode(
         plain = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer"))
         model = vq.fast_tokenizer(plain.freeze().to(where))
     else:
-        model = open_tokenizer(Path(tokenizer), where)
+        model = load_tokenizer(Path(tokenizer), where)
     if size % model.downsample:
         raise ValueError(f"size {size}: expected a multiple of {model.downsample}")
     views = batch_size or views_a_call(size, where)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -125,15 +124,6 @@ def device_of(name: str | None) -> Any:
     from moveimg.device import pick_device
 
     return pick_device(name)
-
-
-def open_tokenizer(path: Path, device: Any) -> Any:
-    """The tokenizer in a directory, of its own or a model's, or that of a bundled model."""
-    from moveimg.checkpoint import load_tokenizer
-    from moveimg.pipeline import BUNDLED
-
-    bundled = BUNDLED / path
-    return load_tokenizer(bundled if bundled.is_dir() and not path.exists() else path, device)
 
 
 def numbers(result: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moveimg.commands.common import Device, Dtype, command, device_of, open_tokenizer, print_json
+from moveimg.commands.common import Device, Dtype, command, device_of, print_json
 
 
 class Split(StrEnum):
@@ -155,6 +155,7 @@ def reconstruct(
 ) -> None:
     """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
     from moveimg import evaluate as runner
+    from moveimg.checkpoint import load_tokenizer
     from moveimg.data.images import open_images
     from moveimg.evaluation.guards import check_allowed
     from moveimg.files import require_file_name
@@ -164,7 +165,7 @@ def reconstruct(
     check_allowed(allow or [])
     if out is not None:
         require_file_name(out)
-    vq = open_tokenizer(tokenizer, where := device_of(device))
+    vq = load_tokenizer(tokenizer, where := device_of(device))
     source = open_images(images, split.value)
     against = runner.Comparison(reference or images, extractor, inception_weights, allow or [])
     eyes = _eyes(against, where, reference) if rfid else None
@@ -210,7 +211,8 @@ def _report(results: Sequence[dict[str, Any]]) -> None:
 
 def _one(named: Sequence[str]) -> str:
     if len(named) != 1:
-        raise ValueError(f"{len(named)} names given ({', '.join(named)}): expected one")
+        given = f"{len(named)} ({', '.join(named)})" if named else "none"
+        raise ValueError(f"expected one name of images or of a model, and {given} given")
     return named[0]
 
 

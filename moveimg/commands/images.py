@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moveimg.commands.common import Device, Dtype, command, open_tokenizer
+from moveimg.commands.common import Device, Dtype, command
 
 
 @command
@@ -37,6 +37,7 @@ def encode(
 
     On several devices: torchrun --nproc-per-node N -m moveimg encode ...
     """
+    from moveimg.checkpoint import load_tokenizer
     from moveimg.config import ImagesConfig, validate
     from moveimg.data.encode import encode_splits
     from moveimg.device import pick_dtype
@@ -45,7 +46,7 @@ def encode(
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
-        vq = open_tokenizer(tokenizer, world.device)
+        vq = load_tokenizer(tokenizer, world.device)
         chosen: dict[str, Any] = {}
         if dtype is not None:
             chosen["dtype"] = pick_dtype(dtype, world.device)

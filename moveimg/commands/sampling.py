@@ -56,6 +56,7 @@ def sample(
         "cfg_start": cfg_start, "temperature": temperature, "top_k": top_k, "top_p": top_p,
     }  # fmt: skip
     settings = pipeline.settings(**given)
+    shown = Path(model).resolve().name if Path(model).is_dir() else model  # pictures are passed on
     repeated = [label for label in labels for _ in range(num)]
     image_rngs([seed, seed + len(repeated) - 1])  # a bad seed is refused before a folder is made
     out.mkdir(parents=True, exist_ok=True)
@@ -65,13 +66,13 @@ def sample(
     seconds = time.perf_counter() - begun
     for i, (label, picture) in enumerate(zip(repeated, pictures, strict=True)):
         name = pipeline.class_names[label]
-        about = {"model": model, "class": label, "class_name": name, "seed": seed + i}
+        about = {"model": shown, "class": label, "class_name": name, "seed": seed + i}
         about |= {"dtype": number_type, "quantize": quantize}
         path = out / f"{label:04d}-{_slug(name)}-seed{seed + i}.png"
         save_png(picture, path, about | settings.model_dump())
     rows = [pictures[i : i + num] for i in range(0, len(pictures), num)]
     names = [pipeline.class_names[label] for label in labels]
-    about = {"model": model, "classes": labels, "num": num, "seed": seed}
+    about = {"model": shown, "classes": labels, "num": num, "seed": seed}
     save_png(labelled_grid(rows, names), out / "grid.png", about | settings.model_dump())
     print(f"{len(pictures)} images in {seconds:.1f} s -> {out}/ (all of them: {out / 'grid.png'})")
 

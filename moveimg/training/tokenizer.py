@@ -15,11 +15,11 @@ import tokenizer as vq
 from moveimg.config import TokenizerTrainConfig
 from moveimg.data.codes import crop_choice, epoch_order
 from moveimg.data.crops import count_views, crop_views, to_tensor
-from moveimg.data.images import ImageSource, open_images
+from moveimg.data.images import ImageSource, UnreadableImageError, open_images
 from moveimg.device import pick_dtype
 from moveimg.pictures import labelled_grid, to_pil
 from moveimg.training.adversary import Adversary
-from moveimg.training.distributed import Plan, World
+from moveimg.training.distributed import Plan, World, tell
 from moveimg.training.loop import fit
 from tokenizer.losses import ImageLoss
 from tokenizer.perceptual import load_perceptual_loss
@@ -34,12 +34,31 @@ class RandomViews(Dataset):
 
     def __init__(self, source: ImageSource, config: TokenizerTrainConfig) -> None:
         self.source, self.images = source, config.images
+        self.told: set[int] = set()  # of the images that cannot be read
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, view = key
-        image, _ = self.source[index]
-        views = crop_views(image, self.images.size, self.images.crops, self.images.ranges)
+        views = crop_views(
+            self.image(index), self.images.size, self.images.crops, self.images.ranges
+        )
         return to_tensor([views[view]])[0]
+
+    def image(self, index: int) -> Image.Image:
+        """An image, or in the place of one that cannot be read the next one that can.
+
+        So a broken file ends no run, and the others stand where they stood.
+        """
+        for other in (*range(index, len(self)), *range(index)):
+            try:
+                return self.source[other][0]
+            except UnreadableImageError as error:
+                if other not in self.told:
+                    self.told.add(other)
+                    tell(f"warning: {error}; the next one takes its place")
+        raise ValueError(f"{self.source.name}: none of its {len(self)} images can be read")
 
 
 class TokenizerTask:
@@ -53,11 +72,11 @@ class TokenizerTask:
         self.config, self.model, self.plan = config, model, plan
         self.forward: nn.Module = model
         self.device = device = plan.world.device
-        self.train = open_images(config.images.source, "train")
-        val = open_images(config.images.source, "val")
+        self.train = RandomViews(open_images(config.images.source, "train"), config)
+        val = RandomViews(open_images(config.images.source, "val"), config)
         shown = range(min(len(val), MOST_VALIDATED))
         size, ranges = config.images.size, config.images.ranges[:1]
-        views = [crop_views(val[i][0], size, "center", ranges)[0] for i in shown]
+        views = [crop_views(val.image(i), size, "center", ranges)[0] for i in shown]
         self.val = to_tensor(views)
         self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
         self.perceptual: ImageLoss | None = None
@@ -75,9 +94,8 @@ class TokenizerTask:
         step = index // self.plan.parts
         if self._batches is None:
             workers = 0 if len(self.train) < MOST_VALIDATED else 4
-            views = RandomViews(self.train, self.config)
             loader = DataLoader(
-                views,
+                self.train,
                 batch_sampler=self._keys(step),
                 num_workers=workers,
                 generator=torch.Generator(),  # or it would draw from the generator of the step
