@@ -17,11 +17,12 @@ from tests.test_tokenizer_training import JUDGE, make_config, smooth_pictures
 from tests.test_training import CPU, die_at_step_5, newest_state, train_config
 from tests.tools.processes import job, launch
 
-EVERY = {"micro_batch": 4, "validate_every": 1, "checkpoint_every": 2, "log_every": 4}
+EVERY = {"micro_batch": 4, "validate_every": 1, "checkpoint_every": 4, "log_every": 4}
 # what FSDP2 has most to do with: tables in the blocks and outside, experts, a latent, recomputing
 RICH = {
     "distributed": "fsdp",
     "activation_checkpointing": True,
+    "steps": 4,
     "model": {
         "n_layer": 2, "n_head": 2, "width": 16, "attention": {"kind": "mla", "kv_rank": 8,
         "rope_dim": 4}, "memory": MEMORIES["move-3-class-rows"],
@@ -72,6 +73,7 @@ def folder(digits, tmp_path_factory):
     jobs = [job(config("two", name), stop) for name, (_, stop) in JOBS.items()]
     images = smooth_pictures(folder / "images")
     for name, changes in TOKENIZERS.items():
+        changes = {"checkpoint_every": 4, **changes}
         one, two = (make_config(images, folder / many / name, **changes) for many in MANY)
         if not name.startswith("judged"):
             train_tokenizer(one, CPU)
@@ -119,7 +121,7 @@ def test_two_processes_go_on_with_a_tokenizer_to_the_same_bits(folder):
 
 
 def test_both_processes_wrote_shards(folder):
-    files = {p.name for p in (folder / "two/rich/training/checkpoints/step-0000008").iterdir()}
+    files = {p.name for p in (folder / "two/rich/training/checkpoints/step-0000004").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp"} <= files
 
 
