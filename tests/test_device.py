@@ -32,6 +32,15 @@ def test_freed_memory_is_used_again():
     assert kept < given_back / 4
 
 
+def test_why_a_device_cannot_be_used_is_one_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("Could not run it on 'MPS'. It runs on: [CPU, Meta, ...].")
+
+    monkeypatch.setattr(device.torch, "zeros", refuse)
+    with pytest.raises(ValueError, match=r"'mps' cannot be used here: Could not run it on 'MPS'$"):
+        device.pick_device("mps")
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(device.ctypes, "CDLL", lambda name: pytest.fail("was asked"))
