@@ -199,8 +199,9 @@ def pictures_from(rows: Sequence[Row], index: int, count: int = 1) -> Row:
 def draw(rows: Sequence[Row], models: Models, stop: threading.Event) -> Iterator[Frame | None]:
     """Draw the rows one after another, and yield a frame now and then; None between frames.
 
-    A frame is made when a line of the grid is full, but not so often that decoding would take more
-    than a third of the time. `stop` ends it after the next code; the last frame says so.
+    A frame is made when a line of the grid is full and twice the time of the last one has passed,
+    so that decoding stays within about half of the time. `stop` ends it after the next code; the
+    last frame says so.
     """
     rows = list(rows)
     total = sum(len(r.labels) * _length(models.describe(r.model)) for r in rows)
