@@ -1,8 +1,4 @@
-"""The demo as programs meet it: by the gradio client, by plain HTTP.
-
-One server for these tests and those of test_demo_page.py: they are one group, so one worker runs
-them.
-"""
+"""The demo as programs meet it: by the gradio client, by plain HTTP."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The demo as its visitors meet it, in a real browser.
 
-The tests are skipped where Debian's chromium is not installed. Their server is that of
-test_demo_api.py: they are one group, so one worker runs them.
+The tests are skipped where Debian's chromium is not installed.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import zipfile
 import pytest
 from PIL import Image
 
+from apps.demo_parts import looking
 from moveimg import Pipeline
 from tests.test_demo_api import picture_of
 
@@ -131,11 +131,12 @@ def test_a_class_is_found_by_typing_and_enter_draws_it(drawn):
     assert sources(desktop) == first  # the same seed, the same pictures
 
 
-def test_drawn_pictures_are_saved_looked_into_varied_and_compared(drawn):
+def test_drawn_pictures_are_saved_looked_into_varied_and_compared(drawn, server, monkeypatch):
     """On one page: loading it and drawing take longer than all of this."""
     each_is_saved_with_its_settings(drawn)
     the_memory_of_one_is_shown_and_the_bank_turned_off(drawn)
     guidance_varies_on_the_same_seeds(drawn)
+    a_look_at_the_old_pictures_ends_where_new_ones_begin(drawn, server, monkeypatch)
     another_model_says_why_it_cannot_be_compared(drawn)
 
 
@@ -165,13 +166,33 @@ def the_memory_of_one_is_shown_and_the_bank_turned_off(desktop):
 
 def guidance_varies_on_the_same_seeds(desktop):
     desktop.click("#vary")
+    desktop.wait_for_selector("#maps img", state="detached")  # they were of another picture
+    desktop.wait_for_selector("#bank-off input:not(:checked)")
     desktop.wait_for_function("document.querySelectorAll('#gallery .strip .save').length === 8")
     idle(desktop)
     titles = desktop.eval_on_selector_all("#gallery h3", "all => all.map(e => e.textContent)")
     assert titles == ["guidance 1", "guidance 1.75", "guidance 2.5", "guidance 4"]
     abouts = [picture_of(uri)[1] for uri in sources(desktop)]
     assert [a["seed"] for a in abouts] == [21, 22] * 4
-    assert desktop.locator("#maps img").count() == 0  # they were of another picture
+
+
+def a_look_at_the_old_pictures_ends_where_new_ones_begin(desktop, server, monkeypatch):
+    bank_of = looking.bank_of
+
+    def slowly(row, models):
+        time.sleep(1)
+        yield from bank_of(row, models)
+
+    monkeypatch.setattr(looking, "bank_of", slowly)
+    desktop.click("#gallery [data-pick='3']")
+    desktop.wait_for_selector("#memory-status .brief")
+    desktop.click("#again")
+    desktop.wait_for_function(
+        "!document.querySelector('#gallery .seed').textContent.endsWith(' 21')"
+    )
+    idle(desktop)
+    nobody_computes(server)
+    assert desktop.locator("#maps img").count() == 0
 
 
 def another_model_says_why_it_cannot_be_compared(desktop):

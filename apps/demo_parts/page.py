@@ -112,7 +112,7 @@ def _generate_tab(handlers: Handlers, models: Models, first: About) -> gr.Dropdo
                     models.names, value=models.names[-1], show_label=False, container=False,
                     label="Model to compare with", min_width=140, elem_id="other", scale=2,
                 )  # fmt: skip
-            memory = _memory_panel(handlers, rows, index, gallery)
+            shown, looks = _memory_panel(handlers, rows, index, gallery)
 
     form = [model, klass, num, settings["seed"], *(settings[k] for k in FORM)]
     drawn = [status, gallery, rows]
@@ -124,8 +124,9 @@ def _generate_tab(handlers: Handlers, models: Models, first: About) -> gr.Dropdo
         (compare, handlers.compare, [rows, other]),
     ]
     for button, handler, inputs in events:
-        begun = button.click(handler, inputs, drawn, **QUIET)
-        begun.then(lambda: (0, "", "", False), None, [index, *memory], **DIRECT)
+        # what is said of the old pictures goes at once, and what is being found out about them
+        button.click(lambda: (0, "", "", "", False), None, [index, *shown], cancels=looks, **DIRECT)
+        button.click(handler, inputs, drawn, **QUIET)
     stop.click(handlers.stop, None, None, **DIRECT)
     packed = gr.Textbox(visible=False)
     save.click(handlers.zip, [rows], [status, packed], **QUIET).then(
@@ -185,8 +186,10 @@ def _for_model(about: About) -> list[Any]:
     ]
 
 
-def _memory_panel(handlers: Handlers, rows: Any, index: Any, gallery: Any) -> list[Any]:
-    """What the bank does; returns what is to be cleared when new pictures come."""
+def _memory_panel(
+    handlers: Handlers, rows: Any, index: Any, gallery: Any
+) -> tuple[list[Any], list[Any]]:
+    """What the bank does; returns what to clear and which events to cancel for new pictures."""
     with gr.Accordion("What the memory does", open=True, elem_id="memory"):
         gr.HTML(texts.MEMORY)
         with gr.Row(elem_id="memory-form"):
@@ -207,10 +210,12 @@ def _memory_panel(handlers: Handlers, rows: Any, index: Any, gallery: Any) -> li
         async for status, html in handlers.look(rows, chosen, kind, request):
             yield status, html, chosen
 
-    gallery.pick(pick, [rows, kind], [status, maps, index], **QUIET)
-    kind.change(handlers.look, [rows, index, kind], [status, maps], **QUIET)
-    off.input(handlers.bank, [off, rows, index], [status, pair], **QUIET)
-    return [maps, pair, off]
+    looks = [
+        gallery.pick(pick, [rows, kind], [status, maps, index], **QUIET),
+        kind.change(handlers.look, [rows, index, kind], [status, maps], **QUIET),
+        off.input(handlers.bank, [off, rows, index], [status, pair], **QUIET),
+    ]
+    return [status, maps, pair, off], looks
 
 
 def _reconstruct_tab(handlers: Handlers, model: gr.Dropdown) -> None:
