@@ -183,24 +183,23 @@ def test_recomputed_activations_give_the_same_gradients(name):
 
 
 def test_every_layer_is_compiled(monkeypatch):
-    """Nine layers that read another slot each, nine without memory: ten graphs."""
+    """Three layers that read another slot each, three without memory: four graphs."""
     torch._dynamo.reset()
     graphs, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=graphs))
     memory = {"kind": "lave", "layers": "alternate"}
-    tiny = tiny_config(n_layer=18, memory=memory)
+    tiny = tiny_config(n_layer=6, memory=memory)
     model = Transformer(tiny).train()
-    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would take the key away
+    with torch._dynamo.config.patch(recompile_limit=2):  # monkeypatch would take the key away
         spread(model, None, Plan(compiled=True))
         model(*random_inputs(tiny))
-    assert graphs.frame_count == 10
+    assert graphs.frame_count == 4
     torch._dynamo.reset()
 
 
-COMPILED = ["mha-none-swiglu", "mha-move-3-class-rows-moe", "mla-lave-x1-product_key"]
-
-
-@pytest.mark.parametrize("name", [*COMPILED, "mla-q-move-moe-listed"])
+@pytest.mark.parametrize(
+    "name", ["mha-none-swiglu", "mha-move-3-class-rows-moe", "mla-lave-x1-product_key"]
+)
 def test_compiled_training_has_no_graph_breaks(monkeypatch, name):
     """In train mode, on the way back and in recomputed blocks: a break would raise."""
     torch._dynamo.reset()
