@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,22 +175,22 @@ def main(argv: list[str] | None = None) -> int:
     print(f"moveimg demo: {page.local_url}", flush=True)
     if given.host not in ("127.0.0.1", "localhost", "::1") and auth is None:
         print("anyone who can reach this address can use it; --auth asks for a password")
-    threading.Thread(target=_warm, args=(models,), daemon=True).start()
-    try:
-        threading.Event().wait()
-    except (KeyboardInterrupt, SystemExit):
-        page.close(verbose=False)
-        shutil.rmtree(temporary, ignore_errors=True)
-        os._exit(0)  # at once: a thread may be in the middle of a matrix product
-    return 0
+    failed = threading.Event()
+    threading.Thread(target=_warm, args=(models, failed), daemon=True).start()
+    with suppress(KeyboardInterrupt, SystemExit):
+        failed.wait()
+    page.close(verbose=False)
+    shutil.rmtree(temporary, ignore_errors=True)
+    # at once: a thread may be in the middle of a matrix product
+    os._exit(2 if failed.is_set() else 0)
 
 
-def _warm(models: Models) -> None:
-    """Load the first model while the visitor looks at the page."""
+def _warm(models: Models, failed: threading.Event) -> None:
+    """Load the first model while the visitor looks at the page; a page without it is of no use."""
     try:
         models.get(None)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError:  # models logs why
+        failed.set()
 
 
 if __name__ == "__main__":

@@ -324,10 +324,25 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), data)
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """PyYAML's loader of plain data, which by itself lets the last of equal keys win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """Plain data of a YAML text; ValueError, one line with `origin`, for what is not valid."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_OneOfEach)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{origin}: not valid YAML ({problem})") from None

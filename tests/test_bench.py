@@ -171,6 +171,7 @@ def test_the_command_writes_json_and_a_trace(tmp_path):
         (["encode", "--size", "30"], "size 30: expected a multiple of 4"),
         (["encode", "--dtype", "float64"], "float64: expected float32 or bfloat16"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["sample", "--json", "."], "is a directory"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

@@ -166,6 +166,11 @@ def test_info_speaks_of_configs_and_models():
     assert f"{config['parameters']:,}" in text and "cache bytes a token" in text
 
 
+def test_info_takes_as_many_devices_as_can_share_a_batch():
+    one = run("info", ROOT / "configs/digits-move.yaml", "--train", "--json").output
+    assert json.loads(one)["gpus"] == 1
+
+
 def test_compare_makes_a_table_and_reads_finished_runs(digits, tmp_path, monkeypatch):
     """One training by a process of its own; test_compare.py has several, by a stand-in."""
     monkeypatch.chdir(tmp_path)

@@ -101,6 +101,7 @@ def test_overrides_are_yaml_and_win(base):
         ("base: child.yaml", "`base` leads back to itself"),
         ("base: nowhere.yaml", "nowhere.yaml: no such config file"),
         ("a: [", "not valid YAML"),
+        ("base: base.yaml\nsteps: 3\nsteps: 4", "'steps' is given twice"),
         ("- 1", "expected keys and values, found list"),
     ],
 )

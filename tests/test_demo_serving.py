@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import pytest
 
@@ -174,6 +175,20 @@ def test_a_port_in_use_is_named(capsys, monkeypatch, tmp_path):
         port = taken.getsockname()[1]
         assert demo.main(["--port", str(port)]) == 2
     assert capsys.readouterr().err == f"error: port {port} at 127.0.0.1: cannot be used\n"
+
+
+def test_a_first_model_that_cannot_be_loaded_ends_the_server(caplog, monkeypatch, tmp_path):
+    def leave(code):
+        raise SystemExit(code)
+
+    page = SimpleNamespace(local_url="", close=lambda verbose: None)
+    monkeypatch.setattr(demo, "quiet_gradio", lambda: tmp_path / "temporary")
+    monkeypatch.setattr(demo, "serve", lambda *args, **options: page)
+    monkeypatch.setattr(demo.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(demo.os, "_exit", leave)
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--device", "abacus"])
+    assert "digits: device 'abacus' cannot be used here" in caplog.text
 
 
 def through_guard(path, headers=(), chunks=(b"",)):

@@ -154,7 +154,10 @@ def _show(
     from moveimg.bench.workloads import write_trace
     from moveimg.checkpoint import write_json
     from moveimg.device import hardware
+    from moveimg.files import require_file_name
 
+    for path in filter(None, (json, profile)):
+        require_file_name(path)  # now, not after minutes
     result = {**about, "repeats": repeats, "machine": hardware(device)} | measure(repeats)
     call = result.pop("call")
     print(describe(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,10 @@ def info(
     train: Annotated[
         bool, typer.Option("--train", help="what training the config takes: memory, hours, disk")
     ] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="devices that train (--train)")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="devices that train (--train; left out: up to 8, by micro_batch)"),
+    ] = None,
     gpu: Annotated[str, typer.Option(help="their kind, as H100 or A100 (--train)")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="plain JSON instead of a table")] = False,
 ) -> None:
@@ -38,13 +42,17 @@ def info(
         print(describe_cost(cost, dtype))
 
 
-def _train_budget(what: Path, overrides: list[str], gpus: int, gpu: str, as_json: bool) -> None:
+def _train_budget(
+    what: Path, overrides: list[str], gpus: int | None, gpu: str, as_json: bool
+) -> None:
     if what.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--train: expected a config (YAML), not '{what}'")
     from moveimg.config import TrainConfig, load_config
     from moveimg.training.budget import comment, describe_budget, train_budget
 
-    budget = train_budget(load_config(what, TrainConfig, overrides), gpus, gpu)
+    config = load_config(what, TrainConfig, overrides)
+    parts = config.batch_size // (config.micro_batch or config.batch_size)
+    budget = train_budget(config, gpus or math.gcd(8, parts), gpu)
     if as_json:
         print_json(budget.as_dict() | {"epoch": budget.epoch()})
     else:
