@@ -222,6 +222,8 @@ def main() -> None:
     parser.add_argument("--quantize", choices=("int8",), help="ours alone")
     parser.add_argument("--rounds", type=int, default=3, help="after one that is not counted")
     given = parser.parse_args()
+    if not (given.checkout / "autoregressive").is_dir():
+        parser.error(f"{given.checkout}: expected a clone of LlamaGen's repository")
     context, asked = multiprocessing.get_context("spawn"), {}
     for name in (LLAMAGEN, *WORK[given.what][1]):
         asked[name], theirs_end = context.Pipe()

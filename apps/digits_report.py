@@ -22,6 +22,7 @@ from sklearn.svm import SVC
 from torch.nn import functional as F
 
 import tokenizer as vq
+from moveimg.commands.common import describe
 from moveimg.data.crops import crop_views, to_tensor
 from moveimg.data.digits import digits_arrays
 from moveimg.data.images import open_images
@@ -122,7 +123,12 @@ def main() -> None:
         "cfg_scale": given.cfg_scale,
         "temperature": given.temperature,
     }
-    figures = report(given.model, given.per_class, given.codes, given.ratio, given.seed, **changes)
+    try:
+        figures = report(
+            given.model, given.per_class, given.codes, given.ratio, given.seed, **changes
+        )
+    except (ValueError, OSError) as error:
+        parser.error(describe(error))
     print(json.dumps(figures, indent=2))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import tokenizer as vq
+from moveimg.commands.common import describe
 from moveimg.data.crops import center_crop, to_tensor
 from moveimg.data.images import open_images
 from moveimg.pictures import labelled_grid, save_png, to_pil
@@ -32,20 +33,15 @@ def reconstructed(tokenizer: vq.AutoencoderTokenizer, images: Tensor) -> tuple[T
     return decoded, torch.cat(codes).flatten().bincount(minlength=tokenizer.codebook_size)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("tokenizers", type=Path, nargs="+", help="tokenizer directories")
-    parser.add_argument("--images", required=True, help="a folder of class subfolders, or digits")
-    parser.add_argument("--size", type=int, default=32, help="pixels of a side")
-    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
-    given = parser.parse_args()
-    source = open_images(given.images, "val")
-    views = [center_crop(source[i][0], given.size) for i in range(len(source))]
+def report(tokenizers: list[Path], name: str, size: int, out: Path) -> None:
+    """Compare tokenizers on the held-out images of `name`, centres of size x size pixels."""
+    source = open_images(name, "val")
+    views = [center_crop(source[i][0], size) for i in range(len(source))]
     images = to_tensor(views)
     shown = torch.linspace(0, len(images) - 1, SHOWN).round().long()
     rows, names = [to_pil(images[shown])], ["image"]
     print("| tokenizer | held-out MSE | codes used | perplexity |\n| --- | --- | --- | --- |")
-    for directory in given.tokenizers:
+    for directory in tokenizers:
         decoded, counts = reconstructed(vq.load(directory), images)
         error = (decoded - images).square().mean().item()
         stats = vq.code_statistics(counts)
@@ -53,7 +49,21 @@ def main() -> None:
         print(f"| {directory.name} | {error:.4f} | {used} | {stats['perplexity']:.1f} |")
         rows.append(to_pil(decoded[shown]))
         names.append(directory.name)
-    save_png(labelled_grid(rows, names), given.out, {"images": given.images})
+    save_png(labelled_grid(rows, names), out, {"images": name})
+
+
+def main() -> None:
+    """Print the table and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("tokenizers", type=Path, nargs="+", help="tokenizer directories")
+    parser.add_argument("--images", required=True, help="a folder of class subfolders, or digits")
+    parser.add_argument("--size", type=int, default=32, help="pixels of a side")
+    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
+    given = parser.parse_args()
+    try:
+        report(given.tokenizers, given.images, given.size, given.out)
+    except (ValueError, OSError) as error:
+        parser.error(describe(error))
 
 
 if __name__ == "__main__":
