@@ -87,7 +87,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A running demo with two models, the second a copy with class names of ImageNet's kind."""
+    """A running demo with three models: two of them alike, one with names of ImageNet's kind."""
     from apps import demo
     from apps.demo_parts.models import Models
     from apps.demo_parts.turns import Turns
@@ -98,7 +98,8 @@ def server(tmp_path_factory):
     names = ["goldfish, Carassius auratus", "golden retriever", *(f"thing {i}" for i in range(8))]
     (other / "classes.json").write_text(json.dumps(names))
     temporary = demo.quiet_gradio()
-    models, turns = Models(["digits", str(other)], keep=2), Turns()
+    (other.parent / "twin").symlink_to(BUNDLED / "digits")
+    models, turns = Models(["digits", str(other), str(other.parent / "twin")], keep=2), Turns()
     page = demo.serve(models, turns)
     models.get(None)
     yield SimpleNamespace(url=page.local_url.rstrip("/"), models=models, turns=turns, page=page,

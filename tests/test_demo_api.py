@@ -52,7 +52,7 @@ def test_endpoints_answer_as_the_library_does(server, client):
     assert picture_of(answer["image"])[0].size == (32, 32)
     found = client.predict(search="gold", model="gallery", api_name="/classes")
     assert [c["index"] for c in found] == [0, 1]
-    assert [m["name"] for m in client.predict(api_name="/models")] == ["digits", "gallery"]
+    assert [m["name"] for m in client.predict(api_name="/models")] == ["digits", "gallery", "twin"]
 
 
 def test_errors_are_messages_without_traces_or_paths(server, client):
@@ -62,7 +62,7 @@ def test_errors_are_messages_without_traces_or_paths(server, client):
         ({"class_name": "ten"}, "unknown class 'ten'"),
         ({"class_name": "gold", "model": "gallery"}, "fits 2 classes"),
         ({"class_name": "1", "num": 1000}, "1..16"),
-        ({"class_name": "1", "model": "/etc"}, "expected one of digits, gallery"),
+        ({"class_name": "1", "model": "/etc"}, "expected one of digits, gallery, twin"),
         ({"class_name": "1", "temperature": -1}, "temperature"),
     ):
         with pytest.raises(AppError, match=re.escape(part)) as caught:

@@ -97,6 +97,12 @@ class Models:
             raise ValueError(f"model {name!r}: expected one of {', '.join(self.names)}")
         return self.about[name]
 
+    def comparable(self, name: str | None) -> list[str]:
+        """The other models that know the same classes."""
+        mine = self.describe(name)
+        others = (about for about in self.about.values() if about.name != mine.name)
+        return [about.name for about in others if about.class_names == mine.class_names]
+
     def get(self, name: str | None) -> Pipeline:
         """The pipeline of a model, loaded if need be."""
         name = self.describe(name).name

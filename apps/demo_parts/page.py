@@ -106,10 +106,11 @@ def _generate_tab(handlers: Handlers, models: Models, first: About) -> gr.Dropdo
                 again = gr.Button("Again, another seed", size="sm", elem_id="again", min_width=140)
                 vary = gr.Button("Vary guidance", size="sm", elem_id="vary", min_width=140)
                 save = gr.Button("Save all as zip", size="sm", elem_id="save-all", min_width=140)
-            with gr.Row(elem_id="beside", visible=len(models.names) > 1):
+            others = models.comparable(None)
+            with gr.Row(elem_id="beside", visible=bool(others)) as beside:
                 compare = gr.Button("Compare with", size="sm", elem_id="compare", min_width=140)
                 other = gr.Dropdown(
-                    models.names, value=models.names[-1], show_label=False, container=False,
+                    others, value=next(iter(others), None), show_label=False, container=False,
                     label="Model to compare with", min_width=140, elem_id="other", scale=2,
                 )  # fmt: skip
             shown, looks = _memory_panel(handlers, rows, index, gallery)
@@ -133,8 +134,8 @@ def _generate_tab(handlers: Handlers, models: Models, first: About) -> gr.Dropdo
         None, [packed], None, js=TO_FILE
     ).then(lambda: "", None, packed, **DIRECT)
     model.change(
-        lambda name: _for_model(models.describe(name)),
-        model, [klass, *(settings[k] for k in FORM)], **DIRECT,
+        lambda name: _for_model(models.describe(name)) + _to_compare(models.comparable(name)),
+        model, [klass, *(settings[k] for k in FORM), beside, other], **DIRECT,
     )  # fmt: skip
     return model
 
@@ -183,6 +184,14 @@ def _for_model(about: About) -> list[Any]:
         gr.update(maximum=about.codebook_size, value=own["top_k"]),
         own["top_p"],
         own["cfg_schedule"],
+    ]
+
+
+def _to_compare(others: list[str]) -> list[Any]:
+    """What is offered beside a model: those that know the same classes, if any."""
+    return [
+        gr.update(visible=bool(others)),
+        gr.update(choices=others, value=next(iter(others), None)),
     ]
 
 
