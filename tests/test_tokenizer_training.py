@@ -15,6 +15,7 @@ from moveimg.training.distributed import Plan
 from moveimg.training.loop import Run
 from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
 from tests.test_cli import run
+from tests.test_training import die_at_step_5
 
 CPU = torch.device("cpu")
 TINY = {
@@ -81,17 +82,7 @@ def test_an_interrupted_run_with_a_discriminator_ends_with_the_same_bits(
 
     monkeypatch.setattr(TokenizerTask, "extra_state", keep)
     train_tokenizer(whole, CPU)
-    advance = Run.advance
-
-    def dying(run):
-        if run.step == 5:
-            raise KeyboardInterrupt
-        return advance(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "advance", dying)
-        with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(parted, CPU)
+    die_at_step_5(monkeypatch, lambda: train_tokenizer(parted, CPU))
     train_tokenizer(parted, CPU)
     assert fingerprint_of(whole) == fingerprint_of(parted)
     for part in ("discriminator", "discriminator_optimizer"):
