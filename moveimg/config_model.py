@@ -38,6 +38,10 @@ class SlotConfig(Config):
     def check(self, model: ModelConfig) -> None:
         """Raise a one-line ValueError where the slot does not fit the model around it."""
 
+    def at(self, layer: int, n_layer: int) -> SlotConfig:
+        """What stands in a layer; feed-forwards alone are asked, others stand in all."""
+        return self
+
 
 def pick_layers(layers: Layers, n_layer: int) -> tuple[int, ...]:
     """The chosen layers' indices, in order."""
@@ -157,10 +161,6 @@ class SwiGLUConfig(SlotConfig):
         None, description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of"
     )
     multiple_of: PositiveInt = Field(256, description="what a derived hidden width is rounded to")
-
-    def at(self, layer: int, n_layer: int) -> SwiGLUConfig:
-        """The feed-forward of a layer."""
-        return self
 
 
 class SparseConfig(SlotConfig):

@@ -152,6 +152,6 @@ def reference_logits(model, codes, label):
 
 def layer_ffn(config, layer):
     """The feed-forward that stands in a layer."""
-    if config.ffn.kind == "swiglu" or config.ffn.layers == "all":
+    if getattr(config.ffn, "layers", "all") == "all":
         return config.ffn
     return config.ffn if layer in config.ffn.layers else config.ffn.elsewhere
