@@ -52,7 +52,7 @@ def counted_and_expected(memory: dict) -> tuple[float, int]:
     """Bytes a token and block, by the difference of two depths: what stands outside cancels."""
     config = tiny_config(n_head=4, width=64, memory=memory, ffn=FFN)
     counted = (kept_bytes(4, memory) - kept_bytes(2, memory)) / 200
-    return counted, block_activations(config, 1)
+    return counted, block_activations(config, Transformer(config).layers[1])
 
 
 def test_activations_are_what_autograd_keeps() -> None:

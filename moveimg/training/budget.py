@@ -11,19 +11,13 @@ from typing import Any
 import torch
 
 from moveimg.config import TrainConfig
-from moveimg.config_model import (
-    LaVEConfig,
-    MLAConfig,
-    ModelConfig,
-    MoVEConfig,
-    SwiGLUConfig,
-    pick_layers,
-)
+from moveimg.config_model import ModelConfig, SwiGLUConfig
 from moveimg.data.encode import codes_bytes
 from moveimg.model import Transformer
 from moveimg.model.cost import cost_of
 from moveimg.model.cross_entropy import CHUNK
-from moveimg.model.swiglu import swiglu_hidden
+from moveimg.model.memory import GatedMixer
+from moveimg.model.swiglu import SwiGLU, swiglu_hidden
 from moveimg.training.distributed import World, plan
 from moveimg.training.watch import PEAKS
 
@@ -126,7 +120,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> Budge
         state, copies = state // gpus, 2 * (2 * block + root) + 6 * (block + root)
     else:
         copies = 2 * total  # autocast keeps the matrices' bfloat16 copies for the backward pass
-    activations = tokens * _activations(model, config.activation_checkpointing)
+    activations = tokens * _activations(built, config.activation_checkpointing)
     head = _head(model, tokens)
     # Previews and validation gather whole float32 weights, when the rest is free again.
     working = max(copies + activations + head, total * WEIGHT if sharded else 0)
@@ -170,12 +164,13 @@ def _parameters(model: Transformer) -> tuple[int, int]:
     return max(blocks), sum(p.numel() for p in model.parameters()) - sum(blocks)
 
 
-def _activations(config: ModelConfig, checkpointing: bool) -> int:
+def _activations(model: Transformer, checkpointing: bool) -> int:
     """Bytes a token that the blocks keep for the backward pass.
 
     What value memory keeps on the way back (fused_bank.py) is less than blocks have freed by then.
     """
-    blocks = [block_activations(config, layer) for layer in range(config.n_layer)]
+    config = model.config
+    blocks = [block_activations(config, block) for block in model.layers]
     return config.n_layer * 4 * config.width + max(blocks) if checkpointing else sum(blocks)
 
 
@@ -189,28 +184,19 @@ def _head(config: ModelConfig, tokens: int) -> int:
     return 8 * logits + 6 * config.codebook_size * config.width + 4 * tokens * config.width
 
 
-def _slot_width(config: ModelConfig) -> int:
-    """Width of MoVE's slots: of the values, or of the latent that MLA offers."""
-    attention = config.attention
-    return attention.kv_rank if isinstance(attention, MLAConfig) else config.width
-
-
-def block_activations(config: ModelConfig, layer: int) -> int:
+def block_activations(config: ModelConfig, block: Any) -> int:
     """Bytes a token that a block keeps for the backward pass, in bfloat16 autocast.
 
     The numbers are those that autograd counts for MHA and SwiGLU in eager mode, with the mix as a
     kernel (tests count them again); other kinds are taken to be alike. CUDA's fused norms and
     dropout keep 10 a unit of width less, a compiled block less again.
     """
-    width, heads, memory = config.width, config.n_head, config.memory
-    ffn = config.ffn.at(layer, config.n_layer)
-    hidden = swiglu_hidden(width, ffn if isinstance(ffn, SwiGLUConfig) else SwiGLUConfig())
-    plain = 38 * width + 8 * hidden + 4 * heads + 8
-    if isinstance(memory, MoVEConfig):
-        return plain + 4 * _slot_width(config) + 2 * heads * (memory.slots + memory.gate_standard)
-    if isinstance(memory, LaVEConfig) and layer in pick_layers(memory.layers, config.n_layer):
-        return plain + 4 * width + 2 * heads * (1 + memory.gate_standard)
-    return plain
+    width, heads = config.width, config.n_head
+    alike = swiglu_hidden(width, SwiGLUConfig())
+    hidden = block.ffn.w1.out_features if isinstance(block.ffn, SwiGLU) else alike
+    mixers = [module for module in block.modules() if isinstance(module, GatedMixer)]
+    mixed = sum(4 * mixer.value_width + 2 * mixer.router.out_features for mixer in mixers)
+    return 38 * width + 8 * hidden + 4 * heads + 8 + mixed
 
 
 # --- saying it -----------------------------------------------------------------------------
