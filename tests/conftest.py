@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import cycle
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,9 @@ VARIANTS |= {
     for m in MORE_MEMORIES
 }
 VARIANTS |= {name: _named(*slots) for name, slots in MORE.items()}
+# For what takes long: each pair of attention and memory once, their feed-forwards in turn.
+PAIRS = [(a, m) for a in ATTENTIONS for m in MEMORIES]
+PAIRED = [f"{a}-{m}-{f}" for (a, m), f in zip(PAIRS, cycle(FEEDFORWARDS), strict=False)]
 
 
 @pytest.fixture(autouse=True, scope="session")

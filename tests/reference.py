@@ -39,32 +39,33 @@ def rotated(vector, position, grid, base):
     return out
 
 
-def memory_rows(weights, config, codes, label, layer, width):
-    """The value rows a layer reads at each position: list of [M, width] (or None)."""
-    memory = config.memory
-    if memory.kind == "none":
-        return None
-    slots = memory.slots if memory.kind == "move" else None
-    if memory.kind == "lave":
-        layers = {
-            "all": list(range(config.n_layer)),
-            # every second layer, counted from the last
-            "alternate": list(range(config.n_layer - 1, -1, -2))[::-1],
-        }.get(memory.layers, sorted(memory.layers))
-        if layer not in layers:
-            return None
-        slots = len(layers)
+def no_memory(weights, config, codes, label, layer, width):
+    return None
 
-    def row(table, index):
-        rows = table[index].reshape(slots, width)
-        return rows if memory.kind == "move" else rows[layers.index(layer)][None]
 
+def move(weights, config, codes, label, layer, width):
+    """The value rows that a layer reads at each position: list of [M, width]."""
     bank = weights["memory.bank.weight"]
-    count = slots if memory.kind == "move" else 1
-    first = np.zeros((count, width))
-    if memory.class_rows:
-        first = row(weights["memory.class_bank.weight"], label)
-    return [first] + [row(bank, code) for code in codes]
+    first = np.zeros(bank.shape[1])
+    if config.memory.class_rows:
+        first = weights["memory.class_bank.weight"][label]
+    return [row.reshape(-1, width) for row in (first, *(bank[code] for code in codes))]
+
+
+def lave(weights, config, codes, label, layer, width):
+    """The same, of the one slot that is the layer's own; None where it has none."""
+    chosen = config.memory.layers
+    layers = {
+        "all": list(range(config.n_layer)),
+        # every second layer, counted from the last
+        "alternate": list(range(config.n_layer - 1, -1, -2))[::-1],
+    }.get(chosen, sorted(chosen))
+    if layer not in layers:
+        return None
+    slot = layers.index(layer)
+    rows = move(weights, config, codes, label, layer, width)
+    assert all(len(row) == len(layers) for row in rows)
+    return [row[slot][None] for row in rows]
 
 
 def mixed_value(v, x, rows, router, n_head, gate_standard):
@@ -96,7 +97,7 @@ def attended_values(qs, ks, vs, scale):
 
 
 def mha(weights, pre, config, hs, memory):
-    """Multi-head attention over normed inputs; memory(width, t) gives the rows of a position."""
+    """Multi-head attention over normed inputs; memory(width) gives the rows of all positions."""
     n_head = config.n_head
     qs, ks, vs = [], [], []
     for t, h in enumerate(hs):
@@ -120,7 +121,7 @@ def swiglu(weights, pre, config, spec, x):
 
 def reference_logits(model, codes, label):
     """logits [T, V] of one sequence, as lists of numbers would give them."""
-    from tests.reference_variants import ATTENTIONS, FEEDFORWARDS
+    from tests.reference_variants import ATTENTIONS, FEEDFORWARDS, MEMORIES
 
     config = model.config
     weights = {k: v.detach().double().numpy() for k, v in model.state_dict().items()}
@@ -134,7 +135,8 @@ def reference_logits(model, codes, label):
             return rms_norm(x, weights[pre + name], config.norm_eps)
 
         def memory(width, layer=layer):
-            return memory_rows(weights, config, codes, int(label), layer, width)
+            find = MEMORIES[config.memory.kind]
+            return find(weights, config, codes, int(label), layer, width)
 
         hs = [normed(x, "attention_norm.weight") for x in xs]
         attended = ATTENTIONS[config.attention.kind](

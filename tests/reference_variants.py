@@ -1,4 +1,4 @@
-"""Plain references of the other attentions and feed-forwards (see reference.py)."""
+"""Plain references of the other attentions and feed-forwards, and the tables of all kinds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ import math
 
 import numpy as np
 
-from tests.reference import attended_values, mha, mixed_value, rms_norm, rotated, silu, swiglu
+from tests.reference import (
+    attended_values,
+    lave,
+    mha,
+    mixed_value,
+    move,
+    no_memory,
+    rms_norm,
+    rotated,
+    silu,
+    swiglu,
+)
+
+IN_THE_LATENT = ("move",)  # the memories that MLA mixes into its latent, and not into its values
 
 
 def softmax(x):
@@ -15,8 +28,9 @@ def softmax(x):
 
 
 def mla(weights, pre, config, hs, memory):
-    """Latent attention with every head's keys and values unfolded; MoVE in the latent."""
-    n_head, spec, kind = config.n_head, config.attention, config.memory.kind
+    """Latent attention with every head's keys and values unfolded."""
+    n_head, spec = config.n_head, config.attention
+    in_latent = config.memory.kind in IN_THE_LATENT
     qs, ks, vs = [], [], []
     for t, h in enumerate(hs):
         if spec.q_rank is None:
@@ -29,13 +43,13 @@ def mla(weights, pre, config, hs, memory):
         down = weights[pre + "wkv_down.weight"] @ h
         c, key = down[: spec.kv_rank], down[spec.kv_rank :]
         c = rms_norm(c, weights[pre + "kv_norm.weight"], config.norm_eps)
-        if kind == "move":
+        if in_latent:
             router = weights[pre + "latent_mixer.router.weight"]
             rows = memory(spec.kv_rank)[t]
             c = mixed_value(c, h, rows, router, n_head, config.memory.gate_standard)
         up = (weights[pre + "wkv_up.weight"] @ c).reshape(n_head, 2, config.head_dim)
         v = up[:, 1]
-        if kind == "lave" and (rows := memory(config.width)) is not None:
+        if not in_latent and (rows := memory(config.width)) is not None:
             router = weights[pre + "value_mixer.router.weight"]
             gated = config.memory.gate_standard
             v = mixed_value(v.reshape(-1), h, rows[t], router, n_head, gated).reshape(v.shape)
@@ -87,5 +101,6 @@ def peer(weights, pre, config, spec, x):
     return out
 
 
+MEMORIES = {"none": no_memory, "lave": lave, "move": move}
 ATTENTIONS = {"mha": mha, "mla": mla}
 FEEDFORWARDS = {"swiglu": swiglu, "moe": moe, "product_key": product_key, "peer": peer}

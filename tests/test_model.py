@@ -18,10 +18,9 @@ from moveimg.model.moe import MoE, blocks
 from moveimg.model.product_key import PEER, ProductKeyMemory
 from tests.conftest import (
     ATTENTIONS,
-    FEEDFORWARDS,
-    MEMORIES,
     MORE,
     MORE_MEMORIES,
+    PAIRED,
     VARIANTS,
     lively,
     random_inputs,
@@ -117,11 +116,10 @@ def test_a_few_steps_overfit_one_batch(variant):
     assert losses[-1] < 0.7 * losses[0]
 
 
-# Tracing takes seconds: each pair of attention and memory once, their feed-forwards in turn, and
-# each option once; two of them by the real compiler, which must not break a graph either.
-PAIRS = [(a, m) for a in ATTENTIONS for m in MEMORIES]
-TRACED = [f"{a}-{m}-{f}" for (a, m), f in zip(PAIRS, cycle(FEEDFORWARDS), strict=False)]
+# Tracing takes seconds: each kind and each option once; two of them by the real compiler, which
+# must not break a graph either.
 REALLY_COMPILED = ["mla-q-move-moe-listed", "mha-move-product_key-listed"]
+TRACED = PAIRED.copy()
 TRACED += [f"{a}-{m}-swiglu" for a, m in zip(cycle(ATTENTIONS), MORE_MEMORIES, strict=False)]
 TRACED += [name for name in MORE if name not in REALLY_COMPILED]
 

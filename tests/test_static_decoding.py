@@ -13,11 +13,10 @@ from moveimg.model import Transformer, static_decoding
 from moveimg.model.decoding import decoding_model
 from moveimg.model.static_decoding import Handle, StaticTransformer
 from moveimg.sampling import guide, image_rngs, iter_codes, sample_codes
-from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
+from tests.conftest import MORE, PAIRED, VARIANTS, lively, random_inputs, tiny_config
 
 GUIDED = SamplingSettings(cfg_scale=2.0, temperature=0.9, top_k=8, top_p=0.95)
-NAMES = ["mha-none-swiglu", "mha-move-3-class-rows-swiglu", "mla-lave-x2-gated-swiglu"]
-NAMES += ["mla-q-move-moe-listed", "mha-move-product_key-listed"]
+NAMES = [*PAIRED, "mla-lave-x2-gated-swiglu", *MORE]
 
 
 def sample(model, labels=(0, 4, 2), settings=GUIDED, seed=0):

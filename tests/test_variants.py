@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+import yaml
 
 from moveimg.config import ModelConfig, OptimizerConfig
 from moveimg.model import Transformer
+from moveimg.model.attention import ATTENTIONS
 from moveimg.model.cost import active_parameters, model_cost
+from moveimg.model.feedforward import FEEDFORWARDS
+from moveimg.model.memory import MEMORIES
 from moveimg.model.moe import arrange, balance_loss, blocks, shares
 from moveimg.training.optimizer import clip_gradients, make_optimizers, set_rate
+from tests import conftest, reference_variants
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("slot", "classes", "tables"),
+    [
+        ("attention", ATTENTIONS, "ATTENTIONS"),
+        ("memory", MEMORIES, "MEMORIES"),
+        ("ffn", FEEDFORWARDS, "FEEDFORWARDS"),
+    ],
+)
+def test_every_kind_has_a_class_is_tried_has_a_reference_and_a_config(slot, classes, tables):
+    field = ModelConfig.model_fields[slot]
+    kinds = {option.model_fields["kind"].default for option in get_args(field.annotation)}
+    assert kinds == set(classes)
+    assert kinds == {settings["kind"] for settings in getattr(conftest, tables).values()}
+    assert kinds == set(getattr(reference_variants, tables))
+    shipped = [yaml.safe_load(path.read_text()).get("model", {}) for path in CONFIGS.glob("*.yaml")]
+    shown = {model.get(slot, {}).get("kind") for model in shipped}
+    assert kinds - {field.default.kind} <= shown
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 48, 300])
