@@ -17,17 +17,15 @@ from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.checkpoints import read_index
 from moveimg.training.generator import train_generator
 from moveimg.training.initial import break_symmetry, start_from
+from tests import conftest
 from tests.conftest import ATTENTIONS, FEEDFORWARDS, lively, random_inputs, tiny_config
 from tests.test_model import decode_all
 from tests.test_pipeline import tiny_tokenizer
 from tests.test_pretrained import run
 from tests.test_training import CPU, newest_state, train_config
 
-MEMORIES = {
-    "move": {"kind": "move", "slots": 3},
-    "lave": {"kind": "lave", "layers": "alternate"},
-    "lave-all": {"kind": "lave", "layers": "all"},
-}
+MEMORIES = {name: m for name, m in conftest.MEMORIES.items() if m["kind"] != "none"}
+MEMORIES |= {"lave-all": {"kind": "lave", "layers": "all"}}
 SIZES = {"n_layer": 2, "n_head": 2, "width": 16}
 
 
@@ -119,7 +117,11 @@ def test_convert_upcycle_makes_a_model_directory(tmp_path):
     dense = lively(tiny_config(), dtype=torch.float32)
     parts = ModelParts(dense, tiny_tokenizer(), list("abcde"), SamplingSettings(top_k=3))
     save_model(tmp_path / "dense", parts, {"step": 7})
-    for name, options, kind in (("m", ["--slots", 3], "move"), ("l", ["--lave", "all"], "lave")):
+    for name, options, kind in (
+        ("m", ["--slots", 3], "move"),
+        ("l", ["--lave", "all"], "lave"),
+        ("x", ["--memory", "{kind: lave, layers: [0], class_rows: true}"], "lave"),
+    ):
         done = run("convert", "upcycle", tmp_path / "dense", *options, "--out", tmp_path / name)
         assert done.exit_code == 0, done.output
         loaded = load_model(tmp_path / name)
@@ -131,15 +133,19 @@ def test_convert_upcycle_makes_a_model_directory(tmp_path):
         about = json.loads((tmp_path / name / "config.json").read_text())["about"]
         assert about == {"source": "upcycled", "from": "dense", "before": {"step": 7}}
     for options, message in (
-        ([], "either --slots M"),
-        (["--slots", 1, "--lave", "all"], "either --slots M"),
+        ([], "give one of --slots M"),
+        (["--slots", 1, "--lave", "all"], "give one of --slots M"),
+        (["--memory", "{kind: none}"], "memory is of kind none"),
+        (["--memory", "{kind: mov}"], "'none', 'lave', 'move'"),
+        (["--memory", "move"], "memory"),
+        (["--memory", "{kind: move"], "--memory: not valid YAML"),
         (["--lave", "some"], "memory.lave.layers"),
     ):
-        failed = run("convert", "upcycle", tmp_path / "dense", *options, "--out", tmp_path / "x")
+        failed = run("convert", "upcycle", tmp_path / "dense", *options, "--out", tmp_path / "y")
         assert failed.exit_code == 2 and message in failed.output, failed.output
-    again = run("convert", "upcycle", tmp_path / "m", "--slots", 2, "--out", tmp_path / "x")
+    again = run("convert", "upcycle", tmp_path / "m", "--slots", 2, "--out", tmp_path / "y")
     assert again.exit_code == 2 and "has a memory of kind 'move' already" in again.output
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "y").exists()
 
 
 # --- starting from a model -----------------------------------------------------------------
@@ -163,7 +169,7 @@ def test_memory_alone_learns_and_resumes(digits, tmp_path, memory):
     save_start(digits, tmp_path / "dense")
     done = run(
         "convert", "upcycle", tmp_path / "dense", "--out", tmp_path / "start",
-        *(["--slots", 3] if memory["kind"] == "move" else ["--lave", memory["layers"]]),
+        "--memory", json.dumps(memory),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     files = {p: p.read_bytes() for p in (tmp_path / "start").rglob("*") if p.is_file()}

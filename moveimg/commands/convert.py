@@ -61,15 +61,23 @@ def upcycle(
     out: Out,
     slots: Annotated[int | None, typer.Option(min=1, help="MoVE with this many slots")] = None,
     lave: Annotated[str | None, typer.Option(help="LaVE on alternate or all layers")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="any, as in a config: '{kind: move, slots: 6}'")
+    ] = None,
 ) -> None:
     """Dense model -> the same with a zero value memory; its logits do not change in any bit."""
+    from moveimg.config import parse_yaml
     from moveimg.pipeline import resolve
     from moveimg.pretrained.upcycle import convert_upcycle
 
-    if (slots is None) == (lave is None):
-        raise ValueError("give either --slots M (MoVE) or --lave alternate|all, one of the two")
-    memory = {"kind": "lave", "layers": lave} if lave else {"kind": "move", "slots": slots}
-    config = convert_upcycle(resolve(model), memory, out)
+    if [slots, lave, memory].count(None) != 2:
+        raise ValueError("give one of --slots M (MoVE), --lave alternate|all and --memory SETTINGS")
+    settings = {"kind": "move", "slots": slots}
+    if memory is not None:
+        settings = parse_yaml(memory, "--memory")
+    elif lave is not None:
+        settings = {"kind": "lave", "layers": lave}
+    config = convert_upcycle(resolve(model), settings, out)
     print(f"{out}: memory {config.memory.model_dump()}")
 
 

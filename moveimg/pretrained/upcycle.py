@@ -42,6 +42,7 @@ def convert_upcycle(source: str | Path, memory: dict[str, Any], out: str | Path)
 def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
     """A transformer with a zero memory over the dense one's own weights (shared, not copied).
 
+    A memory's zero state must be silent: all that the dense model lacks is zero.
     Raises ValueError if it has a memory already, or for settings that are not valid.
     """
     if dense.config.memory.kind != "none":
@@ -51,6 +52,8 @@ def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
         )
     settings = dense.config.model_dump() | {"memory": memory}
     config = validate(ModelConfig, settings, "upcycle")
+    if config.memory.kind == "none":
+        raise ValueError("upcycle: memory is of kind none: expected one that holds something")
     with torch.device("meta"):
         grown = Transformer(config)
     state = dense.state_dict()
