@@ -19,6 +19,7 @@ from torch import nn
 
 import tokenizer as vq
 from moveimg.config import ModelConfig, SamplingSettings, read_json, validate
+from moveimg.device import shapes_only
 from moveimg.files import atomic, write_text
 from moveimg.model import Transformer
 
@@ -134,7 +135,7 @@ def load_generator(
 ) -> Transformer:
     """The generator of a model directory, in eval mode (errors as of load_model)."""
     config = read_model_config(directory)
-    with torch.device("meta"):
+    with shapes_only():
         generator = Transformer(config)
     load_weights(generator, Path(directory) / "model.safetensors", device, dtype)
     return generator.eval()

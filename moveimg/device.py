@@ -6,10 +6,13 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 # Of glibc's mallopt: how many blocks may be mapped apart, and how much may lie free at the end.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
@@ -34,6 +37,24 @@ def pick_device(name: str | None = None) -> torch.device:
     if device.type == "cpu":
         keep_memory()
     return device
+
+
+class _NoInit(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules built in here have shapes and no values: to be counted, or to be given weights.
+
+    The meta device alone would do, but torch works out `nn.init.normal_` on it in Python, and loads
+    its compiler for that: two seconds of every start.
+    """
+    with torch.device("meta"), _NoInit():
+        yield
 
 
 def keep_memory() -> bool:

@@ -88,8 +88,12 @@ def test_the_command_starts_without_torch():
     assert not modules & {"torch", "numpy", "PIL", "yaml", "rich", "pydantic", "timm"}
 
 
-def test_importing_the_pipeline_leaves_training_and_the_demo_alone():
-    modules = loaded_by("from moveimg import Pipeline")
+def test_loading_a_model_leaves_training_the_demo_and_the_compiler_alone():
+    """Torch's compiler, and sympy with it, are two seconds of a start."""
+    modules = loaded_by(
+        "from moveimg import Pipeline; Pipeline.from_pretrained('digits', device='cpu')"
+    )
     assert "torch" in modules
     assert not modules & {"gradio", "matplotlib", "sklearn", "torchvision", "timm", "taming"}
+    assert not modules & {"torch._dynamo", "torch._inductor", "sympy"}
     assert not {m for m in modules if m.startswith("moveimg.training")}

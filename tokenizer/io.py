@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tokenizer.base import AutoencoderTokenizer, fingerprint
 from tokenizer.config import TamingConfig, VQConfig, parse_config
@@ -90,6 +91,15 @@ def load(
     return tokenizer.to(device=device, dtype=dtype)
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves tensors as they are made, as moveimg.device.shapes_only: it saves a start's second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def assemble(
     config: VQConfig | TamingConfig, weights: Mapping[str, Tensor], source: str
 ) -> AutoencoderTokenizer:
@@ -99,7 +109,7 @@ def assemble(
         ValueError: names, shapes or dtypes do not fit the config; one line that starts with
             `source`.
     """
-    with torch.device("meta"):  # no memory, no initialisation
+    with torch.device("meta"), _NoInit():
         tokenizer = build(config)
     expected = tokenizer.state_dict()
     for what, names in (

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moveimg.config_model import ModelConfig
+from moveimg.device import shapes_only
 from moveimg.model.memory import GatedMixer, ValueBank
 from moveimg.model.transformer import Transformer
 
@@ -62,7 +63,7 @@ class Cost:
 @cache
 def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     """The cost of the model of `config`, with its cache and bank in `dtype`."""
-    with torch.device("meta"):
+    with shapes_only():
         return cost_of(Transformer(config), dtype)
 
 
@@ -76,7 +77,7 @@ def cost_of(model: Transformer, dtype: torch.dtype = torch.float32) -> Cost:
     router = sum(token_flops(mixer.router, 0) for mixer in mixers)
     bank = model.memory
     bank_width = bank.slots * bank.value_width if isinstance(bank, ValueBank) else 0
-    caches = model.make_cache(1).layers
+    caches = [layer.make_cache(1, length, model.norm.weight) for layer in model.attentions()]
     cached = sum(cache.numel_per_token() for cache in caches)
     reads = [table_reads(layer) for layer in model.layers]
     slots = [mixer_reads(layer) for layer in model.layers]

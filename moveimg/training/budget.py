@@ -13,6 +13,7 @@ import torch
 from moveimg.config import TrainConfig
 from moveimg.config_model import ModelConfig, SwiGLUConfig
 from moveimg.data.encode import codes_bytes
+from moveimg.device import shapes_only
 from moveimg.model import Transformer
 from moveimg.model.cost import cost_of
 from moveimg.model.cross_entropy import CHUNK
@@ -106,7 +107,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> Budge
         raise ValueError(f"gpus {gpus}: expected at least 1")
     plan(config, World(size=gpus, device=torch.device("cpu")))
     model = config.model
-    with torch.device("meta"):
+    with shapes_only():
         built = Transformer(model)
     cost = cost_of(built)
     block, root = _parameters(built)

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from moveimg.config import TrainConfig
-from moveimg.device import pick_device, pick_dtype
+from moveimg.device import pick_device, pick_dtype, shapes_only
 from moveimg.model import Transformer
 
 GRACE = 10.0  # seconds in which the launcher ends the other processes after the first one's error
@@ -260,7 +260,7 @@ def whole(model: nn.Module) -> nn.Module:
         return model.eval()
     assert isinstance(model, Transformer)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    with torch.device("meta"):
+    with shapes_only():
         copy = Transformer(model.config)
     copy.load_state_dict(state, assign=True)
     return copy.eval()
