@@ -81,6 +81,16 @@ def test_gradients_by_layer_add_up_to_the_banks_own(name):
         assert len(found["by_layer"]) == 2 and 0 < found["alignment"] < 1
 
 
+def test_gradients_of_a_bfloat16_model_are_added_up_in_float32():
+    model = built("mha-move-3-class-rows-swiglu").bfloat16()
+    codes, labels = random_inputs(model.config, batch=64)
+    codes = codes % 2  # what reaches a row is the sum of hundreds
+    low = gradient_norms(model, [(codes, labels)])
+    exact = gradient_norms(model.double(), [(codes, labels)])
+    assert low["bank"] == pytest.approx(exact["bank"], rel=0.02)
+    assert low["by_layer"] == pytest.approx(exact["by_layer"], rel=0.02)
+
+
 def test_gradient_norms_are_means_over_batches():
     model = built("mha-move-3-class-rows-swiglu")
     batches = [random_inputs(model.config, seed=seed) for seed in range(3)]
@@ -200,5 +210,12 @@ def test_fewer_images_than_asked_for_are_told(tmp_path, monkeypatch):
 
 
 def test_models_without_memory_or_experts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither a value memory nor experts"):
+    with pytest.raises(ValueError, match="kind none and .* swiglu: neither a value bank nor"):
         inspect_model(pipeline(built("mha-none-swiglu", torch.float32)), tmp_path, num=2)
+
+
+def test_a_bank_whose_rows_are_not_the_codes_is_refused():
+    model = built("mha-move-3-class-rows-swiglu")
+    model.memory.bank = torch.nn.Embedding(7, 48)
+    with pytest.raises(ValueError, match="a bank of 7 rows for 11 codes"):
+        row_statistics(model.memory, [random_inputs(model.config)])

@@ -97,6 +97,12 @@ def test_activation_checkpointing_keeps_no_balance_loss_and_changes_no_gradient(
     torch.testing.assert_close(*found)
 
 
+def test_value_memory_of_a_width_that_heads_cannot_share_is_refused():
+    config = tiny_config(memory={"kind": "move", "slots": 2})
+    with pytest.raises(ValueError, match="width 15 over 2 heads"):
+        MEMORIES["move"](config, config.memory, 15)
+
+
 def test_product_key_layers_share_one_value_table():
     config = tiny_config(n_layer=3, **VARIANTS["mha-move-product_key-listed"])
     config = ModelConfig.model_validate(

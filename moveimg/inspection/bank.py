@@ -28,7 +28,13 @@ def row_statistics(
     a row faded when its norm is below a tenth of its slot's median: weight decay shrinks rows that
     no gradient reaches.
     `similarity` is the mean cosine of two slots' rows of one code, [M, M].
+    Raises ValueError for a bank whose rows are not a code's each.
     """
+    if memory.bank.num_embeddings != memory.config.codebook_size:
+        raise ValueError(
+            f"a bank of {memory.bank.num_embeddings} rows for {memory.config.codebook_size} codes: "
+            "only one with a row a code can be looked into"
+        )
     weight = memory.bank.weight.unflatten(-1, (memory.slots, -1)).double()  # [V, M, W]
     reads = torch.zeros(len(weight), dtype=torch.int64)
     for codes, _ in batches:  # the last code of an image is never looked up
@@ -104,7 +110,9 @@ def _gradient_norms(
         loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
         gradients = torch.autograd.grad(loss, list(leaves.values()))
     before = codes[:, :-1].flatten()
-    total = torch.zeros_like(memory.bank.weight)
+    weight = memory.bank.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)  # bfloat16 would lose what is added
+    total = torch.zeros_like(weight, dtype=wide)
     norms = {}
     for layer, gradient in zip(leaves, gradients, strict=True):
         part = torch.zeros_like(total)

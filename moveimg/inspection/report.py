@@ -48,7 +48,10 @@ def inspect_model(
     batches = read_codes(pipeline, codes_folder, num, batch_size, seed)
     loads = expert_loads(model, batches)
     if not isinstance(memory, ValueBank) and not loads:
-        raise ValueError("the model has neither a value memory nor experts to look into")
+        raise ValueError(
+            f"the model's memory is of kind {model.config.memory.kind} and its feed-forward of kind "
+            f"{model.config.ffn.kind}: neither a value bank nor experts to look into"
+        )
     source = "its own samples" if codes_folder is None else str(codes_folder)
     report: dict[str, Any] = {
         "model": model.config.model_dump(mode="json"), "codes": source,

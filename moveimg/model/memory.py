@@ -153,6 +153,8 @@ class NoMemory(nn.Module):
 class ValueBank(nn.Module):
     """A table of `slots` value vectors a code, and optionally as many a class.
 
+    Row c of the table is code c's: the fused mix, inspection and upcycling count on it.
+
     Args:
         config: the transformer's config.
         spec: the memory's; with `class_rows`, classes (the null label included) have rows as
@@ -160,6 +162,8 @@ class ValueBank(nn.Module):
         reads: of each layer, the slots it reads, or None.
         slots: how many value vectors of `value_width` a code has in all.
         value_width: H * K, the width of the values mixed into.
+
+    Raises ValueError where `value_width` cannot be cut into H heads.
     """
 
     sites: tuple[str, ...]
@@ -169,6 +173,11 @@ class ValueBank(nn.Module):
         slots: int, value_width: int,
     ) -> None:  # fmt: skip
         super().__init__()
+        if value_width % config.n_head:
+            raise ValueError(
+                f"value memory of width {value_width} over {config.n_head} heads: must be a "
+                "multiple of n_head (each head mixes a chunk of its own)"
+            )
         self.config, self.spec, self.reads = config, spec, reads
         self.slots, self.value_width = slots, value_width
         self.bank = nn.Embedding(config.codebook_size, slots * value_width)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tokenizer as vq
 from moveimg.checkpoint import check_shapes, load_generator, read_model_config
 from moveimg.config import ModelConfig, TrainConfig, read_json
+from moveimg.device import shapes_only
 from moveimg.model import Transformer
 from moveimg.model.memory import GatedMixer, ValueBank
 from moveimg.pipeline import resolve
@@ -51,7 +52,7 @@ def initial_model(
         )
     started = start_from(directory, model, class_names)
     if config.train == "memory":
-        if not isinstance(started.memory, ValueBank):
+        if started.config.memory.kind == "none":
             raise ValueError(
                 f"train: memory, but {directory} has none: give it one by `moveimg convert upcycle`"
             )
@@ -73,7 +74,7 @@ def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> 
     """
     source = load_generator(directory)
     config = adopt(config, source.config, directory)
-    with torch.device("meta"):
+    with shapes_only():
         model = Transformer(config)
     state = source.state_dict()
     before, now = source.config.n_classes, config.n_classes
