@@ -49,7 +49,7 @@ def inspect_model(
     loads = expert_loads(model, batches)
     if not isinstance(memory, ValueBank) and not loads:
         raise ValueError(
-            f"the model's memory is of kind {model.config.memory.kind} and its feed-forward of kind "
+            f"memory of kind {model.config.memory.kind}, feed-forward of kind "
             f"{model.config.ffn.kind}: neither a value bank nor experts to look into"
         )
     source = "its own samples" if codes_folder is None else str(codes_folder)
