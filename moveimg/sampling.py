@@ -149,7 +149,7 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     logits = keep_top(logits / settings.temperature, settings.top_k, settings.top_p)
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # [B, V]
+    cumulative = running_sums(logits.softmax(dim=-1))  # [B, V]
     # Strictly below the total even after rounding, so that no code of probability zero behind
     # the last possible one can be reached.
     total = cumulative[:, -1:] * (1 - torch.finfo(cumulative.dtype).eps)
@@ -170,6 +170,17 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
-        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        outside = running_sums(probabilities) - probabilities >= top_p
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
+
+
+def running_sums(probabilities: Tensor) -> Tensor:
+    """Cumulative sums of probabilities [B, V] over the codes; on CUDA in float64.
+
+    A CPU adds up in float64 and in order. CUDA adds in parallel: in another order for one row than
+    for several, for one row not even the same each time, and what is added to may become less. In
+    float32 a draw near a border could fall on either side of it, and on a code of probability zero.
+    """
+    wide = torch.float64 if probabilities.is_cuda else probabilities.dtype
+    return probabilities.cumsum(dim=-1, dtype=wide)

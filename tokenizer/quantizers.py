@@ -55,7 +55,8 @@ class VectorQuantizer(Quantizer):
         return {"idle_steps": self.idle_steps}
 
     def load_training_state(self, state: Mapping[str, Tensor | None]) -> None:
-        self.idle_steps = state["idle_steps"]
+        idle = state["idle_steps"]
+        self.idle_steps = None if idle is None else idle.to(self.embedding.weight.device)
 
     @torch.no_grad()
     def _move_dead_codes(self, vectors: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ Position 0 is the class token, position t + 1 the code t.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,24 @@ from moveimg.config_model import MHAConfig, ModelConfig
 from moveimg.model.memory import Mixer, Rows
 from moveimg.model.mla import MultiHeadLatentAttention
 from moveimg.model.rope import rotate
+
+
+@contextmanager
+def growing_keys(device: torch.device) -> Iterator[None]:
+    """Around a step of decoding: on CUDA no attention by cuDNN, which plans anew for each shape.
+
+    torch prefers cuDNN on GPUs of capability 9 and 10. Here every step has one key more, so each
+    would wait for a plan of its own. Other kernels take any number of keys. The switch is the
+    process's: what attends in another thread meanwhile does without cuDNN, too.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 class KVCache:

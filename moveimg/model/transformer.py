@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moveimg.config_model import ModelConfig, SlotConfig
-from moveimg.model.attention import ATTENTIONS
+from moveimg.model.attention import ATTENTIONS, growing_keys
 from moveimg.model.cross_entropy import linear_cross_entropy
 from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
 from moveimg.model.memory import MEMORIES, Mixer, Rows
@@ -208,7 +208,8 @@ class Transformer(nn.Module):
 
     def _step(self, x: Tensor, rows: Sequence[Rows], cache: Cache) -> Tensor:
         rope = cache.rope[cache.position : cache.position + 1]
-        x = self._blocks(x, rows, rope, cache)
+        with growing_keys(x.device):
+            x = self._blocks(x, rows, rope, cache)
         cache.position += 1
         return self.logits(x)[:, 0]
 

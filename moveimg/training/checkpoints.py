@@ -216,7 +216,8 @@ class Checkpoints:
             )
         except (dcp.CheckpointException, RuntimeError, KeyError) as error:
             raise ValueError(f"{path}: does not fit this run ({reason(error)})") from None
-        extra = torch.load(path / EXTRA, map_location=self.world.device, weights_only=True)
+        # Who takes it moves what belongs elsewhere; an optimizer leaves its count of steps here.
+        extra = torch.load(path / EXTRA, map_location="cpu", weights_only=True)
         return extra, read_index(path)
 
 
