@@ -39,6 +39,18 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def own_device(name: str | None) -> str | None:
+    """The device for a --device: of several processes that torchrun started, each its own GPU.
+
+    It is asked for before anything is put on a GPU, so that no process begins to use another's.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    kind = (name or "auto").partition(":")[0]
+    if several and kind in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
 class _NoInit(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -72,9 +84,13 @@ def keep_memory() -> bool:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named type; left out: bfloat16 on CUDA, float32 elsewhere (bfloat16 is slow there)."""
+    """The named type; left out: bfloat16 on CUDA, float32 where that is slow.
+
+    GPUs before capability 8.0 take bfloat16 and compute it in detours, as other devices do.
+    """
     if name is None or name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r}: expected one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -18,6 +18,7 @@ from moveimg.checkpoint import BUNDLED
 from moveimg.config import SamplingSettings
 from moveimg.data.crops import crop_views
 from moveimg.data.images import ImageSource, Split, open_images
+from moveimg.device import own_device
 from moveimg.evaluation.classifier import load_classifier, save_classifier, train_classifier
 from moveimg.evaluation.features import Extractor
 from moveimg.evaluation.reference import (
@@ -123,7 +124,7 @@ def evaluate_model(
         results and their file; None on every process but the first.
     """
     comparison = _with_default(comparison, model)
-    pipeline = Pipeline.from_pretrained(model, device=_own(device), dtype=dtype)
+    pipeline = Pipeline.from_pretrained(model, device=own_device(device), dtype=dtype)
     extractor = open_extractor(comparison, pipeline.device)
     plan = plan_of(pipeline, model, sampling, extractor)
     folder = out or Path("evaluation") / f"{Path(model).name}-{_hash(asdict(plan))}"
@@ -146,7 +147,7 @@ def sweep(
     and the folder; None on every process but the first.
     """
     comparison = _with_default(comparison, model)
-    pipeline = Pipeline.from_pretrained(model, device=_own(device), dtype=dtype)
+    pipeline = Pipeline.from_pretrained(model, device=own_device(device), dtype=dtype)
     extractor = open_extractor(comparison, pipeline.device)
     if key not in SamplingSettings.model_fields:
         known = ", ".join(SamplingSettings.model_fields)
@@ -311,13 +312,6 @@ def _finished(
         and found["extractor"]["sha256"] == extractor.fingerprint
     )
     return found if same else None
-
-
-def _own(device: str | None) -> str | None:
-    """Under torchrun every process takes the accelerator of its own number."""
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
 
 
 def image_size(pipeline: Pipeline, plan: Plan) -> tuple[int, int]:

@@ -201,7 +201,7 @@ def code_colours(pipeline: Pipeline) -> np.ndarray:
     """A colour for each code, uint8 [V, 3]: the codebook's first three principal components."""
     import torch
 
-    vectors = pipeline.tokenizer.quantize.codebook().detach().double().cpu()  # [V, D]
+    vectors = pipeline.tokenizer.quantize.codebook().detach().cpu().double()  # [V, D]
     vectors = vectors - vectors.mean(0)
     _, _, axes = torch.linalg.svd(vectors, full_matrices=False)
     axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign()  # an axis points the same way each time

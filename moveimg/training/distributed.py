@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from moveimg.config import TrainConfig
-from moveimg.device import pick_device, pick_dtype, shapes_only
+from moveimg.device import own_device, pick_device, pick_dtype, shapes_only
 from moveimg.model import Transformer
 
 GRACE = 10.0  # seconds in which the launcher ends the other processes after the first one's error
@@ -94,9 +94,8 @@ def processes(device: str | None) -> Iterator[World]:
         yield World(device=pick_device(device))
         return
     try:
-        chosen = pick_device(device)
+        chosen = pick_device(own_device(device))
         if chosen.type == "cuda":
-            chosen = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
             torch.cuda.set_device(chosen)
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
         yield World(rank, size, chosen)
@@ -109,7 +108,10 @@ def processes(device: str | None) -> Iterator[World]:
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in LOST):
             raise
-        raise ValueError(f"process {rank} of {size}: another process of this run ended") from error
+        why = " ".join(str(error).split())[:200]  # nccl's own troubles, too, come this way
+        raise ValueError(
+            f"process {rank} of {size}: another process of this run ended ({why})"
+        ) from error
 
 
 # --- cutting the batch ---------------------------------------------------------------------
