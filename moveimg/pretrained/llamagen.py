@@ -19,6 +19,7 @@ from torch import Tensor
 import tokenizer as vq
 from moveimg.checkpoint import ModelParts, check_shapes, save_model
 from moveimg.config import SIZES, ModelConfig, SamplingSettings, SwiGLUConfig, validate
+from moveimg.device import shapes_only
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer
 from moveimg.model.rope import rope_2d
@@ -98,7 +99,7 @@ def load_llamagen(
     weights = vq.read_weights(file)
     table = weights.pop(TABLE, None)
     config = llamagen_config(weights, table, str(file), downsample, image_size, n_head)
-    with torch.device("meta"):  # no memory, no initialisation
+    with shapes_only():
         generator = Transformer(config)
     expected = {llamagen_name(k): tuple(v.shape) for k, v in generator.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}

@@ -13,6 +13,7 @@ import torch
 
 from moveimg.checkpoint import ModelParts, load_model, read_about, save_model
 from moveimg.config import ModelConfig, validate
+from moveimg.device import shapes_only
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer
 
@@ -54,7 +55,7 @@ def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
     config = validate(ModelConfig, settings, "upcycle")
     if config.memory.kind == "none":
         raise ValueError("upcycle: memory is of kind none: expected one that holds something")
-    with torch.device("meta"):
+    with shapes_only():
         grown = Transformer(config)
     state = dense.state_dict()
     like = dense.head.weight
