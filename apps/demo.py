@@ -70,8 +70,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the models' numbers (default: bfloat16 on CUDA)"
-    )
+        "--dtype", choices=DTYPES,
+        help="of the models' numbers (default: bfloat16 on CUDA from capability 8.0)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 

@@ -176,7 +176,8 @@ class TrainConfig(RunConfig):
         0.1, description="share of labels replaced by the null label, for guidance"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="autocast type of the forward pass; auto: bfloat16 on CUDA"
+        "auto",
+        description="autocast type of the forward pass; auto: bfloat16 on CUDA from capability 8.0",
     )
     micro_batch: PositiveInt | None = Field(
         None,

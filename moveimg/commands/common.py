@@ -62,7 +62,10 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on CUDA)")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float64 (default: bfloat16 on CUDA from capability 8.0)"
+    ),
 ]
 Set = Annotated[
     list[str] | None,
