@@ -34,8 +34,8 @@ def same_end(one, other) -> bool:
     )
 
 
-def test_killed_runs_end_with_the_same_bits(tmp_path):
-    assert len(compare_killed(tmp_path, steps=24, kills=2, seed=3)) == 2
+def test_killed_runs_end_with_the_same_bits(digits, tmp_path):
+    assert len(compare_killed(digits, tmp_path, steps=24, kills=2, seed=3)) == 2
 
 
 def test_the_newest_and_the_best_checkpoint_stay(digits, tmp_path, monkeypatch):

@@ -47,7 +47,9 @@ def curves(configs: Sequence[dict[str, Any]]) -> Figure:
             axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
         last.append(mean[len(mean) // 4 :])
     low, high = min(m.min() for m in last), max(m.max() for m in last)
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))  # the start hides the rest
+    if low < high:  # else there is one measurement alone
+        margin = 0.1 * (high - low)
+        axes.set_ylim(low - margin, high + margin)  # the start would hide the rest
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss (nats a code)")
     axes.grid(alpha=0.3)
