@@ -73,7 +73,8 @@ def leftovers(out: Path) -> list[Path]:
 def compare_killed(data: Path, folder: Path, steps: int, kills: int, seed: int = 0) -> list[int]:
     """Kill a run of `steps` steps `kills` times; the steps of its checkpoints after each kill.
 
-    `data` is what encode_tiny_digits made. A run that reaches its end in between is compared, and begun anew.
+    `data` is what encode_tiny_digits made. A run that reaches its end in between is compared, and
+    begun anew.
     Raises AssertionError where a killed run ends with other bits than the one left alone.
     """
     every = {"log_every": 20, "validate_every": 20, "preview_every": steps, "checkpoint_every": 2}
