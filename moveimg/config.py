@@ -1,8 +1,7 @@
 """Every setting of the program, described once, beside its default.
 
-A run is one YAML file. It may name another as its `base:`; its own keys win. On the
-command line `--set model.memory.slots=6` overrides a key by its dotted path. Unknown keys
-are errors. The generator's own settings stand in config_model.py.
+A run is one YAML file (yaml_files.py reads it). Unknown keys are errors. The generator's own
+settings stand in config_model.py.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -28,6 +26,7 @@ from pydantic import (
 from moveimg.config_model import SIZES as SIZES
 from moveimg.config_model import Config, ModelConfig, Rate
 from moveimg.config_model import SwiGLUConfig as SwiGLUConfig
+from moveimg.yaml_files import read_yaml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -283,16 +282,7 @@ def load_config(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -
 
     Raises FileNotFoundError for a missing file, ValueError for anything wrong in it.
     """
-    data = _read_yaml(Path(path), ())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--set {override}: expected key.path=value")
-        nested: Any = parse_yaml(text, f"--set {override}")
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        data = _merge(data, nested)
-    return validate(cls, data, str(path))
+    return validate(cls, read_yaml(path, overrides), str(path))
 
 
 def read_json(path: Path) -> Any:
@@ -303,56 +293,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
-    if path.resolve() in seen:
-        raise ValueError(f"{path}: `base` leads back to itself")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
-    data = parse_yaml(text, str(path))
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected keys and values, found {type(data).__name__}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    if not isinstance(base, str):
-        raise ValueError(f"{path}: base is {base!r}, expected the name of another config file")
-    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), data)
-
-
-class _OneOfEach(yaml.SafeLoader):
-    """PyYAML's loader of plain data, which by itself lets the last of equal keys win."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """Plain data of a YAML text; ValueError, one line with `origin`, for what is not valid."""
-    try:
-        return yaml.load(text, Loader=_OneOfEach)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{origin}: not valid YAML ({problem})") from None
-
-
-def _merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`, key by key. A new `kind` starts afresh: it has other keys."""
-    if not isinstance(base, dict) or not isinstance(over, dict):
-        return over
-    if "kind" in over and over["kind"] != base.get("kind"):
-        return over
-    return base | {key: _merge(base.get(key), value) for key, value in over.items()}

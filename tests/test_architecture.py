@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Leaf modules: they import nothing of ours, and anyone in moveimg may import them.
 LEAVES = {"moveimg.config", "moveimg.files", "moveimg.device", "moveimg.pictures"}
-LEAVES |= {"moveimg.config_model", "moveimg.progress"}
+LEAVES |= {"moveimg.config_model", "moveimg.yaml_files", "moveimg.progress"}
 CORE = {"moveimg.model", "moveimg.sampling", "moveimg.checkpoint", "moveimg.pretrained"}
 ALLOWED = {
     "tokenizer": set(),

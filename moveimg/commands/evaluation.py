@@ -217,7 +217,7 @@ def _one(named: Sequence[str]) -> str:
 
 
 def _settings(given: Sequence[str]) -> dict[str, Any]:
-    from moveimg.config import parse_yaml
+    from moveimg.yaml_files import parse_yaml
 
     pairs = [text.partition("=") for text in given]
     for key, equals, _ in pairs:
