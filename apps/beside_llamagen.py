@@ -35,12 +35,10 @@ from torchvision import datasets, transforms
 
 import tokenizer as vq
 from moveimg.config import OptimizerConfig, SamplingSettings
-from moveimg.config_model import ModelConfig
-from moveimg.data.encode import encode_images, views_a_call
-from moveimg.data.images import open_images
+from moveimg.config.model import ModelConfig
+from moveimg.data import default_batch_size, encode_images, open_images
 from moveimg.device import pick_device
-from moveimg.model import Transformer
-from moveimg.model.decoding import decoding_model
+from moveimg.model import Transformer, decoding_model
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.optimizer import make_optimizers
 
@@ -186,7 +184,7 @@ def encoding(name: str, given: argparse.Namespace) -> Run:
         encode_images(
             open_images(folder / "images", "train", 0), fast, folder / f"packed-{made}", size=SIZE,
             crops="ten", ranges=(1.1,), workers=0,
-            batch_size=views_a_call(SIZE, torch.device("cpu")),
+            batch_size=default_batch_size(SIZE, torch.device("cpu")),
         )  # fmt: skip
 
     return extract if name == LLAMAGEN else pack

@@ -22,11 +22,10 @@ from sklearn.svm import SVC
 from torch.nn import functional as F
 
 import tokenizer as vq
-from moveimg.commands.common import describe
-from moveimg.data.crops import crop_views, to_tensor
+from moveimg.data import crop_views, open_images, to_tensor
 from moveimg.data.digits import digits_arrays
-from moveimg.data.images import open_images
-from moveimg.pictures import to_uint8
+from moveimg.errors import describe
+from moveimg.images import to_uint8
 from moveimg.pipeline import Pipeline
 
 

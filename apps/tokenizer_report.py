@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 import tokenizer as vq
-from moveimg.commands.common import describe
-from moveimg.data.crops import center_crop, to_tensor
-from moveimg.data.images import open_images
-from moveimg.pictures import labelled_grid, save_png, to_pil
+from moveimg.data import center_crop, open_images, to_tensor
+from moveimg.errors import describe
+from moveimg.images import labelled_grid, save_png, to_pil
 
 BATCH, SHOWN = 64, 10
 

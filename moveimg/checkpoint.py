@@ -6,7 +6,6 @@ classes.json  sampling.json
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tokenizer as vq
-from moveimg.config import ModelConfig, SamplingSettings, read_json, validate
+from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.device import shapes_only
-from moveimg.files import atomic, write_text
+from moveimg.errors import validate
+from moveimg.files import atomic, read_json, write_json
 from moveimg.model import Transformer
 
 FORMAT = 1
@@ -183,11 +183,6 @@ def check_shapes(
             f"{origin}: {key!r} is {list(found[key])}, expected {list(expected[key])}"
             f"{_and_more(wrong)}"
         )
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write plain data as indented JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def _and_more(keys: list[str]) -> str:

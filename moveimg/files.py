@@ -1,7 +1,8 @@
-"""Files and directories that appear whole or not at all."""
+"""Files that appear whole or not at all, bounded readers of JSON and YAML, and locks."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows: directories are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+MAX_TEXT = 32 * 2**20  # bytes of a JSON or YAML file; a manifest of ImageNet takes less
+MAX_DEPTH = 64  # nested lists and mappings
+MAX_NODES = 1_000_000  # values of a YAML text with its aliases written out
 # .NAME.SUFFIX.abcd1234.SUFFIX, as `atomic` names them
 TEMPORARY = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
 
@@ -76,6 +88,140 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write `data` as indented JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
+    """The text of a UTF-8 file.
+
+    Raises FileNotFoundError where there is none, ValueError where it is no text or larger than
+    `limit` bytes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"{path}: {size} bytes, expected at most {limit}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The data of a JSON file; FileNotFoundError or a one-line ValueError where it has none."""
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str | bytes, origin: str) -> Any:
+    """The data of a JSON text; ValueError, one line with `origin`, where it is not valid."""
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{origin}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{origin}: not valid JSON ({str(error)[:200]})") from None
+    _check_depth(data, origin)
+    return data
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The data of a YAML file; FileNotFoundError or a one-line ValueError where it has none."""
+    return parse_yaml(read_text(path, 2**20), str(path))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's loader of plain data, which by itself lets the last of equal keys win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value[:60]!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The data of a YAML text; ValueError, one line with `origin`, where it is not valid."""
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error)[:400].split())
+        raise ValueError(f"{origin}: not valid YAML ({problem})") from None
+    except RecursionError:
+        raise ValueError(f"{origin}: nested too deeply") from None
+    except Exception as error:  # PyYAML's constructors raise many kinds: `!!int ""`, `!!bool maybe`
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{origin}: not valid YAML ({problem})") from None
+    _check_depth(data, origin)
+    return data
+
+
+def _check_depth(data: Any, origin: str) -> None:
+    """Raise ValueError for data nested too deeply, or of too many values (aliases count anew)."""
+    level, count = [data], 0
+    for _ in range(MAX_DEPTH):
+        children: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                children += value.values()
+            elif isinstance(value, list | tuple | set):
+                children += value
+            if len(children) > MAX_NODES:
+                raise ValueError(f"{origin}: more than {MAX_NODES} values")
+        if not children:
+            return
+        count += len(children)
+        if count > 4 * MAX_NODES:
+            break
+        level = children
+    raise ValueError(f"{origin}: nested too deeply, expected at most {MAX_DEPTH} levels")
+
+
+@contextmanager
+def lock(path: str | Path, job: str) -> Iterator[None]:
+    """Hold the lock of an output file or directory, which dies with its process.
+
+    The lock is a hidden file beside `path`. Of several ranks only the first takes it: they are one
+    job. `job` names what is being done, for the message of the process that comes second.
+    Raises ValueError, naming the process that holds it.
+    """
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.parent / f".{path.name}.lock"
+    while True:
+        file = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            file.close()
+            raise ValueError(f"{path} is in use by {holder}: wait for it, or stop it") from None
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:
+                break
+        file.close()  # its last holder has removed it meanwhile
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} ({job})")
+        file.flush()
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        file.close()
 
 
 def _umask() -> int:

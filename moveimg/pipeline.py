@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moveimg.checkpoint import BUNDLED, ModelParts, load_model
-from moveimg.config import SamplingSettings, validate
+from moveimg.config import SamplingSettings
 from moveimg.device import pick_device, pick_dtype
-from moveimg.model import Transformer
-from moveimg.model.decoding import decoding_model
-from moveimg.pictures import to_pil
+from moveimg.errors import validate
+from moveimg.images import to_pil
+from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import PUBLISHED, fetch
 from moveimg.sampling import image_rngs, iter_codes, sample_codes
 

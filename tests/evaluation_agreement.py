@@ -19,11 +19,11 @@ import torch_fidelity
 from torch.utils.data import Dataset
 
 from moveimg.data.images import open_images
-from moveimg.evaluate import source_images
 from moveimg.evaluation.features import Extractor, extract
 from moveimg.evaluation.inception import NAME, SPATIAL, load_inception
 from moveimg.evaluation.metrics import KID_SUBSET
 from moveimg.evaluation.reference import reference_of
+from moveimg.evaluation.run import source_images
 from moveimg.evaluation.scoring import compute
 from moveimg.evaluation.sets import array_set, look
 from tests import reference_metrics as plain

@@ -88,7 +88,7 @@ def test_sample_without_arguments_shows_every_class(tmp_path, monkeypatch):
         (["smaple"], ["'smaple'", "'sample'"]),
         (["bench", "sleep"], ["'sleep'", "bench --help"]),
         (["info", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
-        (["info", ROOT / "configs/digits-tokenizer.yaml"], ["no `model`", "tokenizer's config"]),
+        (["info", ROOT / "configs/digits-tokenizer.yaml"], ["model: missing"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
         (["compare", "a.yaml", "--out", "x", "--seeds", "1,1"], ["'1,1'", "different"]),
         (["encode", "nowhere", "--tokenizer", "t", "--out", "o"], ["t: no such tokenizer"]),

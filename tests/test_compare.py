@@ -16,8 +16,8 @@ import torch
 import yaml
 from PIL import Image
 
-from moveimg.checkpoint import save_weights, write_json
-from moveimg.files import write_text
+from moveimg.checkpoint import save_weights
+from moveimg.files import write_json, write_text
 from moveimg.model import Transformer
 from moveimg.training import compare as module
 from moveimg.training import comparison_jobs as jobs

@@ -15,8 +15,8 @@ from moveimg.config import (
     TokenizerTrainConfig,
     TrainConfig,
     load_config,
-    validate,
 )
+from moveimg.errors import validate
 from moveimg.model import Transformer
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -10,8 +10,8 @@ from PIL import Image
 
 from moveimg.data.crops import center_crop, count_views, crop_views, enlarged, to_tensor
 from moveimg.data.digits import digits_arrays, split_rows
-from moveimg.data.images import ImageSource, UnreadableImageError, open_images
-from moveimg.pictures import to_pil, to_uint8
+from moveimg.data.images import ImageSource, open_images
+from moveimg.images import UnreadableImageError, to_pil, to_uint8
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

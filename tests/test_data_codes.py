@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,13 +197,3 @@ def test_batch_arguments_are_checked(numbers: dict[int, PackedCodes]) -> None:
     for rank, world_size in ((0, 3), (2, 2), (-1, 2)):
         with pytest.raises(ValueError, match="batch_size 4 on rank"):
             Batches(numbers[12], 4).batch(0, rank, world_size)
-
-
-def test_reading_codes_loads_neither_torchvision_nor_sklearn() -> None:
-    program = """
-import sys, types
-sys.modules["torch"] = types.ModuleType("torch")  # slow to import, and not in question
-import moveimg.data.codes
-assert not {"torchvision", "sklearn", "PIL"} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from moveimg.data.decode import UnreadableImageError
 from moveimg.data.images import open_images
+from moveimg.images import UnreadableImageError
 
 WNIDS = ["n01443537", "n01440764", "n02007558"]  # goldfish, tench, flamingo; not sorted
 IDS = {1: "n01440764", 2: "n02007558", 3: "n01443537", 4: "n00001740"}  # the last has children

@@ -19,9 +19,9 @@ from moveimg.evaluation.guards import (
     enforce,
 )
 from moveimg.evaluation.results import markdown_table, read_results, write_results
+from moveimg.evaluation.sample import class_labels
 from moveimg.evaluation.sets import array_set, look, open_set
 from moveimg.evaluation.writing import write_npz, write_pngs
-from moveimg.sample_sets import class_labels
 
 
 def pictures(count: int = 7, size: tuple[int, int] = (6, 5), seed: int = 0) -> np.ndarray:

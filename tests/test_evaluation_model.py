@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from moveimg import evaluate, sample_sets
 from moveimg.checkpoint import ModelParts
 from moveimg.config import SamplingSettings
-from moveimg.data.encode import views_a_call
+from moveimg.data.encode import default_batch_size
 from moveimg.data.images import ImageSource
 from moveimg.data.ranks import Ranks
+from moveimg.evaluation import run as evaluate
+from moveimg.evaluation import sample as sample_sets
+from moveimg.evaluation.reconstruct import reconstruct
 from moveimg.evaluation.reference import open_reference
+from moveimg.evaluation.sample import make_plan, sample_set
 from moveimg.pipeline import Pipeline
-from moveimg.reconstruct import reconstruct
-from moveimg.sample_sets import make_plan, sample_set
 from tests.conftest import lively, tiny_config
 from tests.test_cli import refused, run
 from tests.test_pipeline import tiny_tokenizer
@@ -249,8 +250,8 @@ def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
         tokenizer, "encode", lambda images: encoded.append(len(images)) or encode(images)
     )
     few, shown = reconstruct(source, tokenizer, 256)
-    assert sum(encoded) == 13 and max(encoded) == views_a_call(256, torch.device("cpu")) < 10
-    monkeypatch.setattr("moveimg.reconstruct.views_a_call", lambda *_: 13)
+    assert sum(encoded) == 13 and max(encoded) == default_batch_size(256, torch.device("cpu")) < 10
+    monkeypatch.setattr("moveimg.evaluation.reconstruct.default_batch_size", lambda *_: 13)
     whole, same = reconstruct(source, tokenizer, 256)
     assert few.mse == pytest.approx(whole.mse, rel=1e-5) and few.usage == whole.usage
     assert shown.size == same.size  # the first ten images, however they were cut

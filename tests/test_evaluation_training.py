@@ -9,8 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moveimg.config import EvaluationConfig
+from moveimg.dist import World
 from moveimg.pipeline import Pipeline
-from moveimg.training.distributed import World
 from moveimg.training.generator import train_generator
 from moveimg.training.scoring import Scorer
 from tests.test_training import CPU, train_config

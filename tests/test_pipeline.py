@@ -12,7 +12,7 @@ import torch
 import tokenizer as vq
 from moveimg.checkpoint import BUNDLED, ModelParts, load_model, load_tokenizer, save_model
 from moveimg.config import SamplingSettings
-from moveimg.pictures import labelled_grid, to_pil
+from moveimg.images import labelled_grid, to_pil
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import image_rngs, sample_codes
 from tests.conftest import lively, tiny_config

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moveimg.checkpoint import ModelParts, load_model, save_model, write_json
+from moveimg.checkpoint import ModelParts, load_model, save_model
 from moveimg.config import SIZES, SamplingSettings, TrainConfig
-from moveimg.files import atomic_directory
+from moveimg.files import atomic_directory, write_json
 from moveimg.pipeline import Pipeline, resolve
 from moveimg.pretrained import hub, llamagen, share
 from tests.conftest import lively, tiny_config

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 import tokenizer as tok
-from moveimg.config import TokenizerTrainConfig, load_config, validate
+from moveimg.config import TokenizerTrainConfig, load_config
 from moveimg.data.codes import PackedCodes
+from moveimg.errors import validate
 from moveimg.training import tokenizer as training
-from moveimg.training.distributed import Plan
 from moveimg.training.loop import Run
+from moveimg.training.parallel import Plan
 from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
 from tests.test_cli import run
 from tests.test_training import die_at_step_5

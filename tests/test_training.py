@@ -16,10 +16,11 @@ import yaml
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import load_model, load_tokenizer
-from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig, validate
+from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig
 from moveimg.data import digits as data
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
+from moveimg.errors import validate
 from moveimg.model.product_key import ValueTable
 from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run

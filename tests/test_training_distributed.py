@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from moveimg.dist import World
 from moveimg.model import Transformer
-from moveimg.training.distributed import Plan, World, part_seed, plan, spread
 from moveimg.training.generator import train_generator
+from moveimg.training.parallel import Plan, part_seed, plan, spread
 from moveimg.training.tokenizer import train_tokenizer
 from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, lively, random_inputs, tiny_config
 from tests.test_tokenizer_training import JUDGE, make_config, smooth_pictures

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from apps.demo_parts.models import About, Models
-from moveimg.config import SamplingSettings, validate
+from moveimg.config import SamplingSettings
+from moveimg.errors import validate
 
 MAX_PICTURES = 16  # of a press
 MAX_STRIP = 4  # seeds of a strip with several values of guidance, or of two models

@@ -106,10 +106,10 @@ def _tile(
 
 
 def png_bytes(picture: Image.Image, meta: dict[str, Any]) -> bytes:
-    """As moveimg.pictures.png_bytes, which brings torch: the page is served before that is read."""
-    from moveimg import pictures
+    """As moveimg.images.png_bytes, which brings torch: the page is served before that is read."""
+    from moveimg import images
 
-    return pictures.png_bytes(picture, meta)
+    return images.png_bytes(picture, meta)
 
 
 def picture_uri(picture: Image.Image, meta: dict[str, Any] | None = None) -> str:

@@ -125,7 +125,7 @@ def read_upload(data: str) -> Image.Image:
     """
     if not isinstance(data, str) or not data:
         raise ValueError("no image given: choose a file")
-    from moveimg.data.decode import to_rgb
+    from moveimg.images import to_rgb
 
     encoded = data.split(",", 1)[-1] if data.startswith("data:") else data
     if len(encoded) > MAX_UPLOAD * 4 / 3 + 8:
@@ -168,7 +168,7 @@ def reconstruct(image: Image.Image, name: str | None, models: Models) -> Iterato
     """Take the centre of an image through a model's tokenizer and back; one item."""
     import torch
 
-    from moveimg.pictures import to_pil
+    from moveimg.images import to_pil
 
     pipeline = models.get(name)
     grid, factor = pipeline.generator.config.grid, pipeline.tokenizer.downsample
@@ -192,7 +192,7 @@ def reconstruct(image: Image.Image, name: str | None, models: Models) -> Iterato
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
     if width != height:
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    from moveimg.data.crops import center_crop
+    from moveimg.data import center_crop
 
     return center_crop(image, width)  # as images are cut for training
 

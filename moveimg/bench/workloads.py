@@ -22,18 +22,17 @@ import tokenizer as vq
 from moveimg.bench.limits import Layout, matrix_rate, memory_bandwidth
 from moveimg.bench.timing import seconds_of, spread, synchronize
 from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
-from moveimg.data.crops import normalize
-from moveimg.data.shards import make_encoder
+from moveimg.data import make_encoder, normalize
 from moveimg.device import peak_memory
+from moveimg.dist import World
 from moveimg.files import atomic
-from moveimg.model import Transformer
+from moveimg.model import Transformer, decoding_model, linear_kind
 from moveimg.model.cost import token_flops
-from moveimg.model.decoding import decoding_model, linear_kind
 from moveimg.sampling import image_rngs, iter_codes
-from moveimg.training.distributed import World, plan
 from moveimg.training.generator import GeneratorTask
 from moveimg.training.initial import freeze_backbone
 from moveimg.training.loop import Run
+from moveimg.training.parallel import plan
 
 ROWS_OF_A_CONVOLUTION = 4096  # more would measure the same rate for longer
 

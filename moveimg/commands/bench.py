@@ -40,8 +40,9 @@ def sample(
 ) -> None:
     """Codes of images drawn: images and codes a second, time to the first row."""
     from moveimg.bench.workloads import bench_sample
-    from moveimg.config import SamplingSettings, validate
+    from moveimg.config import SamplingSettings
     from moveimg.device import pick_device, pick_dtype
+    from moveimg.errors import validate
 
     where = pick_device(device)
     number_type = pick_dtype(dtype, where)
@@ -72,7 +73,7 @@ def encode(
     import tokenizer as vq
     from moveimg.bench.workloads import bench_encode
     from moveimg.checkpoint import load_tokenizer
-    from moveimg.data.encode import views_a_call
+    from moveimg.data import default_batch_size
     from moveimg.device import pick_device, pick_dtype
 
     where = pick_device(device)
@@ -84,7 +85,7 @@ def encode(
         model = load_tokenizer(Path(tokenizer), where)
     if size % model.downsample:
         raise ValueError(f"size {size}: expected a multiple of {model.downsample}")
-    views = batch_size or views_a_call(size, where)
+    views = batch_size or default_batch_size(size, where)
     _show(
         lambda times: bench_encode(model, size, views, times, where, number_type),
         {"tokenizer": tokenizer, "size": size, "dtype": str(number_type)},
@@ -152,9 +153,8 @@ def _show(
     """Measure, print a table, and write what was asked for."""
     from moveimg.bench.report import describe
     from moveimg.bench.workloads import write_trace
-    from moveimg.checkpoint import write_json
     from moveimg.device import hardware
-    from moveimg.files import require_file_name
+    from moveimg.files import require_file_name, write_json
 
     for path in filter(None, (json, profile)):
         require_file_name(path)  # now, not after minutes

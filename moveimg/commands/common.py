@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from moveimg import __version__
+from moveimg.errors import describe
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer's own from 0.2x on, click's before
 
@@ -110,16 +111,6 @@ def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[
             raise typer.Exit(130) from None
 
     return group.command(name=function.__name__.replace("_", "-"))(run)
-
-
-def describe(error: Exception) -> str:
-    """An error on one line; an OSError with its path."""
-    if isinstance(error, OSError) and error.strerror:
-        path = error.filename2 or error.filename
-        if isinstance(error, FileExistsError):  # of mkdir
-            return f"{path}: is a file, expected a folder"
-        return f"{path}: {error.strerror}" if path else error.strerror
-    return " ".join(str(error).split())
 
 
 def device_of(name: str | None) -> Any:

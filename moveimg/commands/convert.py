@@ -66,9 +66,9 @@ def upcycle(
     ] = None,
 ) -> None:
     """Dense model -> the same with a zero value memory; its logits do not change in any bit."""
+    from moveimg.files import parse_yaml
     from moveimg.pipeline import resolve
     from moveimg.pretrained.upcycle import convert_upcycle
-    from moveimg.yaml_files import parse_yaml
 
     if [slots, lave, memory].count(None) != 2:
         raise ValueError("give one of --slots M (MoVE), --lave alternate|all and --memory SETTINGS")

@@ -92,7 +92,7 @@ def evaluate(
     if show:
         _show(named)
         return
-    from moveimg import evaluate as runner
+    from moveimg.evaluation import run as runner
     from moveimg.evaluation.guards import check_allowed
 
     check_allowed(allow or [])
@@ -121,7 +121,7 @@ def _draw_and_score(
     device: str | None,
     dtype: str | None,
 ) -> None:
-    from moveimg import evaluate as runner
+    from moveimg.evaluation import run as runner
 
     if sweep is None:
         done = runner.evaluate_model(model, against, drawn, out, device, dtype)
@@ -154,13 +154,13 @@ def reconstruct(
     device: Device = None,
 ) -> None:
     """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
-    from moveimg import evaluate as runner
     from moveimg.checkpoint import load_tokenizer
-    from moveimg.data.images import open_images
+    from moveimg.data import open_images
+    from moveimg.evaluation import run as runner
     from moveimg.evaluation.guards import check_allowed
+    from moveimg.evaluation.reconstruct import reconstruct
     from moveimg.files import require_file_name
-    from moveimg.pictures import save_png
-    from moveimg.reconstruct import reconstruct
+    from moveimg.images import save_png
 
     check_allowed(allow or [])
     if out is not None:
@@ -180,7 +180,7 @@ def reconstruct(
 
 def _eyes(against: Any, device: Any, reference: str | None) -> Any:
     """The extractor; None, and a line on stderr, where Inception was not asked for nor is here."""
-    from moveimg.evaluate import open_extractor
+    from moveimg.evaluation.run import open_extractor
 
     try:
         return open_extractor(against, device)
@@ -217,7 +217,7 @@ def _one(named: Sequence[str]) -> str:
 
 
 def _settings(given: Sequence[str]) -> dict[str, Any]:
-    from moveimg.yaml_files import parse_yaml
+    from moveimg.files import parse_yaml
 
     pairs = [text.partition("=") for text in given]
     for key, equals, _ in pairs:

@@ -38,10 +38,11 @@ def encode(
     On several devices: torchrun --nproc-per-node N -m moveimg encode ...
     """
     from moveimg.checkpoint import load_tokenizer
-    from moveimg.config import ImagesConfig, validate
-    from moveimg.data.encode import encode_splits
+    from moveimg.config import ImagesConfig
+    from moveimg.data import encode_splits
     from moveimg.device import pick_dtype
-    from moveimg.training.distributed import processes
+    from moveimg.dist import processes
+    from moveimg.errors import validate
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, given, "encode")

@@ -42,7 +42,7 @@ def sample(
 
     Settings left out, --cfg-scale to --top-p, are the model's own (its sampling.json).
     """
-    from moveimg.pictures import labelled_grid, save_png
+    from moveimg.images import labelled_grid, save_png
     from moveimg.pipeline import Pipeline
     from moveimg.sampling import image_rngs
 

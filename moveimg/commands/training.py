@@ -29,7 +29,7 @@ def train(
     On several devices: torchrun --nproc-per-node N -m moveimg train CONFIG
     """
     from moveimg.config import TrainConfig, load_config
-    from moveimg.training.distributed import processes
+    from moveimg.dist import processes
     from moveimg.training.generator import train_generator
 
     given = {"init_from": init_from, "train": train}
@@ -53,8 +53,8 @@ def train_tokenizer(
     On several devices: torchrun --nproc-per-node N -m moveimg train-tokenizer CONFIG
     """
     from moveimg.config import TokenizerTrainConfig, load_config
+    from moveimg.dist import processes
     from moveimg.training import tokenizer
-    from moveimg.training.distributed import processes
 
     with processes(device) as world:
         settings = load_config(config, TokenizerTrainConfig, set or [])

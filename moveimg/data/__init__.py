@@ -1,18 +1,30 @@
-"""Images and packed codes: folders and digits, crops, encoding, and the order of batches.
+"""Image sources, crops, and packed codes: written by `encode`, read in seeded batches."""
 
-    images.py   image sources, and what opens which
-    folders.py  a folder with one subfolder per class
-    imagenet.py ImageNet's own archives, read where they lie
-    parquet.py  Parquet files of Hugging Face datasets (extra `datasets`)
-    digits.py   scikit-learn's digits, with a fixed split
-    decode.py   a file's bytes -> RGB
-    crops.py    ADM's centre crop, five-crop, ten-crop; PIL images <-> tensors
-    loading.py  images decoded and cropped in worker processes
-    manifest.py the files of a packed-codes directory
-    encode.py   images -> packed codes; shards.py: one shard of them
-    resume.py   what an interrupted encoding leaves on disk
-    ranks.py    the processes that share an encoding
-    codes.py    packed codes opened for reading, and batches drawn from them
+from moveimg.data.codes import Batches, PackedCodes, crop_choice, epoch_order
+from moveimg.data.crops import center_crop, count_views, crop_views, normalize, to_tensor
+from moveimg.data.encode import codes_bytes, default_batch_size, encode_images, encode_splits
+from moveimg.data.images import ImageSource, Split, open_images
+from moveimg.data.manifest import MANIFEST, sha256_file
+from moveimg.data.shards import make_encoder
 
-Nothing is imported here, so that reading packed codes does not load torchvision.
-"""
+__all__ = [
+    "MANIFEST",
+    "Batches",
+    "ImageSource",
+    "PackedCodes",
+    "Split",
+    "center_crop",
+    "codes_bytes",
+    "count_views",
+    "crop_choice",
+    "crop_views",
+    "default_batch_size",
+    "encode_images",
+    "encode_splits",
+    "epoch_order",
+    "make_encoder",
+    "normalize",
+    "open_images",
+    "sha256_file",
+    "to_tensor",
+]

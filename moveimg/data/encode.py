@@ -112,7 +112,7 @@ def encode_splits(
     images: the source, its size and its views; val images get one view, the centre of the
         first range
     options: further arguments of encode_images; dtype is bfloat16 on CUDA unless given, and
-        batch_size what views_a_call says
+        batch_size what default_batch_size says
 
     Says on stderr how much will be written, and which images could not be read.
     Errors as of open_images and encode_images.
@@ -123,7 +123,7 @@ def encode_splits(
     device = torch.device(options.get("device", "cpu"))
     if "dtype" not in options and device.type == "cuda":
         options["dtype"] = pick_dtype(None, device)
-    options.setdefault("batch_size", views_a_call(images.size, device))
+    options.setdefault("batch_size", default_batch_size(images.size, device))
     sources = {split: open_images(images.source, split) for split in SPLITS}
     views: dict[Split, tuple[Crops, tuple[float, ...]]] = {
         "train": (images.crops, images.ranges),
@@ -155,7 +155,7 @@ def encode_splits(
     return manifests
 
 
-def views_a_call(size: int, device: torch.device) -> int:
+def default_batch_size(size: int, device: torch.device) -> int:
     """How many views of `size` pixels a side the tokenizer is best given at once.
 
     An accelerator wants many. What a CPU computes should stay near its caches: two views at 256

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moveimg.data.decode import decode_rgb
 from moveimg.data.imagenet import readable_names
 from moveimg.data.images import ImageSource, Names, Split, draw_split
+from moveimg.images import read_image
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Files:
 
     def load(self, row: int) -> Image.Image:
         name = self.names[row]
-        return decode_rgb(self.root / name, name, self.as_published)
+        return read_image(self.root / name, name, self.as_published)
 
     def size(self, row: int) -> int:
         try:

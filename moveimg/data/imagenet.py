@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moveimg.data.decode import decode_rgb
 from moveimg.data.images import ImageSource, Names, Split
+from moveimg.images import read_image
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
@@ -54,7 +54,7 @@ class _Members:
         with open(self.archive, "rb") as file:
             file.seek(self.offsets[row])
             data = file.read(self.sizes[row])
-        return decode_rgb(io.BytesIO(data), self.names[row], as_published=True)
+        return read_image(io.BytesIO(data), self.names[row], as_published=True)
 
     def size(self, row: int) -> int:
         return int(self.sizes[row])

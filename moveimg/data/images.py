@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moveimg.data.decode import UnreadableImageError as UnreadableImageError
-from moveimg.data.decode import grey_to_rgb
+from moveimg.images import UnreadableImageError as UnreadableImageError
+from moveimg.images import grey_to_rgb
 
 Split = Literal["train", "val"]
 

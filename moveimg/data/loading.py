@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moveimg.data.crops import crop_views, stack_views
-from moveimg.data.images import ImageSource, UnreadableImageError
+from moveimg.data.images import ImageSource
 from moveimg.data.manifest import EncodeSettings, Skipped
+from moveimg.images import UnreadableImageError
 
 _SMALL_SOURCE = 2048  # images; below it, starting worker processes costs more than it saves
 _MAX_WORKERS = 8

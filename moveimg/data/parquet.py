@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moveimg.data.decode import UnreadableImageError, decode_rgb
 from moveimg.data.images import ImageSource, Names, Split, draw_split
+from moveimg.images import UnreadableImageError, read_image
 
 VAL_NAMES = ("validation", "val", "valid", "test")  # the first that is there
 
@@ -33,7 +33,7 @@ class _Rows:
         data = self.table[row][self.column]["bytes"]
         if data is None:
             raise UnreadableImageError(self.names[row], "the row holds no bytes, only a path")
-        return decode_rgb(io.BytesIO(data), self.names[row])
+        return read_image(io.BytesIO(data), self.names[row])
 
     def size(self, row: int) -> int:
         return int(self.sizes[row])

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moveimg.inspection.gates import hooked, mixers
-from moveimg.model import Transformer
-from moveimg.model.memory import GatedMixer, ValueBank, gathered
+from moveimg.model import GatedMixer, Transformer, ValueBank, gathered
 
 FADED = 0.1  # a row is faded below this share of its slot's median norm
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moveimg.model import Transformer
-from moveimg.model.memory import NEAR_TWO, NEAR_ZERO, GatedMixer, gathered
-from moveimg.model.moe import MoE, shares
+from moveimg.model import NEAR_TWO, NEAR_ZERO, GatedMixer, MoE, Transformer, gathered, shares
 
 
 def mixers(model: Transformer) -> dict[int, GatedMixer]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moveimg.inspection.gates import hooked, mixers
-from moveimg.model import Transformer
-from moveimg.model.memory import GatedMixer, gathered
+from moveimg.model import GatedMixer, Transformer, gathered
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moveimg.checkpoint import write_json
-from moveimg.data.codes import PackedCodes
+from moveimg.data import PackedCodes
+from moveimg.files import write_json
 from moveimg.inspection import plots
 from moveimg.inspection.bank import gradient_norms, row_statistics
 from moveimg.inspection.gates import LayerGates, expert_loads, gather_gates
-from moveimg.model.memory import ValueBank
+from moveimg.model import ValueBank
 from moveimg.pipeline import Pipeline
 
 # Failure signs: mean gates beyond these in more than half of the heads; more than half of the

@@ -1,9 +1,29 @@
-"""The generator: a class-conditional transformer with three slots.
+"""The generator: a class-conditional transformer with slots for attention, memory, feed-forward."""
 
-`attention`, `memory` and `ffn` are each chosen by the `kind` in the config, from the one table
-that stands at the end of their file.
-"""
-
+from moveimg.model.cross_entropy import CHUNK
+from moveimg.model.decoding import decoding_model, linear_kind
+from moveimg.model.memory import NEAR_TWO, NEAR_ZERO, GatedMixer, ValueBank, gathered
+from moveimg.model.moe import MoE, shares
+from moveimg.model.product_key import ValueTable
+from moveimg.model.rope import rope_2d
+from moveimg.model.swiglu import SwiGLU, swiglu_hidden
 from moveimg.model.transformer import Cache, Transformer
 
-__all__ = ["Cache", "Transformer"]
+__all__ = [
+    "CHUNK",
+    "NEAR_TWO",
+    "NEAR_ZERO",
+    "Cache",
+    "GatedMixer",
+    "MoE",
+    "SwiGLU",
+    "Transformer",
+    "ValueBank",
+    "ValueTable",
+    "decoding_model",
+    "gathered",
+    "linear_kind",
+    "rope_2d",
+    "shares",
+    "swiglu_hidden",
+]

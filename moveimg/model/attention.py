@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.config_model import MHAConfig, ModelConfig
+from moveimg.config.model import MHAConfig, ModelConfig
 from moveimg.model.memory import Mixer, Rows
 from moveimg.model.mla import MultiHeadLatentAttention
 from moveimg.model.rope import rotate

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moveimg.config_model import ModelConfig
+from moveimg.config.model import ModelConfig
 from moveimg.device import shapes_only
 from moveimg.model.memory import GatedMixer, ValueBank
 from moveimg.model.transformer import Transformer

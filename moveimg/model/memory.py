@@ -23,13 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moveimg.config_model import (
-    LaVEConfig,
-    ModelConfig,
-    MoVEConfig,
-    NoMemoryConfig,
-    pick_layers,
-)
+from moveimg.config.model import LaVEConfig, ModelConfig, MoVEConfig, NoMemoryConfig, pick_layers
 from moveimg.model.fused_mix import BankRows, look_up, mix, usable
 
 # A gate below the first is as good as shut, one above the second as good as wide open.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.config_model import MLAConfig, ModelConfig
+from moveimg.config.model import MLAConfig, ModelConfig
 from moveimg.model.memory import Mixer, PassThrough, Rows
 from moveimg.model.rope import rotate
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.config_model import ModelConfig, MoEConfig, SwiGLUConfig
+from moveimg.config.model import ModelConfig, MoEConfig, SwiGLUConfig
 from moveimg.model.swiglu import FeedForward, SwiGLU
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.config_model import ModelConfig, PEERConfig, ProductKeyConfig, ProductKeyLookup
+from moveimg.config.model import ModelConfig, PEERConfig, ProductKeyConfig, ProductKeyLookup
 from moveimg.model.swiglu import FeedForward
 
 

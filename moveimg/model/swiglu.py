@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.config_model import ModelConfig, SlotConfig, SwiGLUConfig
+from moveimg.config.model import ModelConfig, SlotConfig, SwiGLUConfig
 
 
 class FeedForward(nn.Module):

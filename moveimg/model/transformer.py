@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moveimg.config_model import ModelConfig, SlotConfig
+from moveimg.config.model import ModelConfig, SlotConfig
 from moveimg.model.attention import ATTENTIONS, growing_keys
 from moveimg.model.cross_entropy import linear_cross_entropy
 from moveimg.model.feedforward import FEEDFORWARDS, FeedForward

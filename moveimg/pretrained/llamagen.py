@@ -18,12 +18,11 @@ from torch import Tensor
 
 import tokenizer as vq
 from moveimg.checkpoint import ModelParts, check_shapes, save_model
-from moveimg.config import SIZES, ModelConfig, SamplingSettings, SwiGLUConfig, validate
+from moveimg.config import SIZES, ModelConfig, SamplingSettings, SwiGLUConfig
 from moveimg.device import shapes_only
+from moveimg.errors import validate
 from moveimg.files import atomic_directory
-from moveimg.model import Transformer
-from moveimg.model.rope import rope_2d
-from moveimg.model.swiglu import swiglu_hidden
+from moveimg.model import Transformer, rope_2d, swiglu_hidden
 
 # Our names -> LlamaGen's; the rest of a name is the same.
 RENAMED = {

@@ -6,9 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moveimg.checkpoint import read_about, read_model_config, write_json
-from moveimg.config import read_json
-from moveimg.files import write_text
+from moveimg.checkpoint import read_about, read_model_config
+from moveimg.files import read_json, write_json, write_text
 from moveimg.model.cost import model_cost
 from moveimg.pretrained.hub import MODEL_FILES, PUBLISHED, reason_of
 

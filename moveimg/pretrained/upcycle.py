@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from moveimg.checkpoint import ModelParts, load_model, read_about, save_model
-from moveimg.config import ModelConfig, validate
+from moveimg.config import ModelConfig
 from moveimg.device import shapes_only
+from moveimg.errors import validate
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer
 

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from moveimg.config import TrainConfig
-from moveimg.config_model import ModelConfig, SwiGLUConfig
-from moveimg.data.encode import codes_bytes
+from moveimg.config.model import ModelConfig, SwiGLUConfig
+from moveimg.data import codes_bytes
 from moveimg.device import shapes_only
-from moveimg.model import Transformer
+from moveimg.dist import World
+from moveimg.model import CHUNK, GatedMixer, SwiGLU, Transformer, swiglu_hidden
 from moveimg.model.cost import cost_of
-from moveimg.model.cross_entropy import CHUNK
-from moveimg.model.memory import GatedMixer
-from moveimg.model.swiglu import SwiGLU, swiglu_hidden
-from moveimg.training.distributed import World, plan
+from moveimg.training.parallel import plan
 from moveimg.training.watch import PEAKS
 
 IMAGENET_CLASSES, IMAGENET_IMAGES, IMAGENET_VIEWS = 1000, 1_281_167, 20

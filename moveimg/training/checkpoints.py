@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from moveimg.data.manifest import sha256_file
-from moveimg.training.distributed import World, tell
+from moveimg.data import sha256_file
+from moveimg.dist import World, print_rank0
 
 INDEX, EXTRA = "checkpoint.json", "extra.pt"
 NAME = re.compile(r"step-(\d+)")
@@ -142,7 +142,7 @@ class Checkpoints:
         if self.world.main:
             shutil.rmtree(temporary, ignore_errors=True)
         self.failure = OSError(message)
-        tell(f"warning: {message}")
+        print_rank0(f"warning: {message}")
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -196,7 +196,7 @@ class Checkpoints:
                     shutil.rmtree(aside, ignore_errors=True)
                     bad.rename(aside)
                     before = path if number == len(problems) - 1 else problems[number + 1][0]
-                    tell(f"warning: {bad}: {what}; set aside, going back to {before.name}")
+                    print_rank0(f"warning: {bad}: {what}; set aside, going back to {before.name}")
                 return path
             problems.append((path, problem))
         if problems:

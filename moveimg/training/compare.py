@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from moveimg.checkpoint import load_generator, read_model_config, write_json
+from moveimg.checkpoint import load_generator, read_model_config
 from moveimg.device import hardware
-from moveimg.files import write_text
+from moveimg.files import write_json, write_text
 from moveimg.model.cost import model_cost
 from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes

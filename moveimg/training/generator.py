@@ -12,15 +12,15 @@ from torch import Tensor, nn
 import tokenizer as vq
 from moveimg.checkpoint import ModelParts, load_tokenizer, save_model
 from moveimg.config import ModelConfig, TrainConfig
-from moveimg.data.codes import Batches, PackedCodes
-from moveimg.data.manifest import MANIFEST, sha256_file
+from moveimg.data import MANIFEST, Batches, PackedCodes, sha256_file
+from moveimg.dist import World
+from moveimg.images import labelled_grid, to_pil
 from moveimg.model import Transformer
 from moveimg.model.cost import model_cost
-from moveimg.pictures import labelled_grid, to_pil
 from moveimg.sampling import image_rngs, sample_codes
-from moveimg.training.distributed import Plan, World, plan
 from moveimg.training.initial import initial_model
 from moveimg.training.loop import fit
+from moveimg.training.parallel import Plan, plan
 from moveimg.training.watch import gate_statistics, peak_flops
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _open_codes(
     """The train and val codes; made first where the config names images."""
     directory = config.data.codes
     if directory is None:
-        from moveimg.data.encode import encode_splits
+        from moveimg.data import encode_splits
 
         assert config.data.images is not None
         directory = config.out / "codes"

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import tokenizer as vq
 from moveimg.checkpoint import check_shapes, load_generator, read_model_config
-from moveimg.config import ModelConfig, TrainConfig, read_json
+from moveimg.config import ModelConfig, TrainConfig
 from moveimg.device import shapes_only
-from moveimg.model import Transformer
-from moveimg.model.memory import GatedMixer, ValueBank
+from moveimg.dist import print_rank0
+from moveimg.files import read_json
+from moveimg.model import GatedMixer, Transformer, ValueBank
 from moveimg.pipeline import resolve
-from moveimg.training.distributed import tell
 
 # Settings that hold no weights: a run has its own.
 FREE = ("token_dropout", "resid_dropout", "ffn_dropout", "n_classes")
@@ -82,9 +82,9 @@ def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> 
         for key in LABEL_TABLES:
             if key in state:
                 state[key] = _new_rows(state[key], now)
-        tell(f"{directory} has {before} classes, the codes {now}: the label table starts anew")
+        print_rank0(f"{directory} has {before} classes, the codes {now}: new label table")
     elif read_json(directory / "classes.json") != class_names:
-        tell(f"{directory} has classes of other names than the codes: its label table is kept")
+        print_rank0(f"{directory} has classes of other names than the codes: label table kept")
     expected, found = (
         {key: tuple(value.shape) for key, value in weights.items()}
         for weights in (model.state_dict(), state)

@@ -28,18 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from moveimg.config import RunConfig
 from moveimg.device import has_bfloat16, peak_memory
+from moveimg.dist import World, print_rank0
 from moveimg.files import remove_temporaries
 from moveimg.training.checkpoints import Checkpoints, reason
-from moveimg.training.distributed import (
-    Plan,
-    World,
-    averaging,
-    part_seed,
-    spread,
-    tell,
-    whole,
-)
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
+from moveimg.training.parallel import Plan, averaging, part_seed, spread, whole
 from moveimg.training.record import keep_record, non_finite
 from moveimg.training.task import Scored, Task, Watched
 from moveimg.training.watch import Journal
@@ -84,7 +77,7 @@ def fit(
                 run.require_finite()
                 run.save(whole(run.averaged))
                 run.checkpoints.finish()
-                journal.tell(f"stopped by SIGTERM at step {run.step}; the same command goes on")
+                journal.message(f"stopped by SIGTERM at step {run.step}; the same command goes on")
                 raise SystemExit(128 + signal.SIGTERM)
     return run.finish()
 
@@ -94,7 +87,7 @@ class Run:
 
     def __init__(self, task: Task, config: RunConfig, device: torch.device, plan: Plan) -> None:
         if plan.dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
-            tell("warning: bfloat16 is slow on this processor: --set dtype=float32 is faster")
+            print_rank0("warning: bfloat16 is slow on this CPU: --set dtype=float32 is faster")
         self.task, self.config, self.device = task, config, device
         self.plan, self.world = plan, plan.world
         self.logs = config.out / "training"
@@ -245,7 +238,7 @@ class Run:
                 self.task.export(model, self.logs / "best", about)
         except (OSError, SafetensorError) as error:
             self.failure = OSError(f"model of step {self.step} not written ({reason(error)})")
-            tell(f"warning: {self.failure}; the one before stays")
+            print_rank0(f"warning: {self.failure}; the one before stays")
 
     def _load(self, path: Path) -> None:
         state = self.state()
@@ -266,7 +259,7 @@ class Run:
         spent = {"seconds": round(self.seconds, 2), "peak_memory": peak_memory(self.device)}
         journal.line({"step": self.step, **spent, **self.held_out})
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in self.held_out.items())
-        journal.tell(f"step {self.step}: {numbers}")
+        journal.message(f"step {self.step}: {numbers}")
 
     def _preview(self, model: nn.Module, journal: Journal) -> None:
         """Pictures by the average and by the weights themselves."""

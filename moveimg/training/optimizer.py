@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moveimg.config import OptimizerConfig
-from moveimg.model.product_key import ValueTable
+from moveimg.model import ValueTable
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:

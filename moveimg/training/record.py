@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from moveimg.config import RunConfig, read_json
-from moveimg.files import write_text
+from moveimg.config import RunConfig
+from moveimg.files import read_json, write_text
 
 # What may differ between the start of a run and its continuation: no result depends on it, but
 # for rounding.

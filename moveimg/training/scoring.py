@@ -7,15 +7,15 @@ import torch
 
 import tokenizer as vq
 from moveimg.config import EvaluationConfig, SamplingSettings
-from moveimg.evaluate import Comparison, features_cache, load_reference, open_extractor
+from moveimg.dist import World
 from moveimg.evaluation.features import run
 from moveimg.evaluation.reference import Reference
+from moveimg.evaluation.run import Comparison, features_cache, load_reference, open_extractor
+from moveimg.evaluation.sample import class_labels
 from moveimg.evaluation.scoring import check_pair, compute, condition
+from moveimg.images import to_uint8
 from moveimg.model import Transformer
-from moveimg.pictures import to_uint8
-from moveimg.sample_sets import class_labels
 from moveimg.sampling import image_rngs, sample_codes
-from moveimg.training.distributed import World
 
 BATCH = 50  # images a process draws side by side
 

@@ -13,14 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 
 import tokenizer as vq
 from moveimg.config import TokenizerTrainConfig
-from moveimg.data.codes import crop_choice, epoch_order
-from moveimg.data.crops import count_views, crop_views, to_tensor
-from moveimg.data.images import ImageSource, UnreadableImageError, open_images
+from moveimg.data import (
+    ImageSource,
+    count_views,
+    crop_choice,
+    crop_views,
+    epoch_order,
+    open_images,
+    to_tensor,
+)
 from moveimg.device import pick_dtype
-from moveimg.pictures import labelled_grid, to_pil
+from moveimg.dist import World, print_rank0
+from moveimg.images import UnreadableImageError, labelled_grid, to_pil
 from moveimg.training.adversary import Adversary
-from moveimg.training.distributed import Plan, World, tell
 from moveimg.training.loop import fit
+from moveimg.training.parallel import Plan
 from tokenizer.losses import ImageLoss
 from tokenizer.perceptual import load_perceptual_loss
 
@@ -57,7 +64,7 @@ class RandomViews(Dataset):
             except UnreadableImageError as error:
                 if other not in self.told:
                     self.told.add(other)
-                    tell(f"warning: {error}; the next one takes its place")
+                    print_rank0(f"warning: {error}; the next one takes its place")
         raise ValueError(f"{self.source.name}: none of its {len(self)} images can be read")
 
 

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from moveimg.config import RunConfig
 from moveimg.files import atomic, write_text
-from moveimg.model import Transformer
-from moveimg.model.memory import NEAR_TWO, NEAR_ZERO, GatedMixer
+from moveimg.model import NEAR_TWO, NEAR_ZERO, GatedMixer, Transformer
 from moveimg.progress import progress_bar
 
 # Dense bfloat16 FLOP/s of the vendor's data sheets, by a part of the device's name; the first wins.
@@ -98,7 +97,7 @@ class Journal:
         except OSError as error:
             self.writer = None
             why = error.strerror or error
-            self.tell(f"warning: TensorBoard gets no more of this run ({why}); training goes on")
+            self.message(f"warning: TensorBoard gets nothing more ({why}); training continues")
 
     def _quiet(self, failure: threading.ExceptHookArgs) -> None:
         """No traceback of that thread: what ended it is raised again by the writer's next call."""
@@ -112,9 +111,11 @@ class Journal:
         try:
             yield
         except OSError as error:
-            self.tell(f"warning: {what} not written ({error.strerror or error}); training goes on")
+            self.message(
+                f"warning: {what} not written ({error.strerror or error}); training goes on"
+            )
 
-    def tell(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line above the bar."""
         if self.main:
             self.bar.write(text)

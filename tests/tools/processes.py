@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moveimg.config import RunConfig, TokenizerTrainConfig, TrainConfig, validate
+from moveimg.config import RunConfig, TokenizerTrainConfig, TrainConfig
+from moveimg.errors import validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def work(jobs: list[dict]) -> None:
     import torch
     from torch.nn.utils import parameters_to_vector
 
-    from moveimg.training.distributed import World, processes
+    from moveimg.dist import World, processes
     from moveimg.training.generator import train_generator
     from moveimg.training.loop import Run
     from moveimg.training.tokenizer import TokenizerTask, train_tokenizer

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from moveimg import files
+from moveimg.errors import shorten
+from moveimg.files import parse_yaml
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -35,43 +37,15 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such config file")
     if path.resolve() in seen:
         raise ValueError(f"{path}: `base` leads back to itself")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
-    data = parse_yaml(text, str(path))
+    data = files.read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(data).__name__}")
     base = data.pop("base", None)
     if base is None:
         return data
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base is {base!r}, expected the name of another config file")
+        raise ValueError(f"{path}: base is {shorten(base)}, expected the name of a file")
     return _merge(_with_bases(path.parent / base, (*seen, path.resolve())), data)
-
-
-class _OneOfEach(yaml.SafeLoader):
-    """PyYAML's loader of plain data, which by itself lets the last of equal keys win."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """Plain data of a YAML text; ValueError, one line with `origin`, for what is not valid."""
-    try:
-        return yaml.load(text, Loader=_OneOfEach)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{origin}: not valid YAML ({problem})") from None
 
 
 def _merge(base: Any, over: Any) -> Any:

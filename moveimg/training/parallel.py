@@ -7,112 +7,22 @@ by PyTorch's DistributedDataParallel or FSDP2. One process is the same code with
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from moveimg.config import TrainConfig
-from moveimg.device import own_device, pick_device, pick_dtype, shapes_only
+from moveimg.device import pick_dtype, shapes_only
+from moveimg.dist import World
 from moveimg.model import Transformer
-
-GRACE = 10.0  # seconds in which the launcher ends the other processes after the first one's error
-LOST = ("connection closed by peer", "connection reset", "connection was likely closed", "nccl")
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a training, and which one this is; alone by default."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def main(self) -> bool:
-        """Whether this process is the one that prints, logs and exports."""
-        return self.rank == 0
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over processes of a tensor that each has, on the CPU, in float64."""
-        if self.size == 1:
-            return values.detach().cpu().double()
-        values = values.detach().to(self.device, torch.float64, copy=True)
-        dist.all_reduce(values)
-        return (values / self.size).cpu()
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
-        if self.size == 1:
-            return flag
-        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
-
-    def from_main(self, value: object) -> object:
-        """What the first process says, in all of them; the others' own value is not looked at."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
-    def wait(self) -> None:
-        """Go on when every process is here."""
-        self.any(False)
-
-    @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """Around what fetches a file: the first process does it, then the others find it there."""
-        if not self.main:
-            self.wait()
-        yield
-        if self.main:
-            self.wait()
-
-
-@contextmanager
-def processes(device: str | None) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did, each with a device of its own.
-
-    nccl carries tensors on CUDA, gloo those on the CPU. An error ends every process: the first one
-    says its line at once; the others speak only if it had none to say.
-    Raises ValueError for a device that cannot be used, or when another process is gone.
-    """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if size == 1:
-        yield World(device=pick_device(device))
-        return
-    try:
-        chosen = pick_device(own_device(device))
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-        yield World(rank, size, chosen)
-        dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        if rank == 0:
-            raise
-        time.sleep(GRACE)
-        raise ValueError(f"process {rank} of {size}: {error}") from error
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in LOST):
-            raise
-        why = " ".join(str(error).split())[:200]  # nccl's own troubles, too, come this way
-        raise ValueError(
-            f"process {rank} of {size}: another process of this run ended ({why})"
-        ) from error
-
 
 # --- cutting the batch ---------------------------------------------------------------------
 
@@ -266,9 +176,3 @@ def whole(model: nn.Module) -> nn.Module:
         copy = Transformer(model.config)
     copy.load_state_dict(state, assign=True)
     return copy.eval()
-
-
-def tell(message: str) -> None:
-    """A line on stderr, above the bar if there is one; said by the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(message, file=sys.stderr)

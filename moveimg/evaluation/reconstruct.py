@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 
 import tokenizer as vq
-from moveimg.data.crops import crop_views, to_tensor
-from moveimg.data.encode import views_a_call
-from moveimg.data.images import ImageSource
+from moveimg.data import ImageSource, crop_views, default_batch_size, to_tensor
 from moveimg.evaluation.features import Extractor, run
 from moveimg.evaluation.metrics import frechet_distance
 from moveimg.evaluation.pixels import WINDOW, psnr, ssim
 from moveimg.evaluation.reference import Reference
 from moveimg.evaluation.scoring import check_pair
 from moveimg.evaluation.statistics import statistics_of
-from moveimg.pictures import labelled_grid, to_pil, to_uint8
+from moveimg.images import labelled_grid, to_pil, to_uint8
 from moveimg.progress import progress_bar
 
 SHOWN = 10
@@ -89,7 +87,7 @@ def reconstruct(
         lines = check_pair((size, size), reference, allowed, wanted="val")
     measured = _Measured(tokenizer.codebook_size)
     shown: list[list[Image.Image]] = [[], []]
-    step = views_a_call(size, next(tokenizer.parameters()).device)
+    step = default_batch_size(size, next(tokenizer.parameters()).device)
     grid = (size // tokenizer.downsample,) * 2
     with progress_bar(len(source), "reconstruct", "image") as bar:
         for start in range(0, len(source), step):

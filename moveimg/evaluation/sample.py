@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from moveimg.config import SamplingSettings, read_json
+from moveimg.config import SamplingSettings
 from moveimg.data.ranks import all_ranks
 from moveimg.evaluation.writing import write_npz, write_pngs
-from moveimg.files import atomic, write_text
-from moveimg.pictures import to_uint8
+from moveimg.files import atomic, read_json, write_text
+from moveimg.images import to_uint8
 from moveimg.pipeline import Pipeline
 from moveimg.progress import progress_bar
 from moveimg.sampling import MAX_SEED

@@ -16,8 +16,7 @@ import torch
 
 from moveimg.checkpoint import BUNDLED
 from moveimg.config import SamplingSettings
-from moveimg.data.crops import crop_views
-from moveimg.data.images import ImageSource, Split, open_images
+from moveimg.data import ImageSource, Split, crop_views, open_images
 from moveimg.device import own_device
 from moveimg.evaluation.classifier import load_classifier, save_classifier, train_classifier
 from moveimg.evaluation.features import Extractor
@@ -30,12 +29,12 @@ from moveimg.evaluation.reference import (
     write_reference,
 )
 from moveimg.evaluation.results import environment, read_results, write_results
+from moveimg.evaluation.sample import Plan, make_plan, sample_set
 from moveimg.evaluation.scoring import check_pair, score
 from moveimg.evaluation.sets import ImageSet, open_set
 from moveimg.pipeline import DEFAULT_MODEL, Pipeline, resolve
 from moveimg.pretrained.hub import cache_directory
 from moveimg.progress import progress_bar
-from moveimg.sample_sets import Plan, make_plan, sample_set
 
 DIGITS = "digits"  # the name of the data set, as a reference
 DIGITS_EXTRACTOR = BUNDLED / "digits" / "extractor.safetensors"
@@ -64,7 +63,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn: see moveimg.sample_sets.Plan. num None: 50,000, or 2,000 for `digits`."""
+    """What is drawn: see Plan. num None: 50,000, or 2,000 for `digits`."""
 
     num: int | None = None
     seed: int = 0

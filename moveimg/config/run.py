@@ -1,12 +1,11 @@
 """Every setting of the program, described once, beside its default.
 
-A run is one YAML file (yaml_files.py reads it). Unknown keys are errors. The generator's own
-settings stand in config_model.py.
+A run is one YAML file (files.py reads it). Unknown keys are errors. The generator's own
+settings are in model.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,15 +17,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from moveimg.config_model import SIZES as SIZES
-from moveimg.config_model import Config, ModelConfig, Rate
-from moveimg.config_model import SwiGLUConfig as SwiGLUConfig
-from moveimg.yaml_files import read_yaml
+from moveimg.config.files import read_yaml
+from moveimg.config.model import Config, ModelConfig, Rate
+from moveimg.errors import validate
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -256,40 +253,9 @@ class ModelFile(BaseModel):
 C = TypeVar("C", bound=BaseModel)
 
 
-def one_line(error: ValidationError) -> str:
-    """The first problem of a pydantic error as `key.path: what is expected (got value)`."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    what = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        what = "unknown key"
-    elif problem["type"] not in ("value_error", "missing"):
-        what += f" (got {problem['input']!r})"
-    more = len(error.errors()) - 1
-    return (f"{where}: {what}" if where else what) + (f" (and {more} more)" if more else "")
-
-
-def validate(cls: type[C], data: Any, origin: str) -> C:
-    """`cls` from plain data. Raises ValueError: one line with `origin`, the key and the value."""
-    try:
-        return cls.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"{origin}: {one_line(error)}") from None
-
-
 def load_config(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
     """Read a YAML file with its bases and `key.path=value` overrides into `cls`.
 
     Raises FileNotFoundError for a missing file, ValueError for anything wrong in it.
     """
     return validate(cls, read_yaml(path, overrides), str(path))
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; FileNotFoundError or a one-line ValueError when it cannot be."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
