@@ -2,7 +2,16 @@
 
 from moveimg.model.cross_entropy import CHUNK
 from moveimg.model.decoding import decoding_model, linear_kind
-from moveimg.model.memory import NEAR_TWO, NEAR_ZERO, GatedMixer, ValueBank, gathered
+from moveimg.model.memory import (
+    NEAR_TWO,
+    NEAR_ZERO,
+    GatedMixer,
+    Mixing,
+    ValueBank,
+    gathered,
+    mixers_by_layer,
+    record_mixing,
+)
 from moveimg.model.moe import MoE, shares
 from moveimg.model.product_key import ValueTable
 from moveimg.model.rope import rope_2d
@@ -15,6 +24,7 @@ __all__ = [
     "NEAR_ZERO",
     "Cache",
     "GatedMixer",
+    "Mixing",
     "MoE",
     "SwiGLU",
     "Transformer",
@@ -23,6 +33,8 @@ __all__ = [
     "decoding_model",
     "gathered",
     "linear_kind",
+    "mixers_by_layer",
+    "record_mixing",
     "rope_2d",
     "shares",
     "swiglu_hidden",

@@ -17,7 +17,9 @@ a table of its own, one slot, for each chosen layer, and by default no g_0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -263,3 +265,53 @@ class MoVE(ValueBank):
 
 
 MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What one layer mixes into its values, without the class token's position.
+
+    B batch   S positions   H heads   M slots   K width of a head
+
+    Attributes:
+        g_0: gate of the standard values [B, S, H, 1]; None where the layer has none.
+        g_i: gates of the slots [B, S, H, M].
+        values: the standard values before the gate [B, S, H, K].
+        rows: bank rows of the slots [B, S, H, M, K].
+    """
+
+    g_0: Tensor | None
+    g_i: Tensor
+    values: Tensor
+    rows: Tensor
+
+
+def mixers_by_layer(model: nn.Module) -> dict[int, GatedMixer]:
+    """The mixer of each layer that has value memory, by layer index (from 0)."""
+    found = {}
+    for layer, block in enumerate(model.layers):  # type: ignore[arg-type]
+        for module in block.modules():
+            if isinstance(module, GatedMixer):
+                found[layer] = module
+    return found
+
+
+@contextmanager
+def record_mixing(model: nn.Module, record: Callable[[int, Mixing], None]) -> Iterator[None]:
+    """Call `record(layer, mixing)` for each layer with memory, at every forward pass inside."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        def gather(mixer: GatedMixer, args: tuple[Tensor, Tensor, Rows]) -> None:
+            x, v, rows = (part[:, 1:] for part in (*args[:2], gathered(args[2])))
+            rows = rows[..., mixer.slots.start : mixer.slots.stop, :]
+            record(layer, Mixing(*mixer.gates(x), v, rows))
+
+        return gather
+
+    mixers = mixers_by_layer(model)
+    handles = [mixer.register_forward_pre_hook(hook(layer)) for layer, mixer in mixers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
