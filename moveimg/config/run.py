@@ -226,6 +226,11 @@ class TokenizerTrainConfig(RunConfig):
 
     images: ImagesConfig
     tokenizer: dict[str, Any] = Field(description="the tokenizer's own config (see tokenizer/)")
+    init_from: Path | None = Field(
+        None,
+        description="start from this tokenizer (a directory or a name); settings of `tokenizer` "
+        "left out are its own",
+    )
     l1_weight: NonNegativeFloat = Field(0.0, description="weight of |x - y|")
     l2_weight: NonNegativeFloat = Field(1.0, description="weight of (x - y)^2")
     perceptual_weight: NonNegativeFloat = Field(
