@@ -1,8 +1,4 @@
-"""The settings of a tokenizer: one frozen pydantic model per kind.
-
-`kind` picks the tokenizer, `quantizer.kind` how a vector becomes a code. All settings that are not
-at their default enter the fingerprint.
-"""
+"""The settings of a tokenizer: one frozen pydantic model per kind."""
 
 from __future__ import annotations
 
@@ -33,12 +29,8 @@ class VQQuantizerConfig(_Config):
     init_from_data: bool = Field(
         True, description="start the codebook at vectors of the first training batch"
     )
-    reseed_after: int = Field(
-        100,
-        ge=0,
-        le=2**31,
-        description="training steps after which an unused code moves onto a vector of the batch; "
-        "0: never",
+    reseed_after: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        100, description="training steps after which an unused code moves onto a vector; 0: never"
     )
 
 
@@ -82,12 +74,10 @@ class VQConfig(_Config):
     width: Channels = Field(128, description="channels at full resolution, before multipliers")
     multipliers: Multipliers = Field(
         (1, 1, 2, 2, 4),
-        description="channels of each resolution over `width`; every entry after the first halves "
-        "the resolution (LlamaGen's VQ-8: 1, 2, 2, 4)",
+        description="channels over `width` of each resolution, which halves at every entry after "
+        "the first (LlamaGen's VQ-8: 1, 2, 2, 4)",
     )
-    n_res_blocks: Blocks = Field(
-        2, description="residual blocks per resolution; the decoder has one more"
-    )
+    n_res_blocks: Blocks = Field(2, description="residual blocks per resolution (decoder: + 1)")
     z_channels: Channels = Field(256, description="channels of the encoder's output")
     codebook_size: CodebookSize = Field(16_384, description="number of codes")
     codebook_dim: Channels = Field(8, description="dimension of a code's vector")
@@ -123,15 +113,11 @@ class TamingConfig(_Config):
     kind: Literal["taming"] = Field("taming", description="VQGAN of taming-transformers")
     ch: Channels = Field(description="channels at full resolution, before multipliers")
     ch_mult: Multipliers = Field(description="channels of each resolution over `ch`")
-    num_res_blocks: Blocks = Field(
-        description="residual blocks per resolution; the decoder has one more"
-    )
+    num_res_blocks: Blocks = Field(description="residual blocks per resolution (decoder: + 1)")
     attn_resolutions: tuple[Channels, ...] = Field(
         max_length=12, description="sides, at `resolution`, of the levels with self-attention"
     )
-    resolution: Channels = Field(
-        description="side of the training images; it places the attention and limits no image"
-    )
+    resolution: Channels = Field(description="side of the training images; limits no other image")
     in_channels: Channels = Field(description="colour channels of an image")
     out_ch: Channels = Field(description="colour channels of a decoded image")
     z_channels: Channels = Field(description="channels of the encoder's output")
@@ -150,15 +136,12 @@ class TamingConfig(_Config):
         _check_groups(32, (self.ch, *(self.ch * multiplier for multiplier in self.ch_mult)))
         if self.in_channels != self.out_ch:
             raise ValueError(f"in_channels {self.in_channels} and out_ch {self.out_ch} differ")
-        if self.resolution % self.downsample:
-            raise ValueError(
-                f"resolution {self.resolution}: expected a multiple of {self.downsample}"
-            )
+        if self.resolution % (f := self.downsample):
+            raise ValueError(f"resolution {self.resolution}: expected a multiple of {f}")
         return self
 
 
 TokenizerConfig = Annotated[VQConfig | TamingConfig, Field(discriminator="kind")]
-KINDS: dict[str, type[VQConfig] | type[TamingConfig]] = {"vq": VQConfig, "taming": TamingConfig}
 
 
 def parse_config(values: Any, source: str) -> VQConfig | TamingConfig:
@@ -166,9 +149,11 @@ def parse_config(values: Any, source: str) -> VQConfig | TamingConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a dictionary (got {shorten(values)})")
     kind = values.get("kind")
-    if str(kind) not in KINDS:
-        raise ValueError(f"{source}: kind: expected one of {list(KINDS)} (got {shorten(kind)})")
-    return validate(KINDS[str(kind)], values, source)
+    if kind == "vq":
+        return validate(VQConfig, values, source)
+    if kind == "taming":
+        return validate(TamingConfig, values, source)
+    raise ValueError(f"{source}: kind: expected 'vq' or 'taming' (got {shorten(kind)})")
 
 
 def _check_groups(groups: int, channels: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -67,7 +67,8 @@ def load(
         raise FileNotFoundError(f"{directory}: no such tokenizer directory")
     config_file = directory / CONFIG_FILE
     config = parse_config(read_json(config_file), str(config_file))
-    return _assemble(config, directory / WEIGHTS_FILE).to(device=device, dtype=dtype)
+    weights = read_weights(directory / WEIGHTS_FILE)
+    return _assemble(config, directory / WEIGHTS_FILE, weights).to(device=device, dtype=dtype)
 
 
 def load_llamagen_vq(file: str | os.PathLike[str]) -> VQTokenizer:
@@ -84,9 +85,7 @@ def load_llamagen_vq(file: str | os.PathLike[str]) -> VQTokenizer:
             f"{file} holds {foreign[0]!r}: a checkpoint of taming-transformers or latent "
             "diffusion, expected one of LlamaGen. Convert it by `moveimg convert taming`"
         )
-    tokenizer = _assemble(_llamagen_config(weights, str(file)), file, weights)
-    assert isinstance(tokenizer, VQTokenizer)
-    return tokenizer
+    return cast(VQTokenizer, _assemble(_llamagen_config(weights, str(file)), file, weights))
 
 
 def load_taming(
@@ -107,29 +106,20 @@ def load_taming(
     """
     config = _taming_config(require_file(model_yaml))
     weights, stage = read_weights(checkpoint), "first_stage_model."
-    if any(name.startswith(stage) for name in weights):
-        weights = {
-            name.removeprefix(stage): weight
-            for name, weight in weights.items()
-            if name.startswith(stage)
-        }
+    prefix = stage if any(name.startswith(stage) for name in weights) else ""
     weights = {
-        name: weight
+        name.removeprefix(prefix): weight
         for name, weight in weights.items()
-        if not name.startswith(("loss.", "model_ema."))
+        if name.startswith(prefix)
+        and not name.removeprefix(prefix).startswith(("loss.", "model_ema."))
     }
-    tokenizer = _assemble(config, checkpoint, weights)
-    assert isinstance(tokenizer, TamingTokenizer)
-    return tokenizer
+    return cast(TamingTokenizer, _assemble(config, checkpoint, weights))
 
 
 def _assemble(
-    config: VQConfig | TamingConfig,
-    file: str | os.PathLike[str],
-    weights: Mapping[str, Tensor] | None = None,
+    config: VQConfig | TamingConfig, file: str | os.PathLike[str], weights: Mapping[str, Tensor]
 ) -> AutoencoderTokenizer:
-    """A frozen tokenizer of weights, or of those of `file`, without a copy of them."""
-    weights = read_weights(file) if weights is None else weights
+    """A frozen tokenizer with the weights of a file, without a copy of them."""
     with shapes_only():
         tokenizer = build(config)
     load_weights(tokenizer, weights, str(file))
@@ -153,20 +143,17 @@ def _llamagen_config(weights: Mapping[str, Tensor], source: str) -> VQConfig:
 
     width, in_channels = shape("encoder.conv_in.weight", 4)[:2]
     codebook_size, codebook_dim = shape("quantize.embedding.weight", 2)
-    levels = [
-        shape(f"encoder.conv_blocks.{level}.res.0.conv1.weight", 4)[0]
-        for level in range(count("encoder.conv_blocks"))
-    ]
-    for channels in levels:
-        if width == 0 or channels % width:
-            raise ValueError(
-                f"{source}: not a LlamaGen tokenizer: {channels} channels of a level are no "
-                f"multiple of the {width} of encoder.conv_in"
-            )
+    levels = range(count("encoder.conv_blocks"))
+    widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in levels]
+    if width == 0 or any(channels % width for channels in widths):
+        raise ValueError(
+            f"{source}: not a LlamaGen tokenizer: {widths} channels of the levels are no multiples "
+            f"of the {width} of encoder.conv_in"
+        )
     settings = {
         "in_channels": in_channels,
         "width": width,
-        "multipliers": tuple(channels // width for channels in levels),
+        "multipliers": tuple(channels // width for channels in widths),
         "n_res_blocks": count("encoder.conv_blocks.0.res"),
         "z_channels": shape("encoder.conv_out.weight", 4)[0],
         "codebook_size": codebook_size,
@@ -179,22 +166,20 @@ def _llamagen_config(weights: Mapping[str, Tensor], source: str) -> VQConfig:
 def _taming_config(file: Path) -> TamingConfig:
     """The sizes of a VQGAN, from its YAML."""
     content = read_yaml(file)
-    model = content.get("model", content) if isinstance(content, dict) else None
+    model = content.get("model", content) if isinstance(content, dict) else {}
     while True:
-        params = model.get("params", model.get("init_args")) if isinstance(model, dict) else None
+        model = model if isinstance(model, dict) else {}
+        params = model.get("params", model.get("init_args"))
         if not isinstance(params, dict):
             raise ValueError(f"{file}: model.params (or model.init_args) is missing")
         if "first_stage_config" not in params:
             break
         model = params["first_stage_config"]
-    target = str(model.get("target", model.get("class_path", "")))
-    named = [target, *(f"{key} {value}" for key, value in params.items() if "quant" in str(key))]
+    named = [model.get("target"), model.get("class_path")]
+    named += [value for key, value in params.items() if "quant" in str(key)]
     for name in named:
-        if re.search("gumbel|ibq|lfq|fsq", name, re.IGNORECASE):
-            raise ValueError(
-                f"{file}: {shorten(name)} does not choose the nearest codebook vector: expected a "
-                "VQModel"
-            )
+        if re.search("gumbel|ibq|lfq|fsq", str(name), re.IGNORECASE):
+            raise ValueError(f"{file}: {shorten(name)}: expected a VQModel (nearest vector)")
     if not isinstance(params.get("ddconfig"), dict):
         raise ValueError(f"{file}: model.params.ddconfig is missing")
     sizes = {name: params[name] for name in ("embed_dim", "n_embed") if name in params}

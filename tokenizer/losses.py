@@ -74,9 +74,6 @@ class LPIPS(nn.Module):
         self.lins = nn.ParameterList(
             nn.Parameter(torch.empty(1, channels, 1, 1)) for channels in (64, 128, 256, 512, 512)
         )
-        for layer in self.features:
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = False
         self.requires_grad_(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -85,7 +82,7 @@ class LPIPS(nn.Module):
         scale = images.new_tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
         x, y = ((image.float() - shift) / scale for image in (reconstruction, images))
         for index, layer in enumerate(self.features):
-            x, y = layer(x), layer(y)
+            x, y = layer(x), layer(y)  # the ReLUs work in place
             if index in TAPS:
                 u, v = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (x, y))
                 squares = (u - v).square()  # [B, C, h, w]

@@ -7,6 +7,7 @@ A new kind is one subclass of `Quantizer`, one config in config.py, and one line
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,19 +31,22 @@ class Quantized(NamedTuple):
     stats: dict[str, Tensor]  # scalars to log: usage, perplexity, and the quantizer's own
 
 
+Choice = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
 class Quantizer(nn.Module):
     """Nearest vector of a codebook, with straight-through gradients (VQ-VAE, arXiv 1711.00937).
 
-    A kind overrides what differs: `codebook`, `scores`, `quantize`, and the hooks of training.
+    A kind overrides what differs.
     """
 
     loss_weights: Mapping[str, float] = CODEBOOK_WEIGHTS
 
-    def __init__(self, _: Any, codebook_size: int, codebook_dim: int, l2_normalize: bool) -> None:
+    def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:
         super().__init__()
-        self.l2_normalize = l2_normalize
-        self.embedding = nn.Embedding(codebook_size, codebook_dim)
-        nn.init.normal_(self.embedding.weight, std=codebook_dim**-0.5)
+        self.config, self.l2_normalize = config, l2_normalize
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
 
     def codebook(self) -> Tensor:
         """The code vectors [N, D] as compared and decoded, in float32 or better."""
@@ -57,7 +61,7 @@ class Quantizer(nn.Module):
         return F.embedding(codes, self.codebook())
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize z [B, D, h, w]; in training mode also update the codebook's unused codes."""
+        """Quantize z [B, D, h, w]; in training mode also re-seed unused codes."""
         vectors = self._flatten(z)  # [n, D]
         stats = self.before_batch(vectors.detach()) if self.training else {}
         codebook = self.codebook()
@@ -74,21 +78,16 @@ class Quantizer(nn.Module):
         """Codes int64 [n] of vectors [n, D]: the best score, the lowest index among equals."""
         # autocast would round the scores to 8 bits of mantissa
         with torch.autocast(vectors.device.type, enabled=False):
-            bias = self.score_bias(codebook)
-            chunks = vectors.split(max(1, MAX_SCORES // len(codebook)))
+            bias = self.score_bias(codebook)  # [N]
+            chunks = split_vectors(vectors, codebook)
             return torch.cat([torch.addmm(bias, x, codebook.T).argmax(1) for x in chunks])
 
     def score_bias(self, codebook: Tensor) -> Tensor:
-        """The bias [N] of the scores v.e + bias.
-
-        |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2), so the nearest has the largest v.e - |e|^2 / 2.
-        """
+        """The bias of scores v.e + bias: |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2)."""
         return codebook.square().sum(1) / -2
 
-    def quantize(
-        self, vectors: Tensor, codebook: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Quantized vectors [n, D] with gradients, codes [n] and losses of vectors [n, D]."""
+    def quantize(self, vectors: Tensor, codebook: Tensor) -> Choice:
+        """Quantized vectors [n, D] with gradients, codes [n] and losses, of vectors [n, D]."""
         codes = self.assign(vectors.detach(), codebook.detach())
         chosen = F.embedding(codes, codebook)  # [n, D]
         return vectors + (chosen - vectors).detach(), codes, codebook_losses(vectors, chosen)
@@ -101,11 +100,11 @@ class Quantizer(nn.Module):
         """Note that code i occurred counts[i] times in a training batch, over all processes."""
 
     def training_state(self) -> dict[str, Tensor | None]:
-        """State that resuming a training needs and a tokenizer file does not hold."""
+        """State that resuming needs and a tokenizer file does not hold."""
         return {}
 
     def load_training_state(self, state: Mapping[str, Tensor | None]) -> None:
-        """Restore what `training_state` returned; other keys are ignored."""
+        """Restore the state; other keys are ignored."""
 
     def _flatten(self, z: Tensor) -> Tensor:
         """[B, D, h, w] -> vectors [n, D] as compared, in float32 or better."""
@@ -122,9 +121,8 @@ class VectorQuantizer(Quantizer):
     that replicas stay equal.
     """
 
-    def __init__(self, config: VQQuantizerConfig, *sizes: Any, **settings: Any) -> None:
-        super().__init__(config, *sizes, **settings)
-        self.reseed_after = config.reseed_after
+    def __init__(self, config: VQQuantizerConfig, *sizes: Any) -> None:
+        super().__init__(config, *sizes)
         self.idle_steps: Tensor | None  # int64 [N], steps since each code was last chosen
         self.register_buffer("idle_steps", None, persistent=False)
         self.awaits_data = config.init_from_data
@@ -144,7 +142,7 @@ class VectorQuantizer(Quantizer):
             weight.copy_(_sample_rows(vectors, len(weight)))
             broadcast_from_rank0(weight)
             return {"reseeded": torch.zeros_like(self.idle_steps[0])}
-        limit = self.reseed_after or torch.iinfo(torch.int64).max
+        limit = self.config.reseed_after or torch.iinfo(torch.int64).max
         dead = (self.idle_steps >= limit).nonzero().flatten()
         if len(dead):  # on every process alike
             chosen = torch.randperm(len(vectors), device=vectors.device)[: len(dead)]
@@ -175,10 +173,8 @@ class SimVectorQuantizer(Quantizer):
     all codes alike. There is none here.
     """
 
-    def __init__(
-        self, config: SimVQQuantizerConfig, size: int, dim: int, l2_normalize: bool
-    ) -> None:
-        super().__init__(config, size, dim, l2_normalize)
+    def __init__(self, config: SimVQQuantizerConfig, size: int, dim: int, *more: Any) -> None:
+        super().__init__(config, size, dim, *more)
         self.embedding.requires_grad_(False)
         self.projection = nn.Linear(dim, dim, bias=False)
 
@@ -196,34 +192,23 @@ class IndexQuantizer(Quantizer):
     even; the mean is over the vectors of all processes.
     """
 
-    def __init__(self, config: IBQQuantizerConfig, *sizes: Any, **settings: Any) -> None:
-        super().__init__(config, *sizes, **settings)
-        self.temperature = config.entropy_temperature
+    def __init__(self, config: IBQQuantizerConfig, *sizes: Any) -> None:
+        super().__init__(config, *sizes)
         # VQ-VAE's two weights are swapped, as in the authors' code
-        self.loss_weights = {
-            "codebook": 0.25,
-            "commitment": 1.0,
-            "double": 1.0,
-            "entropy": config.entropy_weight,
-        }
+        self.loss_weights = {"codebook": 0.25, "commitment": 1.0, "double": 1.0}
+        self.loss_weights["entropy"] = config.entropy_weight
 
     def score_bias(self, codebook: Tensor) -> Tensor:
         return codebook.new_zeros(len(codebook))
 
-    def quantize(
-        self, vectors: Tensor, codebook: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        chunks = vectors.split(max(1, MAX_SCORES // len(codebook)))
+    def quantize(self, vectors: Tensor, codebook: Tensor) -> Choice:
+        chunks, soft_choice = split_vectors(vectors, codebook), self._soft
+        if len(chunks) > 1:  # too much to keep for the backward pass: computed again there
+            soft_choice = partial(
+                checkpoint, soft_choice, use_reentrant=False, preserve_rng_state=False
+            )
         with torch.autocast(vectors.device.type, enabled=False):
-            if len(chunks) == 1:
-                results = [self._soft(vectors, codebook)]
-            else:  # too much to keep for the backward pass: computed again there
-                results = [
-                    checkpoint(
-                        self._soft, chunk, codebook, use_reentrant=False, preserve_rng_state=False
-                    )
-                    for chunk in chunks
-                ]
+            results = [soft_choice(chunk, codebook) for chunk in chunks]
             soft, codes, usage, entropy = zip(*results, strict=True)
             expected, index = torch.cat(soft), torch.cat(codes)  # [n, D], [n]
             chosen = F.embedding(index, codebook)  # [n, D]
@@ -242,7 +227,7 @@ class IndexQuantizer(Quantizer):
         """For vectors [m, D]: p C [m, D], codes [m], sum of p_t [N], sum of H(p_t) []."""
         scores = vectors @ codebook.T  # [m, N]
         expected = scores.softmax(1) @ codebook.detach()
-        log_p = (scores / self.temperature).log_softmax(1)
+        log_p = (scores / self.config.entropy_temperature).log_softmax(1)
         p = log_p.exp()
         return expected, scores.argmax(1), p.sum(0), -(p * log_p).sum()
 
@@ -262,6 +247,11 @@ def code_statistics(counts: Tensor) -> dict[str, Tensor]:
     frequency = counts.float() / counts.sum().clamp(min=1)  # [N]
     entropy = -torch.special.xlogy(frequency, frequency).sum()
     return {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
+
+
+def split_vectors(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+    """Vectors [n, D] in chunks whose scores fit into memory."""
+    return vectors.split(max(1, MAX_SCORES // len(codebook)))
 
 
 def _sample_rows(vectors: Tensor, count: int) -> Tensor:

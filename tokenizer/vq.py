@@ -27,9 +27,8 @@ class VQTokenizer(AutoencoderTokenizer):
     config: VQConfig
 
     def __init__(self, config: VQConfig) -> None:
-        quantize = QUANTIZERS[config.quantizer.kind](
-            config.quantizer, config.codebook_size, config.codebook_dim, config.l2_normalize
-        )
+        sizes = config.codebook_size, config.codebook_dim, config.l2_normalize
+        quantize = QUANTIZERS[config.quantizer.kind](config.quantizer, *sizes)
         super().__init__(config, Encoder(config), Decoder(config), quantize)
 
 
@@ -44,9 +43,8 @@ class TamingTokenizer(AutoencoderTokenizer):
         encoder = layers.Encoder(**settings)
         with redirect_stdout(io.StringIO()):  # its constructor prints
             decoder = layers.Decoder(**settings)
-        quantize = VectorQuantizer(
-            VQQuantizerConfig(), config.n_embed, config.embed_dim, l2_normalize=False
-        )
+        sizes = config.n_embed, config.embed_dim, False
+        quantize = VectorQuantizer(VQQuantizerConfig(), *sizes)
         super().__init__(config, encoder, decoder, quantize)
 
 
@@ -70,8 +68,8 @@ class Encoder(nn.Module):
         self.conv_blocks = nn.Sequential()
         for level, (before, after) in enumerate(pairwise((config.width, *channels))):
             blocks = [before] + [after] * config.n_res_blocks
-            lowest = level == len(channels) - 1
-            self.conv_blocks.append(EncoderLevel(config, blocks, lowest, last=lowest))
+            last = level == len(channels) - 1
+            self.conv_blocks.append(Level(config, blocks, last, last, "downsample"))
         self.mid = _middle(config)
         self.norm_out = _norm(config, channels[-1])
         self.conv_out = _conv3(channels[-1], config.z_channels)
@@ -93,7 +91,7 @@ class Decoder(nn.Module):
         for level, (before, after) in enumerate(pairwise((channels[0], *channels))):
             blocks = [before] + [after] * (config.n_res_blocks + 1)
             last = level == len(channels) - 1
-            self.conv_blocks.append(DecoderLevel(config, blocks, level == 0, last))
+            self.conv_blocks.append(Level(config, blocks, level == 0, last, "upsample"))
         self.norm_out = _norm(config, channels[-1])
         self.conv_out = _conv3(channels[-1], config.in_channels)
 
@@ -103,46 +101,32 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the lowest one."""
+    """Residual blocks of one resolution, attention after each if it is the lowest, a resampling."""
 
-    def __init__(self, config: VQConfig, channels: list[int], lowest: bool) -> None:
+    def __init__(
+        self, config: VQConfig, channels: list[int], lowest: bool, last: bool, resampling: str
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(config, a, b) for a, b in pairwise(channels))
         attention = channels[1:] if lowest and config.attention else []
         self.attn = nn.ModuleList(AttentionBlock(config, c) for c in attention)
+        c = channels[-1]
+        steps: dict[str, nn.Module]
+        if resampling == "downsample":  # VQGAN's weights expect padding right and bottom only
+            steps = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(c, c, 3, stride=2)}
+        else:
+            steps = {"nearest": nn.Upsample(scale_factor=2), "conv": _conv3(c, c)}
+        if last:  # made all the same, so that a seed keeps giving the same weights
+            steps = {}
+        self.resampling = resampling
+        self.add_module(resampling, nn.Sequential(OrderedDict(steps)))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, res in enumerate(self.res):
             x = res(x)
             if self.attn:
                 x = self.attn[index](x)
-        return x
-
-
-class EncoderLevel(Level):
-    """A level that ends by halving the resolution, except the last."""
-
-    def __init__(self, config: VQConfig, channels: list[int], lowest: bool, last: bool) -> None:
-        super().__init__(config, channels, lowest)
-        # padded on the right and at the bottom only, as VQGAN's weights expect; made for the last
-        # level, too, so that a seed keeps giving the same weights
-        pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels[-1], channels[-1], 3, stride=2)
-        self.downsample = nn.Sequential() if last else _named(pad=pad, conv=conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(super().forward(x))
-
-
-class DecoderLevel(Level):
-    """A level that ends by doubling the resolution, except the last."""
-
-    def __init__(self, config: VQConfig, channels: list[int], lowest: bool, last: bool) -> None:
-        super().__init__(config, channels, lowest)
-        nearest, conv = nn.Upsample(scale_factor=2), _conv3(channels[-1], channels[-1])
-        self.upsample = nn.Sequential() if last else _named(nearest=nearest, conv=conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(super().forward(x))
+        return self.get_submodule(self.resampling)(x)
 
 
 class ResidualBlock(nn.Module):
@@ -190,10 +174,6 @@ def _middle(config: VQConfig) -> nn.Sequential:
     # without attention an Identity keeps the names of the modules
     attention = AttentionBlock(config, c) if config.attention else nn.Identity()
     return nn.Sequential(ResidualBlock(config, c, c), attention, ResidualBlock(config, c, c))
-
-
-def _named(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
 
 
 def _norm(config: VQConfig, channels: int) -> nn.GroupNorm:
