@@ -1,34 +1,20 @@
 """Images <-> codes: VQ tokenizers, their quantizers, files and training losses."""
 
-from tokenizer.base import AutoencoderTokenizer, TrainingOutput
-from tokenizer.config import (
-    IBQQuantizerConfig,
-    SimVQQuantizerConfig,
-    TamingConfig,
-    TokenizerConfig,
-    VQConfig,
-    VQQuantizerConfig,
-    parse_config,
-)
+from tokenizer.base import AutoencoderTokenizer
+from tokenizer.config import IBQQuantizerConfig, TamingConfig, VQConfig, parse_config
 from tokenizer.io import build, load, load_llamagen_vq, load_taming, save
-from tokenizer.losses import DEFAULT_WEIGHTS, total_loss
-from tokenizer.quantizers import Quantizer, code_statistics
+from tokenizer.losses import total_loss
+from tokenizer.quantizers import code_statistics
 from tokenizer.vq import TamingTokenizer, VQTokenizer
 from tokenizer.weights import load_weights, read_weights
 from tokenizer.winograd import fast_tokenizer
 
 __all__ = [
-    "DEFAULT_WEIGHTS",
     "AutoencoderTokenizer",
     "IBQQuantizerConfig",
-    "Quantizer",
-    "SimVQQuantizerConfig",
     "TamingConfig",
     "TamingTokenizer",
-    "TokenizerConfig",
-    "TrainingOutput",
     "VQConfig",
-    "VQQuantizerConfig",
     "VQTokenizer",
     "build",
     "code_statistics",

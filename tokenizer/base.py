@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from tokenizer.config import TamingConfig, VQConfig
+from tokenizer.config import TokenizerConfig
 from tokenizer.losses import reconstruction_losses
 from tokenizer.quantizers import Quantizer
 
@@ -37,11 +37,7 @@ class AutoencoderTokenizer(nn.Module):
     """
 
     def __init__(
-        self,
-        config: VQConfig | TamingConfig,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        quantize: Quantizer,
+        self, config: TokenizerConfig, encoder: nn.Module, decoder: nn.Module, quantize: Quantizer
     ) -> None:
         super().__init__()
         self.config = config
@@ -104,14 +100,10 @@ class AutoencoderTokenizer(nn.Module):
     def decode(
         self, codes: Tensor, grid: tuple[int, int] | None = None, *, clip: bool = True
     ) -> Tensor:
-        """Images [B, C, H, W] of integer codes [B, T], float32 (of a float64 tokenizer float64).
+        """Images [B, C, H, W] in float32 or better of integer codes [B, T] in raster order.
 
-        Args:
-            codes: in 0..codebook_size-1, raster order.
-            grid: (h, w); left out: a square.
-            clip: clamp the pixels to [-1, 1].
-
-        Raises ValueError for another shape, or codes out of range. A caller's autocast is ignored.
+        The grid (h, w) is a square if left out; `clip` clamps the pixels to [-1, 1]. A caller's
+        autocast is ignored. Raises ValueError for another shape, or codes out of range.
         """
         h, w = self._check_codes(codes, grid)
         like = self.quant_conv.weight
@@ -127,9 +119,8 @@ class AutoencoderTokenizer(nn.Module):
         quantized = self.quantize(self._encode(images))
         reconstruction = self.decoder(self.post_quant_conv(quantized.vectors))
         losses = reconstruction_losses(reconstruction, images.to(reconstruction.device))
-        return TrainingOutput(
-            reconstruction, losses | quantized.losses, quantized.codes, quantized.stats
-        )
+        losses |= quantized.losses
+        return TrainingOutput(reconstruction, losses, quantized.codes, quantized.stats)
 
     def _encode(self, images: Tensor) -> Tensor:
         """Vectors [B, D, h, w] before quantization."""
@@ -140,8 +131,7 @@ class AutoencoderTokenizer(nn.Module):
             raise ValueError(f"images {shape}: expected H and W to be multiples of {f}")
         if not images.is_floating_point():
             raise ValueError(f"images of {images.dtype}: expected floating point in [-1, 1]")
-        z: Tensor = self.quant_conv(self.encoder(images.to(self.quant_conv.weight)))
-        return z
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight)))
 
     def _check_codes(self, codes: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         """The grid (h, w) of codes; ValueError for another shape, dtype or range."""
@@ -159,13 +149,11 @@ class AutoencoderTokenizer(nn.Module):
         return h, w
 
     @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
+    def _eval_mode(self) -> Iterator[Self | None]:
         """Turn off dropout and changes to the codebook for a while."""
         training = self.training
         try:
-            if training:
-                self.eval()
-            yield
+            yield self.eval() if training else None
         finally:
             if training:
                 self.train()
@@ -182,7 +170,7 @@ def _forget_fingerprint(module: nn.Module, _: object) -> None:
     module._fingerprint = None
 
 
-def fingerprint(config: VQConfig | TamingConfig, weights: Mapping[str, Tensor]) -> str:
+def fingerprint(config: TokenizerConfig, weights: Mapping[str, Tensor]) -> str:
     """sha256, in hex, of a config and of weights as float32."""
     # defaults are left out, so that a setting added later changes no fingerprint
     settings = config.model_dump(mode="json", exclude_defaults=True) | {"kind": config.kind}

@@ -141,10 +141,10 @@ class TamingConfig(_Config):
         return self
 
 
-TokenizerConfig = Annotated[VQConfig | TamingConfig, Field(discriminator="kind")]
+TokenizerConfig = VQConfig | TamingConfig
 
 
-def parse_config(values: Any, source: str) -> VQConfig | TamingConfig:
+def parse_config(values: Any, source: str) -> TokenizerConfig:
     """The config of a mapping; ValueError, one line with `source`, the key and the value."""
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a dictionary (got {shorten(values)})")

@@ -16,7 +16,7 @@ from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic, read_json, read_yaml, write_json
 from tokenizer.base import AutoencoderTokenizer, fingerprint
-from tokenizer.config import TamingConfig, VQConfig, parse_config
+from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, parse_config
 from tokenizer.vq import TamingTokenizer, VQTokenizer
 from tokenizer.weights import load_weights, read_weights, require_file
 
@@ -27,7 +27,7 @@ TOKENIZERS: dict[str, Callable[[Any], AutoencoderTokenizer]] = {
 }
 
 
-def build(config: VQConfig | TamingConfig) -> AutoencoderTokenizer:
+def build(config: TokenizerConfig) -> AutoencoderTokenizer:
     """A new, trainable tokenizer."""
     return TOKENIZERS[config.kind](config)
 
@@ -117,7 +117,7 @@ def load_taming(
 
 
 def _assemble(
-    config: VQConfig | TamingConfig, file: str | os.PathLike[str], weights: Mapping[str, Tensor]
+    config: TokenizerConfig, file: str | os.PathLike[str], weights: Mapping[str, Tensor]
 ) -> AutoencoderTokenizer:
     """A frozen tokenizer with the weights of a file, without a copy of them."""
     with shapes_only():

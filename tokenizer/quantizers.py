@@ -27,17 +27,16 @@ class Quantized(NamedTuple):
 
     vectors: Tensor  # [B, D, h, w]; its gradient reaches the encoder
     codes: Tensor  # int64 [B, h*w], raster order
-    losses: dict[str, Tensor]  # unweighted scalars, weighted by the quantizer's loss_weights
-    stats: dict[str, Tensor]  # scalars to log: usage, perplexity, and the quantizer's own
-
-
-Choice = tuple[Tensor, Tensor, dict[str, Tensor]]
+    losses: dict[str, Tensor]  # unweighted scalars; `loss_weights` has a weight for each
+    stats: dict[str, Tensor]  # scalars to log
 
 
 class Quantizer(nn.Module):
-    """Nearest vector of a codebook, with straight-through gradients (VQ-VAE, arXiv 1711.00937).
+    """VQ (VQ-VAE, arXiv 1711.00937): nearest code vector, straight-through gradients, re-seeding.
 
-    A kind overrides what differs.
+    A code that no vector chose for `reseed_after` training steps moves onto a vector of the batch.
+    With several processes usage is counted over all, and new vectors come from the first one, so
+    that replicas stay equal. Other kinds override what differs, and do not re-seed.
     """
 
     loss_weights: Mapping[str, float] = CODEBOOK_WEIGHTS
@@ -47,6 +46,11 @@ class Quantizer(nn.Module):
         self.config, self.l2_normalize = config, l2_normalize
         self.embedding = nn.Embedding(size, dim)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        self.reseeds = isinstance(config, VQQuantizerConfig)
+        self.awaits_data = self.reseeds and config.init_from_data
+        self.idle_steps: Tensor | None  # int64 [N], steps since each code was last chosen
+        self.register_buffer("idle_steps", None, persistent=False)
+        self.register_load_state_dict_post_hook(_keep_loaded_codebook)
 
     def codebook(self) -> Tensor:
         """The code vectors [N, D] as compared and decoded, in float32 or better."""
@@ -62,14 +66,16 @@ class Quantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize z [B, D, h, w]; in training mode also re-seed unused codes."""
-        vectors = self._flatten(z)  # [n, D]
-        stats = self.before_batch(vectors.detach()) if self.training else {}
+        vectors, stats = self._flatten(z), {}  # [n, D]
+        reseeds = self.reseeds and self.training
+        if reseeds:  # before the codebook is read, so that autograd never sees a changed one
+            stats["reseeded"] = self._reseed(vectors.detach())
         codebook = self.codebook()
         quantized, codes, losses = self.quantize(vectors, codebook)
         counts = codes.bincount(minlength=len(codebook))
-        if self.training:
-            counts = reduce_sum(counts)
-            self.after_batch(counts)
+        counts = reduce_sum(counts) if self.training else counts
+        if reseeds and self.idle_steps is not None:
+            self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
         b, _, h, w = z.shape
         quantized = quantized.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous().to(z.dtype)
         return Quantized(quantized, codes.view(b, h * w), losses, stats | code_statistics(counts))
@@ -86,54 +92,26 @@ class Quantizer(nn.Module):
         """The bias of scores v.e + bias: |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2)."""
         return codebook.square().sum(1) / -2
 
-    def quantize(self, vectors: Tensor, codebook: Tensor) -> Choice:
+    def quantize(
+        self, vectors: Tensor, codebook: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Quantized vectors [n, D] with gradients, codes [n] and losses, of vectors [n, D]."""
         codes = self.assign(vectors.detach(), codebook.detach())
         chosen = F.embedding(codes, codebook)  # [n, D]
         return vectors + (chosen - vectors).detach(), codes, codebook_losses(vectors, chosen)
 
-    def before_batch(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Update the codebook before a training batch [n, D]; returns scalars to log."""
-        return {}
-
-    def after_batch(self, counts: Tensor) -> None:
-        """Note that code i occurred counts[i] times in a training batch, over all processes."""
-
     def training_state(self) -> dict[str, Tensor | None]:
         """State that resuming needs and a tokenizer file does not hold."""
-        return {}
+        return {"idle_steps": self.idle_steps} if self.reseeds else {}
 
     def load_training_state(self, state: Mapping[str, Tensor | None]) -> None:
         """Restore the state; other keys are ignored."""
-
-    def _flatten(self, z: Tensor) -> Tensor:
-        """[B, D, h, w] -> vectors [n, D] as compared, in float32 or better."""
-        return self._normalize(_at_least_float32(z).permute(0, 2, 3, 1).flatten(0, 2))
-
-    def _normalize(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=1) if self.l2_normalize else vectors
-
-
-class VectorQuantizer(Quantizer):
-    """VQ-VAE's quantizer with re-seeding: an unused code moves onto a vector of the batch.
-
-    With several processes usage is counted over all, and new vectors come from the first one, so
-    that replicas stay equal.
-    """
-
-    def __init__(self, config: VQQuantizerConfig, *sizes: Any) -> None:
-        super().__init__(config, *sizes)
-        self.idle_steps: Tensor | None  # int64 [N], steps since each code was last chosen
-        self.register_buffer("idle_steps", None, persistent=False)
-        self.awaits_data = config.init_from_data
-        self.register_load_state_dict_post_hook(_keep_loaded_codebook)
+        idle = state.get("idle_steps")
+        self.idle_steps = None if idle is None else idle.to(self.embedding.weight.device)
 
     @torch.no_grad()
-    def before_batch(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Re-seed unused codes; `reseeded` is their number.
-
-        Runs before the codebook is read, so that autograd never sees a changed one.
-        """
+    def _reseed(self, vectors: Tensor) -> Tensor:
+        """Move unused codes onto vectors [n, D] of the batch; returns how many."""
         weight = self.embedding.weight
         if self.idle_steps is None:
             self.idle_steps = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
@@ -141,7 +119,7 @@ class VectorQuantizer(Quantizer):
             self.awaits_data = False
             weight.copy_(_sample_rows(vectors, len(weight)))
             broadcast_from_rank0(weight)
-            return {"reseeded": torch.zeros_like(self.idle_steps[0])}
+            return torch.zeros_like(self.idle_steps[0])
         limit = self.config.reseed_after or torch.iinfo(torch.int64).max
         dead = (self.idle_steps >= limit).nonzero().flatten()
         if len(dead):  # on every process alike
@@ -151,26 +129,21 @@ class VectorQuantizer(Quantizer):
             self.idle_steps[dead] = 0
             broadcast_from_rank0(weight)
             broadcast_from_rank0(self.idle_steps)
-        return {"reseeded": torch.tensor(len(dead), device=weight.device)}
+        return torch.tensor(len(dead), device=weight.device)
 
-    @torch.no_grad()
-    def after_batch(self, counts: Tensor) -> None:
-        assert self.idle_steps is not None  # made by before_batch
-        self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
+    def _flatten(self, z: Tensor) -> Tensor:
+        """[B, D, h, w] -> vectors [n, D] as compared, in float32 or better."""
+        return self._normalize(_at_least_float32(z).permute(0, 2, 3, 1).flatten(0, 2))
 
-    def training_state(self) -> dict[str, Tensor | None]:
-        return {"idle_steps": self.idle_steps}
-
-    def load_training_state(self, state: Mapping[str, Tensor | None]) -> None:
-        idle = state["idle_steps"]
-        self.idle_steps = None if idle is None else idle.to(self.embedding.weight.device)
+    def _normalize(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=1) if self.l2_normalize else vectors
 
 
 class SimVectorQuantizer(Quantizer):
     """SimVQ (arXiv 2411.02038): nearest row of C W, C ~ N(0, 1/D) frozen, W [D, D] learned.
 
-    W moves all codes at once. The paper's map is C W; its authors' code adds a bias, which shifts
-    all codes alike. There is none here.
+    W moves all codes at once. Its authors' code adds a bias to the paper's C W, which would shift
+    all codes alike; there is none here.
     """
 
     def __init__(self, config: SimVQQuantizerConfig, size: int, dim: int, *more: Any) -> None:
@@ -201,14 +174,14 @@ class IndexQuantizer(Quantizer):
     def score_bias(self, codebook: Tensor) -> Tensor:
         return codebook.new_zeros(len(codebook))
 
-    def quantize(self, vectors: Tensor, codebook: Tensor) -> Choice:
-        chunks, soft_choice = split_vectors(vectors, codebook), self._soft
+    def quantize(
+        self, vectors: Tensor, codebook: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        chunks, choose = split_vectors(vectors, codebook), self._choose
         if len(chunks) > 1:  # too much to keep for the backward pass: computed again there
-            soft_choice = partial(
-                checkpoint, soft_choice, use_reentrant=False, preserve_rng_state=False
-            )
+            choose = partial(checkpoint, choose, use_reentrant=False, preserve_rng_state=False)
         with torch.autocast(vectors.device.type, enabled=False):
-            results = [soft_choice(chunk, codebook) for chunk in chunks]
+            results = [choose(chunk, codebook) for chunk in chunks]
             soft, codes, usage, entropy = zip(*results, strict=True)
             expected, index = torch.cat(soft), torch.cat(codes)  # [n, D], [n]
             chosen = F.embedding(index, codebook)  # [n, D]
@@ -216,14 +189,12 @@ class IndexQuantizer(Quantizer):
             mean_usage = reduce_mean(torch.stack(usage).sum(0) / len(vectors))  # [N]
             # 1e-5 keeps the gradient of an unused code finite
             usage_entropy = -(mean_usage * (mean_usage + 1e-5).log()).sum()
-            losses = {
-                **codebook_losses(vectors, chosen),
-                "double": F.mse_loss(quantized, vectors),
-                "entropy": torch.stack(entropy).sum() / len(vectors) - usage_entropy,
-            }
+            losses = codebook_losses(vectors, chosen)
+            losses["double"] = F.mse_loss(quantized, vectors)
+            losses["entropy"] = torch.stack(entropy).sum() / len(vectors) - usage_entropy
         return quantized, index, losses
 
-    def _soft(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _choose(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For vectors [m, D]: p C [m, D], codes [m], sum of p_t [N], sum of H(p_t) []."""
         scores = vectors @ codebook.T  # [m, N]
         expected = scores.softmax(1) @ codebook.detach()
@@ -233,7 +204,7 @@ class IndexQuantizer(Quantizer):
 
 
 QUANTIZERS: dict[str, Callable[[Any, int, int, bool], Quantizer]] = {
-    "vq": VectorQuantizer,
+    "vq": Quantizer,
     "simvq": SimVectorQuantizer,
     "ibq": IndexQuantizer,
 }
@@ -263,8 +234,7 @@ def _sample_rows(vectors: Tensor, count: int) -> Tensor:
 
 
 def _keep_loaded_codebook(module: nn.Module, _: object) -> None:
-    assert isinstance(module, VectorQuantizer)
-    module.awaits_data = False
+    module.awaits_data = False  # type: ignore[assignment]
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenizer.base import AutoencoderTokenizer
 from tokenizer.config import TamingConfig, VQConfig, VQQuantizerConfig
-from tokenizer.quantizers import QUANTIZERS, VectorQuantizer
+from tokenizer.quantizers import QUANTIZERS, Quantizer
 
 
 class VQTokenizer(AutoencoderTokenizer):
@@ -44,7 +44,7 @@ class TamingTokenizer(AutoencoderTokenizer):
         with redirect_stdout(io.StringIO()):  # its constructor prints
             decoder = layers.Decoder(**settings)
         sizes = config.n_embed, config.embed_dim, False
-        quantize = VectorQuantizer(VQQuantizerConfig(), *sizes)
+        quantize = Quantizer(VQQuantizerConfig(), *sizes)
         super().__init__(config, encoder, decoder, quantize)
 
 
