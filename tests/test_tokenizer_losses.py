@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 import tokenizer as tok
-from tests.test_tokenizer import make, make_images
+from tests.test_tokenizer import make_images
 from tests.test_tokenizer_files import Hostile
 from tokenizer import losses
 
@@ -130,15 +130,3 @@ def test_discriminator_sees_patches_down_to_its_smallest_side(n_layers):
     images = torch.randn(1, 3, 64, 64, requires_grad=True)
     discriminator.eval()(images)[0, 0, 0, 0].backward()
     assert (images.grad[0, 0] != 0).nonzero().max() + 1 < 64, "a logit is about a patch"
-
-
-def test_the_adversarial_gradient_is_as_strong_as_that_of_the_other_losses():
-    tokenizer, images = make(), make_images(2, 16, 16)
-    out = tokenizer(images)
-    adversarial = -losses.make_discriminator(3, 4, 1)(out.reconstruction).mean()
-    weight = losses.adaptive_weight(out.losses["l2"], adversarial, tokenizer.last_layer)
-    norms = [
-        torch.autograd.grad(loss, tokenizer.last_layer, retain_graph=True)[0].norm().item()
-        for loss in (out.losses["l2"], weight * adversarial)
-    ]
-    assert norms[1] == pytest.approx(norms[0], rel=0.05)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import tokenizer as tok
-from moveimg.config import TokenizerTrainConfig, load_config
+from moveimg.config import TokenizerTrainConfig
 from moveimg.data.codes import PackedCodes
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
@@ -162,7 +162,7 @@ def test_the_discriminator_learns_and_its_scalars_are_logged(folder, tmp_path):
 
 def test_the_perceptual_loss_is_added_by_its_weight(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        training, "load_perceptual_loss", lambda *_: lambda a, b: (a - b).abs().amax()
+        "tokenizer.losses.load_perceptual_loss", lambda *_: lambda a, b: (a - b).abs().amax()
     )
     task = make_task(make_config(folder, tmp_path, perceptual_weight=2.0, l1_weight=0.5))
     loss, terms = task.loss(0)
@@ -223,15 +223,3 @@ def test_codes_of_every_quantizer_are_packed_and_decoded(folder, tmp_path, kind)
     images = torch.stack([task.train[index, 0] for index in range(len(packed))])
     assert torch.equal(tokenizer.encode(images), codes) and codes.shape == (len(packed), 16)
     assert tokenizer.decode(codes).shape == (len(packed), 3, 16, 16)
-
-
-def test_the_shipped_kinds_differ_in_nothing_but_their_quantizer():
-    configs = Path(__file__).parents[1] / "configs"
-    base = load_config(configs / "digits-tokenizer.yaml", TokenizerTrainConfig)
-    for kind in ("simvq", "ibq"):
-        config = load_config(configs / f"digits-tokenizer-{kind}.yaml", TokenizerTrainConfig)
-        assert config.tokenizer["quantizer"]["kind"] == kind
-        settings = config.tokenizer | {"quantizer": base.tokenizer["quantizer"]}
-        assert settings == base.tokenizer
-        changes = {"out": base.out, "tokenizer": base.tokenizer}
-        assert config.model_copy(update=changes) == base

@@ -30,14 +30,7 @@ from moveimg.images import UnreadableImageError, labelled_grid, to_pil
 from moveimg.training.loop import fit
 from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Plan
-from tokenizer.losses import (
-    ImageLoss,
-    adaptive_weight,
-    discriminator_loss,
-    load_perceptual_loss,
-    make_discriminator,
-    min_side,
-)
+from tokenizer import losses as vq_losses
 
 PREVIEW_COLUMNS = 8
 MAX_VALIDATION = 2048  # held-out images that a validation reconstructs
@@ -55,9 +48,8 @@ class RandomViews(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        index, view = key
-        settings = self.images
-        views = crop_views(self.image(index), settings.size, settings.crops, settings.ranges)
+        (index, view), cut = key, self.images
+        views = crop_views(self.image(index), cut.size, cut.crops, cut.ranges)
         return to_tensor([views[view]])[0]
 
     def image(self, index: int) -> Image.Image:
@@ -75,26 +67,22 @@ class RandomViews(Dataset):
 class Adversary:
     """A PatchGAN with an optimizer of its own (VQGAN, arXiv 2012.09841, section 3.1).
 
-    From step `start` on, each step first trains it on the step's images and reconstructions, then
-    scores the reconstructions with it. With several processes its gradients are averaged, and its
-    BatchNorms see a process's own images (as in LlamaGen and taming).
+    With several processes its gradients are averaged, and its BatchNorms see a process's own
+    images (as in LlamaGen and taming).
     """
 
     def __init__(self, config: TokenizerTrainConfig, channels: int, device: torch.device) -> None:
         assert config.adversarial is not None
         self.config, self.run = config.adversarial, config
-        n_layers = self.config.n_layers
-        if config.images.size < min_side(n_layers):
+        n_layers, size = self.config.n_layers, config.images.size
+        if size < (least := vq_losses.min_side(n_layers)):
             raise ValueError(
-                f"images.size {config.images.size}: a discriminator of adversarial.n_layers "
-                f"{n_layers} needs at least {min_side(n_layers)}"
+                f"images.size {size}: adversarial.n_layers {n_layers} needs at least {least}"
             )
-        self.discriminator = make_discriminator(channels, self.config.width, n_layers).to(device)
+        made = vq_losses.make_discriminator(channels, self.config.width, n_layers)
+        self.discriminator = made.to(device)
         self.optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(),
-            lr=self.config.lr,
-            betas=config.optimizer.betas,
-            weight_decay=0.0,
+            made.parameters(), lr=self.config.lr, betas=config.optimizer.betas, weight_decay=0.0
         )
 
     def train_step(self, step: int, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
@@ -104,7 +92,7 @@ class Adversary:
             group["lr"] = self.config.lr * learning_rate(run, step, self.run.steps) / run.lr
         self.discriminator.requires_grad_(True)
         real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
-        loss = discriminator_loss(real, fake)
+        loss = vq_losses.discriminator_loss(real, fake)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in self.discriminator.parameters():
@@ -118,27 +106,16 @@ class Adversary:
     def generator_loss(
         self, reconstruction: Tensor, losses: Tensor, last_layer: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted adversarial loss of a reconstruction [B, C, H, W], and scalars to log.
+        """The weighted adversarial loss, and scalars to log.
 
-        `losses` is the weighted sum of the reconstruction losses, with its graph.
+        `losses` is the weighted sum of the losses of the reconstruction [B, C, H, W].
         """
         self.discriminator.requires_grad_(False)  # the gradient goes to the pixels alone
         loss = -self.discriminator(reconstruction).mean()
         weight = torch.tensor(self.config.weight, device=loss.device)
         if self.config.adaptive:
-            weight = weight * adaptive_weight(losses, loss, last_layer)
+            weight = weight * vq_losses.adaptive_weight(losses, loss, last_layer)
         return weight * loss, {"adversarial": loss.detach(), "adversarial_weight": weight}
-
-    def state(self) -> dict[str, Any]:
-        """The state of the discriminator and its optimizer, for a checkpoint."""
-        return {
-            "discriminator": self.discriminator.state_dict(),
-            "discriminator_optimizer": self.optimizer.state_dict(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.discriminator.load_state_dict(state["discriminator"])
-        self.optimizer.load_state_dict(state["discriminator_optimizer"])
 
 
 class TokenizerTask:
@@ -156,15 +133,14 @@ class TokenizerTask:
         self.train = RandomViews(open_images(config.images.source, "train"), config)
         val = RandomViews(open_images(config.images.source, "val"), config)
         size, ranges = config.images.size, config.images.ranges[:1]
-        indices = spread_indices(len(val), MAX_VALIDATION)
-        views = [crop_views(val.image(index), size, "center", ranges)[0] for index in indices]
-        self.val = to_tensor(views)
+        images = map(val.image, spread_indices(len(val), MAX_VALIDATION))
+        self.val = to_tensor([crop_views(image, size, "center", ranges)[0] for image in images])
         self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
-        self.perceptual: ImageLoss | None = None
+        self.perceptual: vq_losses.ImageLoss | None = None
         if config.perceptual_weight:
             self.reconstruction_weights["perceptual"] = config.perceptual_weight
             with plan.world.first_alone():  # it may download
-                self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
+                self.perceptual = vq_losses.load_perceptual_loss(config.perceptual_folder, device)
         self.weights = self.reconstruction_weights | dict(model.quantize.loss_weights)
         channels = self.val.shape[1]
         self.adversary = Adversary(config, channels, device) if config.adversarial else None
@@ -204,10 +180,7 @@ class TokenizerTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean squared error on [-1, 1] of held-out images as decoded, and their code usage.
-
-        The processes share the batches; all get the same numbers.
-        """
+        """Mean squared error, on [-1, 1], and code usage of held-out images, over all processes."""
         world = self.plan.world
         error = torch.zeros(1).double()
         counts = torch.zeros(self.tokenizer.codebook_size).double()
@@ -232,19 +205,20 @@ class TokenizerTask:
 
     def extra_state(self) -> dict[str, Any]:
         """The state of the quantizer's training, and of the discriminator with its optimizer."""
-        adversary = self.adversary.state() if self.adversary else {}
-        return self.tokenizer.quantize.training_state() | adversary
+        state: dict[str, Any] = {**self.tokenizer.quantize.training_state()}
+        if self.adversary is not None:
+            state["discriminator"] = self.adversary.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.adversary.optimizer.state_dict()
+        return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.tokenizer.quantize.load_training_state(state)
         if self.adversary is not None:
-            self.adversary.load_state(state)
+            self.adversary.discriminator.load_state_dict(state["discriminator"])
+            self.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """(image, view) keys of this process's part of each batch, from `step` on.
-
-        They are functions of (seed, step) alone.
-        """
+        """(image, view) keys of this process's part of each batch from `step` on, by the seed."""
         n, size, seed = len(self.train), self.config.batch_size, self.config.seed
         world, share = self.plan.world, size // self.plan.world.size
         n_views = count_views(self.config.images.crops, self.config.images.ranges)
@@ -287,15 +261,10 @@ def make_tokenizer(config: TokenizerTrainConfig) -> vq.AutoencoderTokenizer:
 def train_tokenizer(
     config: TokenizerTrainConfig, world: World | torch.device, restart: bool = False
 ) -> dict:
-    """Train a tokenizer into the directory config.out (`moveimg train-tokenizer`).
+    """Train a tokenizer into the directory config.out; returns the held-out scalars.
 
-    Args:
-        config: the run's settings.
-        world: the processes that share it, or the device of the only one.
-        restart: delete an earlier run in config.out first.
-
-    Returns the held-out scalars. Raises ValueError or FileNotFoundError for images or weights that
-    are missing, or sizes that do not fit each other.
+    `world` is the processes, or the device of the only one; `restart` deletes an earlier run first.
+    Raises ValueError or FileNotFoundError for missing images or weights, or sizes that do not fit.
     """
     world = World(device=world) if isinstance(world, torch.device) else world
     if config.batch_size % world.size:
@@ -305,9 +274,7 @@ def train_tokenizer(
         torch.manual_seed(config.seed)
         model = make_tokenizer(config).to(world.device)
         if config.images.size % model.downsample:
-            raise ValueError(
-                f"images.size {config.images.size}: expected a multiple of the tokenizer's "
-                f"downsampling, {model.downsample}"
-            )
+            f, size = model.downsample, config.images.size
+            raise ValueError(f"images.size {size}: expected a multiple of {f}, the downsampling")
         task = TokenizerTask(config, model, plan)
     return fit(task, config, world.device, restart, plan)
