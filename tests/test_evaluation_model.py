@@ -14,7 +14,7 @@ from moveimg.checkpoint import ModelParts
 from moveimg.config import SamplingSettings
 from moveimg.data.encode import default_batch_size
 from moveimg.data.images import ImageSource
-from moveimg.data.ranks import Ranks
+from moveimg.dist import World
 from moveimg.evaluation import run as evaluate
 from moveimg.evaluation import sample as sample_sets
 from moveimg.evaluation.reconstruct import reconstruct
@@ -82,11 +82,11 @@ def test_a_set_that_was_stopped_goes_on_to_the_same_bytes(pipeline, tmp_path, wh
 def test_three_processes_make_the_same_bytes(pipeline, tmp_path, whole, monkeypatch):
     """One after another here, the first one last: it joins what all have drawn."""
 
-    class Rank(Ranks):
+    class Rank(World):
         def wait(self):
             pass
 
-        def first(self, action):
+        def run_first(self, action):
             return action() if self.rank == 0 else None
 
     for rank in (2, 1, 0):

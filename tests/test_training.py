@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import load_model, load_tokenizer
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig
-from moveimg.data import digits as data
+from moveimg.data import images as data
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
 from moveimg.errors import validate
@@ -48,9 +48,10 @@ def tokenizer_config(out, **changes) -> TokenizerTrainConfig:
 @contextmanager
 def few_digits():
     """The set `digits` is some of its scans, of every class: a tenth of the time."""
-    rows = data.split_rows
+    everything = data.digits_arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "split_rows", lambda split: rows(split)[: FEW[split]])
+        some = lambda split: tuple(part[: FEW[split]] for part in everything(split))  # noqa: E731
+        patch.setattr(data, "digits_arrays", some)
         yield
 
 

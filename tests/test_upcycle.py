@@ -9,7 +9,7 @@ import torch
 
 from moveimg.checkpoint import ModelParts, load_generator, load_model, load_tokenizer, save_model
 from moveimg.config import SamplingSettings
-from moveimg.data.digits import CLASS_NAMES
+from moveimg.data.images import DIGITS as CLASS_NAMES
 from moveimg.model import Transformer
 from moveimg.model.memory import GatedMixer
 from moveimg.pretrained.upcycle import upcycle

@@ -15,7 +15,8 @@ def encode(
     images: Annotated[
         str,
         typer.Argument(
-            help="a folder of class subfolders, ImageNet's archives or Parquet files; or `digits`"
+            help="a folder of class subfolders, ImageNet's archives or Parquet files; or a data "
+            "set such as fashion-mnist or cifar10"
         ),
     ],
     tokenizer: Annotated[
@@ -27,8 +28,17 @@ def encode(
     ranges: Annotated[
         list[float], typer.Option("--range", help="cut from size * range pixels; repeatable")
     ] = [1.0],  # noqa: B006
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="share of the training images held out (default: the source's own split)"
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="folder of downloaded data sets (default: $MOVEIMG_DATA)")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="views a call of the tokenizer; left out, by device")
+        int | None, typer.Option(min=1, help="views per call of the tokenizer (default: by device)")
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -45,6 +55,7 @@ def encode(
     from moveimg.errors import validate
 
     given = {"source": images, "size": size, "crops": crops, "ranges": ranges}
+    given["val_fraction"] = val_fraction
     settings = validate(ImagesConfig, given, "encode")
     with processes(device) as world:
         vq = load_tokenizer(tokenizer, world.device)
@@ -53,7 +64,7 @@ def encode(
             chosen["dtype"] = pick_dtype(dtype, world.device)
         if batch_size is not None:
             chosen["batch_size"] = batch_size
-        manifests = encode_splits(settings, vq, out, device=world.device, **chosen)
+        manifests = encode_splits(settings, vq, out, data_root, device=world.device, **chosen)
         if world.main:
             for split, manifest in manifests.items():
                 n, views = manifest.n_images, manifest.settings.n_crops

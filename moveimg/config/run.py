@@ -72,7 +72,14 @@ Crops = Literal["center", "flip", "five", "ten"]
 class ImagesConfig(Config):
     """Where images come from and how they are cut."""
 
-    source: str = Field(description="a folder of class subfolders, or `digits`")
+    source: str = Field(description="a folder of class subfolders, or a data set")
+    val_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of the training images held out as the validation split; left out: the "
+        "source's own validation or test split, or 0.2 of a folder without one",
+    )
     size: PositiveInt = Field(256, description="pixels of a side")
     crops: Crops = Field("center", description="views of an image: center, flip, five or ten crops")
     ranges: tuple[Annotated[float, Field(ge=1)], ...] = Field(

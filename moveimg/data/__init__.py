@@ -1,11 +1,23 @@
 """Image sources, crops, and packed codes: written by `encode`, read in seeded batches."""
 
-from moveimg.data.codes import Batches, PackedCodes, crop_choice, epoch_order
+from moveimg.data.codes import (
+    MANIFEST,
+    Batches,
+    PackedCodes,
+    crop_choice,
+    epoch_order,
+    sha256_file,
+)
 from moveimg.data.crops import center_crop, count_views, crop_views, normalize, to_tensor
-from moveimg.data.encode import codes_bytes, default_batch_size, encode_images, encode_splits
-from moveimg.data.images import ImageSource, Split, open_images
-from moveimg.data.manifest import MANIFEST, sha256_file
-from moveimg.data.shards import make_encoder
+from moveimg.data.encode import (
+    codes_bytes,
+    default_batch_size,
+    encode_images,
+    encode_splits,
+    make_encoder,
+)
+from moveimg.data.folders import walk_images
+from moveimg.data.images import ImageSource, Split, digits_arrays, open_images
 
 __all__ = [
     "MANIFEST",
@@ -19,6 +31,7 @@ __all__ = [
     "crop_choice",
     "crop_views",
     "default_batch_size",
+    "digits_arrays",
     "encode_images",
     "encode_splits",
     "epoch_order",
@@ -27,4 +40,5 @@ __all__ = [
     "open_images",
     "sha256_file",
     "to_tensor",
+    "walk_images",
 ]
