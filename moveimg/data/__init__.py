@@ -10,6 +10,7 @@ from moveimg.data.codes import (
 )
 from moveimg.data.crops import center_crop, count_views, crop_views, normalize, to_tensor
 from moveimg.data.encode import (
+    ChangedSettingsError,
     codes_bytes,
     default_batch_size,
     encode_images,
@@ -22,6 +23,7 @@ from moveimg.data.images import ImageSource, Split, digits_arrays, open_images
 __all__ = [
     "MANIFEST",
     "Batches",
+    "ChangedSettingsError",
     "ImageSource",
     "PackedCodes",
     "Split",

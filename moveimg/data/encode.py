@@ -69,6 +69,17 @@ class Tokenizer(Protocol):
         """float32 [B, 3, H, W] in [-1, 1] -> int64 [B, h*w]."""
 
 
+class ChangedSettingsError(ValueError):
+    """A directory holds codes of other settings; `details` says which."""
+
+    def __init__(self, directory: Path, details: str) -> None:
+        super().__init__(
+            f"'{directory}' holds codes of other settings ({details}): expected the same settings "
+            "or another folder"
+        )
+        self.details = details
+
+
 class Progress(Record):
     """The content of progress.json."""
 
@@ -126,7 +137,7 @@ def encode_images(
     )
     encode = make_encoder(tokenizer, settings, device, dtype)
     with all_ranks() as world, lock(out, "moveimg encode"):
-        if not _is_finished(out, settings):
+        if not _is_finished(out, settings, len(source)):
             world.wait()
             world.run_first(lambda: _prepare(out, settings, len(source)))
             _encode_shards(source, settings, out, encode, world, device, workers, progress)
@@ -395,11 +406,13 @@ def _finished_path(out: Path, number: int) -> Path:
     return out / f"finished-{number:05d}.json"
 
 
-def _is_finished(out: Path, settings: EncodeSettings) -> bool:
+def _is_finished(out: Path, settings: EncodeSettings, n_images: int) -> bool:
     """Whether `out` holds finished codes of these settings; ValueError for other settings."""
     if not (out / MANIFEST).exists():
         return False
-    _require_same(out, PackedCodes(out).settings, settings)
+    manifest = PackedCodes(out).manifest
+    added = n_images - manifest.n_images - len(manifest.skipped)
+    _require_same(out, manifest.settings, settings, added)
     return True
 
 
@@ -410,7 +423,7 @@ def _prepare(out: Path, settings: EncodeSettings, n_images: int) -> None:
     if path.exists():
         before = read_record(path, Progress).settings
         if any(out.glob("codes-*.npy")):
-            _require_same(out, before, settings)
+            _require_same(out, before, settings, 0)
     elif any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise ValueError(
             f"'{out}' is not empty and holds no packed codes: expected a new or empty folder"
@@ -476,10 +489,12 @@ def _remove_progress(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _require_same(out: Path, present: EncodeSettings, asked: EncodeSettings) -> None:
-    """Raise ValueError that names, in the user's words, the settings that differ."""
+def _require_same(out: Path, present: EncodeSettings, asked: EncodeSettings, added: int) -> None:
+    """Raise ChangedSettingsError that names, in the user's words, the settings that differ."""
+    change = f"{abs(added)} image{'s were' if abs(added) > 1 else ' was'}"
+    images = f"{change} {'added' if added > 0 else 'removed'}" if added else "images have changed"
     differences = [
-        "the images have changed"
+        images
         if name == "source_digest"
         else f"{name} is {shorten(getattr(present, name), 40)} there, "
         f"{shorten(getattr(asked, name), 40)} asked"
@@ -487,10 +502,7 @@ def _require_same(out: Path, present: EncodeSettings, asked: EncodeSettings) -> 
         if getattr(present, name) != getattr(asked, name)
     ]
     if differences:
-        raise ValueError(
-            f"'{out}' holds codes of other settings ({'; '.join(differences)}): expected the "
-            "same settings or another folder"
-        )
+        raise ChangedSettingsError(out, "; ".join(differences))
 
 
 def _report_skipped(out: Path, manifest: Manifest) -> None:
