@@ -69,7 +69,7 @@ def bench_sample(
     rows, length = batch_size * (1 if settings.cfg_scale == 1 else 2), config.seq_len
     context = (length + 1) / 2
     dtype = model.head.weight.dtype
-    kept = sum(layer.numel_per_token() for layer in model.make_cache(1).layers)
+    kept = sum(layer.numel_per_token() for layer in model.make_cache(1).layers)  # type: ignore[operator]
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     weight_bytes = matrices * (1 if quantize == "int8" else dtype.itemsize)
     read = length * (weight_bytes + rows * context * kept * dtype.itemsize)

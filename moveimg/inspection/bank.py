@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moveimg.inspection.gates import hooked, mixers
-from moveimg.model import GatedMixer, Transformer, ValueBank, gathered
+from moveimg.model import GatedMixer, Transformer, ValueBank
 
 FADED = 0.1  # a row is faded below this share of its slot's median norm
 
@@ -99,7 +99,7 @@ def _gradient_norms(
 
     def hook(layer: int) -> Any:
         def replace(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> tuple:
-            leaves[layer] = gathered(args[2]).detach().requires_grad_()
+            leaves[layer] = args[2].detach().requires_grad_()
             return args[0], args[1], leaves[layer]
 
         return replace

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moveimg.model import NEAR_TWO, NEAR_ZERO, GatedMixer, MoE, Transformer, gathered, shares
+from moveimg.model import NEAR_TWO, NEAR_ZERO, GatedMixer, MoE, Transformer, shares
 
 
 def mixers(model: Transformer) -> dict[int, GatedMixer]:
@@ -130,7 +130,7 @@ def gather_gates(model: Transformer, batches: list[tuple[Tensor, Tensor]]) -> di
     def hook(layer: int) -> Any:
         def gather(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
             # no code stands at the class token's
-            x, v, rows = (part[:, 1:] for part in (*args[:2], gathered(args[2])))
+            x, v, rows = (part[:, 1:] for part in args)
             g_0, g_i = mixer.gates(x)
             _, memory = mixer.parts(x, rows)
             gates = g_i if g_0 is None else torch.cat([g_0, g_i], dim=-1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moveimg.inspection.gates import hooked, mixers
-from moveimg.model import GatedMixer, Transformer, gathered
+from moveimg.model import GatedMixer, Transformer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, Ba
     def hook(layer: int) -> Any:
         def gather(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
             # no code stands at the class token's
-            x, v, rows = (part[:, 1:] for part in (*args[:2], gathered(args[2])))
+            x, v, rows = (part[:, 1:] for part in args)
             g_0, g_i = mixer.gates(x)
             _, memory = mixer.parts(x, rows)
             kept = (v if g_0 is None else g_0 * v).float().flatten(2).norm(dim=-1)  # [B, S]
@@ -69,10 +69,9 @@ class EmptyRows(nn.Module):
         super().__init__()
         self.memory = memory
 
-    def rows(self, labels: Tensor | None, codes: Tensor | None) -> list[Tensor | None]:
+    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Tensor | None:
         rows = self.memory.rows(labels, codes)
-        zero = None if rows[0] is None else torch.zeros_like(gathered(rows[0]))
-        return [zero] * len(rows)
+        return None if rows is None else torch.zeros_like(rows)
 
 
 def without_bank(model: Transformer) -> Transformer:
