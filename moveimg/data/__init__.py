@@ -18,7 +18,14 @@ from moveimg.data.encode import (
     make_encoder,
 )
 from moveimg.data.folders import walk_images
-from moveimg.data.images import ImageSource, Split, digits_arrays, open_images
+from moveimg.data.images import (
+    ImageSource,
+    Split,
+    digits_arrays,
+    drop_unreadable,
+    is_named_source,
+    open_images,
+)
 
 __all__ = [
     "MANIFEST",
@@ -34,9 +41,11 @@ __all__ = [
     "crop_views",
     "default_batch_size",
     "digits_arrays",
+    "drop_unreadable",
     "encode_images",
     "encode_splits",
     "epoch_order",
+    "is_named_source",
     "make_encoder",
     "normalize",
     "open_images",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moveimg.images import grey_to_rgb
+from moveimg.dist import print_rank0
+from moveimg.images import UnreadableImageError, grey_to_rgb
 
 Split = Literal["train", "val", "test"]
 FOLDER_VAL_FRACTION = 0.2  # of a source that has no validation or test split
@@ -102,6 +103,43 @@ def open_images(
     if archives.has_parquet(root):
         return archives.open_parquet(root, split, val_fraction, seed)
     return folders.open_folder(root, split, val_fraction, seed)
+
+
+def is_named_source(source: str | Path) -> bool:
+    """Whether a source is a data set's name rather than a folder."""
+    from moveimg.data import datasets
+
+    return source == "digits" or datasets.is_named(source)
+
+
+def drop_unreadable(source: ImageSource) -> ImageSource:
+    """The source without the images that cannot be read; they are counted and named on stderr."""
+    if is_named_source(source.name.rpartition(" (")[0]):
+        return source  # its images come from one file, read already
+    readable, unreadable = [], []
+    for row in range(len(source)):
+        try:
+            source.load(row)
+            readable.append(row)
+        except UnreadableImageError as error:
+            unreadable.append(str(error))
+    if not unreadable:
+        return source
+    print_rank0(
+        f"warning: {len(unreadable)} of {len(source)} images cannot be read and are left out"
+    )
+    for line in unreadable[:20]:
+        print_rank0(f"  {line}")
+    if not readable:
+        raise ValueError(f"{source.name}: none of {len(source)} images could be read")
+    rows = np.array(readable)
+    return replace(
+        source,
+        identifiers=[source.identifiers[row] for row in readable],
+        labels=source.labels[rows],
+        load=lambda row: source.load(readable[row]),
+        content=lambda row: source.content(readable[row]),
+    )
 
 
 def choose_split(
