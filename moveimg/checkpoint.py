@@ -53,12 +53,9 @@ class ModelParts:
 
 
 def save_model(directory: str | Path, parts: ModelParts, about: dict[str, Any]) -> None:
-    """Write a model directory; each file appears whole.
+    """Write a model directory; each file appears whole and replaces that of an earlier save.
 
-    Args:
-        directory: made if missing; files of an earlier save are replaced.
-        parts: the model. Weights are stored in the type they have.
-        about: plain data on how the model was made, kept in config.json for the reader.
+    Weights keep their number type. `about` is plain data on how the model was made.
     """
     directory = Path(directory)
     fingerprint = parts.tokenizer.fingerprint
@@ -80,17 +77,12 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ModelParts:
-    """Read a model directory.
+    """Read a model directory; `dtype` is the generator's.
 
-    Args:
-        directory: as `save_model` writes it.
-        device: where the weights are loaded.
-        dtype: of the generator. The tokenizer has float32 at least: decoding takes little of the
-            time, and the precision of pixels shows in FID (LlamaGen samples so, too).
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or disagrees with another; one line says which and how.
+    The tokenizer has float32 at least: decoding takes little of the time, and the precision of
+    pixels shows in FID (LlamaGen samples so, too).
+    Raises FileNotFoundError for a missing file, ValueError for a file that is damaged or disagrees
+    with another; one line says which and how.
     """
     directory = Path(directory)
     description = read_description(directory)

@@ -79,7 +79,7 @@ def test_published_names_are_converted_once(tmp_path, monkeypatch, directory):
         with atomic_directory(out) as temporary:
             save_model(temporary, load_model(directory), {})
 
-    monkeypatch.setattr(hub, "_download", lambda repo, files: tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     monkeypatch.setattr(hub, "convert_llamagen", convert)
     for _ in range(2):
         assert resolve("llamagen-xl-384") == tmp_path / "cache" / "llamagen-xl-384"
@@ -107,7 +107,7 @@ def test_hub_ids_load_what_push_uploads(monkeypatch, directory, tmp_path):
     files = {str(p.relative_to(uploaded)) for p in uploaded.rglob("*") if p.is_file()}
     assert files == {*hub.MODEL_FILES, "README.md"}
     assert not (directory / "README.md").exists()
-    monkeypatch.setattr(hub, "_download", lambda repo, wanted: uploaded)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: uploaded)
     images = [Pipeline.from_pretrained(where, device="cpu").sample([1], seed=4)[0].tobytes()
               for where in ("owner/name", directory)]  # fmt: skip
     assert images[0] == images[1]

@@ -42,7 +42,7 @@ PUBLISHED = {
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The directory of a model, downloaded if need be (names as of Pipeline.from_pretrained).
+    """The directory of a model (names as of Pipeline.from_pretrained), downloaded at first use.
 
     Raises FileNotFoundError where there is no such model or it cannot be downloaded, ValueError
     for a damaged file.
@@ -53,25 +53,15 @@ def resolve(name_or_path: str | Path) -> Path:
             return path
     if Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no model here (it has no config.json)")
-    if (downloaded := fetch(name)) is not None:
-        return downloaded
+    if name in PUBLISHED:
+        return fetch_published(name)
+    if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name, re.ASCII):
+        return fetch_from_hub(name)
     bundled = ", ".join(sorted(path.name for path in BUNDLED.glob("*"))) or "none"
     raise FileNotFoundError(
         f"no model {name[:200]!r}: expected a model directory, a bundled name ({bundled}), "
         f"public weights ({', '.join(PUBLISHED)}) or a Hugging Face Hub id (owner/name)"
     )
-
-
-def fetch(name: str) -> Path | None:
-    """The local directory of a published name or a Hub id `owner/name`; None for other names.
-
-    Downloads, and for published names converts, at first use (errors as of resolve).
-    """
-    if name in PUBLISHED:
-        return fetch_published(name)
-    if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name, re.ASCII):
-        return fetch_from_hub(name)
-    return None
 
 
 def fetch_published(name: str) -> Path:
@@ -80,16 +70,11 @@ def fetch_published(name: str) -> Path:
     if (directory / "config.json").is_file():
         return directory
     gpt, image_size = PUBLISHED[name]
-    files = (gpt, TOKENIZER_FILE)
-    try:
-        folder, reason = _download(REPO, files), "the repository lacks it"
-        missing = [file for file in files if not (folder / file).is_file()]
-    except Exception as error:  # its kind depends on huggingface_hub's transport
-        missing, reason = [*files], first_line(error)
+    folder, missing, reason = _download(REPO, (gpt, TOKENIZER_FILE))
     if missing:
         raise FileNotFoundError(
             f"{name}: {' and '.join(missing)} of huggingface.co/{REPO} cannot be downloaded "
-            f"({reason}); bring {' and '.join(files)} from where there is a network, then run "
+            f"({reason}); copy {gpt} and {TOKENIZER_FILE} from where there is a network, then run "
             f"`moveimg convert llamagen --gpt {gpt} --vq {TOKENIZER_FILE} "
             f"--image-size {image_size} --out {directory}`"
         )
@@ -104,26 +89,17 @@ def fetch_published(name: str) -> Path:
 
 def fetch_from_hub(repo_id: str) -> Path:
     """The local copy of a model directory on the Hub (errors as of resolve)."""
-    try:
-        folder = _download(repo_id, MODEL_FILES)
-    except Exception as error:  # as above
+    folder, missing, reason = _download(repo_id, MODEL_FILES)
+    if missing:
         raise FileNotFoundError(
-            f"no model {repo_id!r}: no such directory here, and it cannot be downloaded from the "
-            f"Hugging Face Hub ({first_line(error)})"
-        ) from None
-    if missing := [file for file in MODEL_FILES if not (folder / file).is_file()]:
-        raise FileNotFoundError(
-            f"huggingface.co/{repo_id} is not a moveimg model, or its local copy is incomplete: "
-            f"it lacks {', '.join(missing)}"
+            f"no model {repo_id!r}: no such directory here, and {', '.join(missing)} cannot be "
+            f"downloaded from the Hugging Face Hub ({reason})"
         )
     return folder
 
 
 def cache_directory() -> Path:
-    """The folder of converted models: MOVEIMG_CACHE, or `moveimg` in huggingface_hub's home.
-
-    That home is HF_HOME, or else `huggingface` in XDG_CACHE_HOME or in ~/.cache.
-    """
+    """The folder of converted models: MOVEIMG_CACHE, or `moveimg` in huggingface_hub's HF_HOME."""
     if folder := os.environ.get("MOVEIMG_CACHE"):
         return Path(folder).expanduser()
     from huggingface_hub.constants import HF_HOME
@@ -137,8 +113,13 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _download(repo_id: str, files: Sequence[str]) -> Path:
-    """A folder with those of `files` that the repository has; raises where it is unreachable."""
+def _download(repo_id: str, files: Sequence[str]) -> tuple[Path, list[str], str]:
+    """The local folder of a repository, those of `files` it lacks, and the reason."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repo_id, allow_patterns=list(files)))
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=list(files)))
+    except Exception as error:  # its kind depends on huggingface_hub's transport
+        return Path(), [*files], first_line(error)
+    missing = [file for file in files if not (folder / file).is_file()]
+    return folder, missing, "the repository lacks it"

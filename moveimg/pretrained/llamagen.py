@@ -45,20 +45,9 @@ def convert_llamagen(
 ) -> ModelConfig | None:
     """Write a LlamaGen generator and its tokenizer as a model directory, which appears whole.
 
-    Args:
-        gpt: such as `c2i_B_256.pt`; see load_llamagen. None writes a tokenizer directory.
-        vq_file: such as `vq_ds16_c2i.pt`; see tokenizer.load_llamagen_vq.
-        out: the directory to make.
-        image_size, n_head: needed only where the tensors do not tell them.
-
-    Returns:
-        The generator's config; None for a tokenizer alone.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        FileExistsError: `out` is there already.
-        ValueError: a file is damaged, needs code to be read, or holds something else; or the two
-            do not belong together.
+    Without `gpt` it is a tokenizer directory. Returns the generator's config, if there is one.
+    Raises FileExistsError where `out` is there already, ValueError where the two files do not
+    belong together; other arguments and errors are those of load_llamagen.
     """
     with atomic_directory(out) as temporary:
         tokenizer = vq.load_llamagen_vq(vq_file)
@@ -73,9 +62,9 @@ def convert_llamagen(
                 f"{gpt} has {config.codebook_size} codes, {vq_file} {tokenizer.codebook_size}: "
                 "expected a generator and the tokenizer it was trained with"
             )
-        names = class_names(config.n_classes)
-        parts = ModelParts(generator, tokenizer, names, published_settings(config))
+        names, settings = class_names(config.n_classes), published_settings(config)
         files = {"gpt": Path(gpt).name, "vq": Path(vq_file).name}
+        parts = ModelParts(generator, tokenizer, names, settings)
         save_model(temporary, parts, {"source": "LlamaGen", "files": files})
     return config
 
@@ -89,7 +78,7 @@ def load_llamagen(
     """A LlamaGen generator, in eval mode, in the number type it is stored in.
 
     Args:
-        file: the checkpoint (see tokenizer.read_weights); tensors stay in it until they are used.
+        file: the checkpoint (see tokenizer.read_weights).
         downsample: pixels of a side per code, of the tokenizer it was trained with.
         image_size: pixels of a side; needed unless the file holds its rotation table.
         n_head: attention heads; needed where neither a table nor a named size tells them.
@@ -101,7 +90,9 @@ def load_llamagen(
     """
     weights = vq.read_weights(file)
     table = weights.pop(TABLE, None)
-    _check_file_name(Path(file), image_size)
+    named = re.fullmatch(r"c2i_\w+_(\d{3})", Path(file).stem)
+    if named and image_size not in (None, int(named[1])):
+        raise ValueError(f"image size {image_size} was given, but {file} is for {named[1]} pixels")
     config = llamagen_config(weights, table, str(file), downsample, image_size, n_head)
     with shapes_only():
         generator = Transformer(config)
@@ -200,15 +191,6 @@ def published_settings(config: ModelConfig) -> SamplingSettings:
         if (SIZES[name]["n_layer"], SIZES[name]["width"]) == (config.n_layer, config.width):
             return SamplingSettings(cfg_scale=cfg_scale)
     return SamplingSettings()
-
-
-def _check_file_name(file: Path, image_size: int | None) -> None:
-    """Refuse an image size that contradicts a name such as `c2i_B_384.pt`."""
-    named = re.fullmatch(r"c2i_\w+_(\d{3})", file.stem)
-    if named and image_size not in (None, int(named[1])):
-        raise ValueError(
-            f"image size {image_size} was given, but the name of {file} says {named[1]}"
-        )
 
 
 def _agree(what: str, argument: Any, stored: Any, origin: str) -> Any:

@@ -34,14 +34,8 @@ images = pipeline.sample([0], seed=0)
 def push(directory: Path, repo_id: str, *, private: bool = False, api: Any = None) -> str:
     """Upload a model directory and its card in one commit; returns the repository's address.
 
-    Names of local files and folders are removed from config.json (see public_config).
-
-    Args:
-        directory: a model directory. Its README.md is the card; without one, a card is written
-            from config, settings, classes and results.
-        repo_id: `owner/name`; made if it does not exist.
-        private: whether a repository made here is private.
-        api: in place of `huggingface_hub.HfApi()`, which uses the login of `hf auth login`.
+    The card is the directory's README.md, or else model_card. Names of local files and folders are
+    removed from config.json. `api` replaces `huggingface_hub.HfApi()`.
 
     Raises:
         FileNotFoundError: the directory lacks a file.

@@ -6,12 +6,13 @@ With a zero bank and zero routers every gate is 2 sigmoid(0) = 1 and every row 0
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moveimg.checkpoint import ModelParts, load_model, save_model
+from moveimg.checkpoint import load_model, save_model
 from moveimg.config import ModelConfig
 from moveimg.device import shapes_only
 from moveimg.errors import validate
@@ -20,23 +21,16 @@ from moveimg.model import Transformer
 
 
 def convert_upcycle(source: str | Path, memory: dict[str, Any], out: str | Path) -> ModelConfig:
-    """Write a model directory without memory as one with memory, which appears whole.
+    """Write the dense model directory `source` as one with a memory, which appears whole.
 
-    Args:
-        source: the dense model's directory.
-        memory: settings of the memory, as in a config: `{"kind": "move", "slots": 6}`.
-        out: the directory to make.
-
-    Raises:
-        FileNotFoundError, ValueError: as of load_model and upcycle.
-        FileExistsError: `out` is there already.
+    `memory` holds settings as in a config: `{"kind": "move", "slots": 6}`. Raises FileExistsError
+    where `out` is there already; other errors are those of load_model and upcycle.
     """
     with atomic_directory(out) as temporary:
         parts = load_model(source)
         model = upcycle(parts.generator, memory)
         about = {"source": "upcycled", "from": Path(source).name, "before": parts.about}
-        upcycled = ModelParts(model, parts.tokenizer, parts.class_names, parts.sampling)
-        save_model(temporary, upcycled, about)
+        save_model(temporary, replace(parts, generator=model), about)
     return model.config
 
 
@@ -46,12 +40,9 @@ def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
     Raises ValueError if the model has a memory already, or for settings that are not valid.
     """
     if dense.config.memory.kind != "none":
-        raise ValueError(
-            f"the model has a memory of kind {dense.config.memory.kind!r} already: "
-            "expected a dense one (none)"
-        )
-    settings = dense.config.model_dump() | {"memory": memory}
-    config = validate(ModelConfig, settings, "upcycle")
+        kind = dense.config.memory.kind
+        raise ValueError(f"the model has a memory of kind {kind!r} already: expected none")
+    config = validate(ModelConfig, dense.config.model_dump() | {"memory": memory}, "upcycle")
     if config.memory.kind == "none":
         raise ValueError("upcycle: memory.kind is none: expected lave or move")
     with shapes_only():
