@@ -124,12 +124,12 @@ def read_description(directory: str | Path) -> ModelDescription:
 
 
 def read_model_config(directory: str | Path) -> ModelConfig:
-    """The generator's config of a model directory."""
+    """The generator's config in a model directory."""
     return read_description(directory).model
 
 
 def read_about(directory: str | Path) -> dict[str, Any]:
-    """The notes of a model directory on how it was made."""
+    """The notes in a model directory on how it was made."""
     return read_description(directory).about
 
 
@@ -192,18 +192,18 @@ def check_shapes(
     expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> None:
     """Raise a one-line ValueError that names the first key missing, unknown or misshapen."""
-    if missing := sorted(expected.keys() - shapes.keys()):
-        raise ValueError(f"{origin}: lacks {missing[0]!r}{_and_more(missing)}")
-    if unknown := sorted(shapes.keys() - expected.keys()):
-        raise ValueError(
-            f"{origin}: has {unknown[0][:200]!r}{_and_more(unknown)}, not in the model"
-        )
-    if wrong := [key for key in expected if expected[key] != shapes[key]]:
-        key = wrong[0]
-        raise ValueError(
-            f"{origin}: {key!r} is {list(shapes[key])}, expected {list(expected[key])}"
-            f"{_and_more(wrong)}"
-        )
+    missing, unknown = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
+    wrong = [key for key in expected if expected[key] != shapes.get(key)]
+    if missing:
+        problem = f"lacks {min(missing)!r}"
+    elif unknown:
+        problem = f"has {min(unknown)[:200]!r}, not in the model"
+    elif wrong:
+        problem = f"{wrong[0]!r} is {list(shapes[wrong[0]])}, expected {list(expected[wrong[0]])}"
+    else:
+        return
+    more = len(missing or unknown or wrong) - 1
+    raise ValueError(f"{origin}: {problem}{f' and {more} more' if more else ''}")
 
 
 def require_finite(state: Mapping[str, Any], origin: str) -> None:
@@ -211,7 +211,3 @@ def require_finite(state: Mapping[str, Any], origin: str) -> None:
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{origin}: {key!r} holds NaN or infinite values: damaged weights")
-
-
-def _and_more(keys: list[str]) -> str:
-    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=1024)]  # layers, heads, experts
+Slots = Annotated[int, Field(ge=1, le=256)]
+Keys = Annotated[int, Field(ge=1, le=4096)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
+Side = Annotated[int, Field(ge=1, le=256)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Layers = Literal["alternate", "all"] | tuple[Annotated[int, Field(ge=0, le=1023)], ...]
 
@@ -74,15 +77,9 @@ class MLAConfig(SlotConfig):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a compressed cache."""
 
     kind: Literal["mla"] = "mla"
-    kv_rank: Width = Field(
-        description="d_c, width of the cached latent that keys and values are projected from"
-    )
-    q_rank: Width | None = Field(
-        None, description="width of the queries' own latent; left out: full-rank queries"
-    )
-    rope_dim: Width = Field(
-        description="width of the rotary key, shared by all heads and cached with the latent"
-    )
+    kv_rank: Width = Field(description="d_c, width of the cached latent of keys and values")
+    q_rank: Width | None = Field(None, description="width of the queries' latent; or full rank")
+    rope_dim: Width = Field(description="width of the rotary key, shared by all heads and cached")
 
     def check(self, model: ModelConfig) -> None:
         if self.rope_dim % 4:
@@ -104,9 +101,7 @@ class NoMemoryConfig(SlotConfig):
 class ValueMemoryConfig(SlotConfig):
     """Settings that all value memories share."""
 
-    class_rows: bool = Field(
-        False, description="memory rows for the class token too (default: zero rows there)"
-    )
+    class_rows: bool = Field(False, description="memory rows for the class token, too; else zero")
 
 
 class LaVEConfig(ValueMemoryConfig):
@@ -115,8 +110,7 @@ class LaVEConfig(ValueMemoryConfig):
     kind: Literal["lave"] = "lave"
     layers: Layers = Field(
         "alternate",
-        description="layers with a table: alternate (every second one, the last included; the "
-        "paper's x1), all (x2), or a list of layer indices",
+        description="alternate (every second, the last included: x1), all (x2), or layer indices",
     )
     gate_standard: bool = Field(
         False, description="also gate the standard path V by g_0 (an ablation for LaVE)"
@@ -130,10 +124,8 @@ class MoVEConfig(ValueMemoryConfig):
     """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
 
     kind: Literal["move"] = "move"
-    slots: int = Field(
-        ge=1,
-        le=256,
-        description="M, value embeddings per code; the paper's x1 is n_layer / 2, x2 is n_layer",
+    slots: Slots = Field(
+        description="M, value embeddings per code; the paper's x1 is n_layer / 2, x2 is n_layer"
     )
     gate_standard: bool = Field(True, description="gate the standard path V by g_0")
 
@@ -153,11 +145,8 @@ class SwiGLUConfig(SlotConfig):
     """w2(silu(w1 x) * w3 x), as in Llama."""
 
     kind: Literal["swiglu"] = "swiglu"
-    hidden: int | None = Field(
-        None,
-        ge=1,
-        le=2**20,
-        description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of",
+    hidden: Width | None = Field(
+        None, description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of"
     )
     multiple_of: Width = Field(256, description="a derived hidden width is a multiple of this")
 
@@ -166,13 +155,9 @@ class SparseConfig(SlotConfig):
     """A feed-forward of chosen layers that uses a part of its weights per token."""
 
     layers: Layers = Field(
-        "all",
-        description="layers that have it: all, alternate (every second one, the last included), "
-        "or a list of layer indices",
+        "all", description="all, alternate (every second, the last included), or layer indices"
     )
-    elsewhere: SwiGLUConfig = Field(
-        SwiGLUConfig(), description="the feed-forward of the other layers"
-    )
+    elsewhere: SwiGLUConfig = Field(SwiGLUConfig(), description="that of the other layers")
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
         """The settings of the feed-forward in one layer."""
@@ -188,11 +173,7 @@ class MoEConfig(SparseConfig):
     kind: Literal["moe"] = "moe"
     n_experts: Count = Field(description="routed experts")
     top_k: int = Field(
-        2,
-        ge=2,
-        le=1024,
-        description="experts per token; with one, its weight would always be 1 and the router "
-        "would not learn",
+        2, ge=2, le=1024, description="experts per token; with one, the router would not learn"
     )
     hidden: Width = Field(description="hidden width of an expert")
     shared_hidden: Width = Field(description="hidden width of the shared expert")
@@ -209,9 +190,7 @@ class MoEConfig(SparseConfig):
 class ProductKeyLookup(SparseConfig):
     """Product keys: the k best of n_keys^2 rows, by two searches among n_keys."""
 
-    n_keys: int = Field(
-        1024, ge=1, le=4096, description="keys of each half; the table has n_keys^2 rows"
-    )
+    n_keys: Keys = Field(1024, description="keys of each half; the table has n_keys^2 rows")
     key_heads: Count = Field(4, description="look-ups per token, each with its own query")
     top_k: Count = Field(32, description="rows that a look-up reads")
     key_width: Width = Field(512, description="width of a query, both halves together")
@@ -228,9 +207,7 @@ class ProductKeyConfig(ProductKeyLookup):
     """Product-key memory, Memory+ (arXiv 2412.09764): one value table for all its layers."""
 
     kind: Literal["product_key"] = "product_key"
-    value_width: Width | None = Field(
-        None, description="width of a value; left out: the model's width"
-    )
+    value_width: Width | None = Field(None, description="width of a value; or the model's")
 
 
 class PEERConfig(ProductKeyLookup):
@@ -258,16 +235,14 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 class ModelConfig(Config):
-    """The class-conditional transformer: its size, its codes and its three slots."""
+    """The class-conditional transformer."""
 
     n_layer: Count = Field(description="transformer blocks")
     n_head: Count = Field(description="attention heads")
     width: Width = Field(description="width of the residual stream")
     codebook_size: int = Field(16384, ge=1, le=2**20, description="codes of the tokenizer, V")
     n_classes: int = Field(1000, ge=1, le=10**6, description="classes; the null label is n_classes")
-    grid: tuple[Annotated[int, Field(ge=1, le=256)], Annotated[int, Field(ge=1, le=256)]] = Field(
-        (16, 16), description="rows and columns of codes in an image"
-    )
+    grid: tuple[Side, Side] = Field((16, 16), description="rows and columns of codes in an image")
     attention: AttentionConfig = MHAConfig()
     memory: MemoryConfig = NoMemoryConfig()
     ffn: FeedForwardConfig = SwiGLUConfig()

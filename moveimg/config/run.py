@@ -105,12 +105,8 @@ class RunConfig(Config):
     validate_every: Steps = Field(500, description="steps between held-out losses")
     preview_every: Steps = Field(1000, description="steps between preview images")
     checkpoint_every: Steps = Field(500, description="steps between checkpoints")
-    keep_checkpoints: Steps = Field(
-        2, description="newest checkpoints to keep; the best one is kept as well"
-    )
-    wandb: bool = Field(
-        False, description="also send the TensorBoard logs to Weights & Biases (moveimg[wandb])"
-    )
+    keep_checkpoints: Steps = Field(2, description="newest checkpoints to keep beside the best")
+    wandb: bool = Field(False, description="log to Weights & Biases, too (moveimg[wandb])")
 
 
 class EvaluationConfig(Config):
@@ -161,12 +157,8 @@ class TrainConfig(RunConfig):
         False, description="recompute a block's activations in the backward pass: less memory"
     )
     compile: bool = Field(False, description="torch.compile each block for training")
-    sampling: SamplingSettings = Field(
-        SamplingSettings(), description="for previews, and the model's `sampling.json`"
-    )
-    evaluation: EvaluationConfig | None = Field(
-        None, description="FID and the other metrics at intervals, to TensorBoard"
-    )
+    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews and the model")
+    evaluation: EvaluationConfig | None = Field(None, description="metrics while training")
 
     @model_validator(mode="after")
     def _check_backbone(self) -> TrainConfig:
@@ -179,27 +171,19 @@ class AdversarialConfig(Config):
     """A PatchGAN that judges reconstructions (VQGAN, arXiv 2012.09841)."""
 
     weight: float = Field(
-        0.8,
-        gt=0,
-        le=1e6,
-        description="of the adversarial loss (taming: 0.8; LlamaGen: 0.5, not adaptive)",
+        0.8, gt=0, le=1e6, description="of its loss (taming: 0.8; LlamaGen: 0.5, not adaptive)"
     )
     adaptive: bool = Field(
         True,
         description="times |gradient of the other losses| / |its own| at the decoder's last layer",
     )
-    start: StepsFromZero = Field(
-        20_000, description="the step at which it begins to learn and to judge (LlamaGen: 20000)"
-    )
+    start: StepsFromZero = Field(20_000, description="its first step (LlamaGen: 20000)")
     lr: LearningRate = Field(
         1e-4, description="its learning rate, under the run's warm-up and schedule"
     )
     width: Width = Field(64, description="channels of its first layer")
     n_layers: int = Field(
-        3,
-        ge=1,
-        le=8,
-        description="layers that halve the resolution after the first; a patch of 3 is 70 pixels",
+        3, ge=1, le=8, description="halving layers after the first; a patch of 3 is 70 pixels"
     )
 
 

@@ -29,10 +29,7 @@ class SamplingSettings(Config):
         "constant", description="how guidance grows from 1 to cfg_scale along the codes"
     )
     cfg_power: float = Field(
-        2.75,
-        gt=0,
-        le=100,
-        description="exponent of the power-cosine schedule; larger guides later",
+        2.75, gt=0, le=100, description="exponent of power-cosine; larger guides later"
     )
     cfg_start: Rate = Field(
         0.0, description="fraction of the codes drawn without guidance before it starts"
