@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 import tokenizer as vq
 from moveimg.config import ModelConfig, SamplingSettings
@@ -32,8 +33,6 @@ ClassNames = TypeAdapter(list[Annotated[str, Field(strict=True, max_length=256)]
 
 class ModelDescription(BaseModel):
     """The content of config.json."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     format: Literal[1]
     tokenizer: str | None = None  # fingerprint
@@ -63,13 +62,18 @@ def save_model(directory: str | Path, parts: ModelParts, about: dict[str, Any]) 
     stored = read_json(path) if path.is_file() else None
     if not isinstance(stored, dict) or stored.get("tokenizer") != fingerprint:
         vq.save(parts.tokenizer, directory / "tokenizer")
-    state = parts.generator.state_dict()
-    with atomic(directory / "model.safetensors") as temporary:
-        save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary)
+    save_weights(parts.generator, directory / "model.safetensors")
     write_json(directory / "classes.json", parts.class_names)
     write_json(directory / "sampling.json", parts.sampling.model_dump())
     config = parts.generator.config.model_dump(mode="json")
     write_json(path, {"format": 1, "tokenizer": fingerprint, "model": config, "about": about})
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write every weight of a module into one safetensors file, atomically."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_model(

@@ -235,7 +235,8 @@ class Pipeline:
 
     def _check_guidance(self, settings: SamplingSettings) -> None:
         """Warn, once, of guidance by a null label that was never trained."""
-        run = self.about.get("run") or (self.about.get("before") or {}).get("run")
+        before = self.about.get("before")  # of an upcycled model
+        run = (before if isinstance(before, dict) else self.about).get("run")
         untrained = isinstance(run, dict) and run.get("class_dropout") == 0
         if untrained and settings.cfg_scale != 1 and not self._warned:
             self._warned = True

@@ -111,7 +111,7 @@ def model_card(directory: Path, repo_id: str) -> str:
         f"## Classes ({len(names)})\n\n{list_names(names, 20)}",
     ]
     if isinstance(results := about.get("val"), dict):
-        figures = {key: f"{value:.4f}" for key, value in results.items()}
+        figures = {k: f"{v:.4f}" for k, v in results.items() if isinstance(v, int | float)}
         title = f"Results (held out, after {about.get('step')} steps)"
         sections.append(f"## {title}\n\n{_table(figures)}")
     return str(ModelCard("\n\n".join(sections) + "\n"))
