@@ -47,11 +47,8 @@ class Pipeline:
         compile: bool = False,
         name: str = "",
     ) -> None:
-        self.generator = parts.generator
-        self.tokenizer = parts.tokenizer
-        self.class_names = parts.class_names
-        self.sampling = parts.sampling
-        self.about = parts.about
+        self.generator, self.tokenizer = parts.generator, parts.tokenizer
+        self.class_names, self.sampling, self.about = parts.class_names, parts.sampling, parts.about
         self.device, self.quantize, self.compile, self.name = device, quantize, compile, name
         self._prepared: tuple[tuple, Transformer] | None = None
         self._warned = False
@@ -79,7 +76,7 @@ class Pipeline:
 
         Raises:
             FileNotFoundError: there is no such model, or it cannot be downloaded.
-            ValueError: it is damaged, or the device or dtype cannot be used.
+            ValueError: it is damaged, or an option cannot be used.
         """
         where = pick_device(device)
         parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where))
@@ -89,13 +86,12 @@ class Pipeline:
         return pipeline
 
     def __repr__(self) -> str:
-        config, weights = self.generator.config, self.generator.parameters()
-        millions = sum(p.numel() for p in weights) / 1e6
-        dtype = str(self.generator.head.weight.dtype).removeprefix("torch.")
+        config, head = self.generator.config, self.generator.head.weight
+        millions = sum(p.numel() for p in self.generator.parameters()) / 1e6
         return (
             f"Pipeline({self.name!r}: {len(self.class_names)} classes, {millions:.1f}M parameters, "
             f"memory {config.memory.kind}, {config.grid[0]} x {config.grid[1]} codes of "
-            f"{config.codebook_size}, {dtype} on {self.device})"
+            f"{config.codebook_size}, {str(head.dtype).removeprefix('torch.')} on {self.device})"
         )
 
     @property
@@ -110,10 +106,7 @@ class Pipeline:
         return self._prepared[1]
 
     def label(self, name_or_index: str | int) -> int:
-        """The label of a class: its index, its name, one of its synonyms, or an unambiguous part.
-
-        Raises ValueError for an unknown class, an index out of range, or an ambiguous text.
-        """
+        """The label of a class by its index, name, synonym or unambiguous part (see find_label)."""
         return find_label(self.class_names, name_or_index)
 
     def search_classes(self, part: str) -> list[int]:
@@ -144,11 +137,10 @@ class Pipeline:
             batch_size: images generated at once; more is faster and needs more memory.
             options: fields of SamplingSettings; those left out are the model's own.
         """
-        labels = self._labels(classes)
+        settings, labels = self.settings(**options), self._labels(classes)
         if not 1 <= num <= MAX_IMAGES // len(labels):
             raise ValueError(f"num {num}: expected 1..{MAX_IMAGES // len(labels)}")
-        labels = labels.repeat_interleave(num)
-        batches = self._batches(labels, self.settings(**options), seed, batch_size)
+        batches = self._batches(labels.repeat_interleave(num), settings, seed, batch_size)
         return [image for codes in batches for image in self.decode(codes)]
 
     def sample_codes(
@@ -165,8 +157,7 @@ class Pipeline:
         The tensor is the same each time, and is filled from the left.
         """
         self._check_guidance(settings)
-        labels = self._labels(classes)
-        length = self.generator.config.seq_len
+        labels, length = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
         rngs = image_rngs(range(seed, seed + len(labels)))
         for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs)):
@@ -174,17 +165,11 @@ class Pipeline:
             yield position + 1, codes
 
     def stream(
-        self,
-        classes: Classes,
-        settings: SamplingSettings,
-        *,
-        seed: int = 0,
-        every: int | None = None,
+        self, classes: Classes, settings: SamplingSettings, *, seed: int = 0, every: int = 0
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Growing images: (codes drawn so far, images) after every `every` codes.
+        """Growing images: (codes drawn so far, images) after every `every` codes (0: a row).
 
-        Left out, `every` is one row of the grid. Codes still to come are shown as mid-grey. The
-        last item holds the finished images; to stop early, stop iterating.
+        Codes still to come are shown as mid-grey. To stop early, stop iterating.
         """
         every = every or self.generator.config.grid[1]
         for done, codes in self.iter_codes(classes, settings, seed=seed):
@@ -228,9 +213,8 @@ class Pipeline:
         image_rngs([seed, seed + len(labels) - 1])  # refuse a bad seed before the first batch
         self._check_guidance(settings)
         for batch in labels.split(min(batch_size, len(labels))):
-            yield sample_codes(
-                self.decoder, batch, settings, image_rngs(range(seed, seed + len(batch)))
-            )
+            rngs = image_rngs(range(seed, seed + len(batch)))
+            yield sample_codes(self.decoder, batch, settings, rngs)
             seed += len(batch)
 
     def _check_guidance(self, settings: SamplingSettings) -> None:

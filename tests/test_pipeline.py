@@ -72,7 +72,7 @@ def test_classes_by_index_name_synonym_and_part():
         (NAMES, 5, "class 5: expected 0..4"),
         (NAMES, 10**30, "0..4"),
         (NAMES, "-1", "class -1: expected 0..4"),
-        (NAMES, "crane", "2 ('crane'), 3 ('crane')"),
+        (NAMES, "crane", "2 (crane), 3 (crane)"),
         (["01", "02", "03"], "1", "'1' is ambiguous"),
         (["01", "02", "03"], "0", "'0' is ambiguous"),
         (["b", "01"], "1", "'1' is ambiguous"),
