@@ -34,7 +34,7 @@ class SlotConfig(Config):
         """Raise a one-line ValueError where the slot does not fit the model around it."""
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
-        """The settings of this slot in one layer; only feed-forwards differ between layers."""
+        """The settings of this slot in one layer."""
         return self
 
 
@@ -57,9 +57,6 @@ def check_layers(name: str, layers: Layers, n_layer: int) -> None:
         )
 
 
-# --- attention -----------------------------------------------------------------------------
-
-
 class MHAConfig(SlotConfig):
     """Multi-head attention; keys and values of every head are cached."""
 
@@ -68,8 +65,8 @@ class MHAConfig(SlotConfig):
     def check(self, model: ModelConfig) -> None:
         if model.head_dim % 4:
             raise ValueError(
-                f"width {model.width} over {model.n_head} heads: the width of a head must be a "
-                "multiple of 4 (2D rotary positions rotate pairs in each of its two halves)"
+                f"width {model.width} over {model.n_head} heads: {model.head_dim} per head must be "
+                "a multiple of 4 (2D rotary positions)"
             )
 
 
@@ -83,13 +80,7 @@ class MLAConfig(SlotConfig):
 
     def check(self, model: ModelConfig) -> None:
         if self.rope_dim % 4:
-            raise ValueError(
-                f"attention.rope_dim {self.rope_dim} must be a multiple of 4 (2D rotary positions "
-                "rotate pairs in each of its two halves)"
-            )
-
-
-# --- memory --------------------------------------------------------------------------------
+            raise ValueError(f"attention.rope_dim {self.rope_dim} must be a multiple of 4")
 
 
 class NoMemoryConfig(SlotConfig):
@@ -130,15 +121,12 @@ class MoVEConfig(ValueMemoryConfig):
     gate_standard: bool = Field(True, description="gate the standard path V by g_0")
 
     def check(self, model: ModelConfig) -> None:
-        latent = model.attention
-        if isinstance(latent, MLAConfig) and latent.kv_rank % model.n_head:
+        rank = model.attention.kv_rank if isinstance(model.attention, MLAConfig) else 0
+        if rank % model.n_head:
             raise ValueError(
-                f"attention.kv_rank {latent.kv_rank} over {model.n_head} heads: must be a "
-                "multiple of n_head (MoVE cuts the latent into one chunk per head)"
+                f"attention.kv_rank {rank} over {model.n_head} heads: must be a multiple of n_head "
+                "(MoVE cuts the latent into one chunk per head)"
             )
-
-
-# --- feed-forward --------------------------------------------------------------------------
 
 
 class SwiGLUConfig(SlotConfig):
@@ -200,7 +188,7 @@ class ProductKeyLookup(SparseConfig):
         if self.top_k > self.n_keys:
             raise ValueError(f"ffn.top_k {self.top_k}: expected 1..n_keys ({self.n_keys})")
         if self.key_width % 2:
-            raise ValueError(f"ffn.key_width {self.key_width} must be even (it has two halves)")
+            raise ValueError(f"ffn.key_width {self.key_width} must be even")
 
 
 class ProductKeyConfig(ProductKeyLookup):
@@ -267,9 +255,7 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _check_consistency(self) -> ModelConfig:
         if self.width % self.n_head:
-            raise ValueError(
-                f"width {self.width} over {self.n_head} heads: must be a multiple of n_head"
-            )
+            raise ValueError(f"width {self.width} over {self.n_head} heads: expected a multiple")
         if self.seq_len > 2**14:
             raise ValueError(f"grid {list(self.grid)}: expected at most {2**14} codes")
         for slot in (self.attention, self.memory, self.ffn):

@@ -41,10 +41,8 @@ class ImagesConfig(Config):
     ranges: tuple[Annotated[float, Field(ge=1, le=16)], ...] = Field(
         (1.0,), min_length=1, max_length=64, description="each view is cut from size * range pixels"
     )
-    val_fraction: float | None = Field(
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        gt=0,
-        lt=1,
         description="share of the training images held out as the validation split; left out: the "
         "source's own validation or test split, or 0.2 of a folder without one",
     )
@@ -70,9 +68,7 @@ class OptimizerConfig(Config):
     """AdamW or Muon; weight decay falls on tensors of two or more dimensions only."""
 
     kind: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon: torch's Muon for the matrices of the blocks, AdamW for all else; the "
-        "same lr and weight_decay serve both (arXiv 2502.16982)",
+        "adamw", description="muon: for the blocks' matrices, AdamW for the rest (arXiv 2502.16982)"
     )
     lr: LearningRate = Field(1e-4, description="peak learning rate (LlamaGen: 1e-4 per 256 images)")
     betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="Adam's moment decays")
@@ -113,9 +109,7 @@ class EvaluationConfig(Config):
     """Scores of a small sample set during training, by the functions of `moveimg evaluate`."""
 
     every: Steps = Field(description="steps between scores; the last step is scored, too")
-    images: int = Field(
-        1000, ge=4, le=10**6, description="samples; FIDs compare only at equal numbers of samples"
-    )
+    images: int = Field(1000, ge=4, le=10**6, description="samples; FID depends on their number")
     reference: Text = Field(description="imagenet256, an .npz of real training images, or `digits`")
     extractor: FilePath | None = Field(
         None, description="a classifier of --make-extractor; for `digits` the bundled one"
@@ -131,24 +125,20 @@ class TrainConfig(RunConfig):
     data: DataConfig
     model: ModelConfig
     init_from: FilePath | None = Field(
-        None,
-        description="start from this model's weights (a directory or a name); settings of `model` "
-        "that are left out are its own",
+        None, description="start from this model; settings of `model` left out are its own"
     )
     train: Literal["all", "memory"] = Field(
-        "all", description="parameters that learn: all, or the value memory (bank and routers) only"
+        "all", description="what learns: all, or the value memory (bank and routers) alone"
     )
     class_dropout: Probability = Field(
         0.1, description="share of labels replaced by the null label, for guidance"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="autocast type of the forward pass; auto: bfloat16 on CUDA from capability 8.0",
+        "auto", description="of autocast; auto: bfloat16 on CUDA from capability 8.0"
     )
     micro_batch: BatchSize | None = Field(
         None,
-        description="images per forward pass; a step accumulates the gradients of batch_size / "
-        "micro_batch passes, divided among the processes; left out: the whole batch",
+        description="images per forward pass; gradients are accumulated over batch_size images",
     )
     distributed: Literal["ddp", "fsdp"] = Field(
         "ddp", description="several processes: replicated (ddp) or sharded weights (FSDP2)"
@@ -198,9 +188,7 @@ class TokenizerTrainConfig(RunConfig):
         0.0, description="weight of LPIPS (LlamaGen, taming: 1); downloads 528 MiB at first use"
     )
     perceptual_folder: FilePath | None = Field(
-        None,
-        description="torch.hub folder with LPIPS's weights in its checkpoints/; left out: torch's "
-        "own, ~/.cache/torch/hub",
+        None, description="torch.hub folder of LPIPS's weights; left out: ~/.cache/torch/hub"
     )
     adversarial: AdversarialConfig | None = Field(None, description="left out: no discriminator")
     dtype: Literal["float32", "bfloat16"] = Field(
