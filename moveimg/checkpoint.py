@@ -91,12 +91,9 @@ def load_model(
     directory = Path(directory)
     description = read_description(directory)
     config = description.model
-    path = directory / "classes.json"
-    names = validate(ClassNames, read_json(path), str(path))
+    names, sampling = read_class_names(directory), read_sampling(directory)
     if len(names) != config.n_classes:
-        raise ValueError(f"{path}: {len(names)} class names, expected {config.n_classes}")
-    path = directory / "sampling.json"
-    sampling = validate(SamplingSettings, read_json(path), str(path))
+        raise ValueError(f"{directory}: {len(names)} class names, expected {config.n_classes}")
     generator = _load_generator(config, directory / "model.safetensors", device, dtype)
     precise = torch.promote_types(dtype, torch.float32)
     tokenizer = vq.load(directory / "tokenizer", device=device, dtype=precise)
@@ -135,6 +132,18 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 def read_about(directory: str | Path) -> dict[str, Any]:
     """The notes in a model directory on how it was made."""
     return read_description(directory).about
+
+
+def read_class_names(directory: str | Path) -> list[str]:
+    """The class names in a model directory."""
+    path = Path(directory) / "classes.json"
+    return validate(ClassNames, read_json(path), str(path))
+
+
+def read_sampling(directory: str | Path) -> SamplingSettings:
+    """The sampling settings in a model directory."""
+    path = Path(directory) / "sampling.json"
+    return validate(SamplingSettings, read_json(path), str(path))
 
 
 def load_generator(

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moveimg.checkpoint import read_description
+from moveimg.checkpoint import read_class_names, read_description, read_sampling
 from moveimg.errors import list_names
 from moveimg.files import read_json, read_text, write_json, write_text
 from moveimg.model.cost import model_cost
@@ -90,7 +90,7 @@ def model_card(directory: Path, repo_id: str) -> str:
 
     description = read_description(directory)
     config, about = description.model, description.about
-    names, sampling = (read_json(directory / f"{part}.json") for part in ("classes", "sampling"))
+    names, sampling = read_class_names(directory), read_sampling(directory).model_dump()
     cost = model_cost(config)
     architecture = {
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.width}",
