@@ -75,7 +75,9 @@ class MLAConfig(SlotConfig):
 
     kind: Literal["mla"] = "mla"
     kv_rank: Width = Field(description="d_c, width of the cached latent of keys and values")
-    q_rank: Width | None = Field(None, description="width of the queries' latent; or full rank")
+    q_rank: Width | None = Field(
+        None, description="width of the queries' latent; left out: full rank"
+    )
     rope_dim: Width = Field(description="width of the rotary key, shared by all heads and cached")
 
     def check(self, model: ModelConfig) -> None:
@@ -92,7 +94,9 @@ class NoMemoryConfig(SlotConfig):
 class ValueMemoryConfig(SlotConfig):
     """Settings that all value memories share."""
 
-    class_rows: bool = Field(False, description="memory rows for the class token, too; else zero")
+    class_rows: bool = Field(
+        False, description="memory rows for the class token, too; else zero rows"
+    )
 
 
 class LaVEConfig(ValueMemoryConfig):
@@ -145,7 +149,9 @@ class SparseConfig(SlotConfig):
     layers: Layers = Field(
         "all", description="all, alternate (every second, the last included), or layer indices"
     )
-    elsewhere: SwiGLUConfig = Field(SwiGLUConfig(), description="that of the other layers")
+    elsewhere: SwiGLUConfig = Field(
+        SwiGLUConfig(), description="the feed-forward of the other layers"
+    )
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
         """The settings of the feed-forward in one layer."""
@@ -195,7 +201,7 @@ class ProductKeyConfig(ProductKeyLookup):
     """Product-key memory, Memory+ (arXiv 2412.09764): one value table for all its layers."""
 
     kind: Literal["product_key"] = "product_key"
-    value_width: Width | None = Field(None, description="width of a value; or the model's")
+    value_width: Width | None = Field(None, description="width of a value; left out: the model's")
 
 
 class PEERConfig(ProductKeyLookup):

@@ -68,7 +68,8 @@ class OptimizerConfig(Config):
     """AdamW or Muon; weight decay falls on tensors of two or more dimensions only."""
 
     kind: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: for the blocks' matrices, AdamW for the rest (arXiv 2502.16982)"
+        "adamw",
+        description="muon: Muon for the blocks' matrices, AdamW for the rest (arXiv 2502.16982)",
     )
     lr: LearningRate = Field(1e-4, description="peak learning rate (LlamaGen: 1e-4 per 256 images)")
     betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="Adam's moment decays")
@@ -101,7 +102,7 @@ class RunConfig(Config):
     validate_every: Steps = Field(500, description="steps between held-out losses")
     preview_every: Steps = Field(1000, description="steps between preview images")
     checkpoint_every: Steps = Field(500, description="steps between checkpoints")
-    keep_checkpoints: Steps = Field(2, description="newest checkpoints to keep beside the best")
+    keep_checkpoints: Steps = Field(2, description="newest checkpoints kept beside the best one")
     wandb: bool = Field(False, description="log to Weights & Biases, too (moveimg[wandb])")
 
 
@@ -134,11 +135,12 @@ class TrainConfig(RunConfig):
         0.1, description="share of labels replaced by the null label, for guidance"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of autocast; auto: bfloat16 on CUDA from capability 8.0"
+        "auto",
+        description="autocast type; auto: bfloat16 on CUDA from capability 8.0, else float32",
     )
     micro_batch: BatchSize | None = Field(
         None,
-        description="images per forward pass; gradients are accumulated over batch_size images",
+        description="images per forward pass; gradients are accumulated up to batch_size",
     )
     distributed: Literal["ddp", "fsdp"] = Field(
         "ddp", description="several processes: replicated (ddp) or sharded weights (FSDP2)"
@@ -147,8 +149,12 @@ class TrainConfig(RunConfig):
         False, description="recompute a block's activations in the backward pass: less memory"
     )
     compile: bool = Field(False, description="torch.compile each block for training")
-    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews and the model")
-    evaluation: EvaluationConfig | None = Field(None, description="metrics while training")
+    sampling: SamplingSettings = Field(
+        SamplingSettings(), description="sampling settings of previews and of the saved model"
+    )
+    evaluation: EvaluationConfig | None = Field(
+        None, description="scores at intervals while training; left out: none"
+    )
 
     @model_validator(mode="after")
     def _check_backbone(self) -> TrainConfig:
@@ -161,19 +167,24 @@ class AdversarialConfig(Config):
     """A PatchGAN that judges reconstructions (VQGAN, arXiv 2012.09841)."""
 
     weight: float = Field(
-        0.8, gt=0, le=1e6, description="of its loss (taming: 0.8; LlamaGen: 0.5, not adaptive)"
+        0.8,
+        gt=0,
+        le=1e6,
+        description="weight of its loss (taming: 0.8; LlamaGen: 0.5, not adaptive)",
     )
     adaptive: bool = Field(
         True,
-        description="times |gradient of the other losses| / |its own| at the decoder's last layer",
+        description="scale its loss by |other losses' gradient| / |its own| at the decoder's last layer",
     )
-    start: StepsFromZero = Field(20_000, description="its first step (LlamaGen: 20000)")
+    start: StepsFromZero = Field(
+        20_000, description="step from which it learns and is used (LlamaGen: 20000)"
+    )
     lr: LearningRate = Field(
         1e-4, description="its learning rate, under the run's warm-up and schedule"
     )
     width: Width = Field(64, description="channels of its first layer")
     n_layers: int = Field(
-        3, ge=1, le=8, description="halving layers after the first; a patch of 3 is 70 pixels"
+        3, ge=1, le=8, description="halving layers after the first; with 3, a patch is 70 pixels"
     )
 
 
@@ -190,7 +201,9 @@ class TokenizerTrainConfig(RunConfig):
     perceptual_folder: FilePath | None = Field(
         None, description="torch.hub folder of LPIPS's weights; left out: ~/.cache/torch/hub"
     )
-    adversarial: AdversarialConfig | None = Field(None, description="left out: no discriminator")
+    adversarial: AdversarialConfig | None = Field(
+        None, description="the discriminator; left out: none"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="autocast type of the forward pass"
     )
