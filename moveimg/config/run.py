@@ -174,7 +174,7 @@ class AdversarialConfig(Config):
     )
     adaptive: bool = Field(
         True,
-        description="scale its loss by |other losses' gradient| / |its own| at the decoder's last layer",
+        description="scale its loss by |other losses' gradient| / |its own| at the last layer",
     )
     start: StepsFromZero = Field(
         20_000, description="step from which it learns and is used (LlamaGen: 20000)"
