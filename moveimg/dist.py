@@ -114,6 +114,8 @@ def processes(device: str | None) -> Iterator[World]:
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in LOST):
             raise
+        if rank != 0:  # rank 0 says what happened, unless it is the one that is gone
+            time.sleep(GRACE)
         why = " ".join(str(error).split())[:200]  # nccl's own failures, too, come this way
         raise ValueError(
             f"process {rank} of {size}: another process of this run ended ({why})"
