@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left; in a log file, a line now and then."""
+"""A progress bar with rate and time left; in a log file, a line every 15 seconds."""
 
 from __future__ import annotations
 
