@@ -12,8 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moveimg.inspection.bank import _gradient_norms
-from moveimg.inspection.maps import bank_maps, without_bank
+from moveimg.inspect import _gradient_norms, bank_maps, without_bank
 from moveimg.model import fused_bank, fused_mix, memory
 from moveimg.model.fused_bank import INTERPRETED
 from moveimg.model.fused_mix import look_up, mix
