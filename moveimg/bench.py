@@ -1,8 +1,7 @@
-"""How fast sampling, encoding and training are here, beside what the machine allows.
+"""How fast sampling, encoding and training are here, beside the limits of the machine.
 
-The limits are memory bandwidth and matrix rate, measured in the same run. A share is the least
-time of the work at a limit over the measured time: the bytes that must be read at the bandwidth,
-or the FLOPs of the products at the rate of products of their shapes.
+The limits are the memory bandwidth and the rate of matrix products, measured in the same run. A
+share is the least time that the work can take at a limit over the measured time.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import tokenizer as vq
 from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
@@ -36,7 +35,7 @@ from moveimg.training.loop import Run
 from moveimg.training.parallel import plan
 
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than any cache holds
-ROWS_OF_A_CONVOLUTION = 4096  # more would measure the same rate for longer
+MAX_ROWS = 4096  # of a product whose rate is measured; more would give the same rate
 UNITS = {
     "images_per_second": "images per second",
     "codes_per_second": "codes per second",
@@ -45,10 +44,27 @@ UNITS = {
     "seconds": "seconds",
 }
 Shapes = list[tuple[int, int, int]]  # rows, in, out of matrix products
-Layout = Callable[[nn.Linear], nn.Module]
 
 
-# --- the three workloads ---------------------------------------------------------------------
+@dataclass(frozen=True)
+class Workload:
+    """A call to time: its images and codes, and the least work that it needs.
+
+    Attributes:
+        read: bytes that must be read.
+        flops: of the matrix products.
+        shapes, dtype: of those products.
+        layout: makes of a linear layer the module that multiplies.
+    """
+
+    call: Callable[[], Any]
+    images: int
+    codes: int
+    read: float
+    flops: float
+    shapes: Shapes
+    dtype: torch.dtype
+    layout: Callable[[nn.Linear], nn.Module] = lambda linear: linear
 
 
 def bench_sample(
@@ -61,8 +77,8 @@ def bench_sample(
 ) -> dict[str, Any]:
     """Draw the codes of `batch_size` images, `repeats` times.
 
-    Least bytes: every matrix once per decoding step, and the filled part of the cache. Least FLOPs:
-    those of all rows, two per image with guidance.
+    Every decoding step reads every matrix and the filled part of the cache. With guidance an image
+    is two rows.
     """
     config = model.config
     fast, rngs = decoding_model(model, quantize), image_rngs(range(batch_size))
@@ -76,22 +92,17 @@ def bench_sample(
                 synchronize(device)
                 first_rows.append(time.perf_counter() - begun)
 
-    seconds, peak = measure(draw, device, repeats)
     rows, length = batch_size * (1 if settings.cfg_scale == 1 else 2), config.seq_len
-    context = (length + 1) / 2
-    dtype = model.head.weight.dtype
+    context, dtype = (length + 1) / 2, model.head.weight.dtype
+    shapes = linear_shapes(model, rows)
     cached = sum(layer.numel_per_token() for layer in model.make_cache(1).layers)
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    weight_bytes = matrices * (1 if quantize == "int8" else dtype.itemsize)
-    rate = matrix_rate(
-        linear_shapes(model, rows), dtype, device, linear_kind(model.head.weight, quantize)
-    )
-    return summarize(
-        "sample", batch_size, batch_size * length, seconds, peak, draw,
-        read=length * (weight_bytes + rows * context * cached * dtype.itemsize),
-        flops=length * rows * token_flops(model, context, decoding=True),
-        bandwidth=memory_bandwidth(device), rate=rate,
-    ) | {"first_row_seconds": spread(first_rows[-repeats:])}  # fmt: skip
+    weight_bytes = sum(k * n for _, k, n in shapes) * (1 if quantize else dtype.itemsize)
+    read = length * (weight_bytes + rows * context * cached * dtype.itemsize)
+    flops = length * rows * token_flops(model, context, decoding=True)
+    layout = linear_kind(model.head.weight, quantize)
+    work = Workload(draw, batch_size, batch_size * length, read, flops, shapes, dtype, layout)
+    result = {"what": "sample"} | measure(work, device, repeats)
+    return result | {"first_row_seconds": spread(first_rows[-repeats:])}
 
 
 def bench_encode(
@@ -102,7 +113,7 @@ def bench_encode(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Encode a batch as `moveimg encode` does, `repeats` times; images are neither read nor cut.
+    """Encode a batch of views as `moveimg encode` does, `repeats` times, without reading images.
 
     `batch_size` uint8 views of `size` x `size` pixels become codes; `dtype` is autocast's.
     """
@@ -115,29 +126,23 @@ def bench_encode(
     shapes: Shapes = []
 
     def note(module: nn.Conv2d, args: Any, out: Tensor) -> None:
-        rows = min(out.numel() // out.shape[1], ROWS_OF_A_CONVOLUTION)
-        shapes.append((rows, module.weight[0].numel(), module.out_channels))
+        shapes.append((out.numel() // out.shape[1], module.weight[0].numel(), out.shape[1]))
 
-    convolutions = [m for m in tokenizer.modules() if isinstance(m, nn.Conv2d)]
-    handles = [module.register_forward_hook(note) for module in convolutions]
-    winograd = {torch.ops.aten._nnpack_spatial_convolution: _convolution_flops}
-    with FlopCounterMode(display=False, custom_mapping=winograd) as counter:
-        tokenizer.encode(normalize(views.to(device)))
+    handles = [
+        module.register_forward_hook(note)
+        for module in tokenizer.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    tokenizer.encode(normalize(views.to(device)))
     for handle in handles:
         handle.remove()
-    seconds, peak = measure(lambda: encode(views), device, repeats)
     weights = list(tokenizer.parameters())
-    return summarize(
-        "encode", batch_size, batch_size * side * side, seconds, peak, lambda: encode(views),
-        read=sum(p.numel() * p.element_size() for p in weights),
-        flops=counter.get_total_flops(), bandwidth=memory_bandwidth(device),
-        rate=matrix_rate(shapes, dtype or weights[0].dtype, device),
-    )  # fmt: skip
-
-
-def _convolution_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """FLOPs of a Winograd convolution, counted as those of the direct one."""
-    return conv_flop_count(list(x), list(weight), list(out_shape))
+    read = sum(p.numel() * p.element_size() for p in weights)
+    flops = sum(2.0 * rows * k * n for rows, k, n in shapes)
+    codes = batch_size * side * side
+    work = Workload(lambda: encode(views), batch_size, codes, read, flops, shapes,
+                    dtype or weights[0].dtype)  # fmt: skip
+    return {"what": "encode"} | measure(work, device, repeats)
 
 
 class RandomCodes:
@@ -170,20 +175,38 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> dict
     parallel = plan(config, World(device=device))
     codes: Any = RandomCodes(config.model, config.batch_size)
     tokenizer: Any = None  # previews alone need one
-    run = Run(GeneratorTask(config, model, tokenizer, codes, codes, parallel), config, device,
-              parallel)  # fmt: skip
-    seconds, peak = measure(run.advance, device, repeats)
+    task = GeneratorTask(config, model, tokenizer, codes, codes, parallel)
+    run = Run(task, config, device, parallel)
     tokens = config.batch_size * config.model.seq_len
+    flops = 3 * tokens * token_flops(model, (config.model.seq_len + 1) / 2)
     shapes = linear_shapes(model, tokens // parallel.parts)
-    result = summarize(
-        "train", config.batch_size, tokens, seconds, peak, run.advance, read=0,
-        flops=3 * tokens * token_flops(model, (config.model.seq_len + 1) / 2),
-        bandwidth=memory_bandwidth(device), rate=matrix_rate(shapes, parallel.dtype, device),
-    )  # fmt: skip
-    return result | {"steps_per_second": spread([1 / s for s in seconds])}
+    work = Workload(run.advance, config.batch_size, tokens, 0, flops, shapes, parallel.dtype)
+    result = {"what": "train"} | measure(work, device, repeats)
+    rate = {key: value / config.batch_size for key, value in result["images_per_second"].items()}
+    return result | {"steps_per_second": rate}
 
 
-# --- measuring -------------------------------------------------------------------------------
+def measure(work: Workload, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Seconds, rates and peak memory of a workload, the limits, and the shares reached."""
+    seconds = time_calls(work.call, device, repeats)
+    peak, median = peak_memory(device), statistics.median(seconds)  # before limits are measured
+    bandwidth = memory_bandwidth(device)
+    rate = matrix_rate(work, device)
+    return {
+        "images": work.images,
+        "seconds": spread(seconds),
+        "images_per_second": spread([work.images / s for s in seconds]),
+        "codes_per_second": spread([work.codes / s for s in seconds]),
+        "peak_memory": peak,
+        "limit": {
+            "bytes": work.read,
+            "flops": work.flops,
+            "bytes_per_second": bandwidth,
+            "flops_per_second": rate,
+        },
+        "share": {"bytes": work.read / bandwidth / median, "flops": work.flops / rate / median},
+        "call": work.call,
+    }
 
 
 def synchronize(device: torch.device) -> None:
@@ -193,18 +216,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_calls(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after two that are not counted (compilation, caches).
+    """Seconds of each of `repeats` calls, after one that is not counted.
 
-    torch.utils.benchmark.Timer would repeat its own warm-up before every single measurement.
+    torch.utils.benchmark.Timer would warm up by two calls before every single measurement.
     """
     call()
+    if device.type == "cuda":
+        call()  # a compiled step is recorded at its second call
     synchronize(device)
     return timeit.repeat(lambda: (call(), synchronize(device)), number=1, repeat=repeats)
-
-
-def measure(call: Callable[[], Any], device: torch.device, repeats: int) -> tuple[list[float], int]:
-    """Seconds of each call, and the peak memory in bytes (before the limits are measured)."""
-    return time_calls(call, device, repeats), peak_memory(device)
 
 
 def memory_bandwidth(device: torch.device) -> float:
@@ -214,24 +234,22 @@ def memory_bandwidth(device: torch.device) -> float:
     return 4 * n / statistics.median(time_calls(data.sum, device, 7))
 
 
-def matrix_rate(
-    shapes: Shapes, dtype: torch.dtype, device: torch.device, layout: Layout = lambda linear: linear
-) -> float:
-    """FLOPs per second of products W [n, k] x [k, rows] over all shapes in turn.
+def matrix_rate(work: Workload, device: torch.device) -> float:
+    """FLOPs per second of the products of a workload's shapes in turn, the median of seven.
 
-    Each shape has a matrix of its own, so that small ones do not stay in a cache that the model's
-    would not stay in. `layout` makes of a linear layer the module to measure, whose `takes` is its
-    input's dtype, where it is another.
+    Each shape has a matrix of its own: as in the model, small ones do not stay in a cache.
     """
-    products = []
-    for rows, k, n in shapes:
-        linear = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
-        product = layout(linear)
-        x = torch.randn(rows, k, device=device).to(getattr(product, "takes", dtype))
+    products, flops = [], 0.0
+    for rows, k, n in work.shapes:
+        rows = min(rows, MAX_ROWS)
+        linear = nn.Linear(k, n, bias=False, device=device, dtype=work.dtype).requires_grad_(False)
+        product = work.layout(linear)
+        x = torch.randn(rows, k, device=device).to(getattr(product, "takes", work.dtype))
         products.append((product, x))
+        flops += 2.0 * rows * k * n
     with torch.inference_mode():
         seconds = time_calls(lambda: [product(x) for product, x in products], device, 7)
-    return sum(2.0 * rows * k * n for rows, k, n in shapes) / statistics.median(seconds)
+    return flops / statistics.median(seconds)
 
 
 def linear_shapes(model: nn.Module, rows: int) -> Shapes:
@@ -245,67 +263,30 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def summarize(
-    workload: str,
-    images: int,
-    codes: int,
-    seconds: list[float],
-    peak: int,
-    call: Callable[[], Any],
-    *,
-    read: float,
-    flops: float,
-    bandwidth: float,
-    rate: float,
-) -> dict[str, Any]:
-    """Rates, the limits, and the shares of the limits that were reached."""
-    median = statistics.median(seconds)
-    return {
-        "what": workload,
-        "images": images,
-        "seconds": spread(seconds),
-        "images_per_second": spread([images / s for s in seconds]),
-        "codes_per_second": spread([codes / s for s in seconds]),
-        "peak_memory": peak,
-        "limit": {
-            "bytes": read,
-            "flops": flops,
-            "bytes_per_second": bandwidth,
-            "flops_per_second": rate,
-        },
-        "share": {"bytes": read / bandwidth / median, "flops": flops / rate / median},
-        "call": call,
-    }
-
-
 def describe_result(result: dict[str, Any]) -> str:
     """Lines for people: medians with their range, the limits and the shares reached."""
     machine, limit, share = result["machine"], result["limit"], result["share"]
     images = f"{result['images']} image{'' if result['images'] == 1 else 's'}"
     lines = [
-        f"{result['what']}, {images}, median of {result['repeats']} (range), on "
-        f"{machine['name']} ({machine['device']}, {machine['threads']} threads, torch "
-        f"{machine['torch']})"
+        f"{result['what']}, {images}, median of {result['repeats']} (range), on {machine['name']} "
+        f"({machine['device']}, {machine['threads']} threads, torch {machine['torch']})"
     ]
     for key, unit in UNITS.items():
         if value := result.get(key):
             span = f"({value['min']:,.4g} to {value['max']:,.4g})"
             lines.append(f"{unit:<26}{value['median']:>12,.4g}  {span}")
     lines.append(f"{'peak memory (MiB)':<26}{result['peak_memory'] / 2**20:>12,.0f}")
-    if limit["bytes"]:
-        lines.append(
-            f"{'bandwidth (GB/s)':<26}{limit['bytes_per_second'] / 1e9:>12,.4g}  measured; "
-            f"{limit['bytes'] / 1e9:,.4g} GB to read: {share['bytes']:.0%} of it"
-        )
-    lines.append(
-        f"{'matrix rate (GFLOP/s)':<26}{limit['flops_per_second'] / 1e9:>12,.4g}  measured at "
-        f"these shapes; {limit['flops'] / 1e9:,.4g} GFLOPs to do: {share['flops']:.0%} of it"
-    )
+    limits = {"bytes": ("bandwidth (GB/s)", "GB to read"),
+              "flops": ("matrix rate (GFLOP/s)", "GFLOPs at these shapes")}  # fmt: skip
+    for key, (name, work) in limits.items():
+        if limit[key]:
+            rate = f"{name:<26}{limit[f'{key}_per_second'] / 1e9:>12,.4g}  measured"
+            lines.append(f"{rate}; {limit[key] / 1e9:,.4g} {work}: {share[key]:.0%} of it reached")
     return "\n".join(lines)
 
 
 def write_trace(call: Callable[[], Any], path: Path) -> None:
-    """A trace of one `call`, for chrome://tracing or Perfetto. OSError if it cannot be written."""
+    """Write a trace of one `call`, for chrome://tracing or Perfetto. OSError on a full disk."""
     with profile() as trace:
         call()
     with atomic(path) as temporary:

@@ -45,12 +45,18 @@ def find_hiding_module() -> str | None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; inside an import, where it can get lost, end the process at once."""
+    """Raise KeyboardInterrupt; inside an import, where it can get lost, end the process at once.
+
+    Imports while moveimg.files writes a file are an exception: it removes its temporary file.
+    """
     signal.signal(signal.SIGINT, _end)  # a second Ctrl-C does not wait
+    names = []
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            _end()
+        names.append(frame.f_code.co_filename)
         frame = frame.f_back
+    importing = any(name.startswith("<frozen importlib") for name in names)
+    if importing and not any(name.endswith(os.path.join("moveimg", "files.py")) for name in names):
+        _end()
     raise KeyboardInterrupt
 
 

@@ -6,13 +6,9 @@ table is made from what it leaves in its directory: metrics.jsonl and the model.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -23,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 
 from moveimg import plots
 from moveimg.checkpoint import load_generator, read_about, read_model_config
+from moveimg.compare_table import ABOUT, comparison_table, csv_table, summarize
 from moveimg.config import TrainConfig, load_config, read_yaml
 from moveimg.device import hardware
 from moveimg.errors import shorten, validate
@@ -34,40 +30,16 @@ from moveimg.files import parse_json, read_json, read_text, write_json, write_te
 from moveimg.model.cost import model_cost
 from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
-from moveimg.tables import markdown_table
 
 SAMPLED = 32  # batch size when the sampling rate is measured
-# What the configs may differ in: the three slots and the size.
-COMPARED = {"attention", "memory", "ffn", "n_layer", "n_head", "width"}
-OF_THE_CODES = {"codebook_size", "n_classes", "grid"}  # equal for all where they are left out
-# Settings that do not change what is trained.
-NEUTRAL = {
-    "out", "log_every", "validate_every", "preview_every", "checkpoint_every", "keep_checkpoints",
-    "wandb", "distributed", "activation_checkpointing", "compile", "evaluation",
-}  # fmt: skip
-COLUMNS = {
-    "name": "config",
-    "loss": "held-out loss (nats per code)",
-    "seeds": "seeds",
-    "difference": "to the first (95 %)",
-    "parameters": "parameters",
-    "active": "active per token",
-    "flops_per_token": "MFLOPs per token (forward)",
-    "flops_per_image": "GFLOPs per image (decoding)",
-    "cache_bytes_per_token": "cache bytes per token (float32)",
-    "steps_per_second": "steps/s",
-    "images_per_second": "images/s sampled",
-    "peak_memory": "peak memory (MiB, whole process; CUDA: allocated)",
-}
-# The meaning of numbers whose names do not say all of it; written to table.json as `columns`.
-ABOUT = {
-    "loss_std": "over seeds, of the sample (n - 1)",
-    "flops_per_token": "of a forward pass; a training step does three times as many",
-    "flops_per_image": "of drawing one image with the cache, without guidance",
-    "cache_bytes_per_token": "kept for each position while drawing, float32, all layers",
-    "peak_memory": "bytes, the largest over seeds: resident, of the whole process with Python and "
-    "libraries; on CUDA what torch has allocated on the device",
-}
+# Keys in which the configs may differ: the model's three slots and its size.
+COMPARED = ("out", "seed", "model.attention", "model.memory", "model.ffn", "model.n_layer",
+            "model.n_head", "model.width")  # fmt: skip
+OF_THE_CODES = ("model.codebook_size", "model.n_classes", "model.grid")  # may be left out
+# Keys that do not change what is trained.
+NEUTRAL = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
+           "keep_checkpoints", "distributed", "activation_checkpointing", "compile",
+           "evaluation")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,8 +78,7 @@ class ComparedRun:
         if not path.is_file():
             return {}
         before = validate(TrainConfig, read_yaml(path), str(path))
-        return differing_settings(*(flatten(c.model_dump(mode="json", exclude=NEUTRAL))
-                                    for c in (before, self.config)))  # fmt: skip
+        return differing(settings_without(before, NEUTRAL), settings_without(self.config, NEUTRAL))
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -134,15 +105,9 @@ def compare(
     a config are done; the first of those configs is the baseline of the others. Sampling rates
     are measured last, when nothing else runs.
 
-    Args:
-        configs: YAML files that differ in `out` and the model's attention, memory, ffn and size
-            alone.
-        seeds: each config is trained once with each.
-        out: the folder.
-        overrides: `key.path=value`, for all configs.
-        device: what to train and sample on.
-        jobs: trainings at the same time; each has its share of the CPU cores.
-        vary: further keys in which the configs may differ, such as `optimizer.lr`.
+    The configs may differ in the model's slots and size, and in the keys of `vary` and those below
+    them (`optimizer.lr`). `overrides`, as `key.path=value`, are for all configs. `jobs` trainings
+    run at the same time, each with its share of the CPU cores.
 
     Raises ValueError when two configs have one name or differ in more, when a run's folder holds
     another run, or, after all others are done, for trainings that failed.
@@ -151,7 +116,7 @@ def compare(
         raise ValueError(f"jobs {jobs}: expected at least 1")
     runs = list_runs(configs, seeds, out, overrides, vary)
     about = {
-        "settings": shared_settings(runs[0].config),
+        "settings": settings_without(runs[0].config, COMPARED),
         "hardware": {**hardware(device), "jobs": jobs, "sampling_batch_size": SAMPLED},
         "columns": ABOUT,
     }
@@ -194,15 +159,16 @@ def list_runs(
     if len(loaded) != len(configs):
         raise ValueError("two configs have the same file name: expected different ones")
     (first, (_, config)), *others = loaded.items()
+    shared = settings_without(config, [*COMPARED, *vary])
     for name, (_, other) in others:
-        both = (flatten(shared_settings(one)) for one in (config, other))
-        for key, values in differing_settings(*both).items():
-            open_in_one = key.removeprefix("model.") in OF_THE_CODES and None in values
-            if not open_in_one and not any(f"{key}.".startswith(f"{free}.") for free in vary):
-                raise ValueError(
-                    f"{first} and {name} differ in {key} ({values[0]}, {values[1]}): expected "
-                    f"differences in the model's slots and size only (or --vary {key})"
-                )
+        for key, values in differing(shared, settings_without(other, [*COMPARED, *vary])).items():
+            in_both = config.model.model_fields_set & other.model.model_fields_set
+            if key in OF_THE_CODES and key.removeprefix("model.") not in in_both:
+                continue  # the codes decide it, the same for all
+            raise ValueError(
+                f"{first} and {name} differ in {key} ({values[0]}, {values[1]}): expected "
+                f"differences in the model's slots and size only (or --vary {key})"
+            )
     runs = []
     for name, (path, config) in loaded.items():
         for seed in seeds:
@@ -217,28 +183,22 @@ def list_runs(
     return runs
 
 
-def shared_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the configs of one comparison have in common."""
-    settings = config.model_dump(mode="json", exclude={"out", "seed"})
-    own = config.model.model_fields_set
-    settings["model"] = {
-        key: value
-        for key, value in settings["model"].items()
-        if key not in COMPARED and (key not in OF_THE_CODES or key in own)
-    }
-    return settings
+def settings_without(config: TrainConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """The settings of a run by dotted key, without `keys` and all below them."""
+
+    def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    left_out = tuple(f"{key}." for key in keys)
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat if not f"{key}.".startswith(left_out)}
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
-
-
-def differing_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ in two flat dictionaries, with both values."""
     return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
@@ -333,20 +293,17 @@ def write_report(
     rate: Callable[[ComparedRun], float | None],
 ) -> str:
     """Write table and plots of the configs whose runs are all finished; return the table."""
-    by_name: dict[str, list[ComparedRun]] = {}
-    for run in runs:
-        by_name.setdefault(run.name, []).append(run)
     results = []
-    for name, own in by_name.items():
+    for name in dict.fromkeys(run.name for run in runs):
+        own = [run for run in runs if run.name == name]
         if all(run.finished() for run in own):
             cost = model_cost(read_model_config(own[0].directory)).as_dict()
-            outcomes = [run_outcome(run) for run in own]
-            results.append({"name": name, "images_per_second": rate(own[0])} | cost)
-            results[-1]["runs"] = outcomes
+            result = {"name": name, "images_per_second": rate(own[0])} | cost
+            results.append(result | {"runs": [run_outcome(run) for run in own]})
     if not results:
         return ""
     summaries = summarize(results)
-    table = markdown_table([table_row(summary) for summary in summaries], COLUMNS)
+    table = comparison_table(summaries)
     write_json(out / "table.json", {**about, "configs": summaries})
     write_text(out / "table.md", table + "\n")
     write_text(out / "table.csv", csv_table(summaries))
@@ -369,77 +326,6 @@ def run_outcome(run: ComparedRun) -> dict[str, Any]:
         "peak_memory": max(line.get("peak_memory") or 0 for line in lines) or None,
         "curve": [[line["step"], line["loss"]] for line in lines],
     }
-
-
-def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each config's result with its statistics over seeds; the first config is the baseline.
-
-    loss_mean, loss_std     held-out loss over seeds; the deviation is of the sample (n - 1)
-    difference, interval    mean over seeds of (loss - baseline's with the same seed), and half
-                            its 95 % confidence interval by Student's t (None with one seed)
-    """
-    baseline = {run["seed"]: run["loss"] for run in results[0]["runs"]}
-    summaries = []
-    for result in results:
-        runs = result["runs"]
-        losses = [run["loss"] for run in runs]
-        differences = [run["loss"] - baseline[run["seed"]] for run in runs]
-        several = len(losses) > 1
-        summaries.append(
-            result
-            | {
-                "loss_mean": statistics.mean(losses),
-                "loss_std": statistics.stdev(losses) if several else None,
-                "difference": statistics.mean(differences),
-                "interval": half_interval(differences) if several else None,
-                "steps_per_second": statistics.median(run["steps_per_second"] for run in runs),
-                "peak_memory": max(run["peak_memory"] or 0 for run in runs),
-            }
-        )
-    return summaries
-
-
-def half_interval(values: Sequence[float]) -> float:
-    """Half the 95 % confidence interval of the mean of at least two values."""
-    quantile = float(student.ppf(0.975, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def table_row(summary: dict[str, Any]) -> dict[str, str]:
-    """The cells of a config's row, rounded for people."""
-
-    def spread(value: float, deviation: float | None, sign: str = "") -> str:
-        return f"{value:{sign}.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
-
-    rate, peak = summary["images_per_second"], summary["peak_memory"]
-    return {
-        "name": summary["name"],
-        "loss": spread(summary["loss_mean"], summary["loss_std"]),
-        "seeds": f"{len(summary['runs'])}",
-        "difference": spread(summary["difference"], summary["interval"], "+"),
-        "parameters": f"{summary['parameters']:,}",
-        "active": f"{summary['active']:,}",
-        "flops_per_token": f"{summary['flops_per_token'] / 1e6:.3f}",
-        "flops_per_image": f"{summary['flops_per_image'] / 1e9:.3f}",
-        "cache_bytes_per_token": f"{summary['cache_bytes_per_token']:,}",
-        "steps_per_second": f"{summary['steps_per_second']:.2f}",
-        "images_per_second": "" if rate is None else f"{rate:.1f}",
-        "peak_memory": f"{peak / 2**20:,.0f}" if peak else "",
-    }
-
-
-def csv_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """A row per config with its unrounded numbers and each seed's loss."""
-    file = io.StringIO()
-    rows = [
-        {key: value for key, value in summary.items() if key != "runs"}
-        | {f"loss_seed{run['seed']}": run["loss"] for run in summary["runs"]}
-        for summary in summaries
-    ]
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def read_sampling_rate(run: ComparedRun, device: torch.device) -> float | None:

@@ -95,7 +95,7 @@ def _legend(axes: Axes) -> None:
 
 
 def plot_memory(report: dict[str, Any], image: Image.Image, out: Path) -> None:
-    """Write gates, heads, classes, positions, map, bank and gradients, a PNG each.
+    """Write gates, classes, positions, map, bank and gradients, a PNG each.
 
     `image` is the one whose gates the map shows.
     """
@@ -103,7 +103,6 @@ def plot_memory(report: dict[str, Any], image: Image.Image, out: Path) -> None:
     title = f"{report['class_names'][report['map_label']]}, image {report['map_index']}"
     figures = {
         "gates": gates_by_layer(layers),
-        "heads": gates_by_head(layers),
         "classes": gate_panels(layers, "by_class", "class"),
         "positions": gate_panels(layers, "by_position", "position"),
         "map": grid_maps(layers, report["map"], image, title),
@@ -132,25 +131,6 @@ def gates_by_layer(layers: dict[int, Any]) -> Figure:
         axes.grid(alpha=0.3)
     if len(lines) <= 13:
         panels[0].legend(fontsize=7)
-    return figure
-
-
-def gates_by_head(layers: dict[int, Any]) -> Figure:
-    """Mean of each gate: a panel per gate, a row per layer, a column per head."""
-    means: dict[str, dict[int, tuple[float, ...]]] = {}
-    for layer, gates in layers.items():
-        for name, heads in zip(gates["gates"], zip(*gates["mean"], strict=True), strict=True):
-            means.setdefault(name, {})[layer] = heads
-    shown = list(means.items())[:MOST_GATES]
-    figure = Figure(figsize=(1 + 2 * len(shown), 1 + 0.3 * len(layers)), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, (name, by_layer) in zip(panels, shown, strict=True):
-        drawn = axes.imshow(np.array(list(by_layer.values())), aspect="auto", **GATE)
-        axes.set_yticks(range(len(by_layer)), list(by_layer), fontsize=7)
-        axes.set_title(name, fontsize=8)
-        axes.set_xlabel("head", fontsize=7)
-    panels[0].set_ylabel("layer")
-    figure.colorbar(drawn, ax=list(panels), label="mean gate")
     return figure
 
 

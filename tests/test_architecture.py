@@ -29,7 +29,7 @@ ALLOWED = {
     "moveimg.training": CORE | {"moveimg.data", "moveimg.pipeline", "moveimg.evaluation"},
 }
 ANYTHING = {f"moveimg.{name}" for name in ("cli", "commands", "compare", "inspect", "bench")}
-ANYTHING |= {"apps", "tools"}
+ANYTHING |= {"apps", "tools", "moveimg.compare_table", "moveimg.inspect_bank"}
 
 
 def room_of(module: str) -> str:

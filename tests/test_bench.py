@@ -108,7 +108,7 @@ def test_command_writes_json_and_a_trace(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     result = run("sample", tmp_path / "tiny.yaml", "--batch-size", 1, "--repeats", 1, "--json",
                  out, "--profile", trace)  # fmt: skip
-    assert "1 image," in result.output and "to read:" in result.output
+    assert "1 image," in result.output and "reached" in result.output
     found = json.loads(out.read_text())
     assert found["machine"]["device"] == "cpu" and found["images"] == 1
     assert json.loads(trace.read_text())["traceEvents"]

@@ -23,7 +23,8 @@ from PIL import Image
 from moveimg import compare as module
 from moveimg import plots
 from moveimg.checkpoint import save_weights
-from moveimg.compare import compare, half_interval, list_runs, parse_seeds, run_outcome, summarize
+from moveimg.compare import compare, list_runs, parse_seeds, run_outcome
+from moveimg.compare_table import half_interval, summarize
 from moveimg.files import write_json, write_text
 from moveimg.model import Transformer
 

@@ -16,12 +16,11 @@ from moveimg.config import SamplingSettings
 from moveimg.inspect import (
     bank_maps,
     gather_gates,
-    gradient_norms,
     inspect_model,
     list_warnings,
-    row_statistics,
     without_bank,
 )
+from moveimg.inspect_bank import gradient_norms, row_statistics
 from moveimg.model import mixers_by_layer
 from moveimg.pipeline import Pipeline
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
@@ -150,7 +149,7 @@ def test_report_has_numbers_and_plots(name, tmp_path):
     assert np.array(first, dtype=float).shape[1:] == (3, 4) and first[0][2][3] is None
     gates = report["layers"]["2"]
     assert gates["by_class"][5] == [None] * len(gates["gates"])  # no image has the null class
-    expected = {"gates", "heads", "classes", "positions", "map", "bank", "gradients"}
+    expected = {"gates", "classes", "positions", "map", "bank", "gradients"}
     expected |= {"experts"} if "moe" in name else set()
     assert {path.name for path in tmp_path.glob("*.png")} == {f"{name}.png" for name in expected}
     if "moe" in name:

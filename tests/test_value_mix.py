@@ -12,7 +12,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moveimg.inspect import _gradient_norms, bank_maps, without_bank
+from moveimg.inspect import bank_maps, without_bank
+from moveimg.inspect_bank import _gradient_norms
 from moveimg.model import fused_bank, fused_mix, memory
 from moveimg.model.fused_bank import INTERPRETED
 from moveimg.model.fused_mix import look_up, mix

@@ -114,6 +114,10 @@ Seed = Annotated[
     int, typer.Option(min=0, max=MAX_SEED, help="Image i is drawn with the seed SEED + i.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=65536, help="Images in one batch.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="int8: 8-bit matrices, faster on a CPU; codes then depend on the batch."),
+]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the decoding step: slow start, then faster.")
 ]
@@ -190,6 +194,12 @@ def check_model_name(name: str) -> None:
             f"no model {name!r}: expected a model directory, a bundled name ({bundled}), public "
             "weights (llamagen-...) or a Hugging Face Hub id (owner/name)"
         )
+
+
+def refuse_overrides(overrides: list[str] | None) -> None:
+    """Raise ValueError for --set beside a model, whose settings cannot change."""
+    if overrides:
+        raise ValueError(f"--set {overrides[0]}: expected a config (YAML), whose keys it overrides")
 
 
 def check_source(path: str | Path, what: str) -> None:

@@ -1,12 +1,11 @@
-"""`moveimg sample`, `info`, `inspect` and `bench`."""
+"""`moveimg sample`, `info` and `inspect`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,9 +15,9 @@ from moveimg.commands.common import (
     Compile,
     Device,
     Dtype,
+    Quantize,
     Seed,
     Set,
-    app,
     check_model_name,
     check_source,
     command,
@@ -26,22 +25,12 @@ from moveimg.commands.common import (
     device_of,
     numbers,
     print_json,
+    refuse_overrides,
     sampling_options,
 )
 
 MAX_IMAGES = 10_000  # of one call of `sample`
 GRID = (64, 32)  # rows and columns of grid.png at most
-
-bench = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Measure the speed of this machine, beside the limits of its hardware.",
-)
-app.add_typer(bench, name="bench")
-Quantize = Annotated[
-    str | None,
-    typer.Option(help="int8: 8-bit matrices, faster on a CPU; codes then depend on the batch."),
-]
 
 
 @command
@@ -155,7 +144,7 @@ def info(
 
     is_yaml = model.endswith((".yaml", ".yml"))
     if not is_yaml:
-        _refuse_overrides(set)
+        refuse_overrides(set)
         check_model_name(model)
     if train:
         if not is_yaml:
@@ -183,11 +172,6 @@ def info(
         print_json(cost.as_dict())
     else:
         print(describe_cost(cost, dtype))
-
-
-def _refuse_overrides(overrides: list[str] | None) -> None:
-    if overrides:
-        raise ValueError(f"--set {overrides[0]}: expected a config (YAML), whose keys it overrides")
 
 
 @command
@@ -226,158 +210,3 @@ def inspect(
     for line in report["warnings"]:
         print(f"warning: {line}")
     print(f"-> {out}/ (inspection.json and plots)")
-
-
-# --- bench -----------------------------------------------------------------------------------
-
-Repeats = Annotated[
-    int, typer.Option(min=1, max=10_000, help="Timed repetitions, after one that is not timed.")
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")]
-Trace = Annotated[Path | None, typer.Option("--profile", help="Write a trace of one run here.")]
-
-
-def sample_speed(
-    model: Annotated[
-        str, typer.Argument(help="A model, or a config (YAML) for random weights.")
-    ] = "digits",
-    batch_size: BatchSize = 8,
-    repeats: Repeats = 5,
-    cfg_scale: Annotated[float, typer.Option(help="Guidance scale; 1 is no guidance.")] = 2.0,
-    quantize: Quantize = None,
-    set: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = None,
-    profile: Trace = None,
-) -> None:
-    """Measure how many images and codes per second are drawn, and the time to the first row."""
-    from moveimg.config import ModelFile, SamplingSettings, load_config
-    from moveimg.errors import validate
-
-    settings = validate(SamplingSettings, {"cfg_scale": cfg_scale}, "sampling settings")
-    config = None
-    if model.endswith((".yaml", ".yml")):
-        config = load_config(model, ModelFile, set or []).model
-    else:
-        _refuse_overrides(set)
-        check_model_name(model)
-    where = device_of(device)
-    from moveimg.bench import bench_sample
-    from moveimg.checkpoint import load_generator
-    from moveimg.device import pick_dtype
-    from moveimg.model import Transformer
-    from moveimg.pipeline import resolve
-
-    if config is None:
-        generator = load_generator(resolve(model))
-    else:
-        generator = Transformer(config)
-        generator.head.reset_parameters()  # it starts at zero, and equal logits are drawn faster
-    generator = generator.to(where, number_type := pick_dtype(dtype, where)).eval()
-    _report(
-        lambda: bench_sample(generator, settings, batch_size, repeats, where, quantize),
-        {"model": model, "dtype": str(number_type), "quantize": quantize, "cfg_scale": cfg_scale},
-        repeats, where, json, profile,
-    )  # fmt: skip
-
-
-def encode_speed(
-    tokenizer: Annotated[
-        str, typer.Argument(help="A tokenizer or model directory, or vq-16 (random weights).")
-    ] = "digits",
-    size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="Views per batch; default: by device.")
-    ] = None,
-    repeats: Repeats = 5,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = None,
-    profile: Trace = None,
-) -> None:
-    """Measure how many images per second the tokenizer turns into codes."""
-    if tokenizer != "vq-16":
-        check_source(tokenizer, "tokenizer")
-    where = device_of(device)
-    import tokenizer as vq
-    from moveimg.bench import bench_encode
-    from moveimg.checkpoint import load_tokenizer
-    from moveimg.data import default_batch_size
-    from moveimg.device import pick_dtype
-
-    number_type = pick_dtype(dtype, where)
-    if tokenizer == "vq-16":
-        plain = vq.build(vq.parse_config({"kind": "vq"}, "tokenizer"))
-        model = vq.fast_tokenizer(plain.freeze().to(where))
-    else:
-        model = load_tokenizer(Path(tokenizer), where)
-    if size % model.downsample:
-        raise ValueError(f"size {size}: expected a multiple of {model.downsample}")
-    views = batch_size or default_batch_size(size, where)
-    _report(
-        lambda: bench_encode(model, size, views, repeats, where, number_type),
-        {"tokenizer": tokenizer, "size": size, "dtype": str(number_type)},
-        repeats, where, json, profile,
-    )  # fmt: skip
-
-
-def train_speed(
-    config: Annotated[Path, typer.Argument(help="A config (YAML) of `moveimg train`.")],
-    batch_size: BatchSize = 8,
-    repeats: Repeats = 5,
-    set: Set = None,
-    device: Device = None,
-    json: Json = None,
-    profile: Trace = None,
-) -> None:
-    """Measure training steps per second on random codes, and their share of the matrix rate (MFU).
-
-    The config's micro_batch is used where it divides --batch-size; weights are random.
-    """
-    from moveimg.config import TrainConfig, load_config
-
-    settings = load_config(config, TrainConfig, set or [])
-    micro = settings.micro_batch or batch_size
-    micro = batch_size if batch_size % micro else micro
-    settings = settings.model_copy(update={"batch_size": batch_size, "micro_batch": micro})
-    where = device_of(device)
-    from moveimg.bench import bench_train
-    from moveimg.device import pick_dtype
-
-    about = {"config": str(config), "dtype": str(pick_dtype(settings.dtype, where))}
-    about |= {key: getattr(settings, key) for key in ("micro_batch", "compile")}
-    _report(lambda: bench_train(settings, repeats, where), about, repeats, where, json, profile)
-
-
-for _name, _function in {
-    "sample": sample_speed,
-    "encode": encode_speed,
-    "train": train_speed,
-}.items():
-    bench.command(name=_name)(_function)
-
-
-def _report(
-    measure: Callable[[], dict[str, Any]],
-    about: dict[str, Any],
-    repeats: int,
-    device: Any,
-    json: Path | None,
-    profile: Path | None,
-) -> None:
-    """Measure, print the figures, and write the files asked for."""
-    from moveimg.bench import describe_result, write_trace
-    from moveimg.device import hardware
-    from moveimg.files import require_file_name, write_json
-
-    for path in filter(None, (json, profile)):
-        require_file_name(path)  # now, not after minutes
-    result = {**about, "repeats": repeats, "machine": hardware(device)} | measure()
-    call = result.pop("call")
-    print(describe_result(result))
-    if json is not None:
-        write_json(json, result)
-    if profile is not None:
-        write_trace(call, profile)
-        print(f"trace: {profile} (chrome://tracing or ui.perfetto.dev)")
