@@ -224,7 +224,12 @@ def time_calls(call: Callable[[], Any], device: torch.device, repeats: int) -> l
     if device.type == "cuda":
         call()  # a compiled step is recorded at its second call
     synchronize(device)
-    return timeit.repeat(lambda: (call(), synchronize(device)), number=1, repeat=repeats)
+
+    def call_and_wait() -> None:
+        call()
+        synchronize(device)
+
+    return timeit.repeat(call_and_wait, number=1, repeat=repeats)
 
 
 def memory_bandwidth(device: torch.device) -> float:

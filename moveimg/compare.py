@@ -221,7 +221,8 @@ def train_all(
     environment = dict(os.environ)
     if jobs > 1:  # else they would compete for the cores
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    waiting, running = list(runs), []
+    waiting = list(runs)
+    running: list[tuple[ComparedRun, subprocess.Popen, Path]] = []
     with signals_raise():
         try:
             while waiting or running:

@@ -67,12 +67,6 @@ def test_sample_writes_images_with_their_settings_and_a_grid(tmp_path):
         assert image.tobytes() == pixels
 
 
-def test_sample_without_arguments_draws_every_class(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run("sample", "--batch-size", 7)
-    assert len(list((tmp_path / "samples").glob("*-seed*.png"))) == 20
-
-
 def test_every_sampling_setting_is_an_option(tmp_path):
     help_text = run("sample", "--help").output
     values = {"cfg_schedule": "linear", "cfg_power": 2.0, "cfg_start": 0.1, "temperature": 0.9,
@@ -97,8 +91,6 @@ EARLY = [
     (["sample", "--cfg-schedule", "cubic"], ["cfg_schedule", "'cubic'", "'linear'"]),
     (["sample", "--seed", "-3"], ["'--seed'", "'-3'"]),
     (["sample", "1", "2", "--seed", 2**32 - 3], ["seed 4294967293"]),
-    (["sample", "--seed", "1.5"], ["'--seed'", "'1.5'"]),
-    (["sample", "--num", "0"], ["--num", "'0'", "sample --help"]),
     (["sample", "--num", "100000000"], ["--num", "'100000000'", "10000"]),
     (["sample", "1", "2", "--num", "10000"], ["20,000 images", "10,000"]),
     (["sample", "--model", "nowhere"], ["'nowhere'", "digits"]),
@@ -107,9 +99,7 @@ EARLY = [
     (["train"], ["missing argument 'config'"]),
     (["smaple"], ["'smaple'", "'sample'"]),
     (["bench", "sleep"], ["'sleep'", "bench --help"]),
-    (["info", "nowhere.yaml"], ["nowhere.yaml"]),
     (["info", "digits", "--set", "a=1"], ["--set a=1"]),
-    (["info", "digits", "--train"], ["--train", "'digits'"]),
     (["info", ROOT / "configs/digits-tokenizer.yaml"], ["model: missing"]),
     (["train", "nowhere.yaml"], ["nowhere.yaml"]),
     (["train", ROOT / "configs/digits-move.yaml", "--set", "steps=-1"], ["steps", "-1"]),
@@ -158,16 +148,6 @@ def test_outputs_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("sample", "0", "--out", tmp_path / "file" / "x")
     assert "file: is a file" in refused("sample", "0", "--out", tmp_path / "file")
-
-
-def test_empty_or_unreadable_image_folders_are_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    common = ["--tokenizer", "digits", "--out", tmp_path / "codes", "--size", "32"]
-    assert "empty" in refused("encode", tmp_path / "empty", *common)
-    for split in ("train", "val"):
-        (tmp_path / "bad" / split / "a").mkdir(parents=True)
-        (tmp_path / "bad" / split / "a" / "x.png").write_text("no image")
-    assert "bad" in refused("encode", tmp_path / "bad", *common)
 
 
 def test_memory_errors_get_one_line(monkeypatch):
@@ -223,7 +203,7 @@ def test_ctrl_c_gives_one_line_at_any_moment(tmp_path, seconds):
     words = [*PROGRAM, "sample", "--num", "900", "--batch-size", "4", "--out", str(tmp_path)]
     process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + (60 if seconds is None else seconds)
-    while time.monotonic() < end and not (seconds is None and list(tmp_path.glob("*.png"))):
+    while time.monotonic() < end and not (seconds is None and list(tmp_path.glob("0*.png"))):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

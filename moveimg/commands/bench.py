@@ -35,6 +35,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 Trace = Annotated[Path | None, typer.Option("--profile", help="Write a trace of one run here.")]
 
 
+@bench.command("sample")
 def sample_speed(
     model: Annotated[
         str, typer.Argument(help="A model, or a config (YAML) for random weights.")
@@ -80,6 +81,7 @@ def sample_speed(
     )  # fmt: skip
 
 
+@bench.command("encode")
 def encode_speed(
     tokenizer: Annotated[
         str, typer.Argument(help="A tokenizer or model directory, or vq-16 (random weights).")
@@ -120,6 +122,7 @@ def encode_speed(
     )  # fmt: skip
 
 
+@bench.command("train")
 def train_speed(
     config: Annotated[Path, typer.Argument(help="A config (YAML) of `moveimg train`.")],
     batch_size: BatchSize = 8,
@@ -146,14 +149,6 @@ def train_speed(
     about = {"config": str(config), "dtype": str(pick_dtype(settings.dtype, where))}
     about |= {key: getattr(settings, key) for key in ("micro_batch", "compile")}
     _report(lambda: bench_train(settings, repeats, where), about, repeats, where, json, profile)
-
-
-for _name, _function in {
-    "sample": sample_speed,
-    "encode": encode_speed,
-    "train": train_speed,
-}.items():
-    bench.command(name=_name)(_function)
 
 
 def _report(
