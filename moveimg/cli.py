@@ -45,17 +45,20 @@ def find_hiding_module() -> str | None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; inside an import, where it can get lost, end the process at once.
+    """Raise KeyboardInterrupt; while a command imports its modules, end the process at once.
 
-    Imports while moveimg.files writes a file are an exception: it removes its temporary file.
+    An import can swallow KeyboardInterrupt or turn it into another error. What libraries import
+    while they work is left to them: a file may be open that has to be removed.
     """
     signal.signal(signal.SIGINT, _end)  # a second Ctrl-C does not wait
-    names = []
+    importing, importer = False, ""
     while frame is not None:
-        names.append(frame.f_code.co_filename)
+        name = frame.f_code.co_filename
+        if importing and not name.startswith("<frozen importlib"):
+            importer = name  # of the outermost import in the end
+        importing = name.startswith("<frozen importlib")
         frame = frame.f_back
-    importing = any(name.startswith("<frozen importlib") for name in names)
-    if importing and not any(name.endswith(os.path.join("moveimg", "files.py")) for name in names):
+    if importer.startswith((__file__, os.path.join(os.path.dirname(__file__), "commands"))):
         _end()
     raise KeyboardInterrupt
 

@@ -22,7 +22,6 @@ from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
 from moveimg.commands.common import PANELS
 from moveimg.config import SamplingSettings
-from moveimg.files import lock
 from tests.test_training import EVERY, TOKENIZER
 
 ROOT = Path(__file__).parents[1]
@@ -223,8 +222,15 @@ def test_users_tokenizer_module_is_named(tmp_path):
 def test_two_conversions_into_one_directory(tmp_path):
     words = ["convert", "taming", "--checkpoint", ROOT / "README.md", "--yaml", ROOT / "README.md"]
     out = tmp_path / "model"
-    with lock(out, "another conversion"):
+    code = (
+        "import sys; from moveimg.files import lock\n"
+        "with lock(sys.argv[1], 'another conversion'): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], env=ENVIRONMENT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:  # fmt: skip
+        assert holder.stdout.readline() == b"held\n"
         assert "another conversion" in refused(*words, "--out", out)
+        holder.stdin.close()
     left = tmp_path / ".model.abcd1234"  # of a killed conversion
     left.mkdir()
     assert "README.md" in refused(*words, "--out", out)
