@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ import torch
 from torch import nn
 
 from moveimg.data.codes import PackedCodes
-from moveimg.files import lock
 from moveimg.model import Transformer
 from moveimg.training.checkpoints import damage, read_index, sealed
 from moveimg.training.generator import GeneratorTask, train_generator
@@ -84,10 +85,19 @@ def test_signals_stop_with_a_checkpoint(digits, tmp_path, monkeypatch, number):
     assert all(torch.equal(v, expected[k]) for k, v in weights_of(tmp_path).items())
 
 
-def test_a_run_in_use_is_refused(digits, tmp_path):
-    with lock(tmp_path / "run", "a training"), pytest.raises(ValueError, match=str(os.getpid())):
-        train_generator(train_config(digits, tmp_path / "run", steps=1), CPU)
+def test_a_run_in_use_by_another_process_is_refused(digits, tmp_path):
+    hold = (
+        "import sys, time; from moveimg.files import lock\n"
+        "with lock(sys.argv[1], 'a training'): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=str(process.pid)):
+            train_generator(train_config(digits, tmp_path / "run", steps=1), CPU)
+        process.kill()
     assert not (tmp_path / "run" / "config.json").exists()
+    train_generator(train_config(digits, tmp_path / "run", steps=1), CPU)  # it died: free again
 
 
 class Bomb:
