@@ -13,6 +13,7 @@ from moveimg.commands.common import (
     Dtype,
     Restart,
     Set,
+    Views,
     check_model_name,
     check_source,
     command,
@@ -28,10 +29,7 @@ Config = Annotated[Path, typer.Argument(help="A YAML file, as in configs/.")]
 @command
 def encode(
     images: Annotated[
-        str,
-        typer.Argument(
-            help="A folder of class subfolders, ImageNet's archives, Parquet files, or `digits`."
-        ),
+        str, typer.Argument(help="A folder of class folders, archives or Parquet, or `digits`.")
     ],
     tokenizer: Annotated[
         Path, typer.Option(help="A tokenizer or model directory, or a bundled name.")
@@ -42,9 +40,7 @@ def encode(
     ranges: Annotated[
         list[float], typer.Option("--range", help="Cut from size * range pixels; repeatable.")
     ] = [1.0],  # noqa: B006
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="Views per batch; default: by device.")
-    ] = None,
+    batch_size: Views = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -108,7 +104,7 @@ def train(
         str | None, typer.Option(help="Start from this model: a directory or a name.")
     ] = None,
     train: Annotated[
-        str | None, typer.Option(help="all, or memory: bank and routers alone (with --init-from)")
+        str | None, typer.Option(help="all, or memory: bank and routers (with --init-from).")
     ] = None,
     restart: Restart = False,
     device: Device = None,
