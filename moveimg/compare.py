@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+import timeit
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,8 @@ def compare(
             loss = run.measurements()[-1]["loss"]
             bar.write(f"{run.name}, seed {run.seed}: loss {loss:.4f}", file=sys.stderr)
             if all(other.finished() for other in runs if other.name == run.name):
-                write_report(runs, out, about, lambda run: read_sampling_rate(run, device))
-    table = write_report(runs, out, about, lambda run: sampling_rate(run, device))
+                write_report(runs, out, about, device, kept_only=True)
+    table = write_report(runs, out, about, device, kept_only=False)
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         done = f"; the table of the finished configs is in {out}" if table else ""
@@ -291,7 +292,8 @@ def write_report(
     runs: Sequence[ComparedRun],
     out: Path,
     about: dict[str, Any],
-    rate: Callable[[ComparedRun], float | None],
+    device: torch.device,
+    kept_only: bool,
 ) -> str:
     """Write table and plots of the configs whose runs are all finished; return the table."""
     results = []
@@ -299,8 +301,8 @@ def write_report(
         own = [run for run in runs if run.name == name]
         if all(run.finished() for run in own):
             cost = model_cost(read_model_config(own[0].directory)).as_dict()
-            result = {"name": name, "images_per_second": rate(own[0])} | cost
-            results.append(result | {"runs": [run_outcome(run) for run in own]})
+            rate = {"images_per_second": sampling_rate(own[0], device, kept_only)}
+            results.append({"name": name} | rate | cost | {"runs": list(map(run_outcome, own))})
     if not results:
         return ""
     summaries = summarize(results)
@@ -329,25 +331,21 @@ def run_outcome(run: ComparedRun) -> dict[str, Any]:
     }
 
 
-def read_sampling_rate(run: ComparedRun, device: torch.device) -> float | None:
-    """The rate that sampling_rate has measured before, or None."""
+def sampling_rate(run: ComparedRun, device: torch.device, kept_only: bool) -> float | None:
+    """Images per second with the run's own sampling settings, measured once and kept beside it.
+
+    With `kept_only` nothing is measured: None where nothing is kept.
+    """
     path = run.directory / "training" / "sampling_rate.json"
     kept = read_json(path) if path.is_file() else {}
-    return kept["images_per_second"] if kept.get("device") == device.type else None
-
-
-def sampling_rate(run: ComparedRun, device: torch.device) -> float:
-    """Images per second with the run's own sampling settings, measured once and kept beside it."""
-    if (kept := read_sampling_rate(run, device)) is not None:
-        return kept
+    if kept.get("device") == device.type or kept_only:
+        return kept.get("images_per_second")
     model = load_generator(run.directory, device)
     labels = torch.arange(SAMPLED, device=device) % model.config.n_classes
-    seconds = []
-    for _ in range(3):  # the first one warms up
-        begun = time.perf_counter()
-        sample_codes(model, labels, run.config.sampling, image_rngs(range(SAMPLED))).cpu()
-        seconds.append(time.perf_counter() - begun)
-    rate = SAMPLED / min(seconds[1:])
-    figures = {"images_per_second": rate, "batch": SAMPLED, "device": device.type}
-    write_json(run.directory / "training" / "sampling_rate.json", figures)
+    rngs = image_rngs(range(SAMPLED))
+    rate = SAMPLED / min(  # the first one warms up
+        timeit.repeat(lambda: sample_codes(model, labels, run.config.sampling, rngs).cpu(),
+                      number=1, repeat=3)[1:]
+    )  # fmt: skip
+    write_json(path, {"images_per_second": rate, "batch": SAMPLED, "device": device.type})
     return rate

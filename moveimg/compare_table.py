@@ -18,9 +18,7 @@ ABOUT = {
     "loss_std": "over seeds, of the sample (n - 1)",
     "flops_per_token": "of a forward pass; a training step does three times as many",
     "flops_per_image": "of drawing one image with the cache, without guidance",
-    "cache_bytes_per_token": "kept for each position while drawing, float32, all layers",
-    "peak_memory": "bytes, the largest over seeds: resident, of the whole process with Python and "
-    "libraries; on CUDA what torch has allocated on the device",
+    "peak_memory": "bytes, largest over seeds: resident, of the whole process; CUDA: allocated",
 }
 
 

@@ -78,8 +78,6 @@ def inspect_model(
         "experts": loads,
         "warnings": [],
     }
-    if loads:
-        plots.save_figure(plots.expert_loads(loads), out / "experts.png")
     if isinstance(memory, ValueBank):
         codes, labels = batches[0]
         report["layers"] = _from_one(gather_gates(model, batches))

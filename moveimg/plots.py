@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from moveimg.files import atomic
@@ -95,7 +94,7 @@ def _legend(axes: Axes) -> None:
 
 
 def plot_memory(report: dict[str, Any], image: Image.Image, out: Path) -> None:
-    """Write gates, classes, positions, map, bank and gradients, a PNG each.
+    """Write gates.png, map.png and gradients.png.
 
     `image` is the one whose gates the map shows.
     """
@@ -103,10 +102,7 @@ def plot_memory(report: dict[str, Any], image: Image.Image, out: Path) -> None:
     title = f"{report['class_names'][report['map_label']]}, image {report['map_index']}"
     figures = {
         "gates": gates_by_layer(layers),
-        "classes": gate_panels(layers, "by_class", "class"),
-        "positions": gate_panels(layers, "by_position", "position"),
         "map": grid_maps(layers, report["map"], image, title),
-        "bank": bank_rows(report["bank"]),
         "gradients": gradients(report["gradients"]),
     }
     for name, figure in figures.items():
@@ -134,23 +130,6 @@ def gates_by_layer(layers: dict[int, Any]) -> Figure:
     return figure
 
 
-def gate_panels(layers: dict[int, Any], key: str, column: str) -> Figure:
-    """Mean gates (rows) over classes or positions (columns), a panel per layer."""
-    figure = Figure(figsize=(11, 1.2 + 1.3 * len(layers)), layout="constrained")
-    panels = figure.subplots(len(layers), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (layer, gates) in zip(panels, layers.items(), strict=True):
-        means = np.array(gates[key], dtype=float)
-        means = means[: 1 + int(np.nonzero(~np.isnan(means).all(1))[0].max())]  # null class unseen
-        drawn = axes.imshow(means.T, aspect="auto", interpolation="nearest", **GATE)
-        names = gates["gates"] if len(gates["gates"]) <= MOST_GATES else gates["gates"][:1]
-        axes.set_yticks(range(len(names)), names, fontsize=6)
-        axes.set_ylabel(f"layer {layer}", fontsize=7)
-    panels[-1].set_xlabel(column)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(drawn, ax=list(panels), label="mean gate")
-    return figure
-
-
 def grid_maps(
     layers: dict[int, Any], maps: dict[int, Any], image: Image.Image, title: str
 ) -> Figure:
@@ -173,22 +152,6 @@ def grid_maps(
     return figure
 
 
-def bank_rows(bank: dict[str, Any]) -> Figure:
-    """How often codes are read, and how similar the slots are."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    reads, similar = figure.subplots(1, 2)
-    reads.plot(np.sort(bank["reads"])[::-1])
-    reads.set_yscale("symlog")
-    reads.set(title=f"reads of each code ({bank['unread']} of {bank['rows']} unread)",
-              xlabel="code, by rank")  # fmt: skip
-    drawn = similar.imshow(bank["similarity"], vmin=-1, vmax=1, cmap="coolwarm")
-    for axis in (similar.xaxis, similar.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    similar.set_title("mean cosine of two slots' rows")
-    figure.colorbar(drawn, ax=similar)
-    return figure
-
-
 def gradients(norms: dict[str, Any]) -> Figure:
     """The gradient norm that each layer sends to the memory, and that of their sum."""
     figure, axes = _figure(7, 4)
@@ -199,15 +162,4 @@ def gradients(norms: dict[str, Any]) -> Figure:
     axes.set_xlabel("layer (what a local table there gets)")
     axes.set_ylabel(f"gradient norm (mean and spread of {norms['batches']} batches)", fontsize=8)
     axes.legend()
-    return figure
-
-
-def expert_loads(loads: dict[int, Any]) -> Figure:
-    """Each expert's share of the choices, a row per layer."""
-    figure, axes = _figure(8, 1 + 0.4 * len(loads))
-    shares = np.array(list(loads.values()))
-    drawn = axes.imshow(shares * shares.shape[1], vmin=0, vmax=2, cmap="coolwarm", aspect="auto")
-    axes.set_yticks(range(len(loads)), [f"layer {layer}" for layer in loads], fontsize=7)
-    axes.set_xlabel("expert")
-    figure.colorbar(drawn, ax=axes, label="load (1 is even)")
     return figure

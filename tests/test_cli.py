@@ -103,11 +103,11 @@ EARLY = [
     (["train", "nowhere.yaml"], ["nowhere.yaml"]),
     (["train", ROOT / "configs/digits-move.yaml", "--set", "steps=-1"], ["steps", "-1"]),
     (["train", ROOT / "configs/digits-move.yaml"], ["no such packed codes"]),
-    (["train-tokenizer", ROOT / "configs/digits-tokenizer.yaml", "--set", "images.source=nope"],
-     ["nope: no such folder"]),
+    (["train-tokenizer", ROOT / "configs/digits-tokenizer.yaml", "--set", "images.source=/nope"],
+     ["/nope: no such folder"]),
     (["compare", "a.yaml", "--out", "x"], ["a.yaml"]),
     (["encode", "digits", "--tokenizer", "t", "--out", "o"], ["t: no such tokenizer"]),
-    (["encode", "nowhere", "--tokenizer", "digits", "--out", "o"], ["nowhere: no such folder"]),
+    (["encode", "/nowhere", "--tokenizer", "digits", "--out", "o"], ["/nowhere: no such folder"]),
     (["encode", "digits", "--tokenizer", "digits", "--out", "o", "--crops", "six"], ["'six'"]),
     (["inspect", "digits", "--codes", "nope"], ["nope: no such codes"]),
     (["convert", "upcycle", "digits", "--out", "o"], ["--slots"]),
@@ -116,6 +116,7 @@ EARLY = [
 ]  # fmt: skip
 LATE = [
     (["sample", "ten"], ["'ten'", "zero"]),
+    (["encode", "nope", "--tokenizer", "digits", "--out", "o"], ["'nope'", "fashion-mnist"]),
     (["sample", "10"], ["class 10", "0..9"]),
     (["sample", "--device", "abacus"], ["'abacus'"]),
     (["sample", "--device", "meta"], ["device 'meta' cannot be used here"]),

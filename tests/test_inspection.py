@@ -149,9 +149,8 @@ def test_report_has_numbers_and_plots(name, tmp_path):
     assert np.array(first, dtype=float).shape[1:] == (3, 4) and first[0][2][3] is None
     gates = report["layers"]["2"]
     assert gates["by_class"][5] == [None] * len(gates["gates"])  # no image has the null class
-    expected = {"gates", "classes", "positions", "map", "bank", "gradients"}
-    expected |= {"experts"} if "moe" in name else set()
-    assert {path.name for path in tmp_path.glob("*.png")} == {f"{name}.png" for name in expected}
+    plotted = {path.name for path in tmp_path.glob("*.png")}
+    assert plotted == {"gates.png", "map.png", "gradients.png"}
     if "moe" in name:
         assert sum(report["experts"]["1"]) == pytest.approx(1)
 

@@ -14,6 +14,7 @@ from moveimg.commands.common import (
     Dtype,
     Quantize,
     Set,
+    Views,
     app,
     check_model_name,
     check_source,
@@ -37,9 +38,7 @@ Trace = Annotated[Path | None, typer.Option("--profile", help="Write a trace of 
 
 @bench.command("sample")
 def sample_speed(
-    model: Annotated[
-        str, typer.Argument(help="A model, or a config (YAML) for random weights.")
-    ] = "digits",
+    model: Annotated[str, typer.Argument(help="A model, or a config (YAML).")] = "digits",
     batch_size: BatchSize = 8,
     repeats: Repeats = 5,
     cfg_scale: Annotated[float, typer.Option(help="Guidance scale; 1 is no guidance.")] = 2.0,
@@ -83,13 +82,9 @@ def sample_speed(
 
 @bench.command("encode")
 def encode_speed(
-    tokenizer: Annotated[
-        str, typer.Argument(help="A tokenizer or model directory, or vq-16 (random weights).")
-    ] = "digits",
+    tokenizer: Annotated[str, typer.Argument(help="A directory, or vq-16.")] = "digits",
     size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="Views per batch; default: by device.")
-    ] = None,
+    batch_size: Views = None,
     repeats: Repeats = 5,
     device: Device = None,
     dtype: Dtype = None,

@@ -22,6 +22,7 @@ from moveimg.errors import describe, shorten, validate
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer's own from 0.2x on, click's before
 BUNDLED = Path(__file__).parents[1] / "bundled"
 MAX_SEED = 2**32 - 1
+MAX_IMAGES = 10_000  # of one call
 # The help lists the commands in this order.
 PANELS = {
     "Use": ("sample", "info", "inspect", "bench"),
@@ -112,6 +113,13 @@ Set = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="Start the run again from its beginning.")]
 Seed = Annotated[
     int, typer.Option(min=0, max=MAX_SEED, help="Image i is drawn with the seed SEED + i.")
+]
+Num = Annotated[
+    int,
+    typer.Option("--num", "--num-samples", min=1, max=MAX_IMAGES, help="Images (per class)."),
+]
+Views = Annotated[
+    int | None, typer.Option(min=1, max=65536, help="Views per batch; default: by device.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=65536, help="Images in one batch.")]
 Quantize = Annotated[

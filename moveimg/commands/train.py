@@ -13,6 +13,7 @@ from moveimg.commands.common import (
     Dtype,
     Restart,
     Set,
+    Views,
     check_images,
     check_model_name,
     check_source,
@@ -29,11 +30,7 @@ Config = Annotated[Path, typer.Argument(help="A YAML file, as in configs/.")]
 @command
 def encode(
     images: Annotated[
-        str,
-        typer.Argument(
-            help="A folder of class subfolders, ImageNet's archives, Parquet files, or a data set "
-            "such as fashion-mnist."
-        ),
+        str, typer.Argument(help="A folder of class folders, archives, Parquet, or a data set.")
     ],
     tokenizer: Annotated[
         Path, typer.Option(help="A tokenizer or model directory, or a bundled name.")
@@ -51,9 +48,7 @@ def encode(
     data_root: Annotated[
         Path | None, typer.Option(help="Folder of downloaded data sets; default: $MOVEIMG_DATA.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="Views per batch; default: by device.")
-    ] = None,
+    batch_size: Views = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -67,6 +62,7 @@ def encode(
 
     data = {"source": images, "size": size, "crops": crops, "ranges": ranges}
     data["val_fraction"] = val_fraction
+    check_images(images)
     settings = validate(ImagesConfig, data, "encode")
     check_source(tokenizer, "tokenizer")
     with processes_of(device) as world:
@@ -117,7 +113,7 @@ def train(
         str | None, typer.Option(help="Start from this model: a directory or a name.")
     ] = None,
     train: Annotated[
-        str | None, typer.Option(help="all, or memory: bank and routers alone (with --init-from)")
+        str | None, typer.Option(help="all, or memory: bank and routers (with --init-from).")
     ] = None,
     restart: Restart = False,
     device: Device = None,

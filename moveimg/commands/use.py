@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moveimg.commands.common import (
+    MAX_IMAGES,
     MAX_SEED,
     BatchSize,
     Compile,
     Device,
     Dtype,
+    Num,
     Quantize,
     Seed,
     Set,
@@ -29,7 +31,6 @@ from moveimg.commands.common import (
     sampling_options,
 )
 
-MAX_IMAGES = 10_000  # of one call of `sample`
 GRID = (64, 32)  # rows and columns of grid.png at most
 
 
@@ -38,16 +39,10 @@ GRID = (64, 32)  # rows and columns of grid.png at most
 def sample(
     *,
     classes: Annotated[
-        list[str] | None,
-        typer.Argument(help="Class names or indices; default: every class, 20 at most."),
+        list[str] | None, typer.Argument(help="Class names or indices; default: the first 20.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="A bundled name, a model directory or a Hub id.")
-    ] = "digits",
-    num: Annotated[
-        int,
-        typer.Option("--num", "--num-samples", min=1, max=MAX_IMAGES, help="Images per class."),
-    ] = 2,
+    model: Annotated[str, typer.Option(help="A name, a model directory or a Hub id.")] = "digits",
+    num: Num = 2,
     seed: Seed = 0,
     settings: dict,
     batch_size: BatchSize = 32,
@@ -68,10 +63,9 @@ def sample(
     from moveimg.pipeline import Pipeline
     from moveimg.progress import progress_bar
 
-    extra = {"compile": True} if compile else {}
-    pipeline = Pipeline.from_pretrained(
-        model, device=device, dtype=dtype, quantize=quantize, **extra
-    )
+    extra: Any = {"compile": True} if compile else {}
+    extra |= {"device": device, "dtype": dtype, "quantize": quantize}
+    pipeline = Pipeline.from_pretrained(model, **extra)
     names = pipeline.class_names
     chosen = classes or range(min(20, len(names)))
     labels = [label for label in map(pipeline.label, chosen) for _ in range(num)]
@@ -122,17 +116,14 @@ def _slug(name: str) -> str:
 
 @command
 def info(
-    model: Annotated[
-        str, typer.Argument(help="A config (YAML), a bundled name or a model directory.")
-    ],
+    model: Annotated[str, typer.Argument(help="A config (YAML), a name or a model directory.")],
     set: Set = None,
     dtype: Annotated[str, typer.Option(help="The dtype of the cache and the bank.")] = "bfloat16",
     train: Annotated[
         bool, typer.Option("--train", help="Estimate the training of a config: memory, hours, disk")
     ] = False,
     gpus: Annotated[
-        int | None,
-        typer.Option(min=1, max=65536, help="GPUs that train; default: up to 8, by micro_batch."),
+        int | None, typer.Option(min=1, max=65536, help="GPUs; default: up to 8, by micro_batch.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="The kind of GPU that trains: H100, A100, ...")] = "H100",
     as_json: Annotated[
@@ -180,9 +171,7 @@ def inspect(
     codes: Annotated[
         Path | None, typer.Option(help="Packed codes to read; default: the model's own samples.")
     ] = None,
-    num: Annotated[
-        int, typer.Option("--num", "--num-samples", min=1, max=100_000, help="Images to read.")
-    ] = 256,
+    num: Num = 256,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The folder for the report.")] = Path("inspection"),
