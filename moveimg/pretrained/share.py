@@ -100,8 +100,9 @@ def model_card(directory: Path, repo_id: str) -> str:
         "codes": f"{config.grid[0]} x {config.grid[1]} out of {config.codebook_size:,}",
         "origin": about.get("source", "trained with moveimg"),
     }
-    results = about.get("val") if isinstance(about.get("val"), dict) else {}
-    figures = {k: f"{v:.4f}" for k, v in results.items() if isinstance(v, int | float)}
+    results = about.get("val")
+    figures = results if isinstance(results, dict) else {}
+    figures = {k: f"{v:.4f}" for k, v in figures.items() if isinstance(v, int | float)}
     tags = ["image-generation", "class-conditional", "autoregressive"]
     data = ModelCardData(library_name="moveimg", tags=[*tags, f"{config.memory.kind}-memory"])
     sections = [
