@@ -26,8 +26,8 @@ from moveimg.files import atomic, read_json, require_weights, write_json
 from moveimg.model import Transformer
 
 BUNDLED = Path(__file__).parent / "bundled"
-REQUIRED = ("n_layer", "n_head", "width", "codebook_size", "n_classes", "grid")
-FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes in a safetensors header
+REQUIRED = {"n_layer", "n_head", "width", "codebook_size", "n_classes", "grid"}
+FLOATS = {"F16", "BF16", "F32", "F64"}  # dtypes in a safetensors header
 ClassNames = TypeAdapter(list[Annotated[str, Field(strict=True, max_length=256)]])
 
 
@@ -96,9 +96,7 @@ def load_model(
         raise ValueError(f"{directory}: {len(names)} class names, expected {config.n_classes}")
     generator = _load_generator(config, directory / "model.safetensors", device, dtype)
     precise = torch.promote_types(dtype, torch.float32)
-    tokenizer = vq.load(directory / "tokenizer", device=device, dtype=precise)
-    tokenizer = vq.fast_tokenizer(tokenizer)
-    require_finite(tokenizer.state_dict(), str(directory / "tokenizer"))
+    tokenizer = _load_tokenizer(directory / "tokenizer", device, precise)
     if tokenizer.codebook_size != config.codebook_size:
         raise ValueError(
             f"{directory}: the generator has {config.codebook_size} codes, "
@@ -118,9 +116,8 @@ def read_description(directory: str | Path) -> ModelDescription:
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no model here (it has no config.json)")
     description = validate(ModelDescription, read_json(path), str(path))
-    for key in REQUIRED:
-        if key not in description.model.model_fields_set:
-            raise ValueError(f"{path}: model.{key}: missing")
+    if missing := REQUIRED - description.model.model_fields_set:
+        raise ValueError(f"{path}: model.{min(missing)}: missing")
     return description
 
 
@@ -164,7 +161,13 @@ def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
     directory = BUNDLED / path if not path.exists() and (BUNDLED / path).is_dir() else path
     if (directory / "tokenizer" / "config.json").is_file():
         directory = directory / "tokenizer"
-    tokenizer = vq.fast_tokenizer(vq.load(directory, device=device))
+    return _load_tokenizer(directory, device, torch.float32)
+
+
+def _load_tokenizer(
+    directory: Path, device: str | torch.device, dtype: torch.dtype
+) -> vq.AutoencoderTokenizer:
+    tokenizer = vq.fast_tokenizer(vq.load(directory, device=device, dtype=dtype))
     require_finite(tokenizer.state_dict(), str(directory))
     return tokenizer
 
@@ -183,9 +186,8 @@ def _load_generator(
             layers = {match[1] for key in slices if (match := re.match(r"layers\.(\d+)\.", key))}
             if len(layers) != config.n_layer:  # before that many layers are built
                 raise ValueError(f"{path}: {len(layers)} layers, expected {config.n_layer}")
-            if integers := [key for key in slices if slices[key].get_dtype() not in FLOATS]:
-                kind = slices[integers[0]].get_dtype()
-                raise ValueError(f"{path}: {integers[0]!r} holds {kind}, expected floats")
+            if others := {value.get_dtype() for value in slices.values()} - FLOATS:
+                raise ValueError(f"{path}: weights of type {min(others)}, expected floats")
             with shapes_only():
                 generator = Transformer(config)
             expected = {key: tuple(value.shape) for key, value in generator.state_dict().items()}

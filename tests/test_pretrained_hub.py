@@ -88,8 +88,8 @@ def test_published_names_are_converted_once(tmp_path, monkeypatch, directory):
 
 def test_published_names_have_sizes_and_settings():
     assert len(hub.PUBLISHED) == 7 and hub.PUBLISHED["llamagen-3b-384"] == ("c2i_3B_384.pt", 384)
-    for entry in hub.PUBLISHED.values():
-        assert entry.file.split("_")[1] in SIZES.keys() & llamagen.PUBLISHED_CFG.keys()
+    for file, _ in hub.PUBLISHED.values():
+        assert file.split("_")[1] in SIZES.keys() & llamagen.PUBLISHED_CFG.keys()
 
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):

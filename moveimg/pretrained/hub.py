@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from moveimg.checkpoint import BUNDLED
 from moveimg.dist import print_rank0
@@ -17,25 +16,11 @@ from moveimg.pretrained.llamagen import convert_llamagen
 
 REPO = "FoundationVision/LlamaGen"
 TOKENIZER_FILE = "vq_ds16_c2i.pt"
-MODEL_FILES = (
-    "config.json",
-    "model.safetensors",
-    "classes.json",
-    "sampling.json",
-    "tokenizer/config.json",
-    "tokenizer/model.safetensors",
-)
-
-
-class Published(NamedTuple):
-    """A generator file of REPO and the pixels of a side it was trained for."""
-
-    file: str
-    image_size: int
-
-
+PARTS = ("config.json", "model.safetensors")
+MODEL_FILES = (*PARTS, "classes.json", "sampling.json", *(f"tokenizer/{file}" for file in PARTS))
+# Names of REPO's generators: the file, and the pixels of a side it was trained for
 PUBLISHED = {
-    f"llamagen-{size.lower()}-{pixels}": Published(f"c2i_{size}_{pixels}.pt", pixels)
+    f"llamagen-{size.lower()}-{pixels}": (f"c2i_{size}_{pixels}.pt", pixels)
     for pixels, sizes in {256: ("B", "L"), 384: ("B", "L", "XL", "XXL", "3B")}.items()
     for size in sizes
 }
@@ -56,7 +41,13 @@ def resolve(name_or_path: str | Path) -> Path:
     if name in PUBLISHED:
         return fetch_published(name)
     if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name, re.ASCII):
-        return fetch_from_hub(name)
+        folder, missing, reason = _download(name, MODEL_FILES)
+        if missing:
+            raise FileNotFoundError(
+                f"no model {name!r}: no such directory here, and {', '.join(missing)} cannot be "
+                f"downloaded from the Hugging Face Hub ({reason})"
+            )
+        return folder
     bundled = ", ".join(sorted(path.name for path in BUNDLED.glob("*"))) or "none"
     raise FileNotFoundError(
         f"no model {name[:200]!r}: expected a model directory, a bundled name ({bundled}), "
@@ -85,17 +76,6 @@ def fetch_published(name: str) -> Path:
         if not (directory / "config.json").is_file():
             raise
     return directory
-
-
-def fetch_from_hub(repo_id: str) -> Path:
-    """The local copy of a model directory on the Hub (errors as of resolve)."""
-    folder, missing, reason = _download(repo_id, MODEL_FILES)
-    if missing:
-        raise FileNotFoundError(
-            f"no model {repo_id!r}: no such directory here, and {', '.join(missing)} cannot be "
-            f"downloaded from the Hugging Face Hub ({reason})"
-        )
-    return folder
 
 
 def cache_directory() -> Path:

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,27 +126,18 @@ def llamagen_config(
     n_labels, width = shape("cls_embedding.embedding_table.weight")
     n_layer = len({m[1] for key in weights if (m := re.match(r"layers\.(\d+)\.", key))})
     hidden = shape("layers.0.feed_forward.w1.weight")[0]
-    if table is not None:
-        if table.ndim != 3 or table.shape[2] != 2 or width % (2 * table.shape[1] or 1):
-            raise ValueError(
-                f"{origin}: {TABLE!r} is {list(table.shape)}, expected [1 + codes, half a head's "
-                f"width, 2] where heads divide the width {width}"
-            )
-        side = math.isqrt(max(0, table.shape[0] - 1))
+    if table is not None and table.ndim == 3 and table.shape[1]:
+        side = math.isqrt(len(table) - 1)
         n_head = _agree("heads", n_head, width // (2 * table.shape[1]), origin)
         image_size = _agree("image size", image_size, side * downsample, origin)
     named = {(size["n_layer"], size["width"]): size["n_head"] for size in SIZES.values()}
     n_head = n_head or named.get((n_layer, width))
     if n_head is None:
         raise ValueError(
-            f"{origin}: {n_layer} layers of width {width} are no named size, and tensors do not "
-            "tell the number of heads: give --heads"
+            f"{origin}: {n_layer} layers of width {width} are no named size: give --heads"
         )
     if image_size is None:
-        raise ValueError(
-            f"{origin}: tensors do not tell the image size: give --image-size (LlamaGen's "
-            "files are for 256 or 384 pixels, as their names say)"
-        )
+        raise ValueError(f"{origin}: tensors do not tell the image size: give --image-size")
     if image_size < downsample or image_size % downsample:
         raise ValueError(
             f"image size {image_size}: expected a multiple of the tokenizer's {downsample} pixels"
@@ -193,9 +183,9 @@ def published_settings(config: ModelConfig) -> SamplingSettings:
     return SamplingSettings()
 
 
-def _agree(what: str, argument: Any, stored: Any, origin: str) -> Any:
+def _agree(name: str, argument: int | None, stored: int, origin: str) -> int:
     if argument not in (None, stored):
-        raise ValueError(f"{origin}: {what} {argument} was given, but its {TABLE!r} says {stored}")
+        raise ValueError(f"{origin}: {name} {argument} was given, but its {TABLE!r} says {stored}")
     return stored
 
 
@@ -205,6 +195,6 @@ def _check_table(table: Tensor, config: ModelConfig, origin: str) -> None:
     # a table cast to bfloat16 is off by up to 2^-9
     if table.shape != ours.shape or not torch.allclose(table.float(), ours, atol=4e-3, rtol=0):
         raise ValueError(
-            f"{origin}: its {TABLE!r} is not LlamaGen's 2D rotation of {config.grid[0]} x "
-            f"{config.grid[1]} codes: these weights need other positions than this program's"
+            f"{origin}: its {TABLE!r} {list(table.shape)} is not LlamaGen's 2D rotation of "
+            f"{config.grid[0]} x {config.grid[1]} codes"
         )

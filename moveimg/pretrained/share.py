@@ -92,15 +92,17 @@ def model_card(directory: Path, repo_id: str) -> str:
     config, about = description.model, description.about
     names, sampling = read_class_names(directory), read_sampling(directory).model_dump()
     cost = model_cost(config)
+    memory = ", ".join(f"{key} {value}" for key, value in config.memory.model_dump().items())
     architecture = {
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.width}",
         "parameters": f"{cost.parameters:,} (value memory {cost.bank:,})",
-        "attention": config.attention.kind,
-        "memory": ", ".join(f"{key} {value}" for key, value in config.memory.model_dump().items()),
-        "feed-forward": config.ffn.kind,
+        "attention, memory, feed-forward": f"{config.attention.kind}; {memory}; {config.ffn.kind}",
         "codes": f"{config.grid[0]} x {config.grid[1]} out of {config.codebook_size:,}",
         "origin": about.get("source", "trained with moveimg"),
     }
+    results = about.get("val")
+    figures = results if isinstance(results, dict) else {}
+    figures = {k: f"{v:.4f}" for k, v in figures.items() if isinstance(v, int | float)}
     tags = ["image-generation", "class-conditional", "autoregressive"]
     data = ModelCardData(library_name="moveimg", tags=[*tags, f"{config.memory.kind}-memory"])
     sections = [
@@ -109,12 +111,9 @@ def model_card(directory: Path, repo_id: str) -> str:
         f"## Model\n\n{_table(architecture)}",
         f"## Sampling settings\n\n{_table(sampling)}",
         f"## Classes ({len(names)})\n\n{list_names(names, 20)}",
+        f"## Results (held out, after {about.get('step')} steps)\n\n{_table(figures)}",
     ]
-    if isinstance(results := about.get("val"), dict):
-        figures = {k: f"{v:.4f}" for k, v in results.items() if isinstance(v, int | float)}
-        title = f"Results (held out, after {about.get('step')} steps)"
-        sections.append(f"## {title}\n\n{_table(figures)}")
-    return str(ModelCard("\n\n".join(sections) + "\n"))
+    return str(ModelCard("\n\n".join(sections if figures else sections[:-1]) + "\n"))
 
 
 def _table(rows: dict[str, Any]) -> str:
