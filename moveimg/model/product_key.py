@@ -7,7 +7,7 @@ A look-up scores all n^2 rows of a table at the cost of 2 n: a query's halves ar
 keys each, the score of row (i, j) is the sum of score i and score j, and the k best rows are among
 the k best of each half (arXiv 1907.05242).
 
-Memory+ has one value table for all its layers, and keys and queries per layer, as its official code.
+Memory+ has one value table for all its layers, and keys and queries per layer (official code).
 PEER shares nothing here: keys, queries and experts are a layer's own, and queries are not
 normalised (the paper applies batch norm to them).
 """
