@@ -19,8 +19,7 @@ from apps.demo_parts import drawing, gallery, looking, show
 from apps.demo_parts.models import Models
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
-from moveimg.inspection.gates import gather_gates
-from moveimg.inspection.maps import bank_maps, without_bank
+from moveimg.inspect import bank_maps, gather_gates, without_bank
 from tests.conftest import MEMORIES, lively, random_inputs, tiny_config
 
 
@@ -201,12 +200,12 @@ def test_bank_maps_agree_with_the_statistics_of_the_gates(kind):
     maps, gates = bank_maps(model, codes, labels), gather_gates(model, [(codes, labels)])
     assert maps.keys() == gates.keys() and len(maps) > 0
     for layer, found in maps.items():
-        known = gates[layer].as_dict()
+        known = gates[layer]
         assert found.share.shape == (1, config.seq_len - 1)
         means = torch.tensor(known["mean"]).mean(0)  # [gates]
-        start = 1 if gates[layer].gated else 0
+        start = 1 if known["gates"][0] == "g_0" else 0
         assert found.slots.mean().item() == pytest.approx(means[start:].mean().item(), rel=1e-5)
-        if gates[layer].gated:
+        if start:
             assert found.g_0.mean().item() == pytest.approx(means[0].item(), rel=1e-5)
         assert found.share.min() > 0 and found.share.max() < 1
     with pytest.raises(ValueError, match="no value memory"):

@@ -253,7 +253,7 @@ def _pipeline(row: Row, models: Models) -> Any:
         return pipeline
     import copy
 
-    from moveimg.inspection.maps import without_bank
+    from moveimg.inspect import without_bank
 
     bare = copy.copy(pipeline)  # the loaded one serves others, too
     bare.generator = without_bank(pipeline.generator)

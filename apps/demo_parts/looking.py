@@ -52,7 +52,7 @@ def bank_of(row: Row, models: Models) -> Iterator[tuple[Image.Image, list[LayerM
     """
     import torch
 
-    from moveimg.inspection.maps import bank_maps
+    from moveimg.inspect import bank_maps
 
     if not models.describe(row.model).has_bank:
         raise ValueError(f"{row.model} has no value memory, so there is nothing to map")
