@@ -18,27 +18,26 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # on smaller inputs the transforms cost about what they save
-        worthwhile = x.shape[1] >= 128 and x.shape[2] * x.shape[3] >= 64 * 64
-        if not worthwhile or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        small = x.shape[1] < 128 or x.shape[2] * x.shape[3] < 64 * 64
+        if small or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        convolve = torch._nnpack_spatial_convolution
         # one image per call: NNPACK is slower on larger batches
-        images = x.contiguous().split(1)
-        return torch.cat([convolve(i, self.weight, self.bias, [1, 1], [1, 1]) for i in images])
+        convolve, more = torch._nnpack_spatial_convolution, (self.weight, self.bias, [1, 1], [1, 1])
+        return torch.cat([convolve(image, *more) for image in x.contiguous().split(1)])
 
 
 def fast_tokenizer(tokenizer: T) -> T:
-    """A tokenizer with the same weights and fingerprint that is faster in float32 on a CPU.
+    """A frozen tokenizer that shares weights and fingerprint; faster in float32 on a CPU.
 
-    For frozen tokenizers. Values differ by rounding, and so may codes at near-ties. On other
-    devices and dtypes it is `tokenizer` itself.
+    Values differ by rounding, and so may codes at near-ties. Elsewhere it is `tokenizer` itself.
     """
-    weight = next(tokenizer.parameters())
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if not on_cpu or not torch.backends.nnpack.is_available():
+    like = next(tokenizer.parameters())
+    supported = torch.backends.nnpack.is_available() and like.dtype == torch.float32
+    if not supported or like.device.type != "cpu":
         return tokenizer
-    tensors = (*tokenizer.parameters(), *tokenizer.buffers())
-    fast = copy.deepcopy(tokenizer, {id(tensor): tensor for tensor in tensors})  # shared
+    fast = copy.deepcopy(
+        tokenizer, {id(x): x for x in tokenizer.state_dict(keep_vars=True).values()}
+    )
     for module in fast.modules():
         if type(module) is nn.Conv2d and module.padding == module.stride == (1, 1):
             module.__class__ = WinogradConv2d  # it adds no state
