@@ -14,9 +14,9 @@ import zipfile
 import pytest
 from PIL import Image
 
-from apps.demo_parts import looking
+from apps.demo_parts import analysis
 from moveimg import Pipeline
-from tests.test_demo_api import picture_of
+from tests.test_demo_server import image_of, wait_until
 
 CHROMIUM = shutil.which("chromium")
 PATIENCE = 120_000
@@ -57,15 +57,6 @@ def idle(page):
     page.wait_for_function("!document.querySelector('.status.busy, .status.brief')")
 
 
-def nobody_computes(server):
-    """Wait for the turn to be given back: it is shortly after the page has the last frame."""
-    for _ in range(600):
-        if server.turns.jobs() == 0:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{server.turns.jobs()} jobs are still in the line")
-
-
 def choose(page, typed, where="#klass"):
     page.click(f"{where} input")
     page.keyboard.type(typed)
@@ -97,7 +88,7 @@ def drawn(desktop):
     assert desktop.input_value("#klass input") == "3 · three"
     desktop.keyboard.press("Enter")  # the first one chose, this one draws
     desktop.wait_for_selector("#gallery [data-pick='1']")
-    desktop.wait_for_function("document.querySelector('#status').innerText.includes('2 pictures')")
+    desktop.wait_for_function("document.querySelector('#status').innerText.includes('2 images')")
     return desktop
 
 
@@ -114,7 +105,7 @@ def test_a_class_is_found_by_typing_and_enter_draws_it(drawn):
     assert seeds == ["seed 21", "seed 22"]
     first = sources(desktop)
     expected = Pipeline.from_pretrained("digits").sample([3, 3], seed=21)
-    assert [picture_of(s)[0].tobytes() for s in first] == [p.tobytes() for p in expected]
+    assert [image_of(s)[0].tobytes() for s in first] == [p.tobytes() for p in expected]
     desktop.click("#again")
     desktop.wait_for_function(
         "!document.querySelector('#gallery .seed').textContent.endsWith(' 21')"
@@ -161,7 +152,7 @@ def the_memory_of_one_is_shown_and_the_bank_turned_off(desktop):
     idle(desktop)
     with_bank, without = sources(desktop, "#pair")
     assert with_bank == sources(desktop)[1] and without != with_bank
-    assert picture_of(without)[1]["bank"] is False and picture_of(without)[1]["seed"] == 22
+    assert image_of(without)[1]["bank"] is False and image_of(without)[1]["seed"] == 22
 
 
 def guidance_varies_on_the_same_seeds(desktop):
@@ -172,18 +163,18 @@ def guidance_varies_on_the_same_seeds(desktop):
     idle(desktop)
     titles = desktop.eval_on_selector_all("#gallery h3", "all => all.map(e => e.textContent)")
     assert titles == ["guidance 1", "guidance 1.75", "guidance 2.5", "guidance 4"]
-    abouts = [picture_of(uri)[1] for uri in sources(desktop)]
+    abouts = [image_of(uri)[1] for uri in sources(desktop)]
     assert [a["seed"] for a in abouts] == [21, 22] * 4
 
 
 def a_look_at_the_old_pictures_ends_where_new_ones_begin(desktop, server, monkeypatch):
-    bank_of = looking.bank_of
+    map_bank = analysis.map_bank
 
     def slowly(row, models):
         time.sleep(1)
-        yield from bank_of(row, models)
+        yield from map_bank(row, models)
 
-    monkeypatch.setattr(looking, "bank_of", slowly)
+    monkeypatch.setattr(analysis, "map_bank", slowly)
     desktop.click("#gallery [data-pick='3']")
     desktop.wait_for_selector("#memory-status .brief")
     desktop.click("#again")
@@ -191,7 +182,7 @@ def a_look_at_the_old_pictures_ends_where_new_ones_begin(desktop, server, monkey
         "!document.querySelector('#gallery .seed').textContent.endsWith(' 21')"
     )
     idle(desktop)
-    nobody_computes(server)
+    wait_until(lambda: len(server.queue) == 0)
     assert desktop.locator("#maps img").count() == 0
 
 
@@ -203,7 +194,7 @@ def another_model_draws_the_same_seeds(desktop):
     titles = desktop.eval_on_selector_all("#gallery h3", "all => all.map(e => e.textContent)")
     assert titles == ["digits", "twin"]
     mine, twins = sources(desktop)[:2], sources(desktop)[2:]
-    assert [picture_of(s)[0].tobytes() for s in mine] == [picture_of(s)[0].tobytes() for s in twins]
+    assert [image_of(s)[0].tobytes() for s in mine] == [image_of(s)[0].tobytes() for s in twins]
     choose(desktop, "gall", "#model")
     desktop.wait_for_selector("#beside", state="hidden")  # nobody else knows these classes
     choose(desktop, "dig", "#model")
@@ -213,24 +204,11 @@ def another_model_draws_the_same_seeds(desktop):
 def test_another_model_brings_its_classes_with_their_synonyms(desktop):
     starts = "start => document.querySelector('#klass input').value.startsWith(start)"
     choose(desktop, "gall", "#model")
-    desktop.wait_for_function(starts, arg="7 · thing")
+    desktop.wait_for_function(starts, arg="0 · goldfish")
     choose(desktop, "carass")
     assert desktop.input_value("#klass input") == "0 · goldfish, Carassius auratus"
     choose(desktop, "dig", "#model")
-    desktop.wait_for_function(starts, arg="7 · seven")
-
-
-@pytest.fixture
-def slow_model(server, monkeypatch):
-    """Decoding takes its time, so that there is time to stop it."""
-    model = server.models.get("digits").generator
-    decode = type(model).decode
-
-    def slowly(self, codes, cache):
-        time.sleep(0.1)
-        return decode(self, codes, cache)
-
-    monkeypatch.setattr(type(model), "decode", slowly)
+    desktop.wait_for_function(starts, arg="0 · zero")
 
 
 def test_stop_stops_the_work(drawn, server, slow_model):
@@ -242,10 +220,10 @@ def test_stop_stops_the_work(drawn, server, slow_model):
     desktop.wait_for_function("document.querySelector('#status').innerText.includes('Stopped')")
     done = int(re.search(r"(\d+) of 128", desktop.inner_text("#status"))[1])
     assert 0 < done < 128
-    nobody_computes(server)
-    stopped = server.turns.steps
+    wait_until(lambda: len(server.queue) == 0)
+    stopped = server.queue.steps
     time.sleep(0.5)
-    assert server.turns.steps == stopped  # nothing computes any more
+    assert server.queue.steps == stopped  # nothing computes any more
     assert desktop.is_visible("#generate") and not desktop.is_visible("#stop")
 
 
@@ -255,10 +233,10 @@ def test_work_stops_when_its_visitor_leaves(browser, server, slow_model):
     page.goto(server.url)
     page.click("#generate", timeout=PATIENCE)
     page.wait_for_selector("#gallery img", timeout=PATIENCE)
-    begun = server.turns.steps
+    begun = server.queue.steps
     context.close()
-    nobody_computes(server)
-    assert server.turns.steps - begun < 100  # of 128
+    wait_until(lambda: len(server.queue) == 0)
+    assert server.queue.steps - begun < 100  # of 128
 
 
 def test_a_bad_upload_gives_a_message_and_a_good_one_a_reconstruction(desktop, tmp_path):
