@@ -66,48 +66,41 @@ def iter_codes(
         labels = torch.cat([labels, torch.full_like(labels, generator.null_label)])
     elif scales[0] == 0:
         labels = torch.full_like(labels, generator.null_label)
-    # Whatever torch's defaults are: with another type the same seed gives other numbers.
+    # Explicit types: with another default dtype or device the same seed gives other numbers.
     drawn = [torch.rand(length, generator=g, dtype=torch.float32, device=g.device) for g in rng]
     draws = torch.stack(drawn).to(labels.device)
 
-    def choose(logits: Tensor, uniforms: Tensor, scale: float | Tensor) -> Tensor:
+    def choose(logits: Tensor, uniforms: Tensor, scale: float) -> Tensor:
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, scale)
         return draw(logits, uniforms, settings)
 
     cache = generator.make_cache(len(labels))
-    # All that `choose` depends on beside its arguments: with other values it is another function.
-    key = (guided, settings.temperature, settings.top_k, settings.top_p)
-    choose_fast = cache.recorded(key, choose)
-    with as_it_is(labels.device):
+    with no_autocast(labels.device):
         logits = generator.start(labels, cache)
     for position, scale in enumerate(scales):
-        # First and last alone: it waits for the device, and what is no number stays in the cache.
+        # At the first and last position alone: it waits for the device, and NaN stays in the cache.
         if position in (0, length - 1) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
-        codes = choose_fast(logits, draws[:, position], scale)
+        codes = choose(logits, draws[:, position], scale)
         yield codes
         if position < length - 1:
-            with as_it_is(labels.device):  # around a step, for the caller's own goes on in between
+            with no_autocast(labels.device):  # not around the loop: the caller runs between steps
                 logits = generator.decode(codes.repeat(2) if guided else codes, cache)
 
 
-def as_it_is(device: torch.device) -> AbstractContextManager[object]:
-    """Around a model that is to run in its own number type, in an autocast of the caller's, too."""
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which the caller's autocast is off, so that a model runs in its own dtype."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on logits: uncond + (cond - uncond) * scale (LlamaGen).
 
-    A scale of 1 gives `conditional` to the bit, also where it is a tensor [], which is not waited
-    for.
+    A scale of 1 gives `conditional` to the bit.
     """
-    if isinstance(scale, Tensor):
-        guided = unconditional + (conditional - unconditional) * scale
-        return torch.where(scale == 1, conditional, guided)
     if scale == 1:
         return conditional
     return unconditional + (conditional - unconditional) * scale
@@ -155,14 +148,14 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
     total = cumulative[:, -1:] * (1 - torch.finfo(cumulative.dtype).eps)
     target = uniforms[:, None].to(cumulative.dtype) * total
     codes = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return codes.clamp(max=logits.shape[-1] - 1)  # of what is no number: a code nevertheless
+    return codes.clamp(max=logits.shape[-1] - 1)  # a code even where logits are NaN
 
 
 def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf every logit [B, V] outside the top k, then outside the nucleus of mass p.
 
     Ties with the k-th are kept. The nucleus (arXiv 1904.09751) is the smallest set of likeliest
-    codes whose probability reaches p; it holds one code at least.
+    codes whose probability reaches p; it holds at least one code.
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]

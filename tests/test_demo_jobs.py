@@ -23,9 +23,6 @@ from apps.demo_parts.queue import JobQueue, QueueFullError, Visitor, Waiting, ru
 from apps.demo_parts.requests import MAX_UPLOAD, Generate, parse_call
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
-from moveimg.inspection.gates import gather_gates
-from moveimg.inspection.maps import bank_maps, without_bank
-from tests.conftest import MEMORIES, lively, random_inputs, tiny_config
 
 ANN, BOB = Visitor("ann", "10.0.0.1"), Visitor("bob", "10.0.0.2")
 
@@ -315,32 +312,6 @@ def test_class_names_cannot_write_html_and_a_bank_shows_only_where_there_is_one(
 
 
 # --- maps and reconstruction -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["lave-x1", "move-3-class-rows"])
-def test_bank_maps_agree_with_the_gates_and_without_bank_with_zero_tables(kind):
-    config = tiny_config(memory=MEMORIES[kind])
-    model, zeroed = lively(config), lively(config)
-    codes, labels = random_inputs(config, batch=1)
-    maps, gates = bank_maps(model, codes, labels), gather_gates(model, [(codes, labels)])
-    assert maps.keys() == gates.keys() and len(maps) > 0
-    for layer, layer_maps in maps.items():
-        means = torch.tensor(gates[layer].as_dict()["mean"]).mean(0)  # [gates]
-        assert layer_maps.share.shape == (1, config.seq_len - 1)
-        start = 1 if gates[layer].gated else 0
-        assert layer_maps.slots.mean().item() == pytest.approx(
-            means[start:].mean().item(), rel=1e-5
-        )
-        if gates[layer].gated:
-            assert layer_maps.g_0.mean().item() == pytest.approx(means[0].item(), rel=1e-5)
-        assert layer_maps.share.min() > 0 and layer_maps.share.max() < 1
-    with torch.no_grad():
-        for weight in zeroed.memory.parameters():
-            weight.zero_()
-    before = model(codes, labels)
-    assert torch.equal(without_bank(model)(codes, labels), zeroed(codes, labels))
-    assert torch.equal(model(codes, labels), before)  # the model itself has not changed
-    assert not torch.equal(before, zeroed(codes, labels))
 
 
 def test_the_maps_of_an_image_lie_on_its_grid(models):

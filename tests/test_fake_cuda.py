@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import tokenizer as vq
 from moveimg.config import SamplingSettings
 from moveimg.model import Transformer
-from moveimg.model.attention import growing_keys
+from moveimg.model.attention import without_cudnn_sdpa
 from moveimg.sampling import draw, running_sums
 from tests.conftest import VARIANTS, tiny_config
 
@@ -44,12 +44,12 @@ def test_decoding_keeps_off_cudnn_and_teacher_forcing_does_not(name, monkeypatch
 
 def test_cudnn_stays_off_where_it_was_off_and_comes_back_after_an_error():
     cuda = torch.device("cuda")
-    with pytest.raises(RuntimeError), growing_keys(cuda):
+    with pytest.raises(RuntimeError), without_cudnn_sdpa(cuda):
         raise RuntimeError
     assert torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        with growing_keys(cuda):
+        with without_cudnn_sdpa(cuda):
             pass
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from moveimg.config import SamplingSettings
-from moveimg.model.decoding import decoding_model
+from moveimg.model.inference import decoding_model
 from moveimg.sampling import (
     draw,
     guidance_scales,

@@ -165,7 +165,7 @@ def test_active_parameters():
 
 def test_value_tables_have_a_rate_and_a_clip_of_their_own():
     model = lively(tiny_config(**VARIANTS["mha-none-product_key"]), dtype=torch.float32)
-    config = OptimizerConfig(lr=0.1, table_lr=10.0, clip=1.0, table_clip=0.5)
+    config = OptimizerConfig(lr=0.1, table_lr=1.0, clip=1.0, table_clip=0.5)
     optimizers = make_optimizers(model, config)
     set_rate(optimizers, 0.01)
     table = model.shared_ffn.weight

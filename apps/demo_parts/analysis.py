@@ -19,7 +19,7 @@ from apps.demo_parts.models import Models
 from apps.demo_parts.requests import MAX_UPLOAD
 from moveimg.data import center_crop, to_tensor
 from moveimg.images import to_pil, to_rgb
-from moveimg.inspection.maps import bank_maps
+from moveimg.inspect import bank_maps
 from moveimg.pipeline import Pipeline
 
 MAX_PIXELS = 40_000_000

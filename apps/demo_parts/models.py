@@ -8,19 +8,14 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, TypeAdapter
-
-from moveimg.checkpoint import read_model_config
+from moveimg.checkpoint import read_class_names, read_model_config, read_sampling
 from moveimg.config import ModelConfig, SamplingSettings
-from moveimg.errors import describe, validate
-from moveimg.files import read_json
-from moveimg.inspection.maps import without_bank
+from moveimg.errors import describe
+from moveimg.inspect import without_bank
 from moveimg.pipeline import Pipeline, resolve
 
 LOG = logging.getLogger("moveimg.demo")
-CLASS_NAMES = TypeAdapter(list[Annotated[str, Field(max_length=2000)]])
 
 
 @dataclass(frozen=True)
@@ -36,17 +31,6 @@ class ModelInfo:
     @property
     def has_bank(self) -> bool:
         return self.config.memory.kind != "none"
-
-
-def read_info(name: str, directory: Path) -> ModelInfo:
-    """Read a model directory's JSON files. Raises ValueError or FileNotFoundError."""
-    config = read_model_config(directory)
-    classes, sampling = directory / "classes.json", directory / "sampling.json"
-    names = validate(CLASS_NAMES, read_json(classes), str(classes))
-    if len(names) != config.n_classes:
-        raise ValueError(f"{classes}: {len(names)} class names, expected {config.n_classes}")
-    settings = validate(SamplingSettings, read_json(sampling), str(sampling))
-    return ModelInfo(name, directory, config, names, settings)
 
 
 class Models:
@@ -70,13 +54,16 @@ class Models:
         self.keep, self.device, self.dtype = keep, device, dtype
         self.infos: dict[str, ModelInfo] = {}
         for item in names_or_paths:
-            directory = resolve(item)
-            name = base = Path(item).name or directory.resolve().name
-            number = 1
+            path = resolve(item)
+            name = base = Path(item).name or path.resolve().name
             while name in self.infos:
-                number += 1
-                name = f"{base} ({number})"
-            self.infos[name] = read_info(name, directory)
+                name = f"{base} ({len(self.infos)})"
+            config, names = read_model_config(path), read_class_names(path)
+            if len(names) != config.n_classes:
+                raise ValueError(
+                    f"{path / 'classes.json'}: expected {config.n_classes} class names"
+                )
+            self.infos[name] = ModelInfo(name, path, config, names, read_sampling(path))
         self._pipelines: OrderedDict[str, dict[bool, Pipeline]] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -1,14 +1,13 @@
 """The generator: a class-conditional transformer with slots for attention, memory, feed-forward."""
 
 from moveimg.model.cross_entropy import CHUNK
-from moveimg.model.decoding import decoding_model, linear_kind
+from moveimg.model.inference import StaticTransformer, decoding_model, linear_kind
 from moveimg.model.memory import (
     NEAR_TWO,
     NEAR_ZERO,
     GatedMixer,
     Mixing,
     ValueBank,
-    gathered,
     mixers_by_layer,
     record_mixing,
 )
@@ -26,12 +25,12 @@ __all__ = [
     "GatedMixer",
     "Mixing",
     "MoE",
+    "StaticTransformer",
     "SwiGLU",
     "Transformer",
     "ValueBank",
     "ValueTable",
     "decoding_model",
-    "gathered",
     "linear_kind",
     "mixers_by_layer",
     "record_mixing",

@@ -18,16 +18,15 @@ from torch.nn import functional as F
 from moveimg.config.model import MHAConfig, ModelConfig
 from moveimg.model.memory import Mixer, Rows
 from moveimg.model.mla import MultiHeadLatentAttention
-from moveimg.model.rope import rotate
+from moveimg.model.rope import rotate, visible_positions
 
 
 @contextmanager
-def growing_keys(device: torch.device) -> Iterator[None]:
-    """Around a step of decoding: on CUDA no attention by cuDNN, which plans anew for each shape.
+def without_cudnn_sdpa(device: torch.device) -> Iterator[None]:
+    """Disable cuDNN's attention on CUDA, which makes a new plan for each number of keys.
 
-    torch prefers cuDNN on GPUs of capability 9 and 10. Here every step has one key more, so each
-    would wait for a plan of its own. Other kernels take any number of keys. The switch is the
-    process's: what attends in another thread meanwhile does without cuDNN, too.
+    torch prefers it on GPUs of capability 9 and 10, and every decoding step has one key more. The
+    switch is the process's: it applies to other threads meanwhile.
     """
     if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
         yield
@@ -39,28 +38,38 @@ def growing_keys(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-class KVCache:
+class KVCache(nn.Module):
     """Keys and mixed values of one layer, [B, H, length, K], filled from the left.
 
-    What is cached is V after the mix, so the memory is paid once a position.
+    V is cached after the mix, so the memory costs its reads once per position.
+
+    With `position`, an int64 tensor [1] that all layers share, the cache is static: every step
+    reads its full length under a mask, so that all steps have the same shapes.
     """
 
-    def __init__(self, batch: int, length: int, config: ModelConfig, like: Tensor) -> None:
+    def __init__(
+        self, batch: int, length: int, config: ModelConfig, like: Tensor,
+        position: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
         shape = (batch, config.n_head, length, config.head_dim)
-        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.v = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.filled = 0
+        self.k = nn.Buffer(like.new_zeros(shape))
+        self.v = nn.Buffer(like.new_zeros(shape))
+        self.filled, self.position = 0, position
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, H, S, K] behind what is there; return views of all that is filled."""
-        end = self.filled + k.shape[2]
-        self.k[:, :, self.filled : end] = k
-        self.v[:, :, self.filled : end] = v
-        self.filled = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write k, v [B, H, S, K] after the filled part; return keys, values and their mask."""
+        if self.position is not None:
+            self.k.index_copy_(2, self.position, k)
+            self.v.index_copy_(2, self.position, v)
+            return self.k, self.v, visible_positions(self.position, self.k.shape[2])
+        begin, self.filled = self.filled, self.filled + k.shape[2]
+        self.k[:, :, begin : self.filled] = k
+        self.v[:, :, begin : self.filled] = v
+        return self.k[:, :, : self.filled], self.v[:, :, : self.filled], None
 
     def numel_per_token(self) -> int:
-        """Numbers kept for one position of one sequence."""
+        """Numbers kept per position of one sequence."""
         return 2 * self.k.shape[1] * self.k.shape[3]
 
 
@@ -82,23 +91,25 @@ class MultiHeadAttention(nn.Module):
 
     @staticmethod
     def sites(config: ModelConfig) -> dict[str, int]:
-        """Where memory can be mixed in, and how wide what stands there is."""
+        """The sites where memory can be mixed in, with their widths."""
         return {"value": config.width}
 
     @staticmethod
     def rope_dim(config: ModelConfig) -> int:
-        """How many dimensions of a head carry its position."""
+        """Rotary dimensions per head."""
         return config.head_dim
 
     def own_flops(self, context: float) -> float:
         """Scores and weighted sums over `context` positions, beside the projections."""
         return 4 * context * self.config.width
 
-    def make_cache(self, batch: int, length: int, like: Tensor) -> KVCache:
-        return KVCache(batch, length, self.config, like)
+    def make_cache(
+        self, batch: int, length: int, like: Tensor, position: Tensor | None = None
+    ) -> KVCache:
+        return KVCache(batch, length, self.config, like, position)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> queries, keys and values [B, S, 3 D], and what the mixer's router sees."""
+        """x [B, S, D] -> queries, keys and values [B, S, 3 D], and the router's input."""
         return self.wqkv(x), x
 
     def forward(self, x: Tensor, rows: Rows, rope: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -112,9 +123,10 @@ class MultiHeadAttention(nn.Module):
         v = self.mixer(routed, v, rows)  # [B, S, H, K]
         q, k = rotate(qk, rope).chunk(2, dim=2)  # both in one kernel
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K]
+        mask = None
         if cache is not None:
-            k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+            k, v, mask = cache.append(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=q.shape[2] > 1)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
 

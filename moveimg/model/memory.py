@@ -2,22 +2,20 @@
 
     B batch   S positions   D width   H heads   K width of a head   M slots   V codebook size
 
-The transformer owns one memory and looks its rows up once per forward pass; each attention layer
-holds a mixer made by that memory and calls `v = mixer(x, v, rows)`, with the rows as tensors or,
-where look-up and sum are one (fused_mix.py), as the places to find them. What v is depends on the
-attention: a memory names the `sites` it can be injected at, best first, and takes the first that
-the attention offers. MHA offers its values; MLA its compressed latent, too, where v [B, S, H, K] is
-the latent cut into H chunks. Rows are [B, S, H, M, K]: what a head mixes stands together, and no
-layer has to move it.
+The transformer owns one memory and gathers its rows once per forward pass; each attention layer
+holds a mixer made by that memory and calls `v = mixer(x, v, rows)`. Where the memory is mixed in
+depends on the attention: a memory names the `sites` it can be injected at, best first, and the
+first that the attention offers is used. MHA offers its values; MLA its compressed latent as well,
+where v [B, S, H, K] is the latent cut into H chunks. Rows are [B, S, H, M, K]: contiguous per head.
 
 MoVE (arXiv 2601.22887): M_t = E[w_t], gates g = 2 sigmoid(x W_G) in (0, 2), and for head h
 V = g_0 V + sum_i g_i M_i. W_G starts at zero, where every gate is 1. LaVE is the same sum with
-a table of its own, one slot, for each chosen layer, and by default no g_0.
+a table per chosen layer, one slot, and by default no g_0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,28 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from moveimg.config.model import LaVEConfig, ModelConfig, MoVEConfig, NoMemoryConfig, pick_layers
-from moveimg.model.fused_mix import BankRows, look_up, mix, usable
 
-# A gate below the first is as good as shut, one above the second as good as wide open.
+# Gates below the first count as closed, gates above the second as fully open.
 NEAR_ZERO, NEAR_TWO = 0.1, 1.9
 
-Rows = Tensor | BankRows | None
-
-
-def gathered(rows: Rows) -> Tensor:
-    """What a mixer was handed, as the rows themselves [B, S, H, M, K], to be looked at."""
-    assert rows is not None
-    return rows.gathered() if isinstance(rows, BankRows) else rows
+Rows = Tensor | None
 
 
 class PassThrough(nn.Module):
-    """The mixer of a layer without memory: v as it is."""
+    """The mixer of a layer without memory: it returns v unchanged."""
 
-    value_width = 0  # of what it adds
+    value_width = 0
     gate_standard = False
 
     def parts(self, x: Tensor, rows: Rows) -> tuple[None, None]:
-        """Nothing gates v, nothing is added to it."""
+        """No gate and no rows."""
         return None, None
 
     def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
@@ -74,7 +65,7 @@ class GatedMixer(nn.Module):
         self.router = nn.Linear(config.width, n_gates, bias=False)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [B, S, D] -> x W_G [B, S, H, M], with one before that is of g_0, where v is gated."""
+        """x [B, S, D] -> x W_G [B, S, H, M], or [B, S, H, 1 + M] with g_0 first if v is gated."""
         return self.router(x).unflatten(-1, (self.n_head, -1))
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -89,7 +80,7 @@ class GatedMixer(nn.Module):
         return 2.0 * self.table_reads()
 
     def table_reads(self) -> int:
-        """Numbers of the memory read for a token."""
+        """Numbers of the memory read per token."""
         return len(self.slots) * self.value_width
 
     def init_weights(self) -> None:
@@ -97,17 +88,13 @@ class GatedMixer(nn.Module):
         nn.init.zeros_(self.router.weight)
 
     def parts(self, x: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor]:
-        """What v is multiplied by and what is added to it, before v is there.
+        """The factor of v and the term added to it, which do not depend on v.
 
         x [B, S, D], rows [B, S, H, all slots, K] -> g_0 [B, S, H, 1] or None, and the weighted sum
         of this layer's rows [B, S, H, K].
         """
         if rows is None:
-            raise ValueError("this layer mixes value memory into V and was handed no rows")
-        if isinstance(rows, BankRows):
-            logits = self.logits(x)
-            g_0 = 2 * torch.sigmoid(logits[..., :1]) if self.gate_standard else None
-            return g_0, self._fused(rows, logits, None)
+            raise ValueError("this layer mixes value memory into V and got no rows")
         g_0, g_i = self.gates(x)  # [B, S, H, 1], [B, S, H, M]
         if rows.shape[-2] != len(self.slots):
             rows = rows[..., self.slots.start : self.slots.stop, :]
@@ -117,14 +104,9 @@ class GatedMixer(nn.Module):
 
     def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """x [B, S, D], v [B, S, H, K], rows [B, S, H, all slots, K] -> v [B, S, H, K]."""
-        if isinstance(rows, BankRows):
-            return self._fused(rows, self.logits(x), v)
         g_0, memory = self.parts(x, rows)
         memory = memory.to(v.dtype)
         return memory + v if g_0 is None else torch.addcmul(memory, g_0.to(v.dtype), v)
-
-    def _fused(self, rows: BankRows, logits: Tensor, v: Tensor | None) -> Tensor:
-        return mix(rows, logits, v, self.slots.start, self.gate_standard)
 
 
 Mixer = PassThrough | GatedMixer
@@ -142,21 +124,21 @@ class NoMemory(nn.Module):
     def mixer(self, layer: int) -> Mixer:
         return PassThrough()
 
-    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Sequence[Rows]:
-        return [None] * self.n_layer
+    def rows(self, labels: Tensor | None, codes: Tensor | None) -> None:
+        """No rows."""
 
 
 class ValueBank(nn.Module):
-    """A table of `slots` value vectors a code, and optionally as many a class.
+    """A table of `slots` value vectors per code, and optionally as many per class.
 
-    Row c of the table is code c's: the fused mix, inspection and upcycling count on it.
+    Row c of the table belongs to code c: inspection and upcycling count on it.
 
     Args:
         config: the transformer's config.
         spec: the memory's; with `class_rows`, classes (the null label included) have rows as
-            codes do; without, the class token's rows are zero, since no code stands there.
+            codes do; without, the class token's rows are zero, since it has no code.
         reads: of each layer, the slots it reads, or None.
-        slots: how many value vectors of `value_width` a code has in all.
+        slots: value vectors of `value_width` per code, over all layers.
         value_width: H * K, the width of the values mixed into.
 
     Raises ValueError where `value_width` cannot be cut into H heads.
@@ -172,7 +154,7 @@ class ValueBank(nn.Module):
         if value_width % config.n_head:
             raise ValueError(
                 f"value memory of width {value_width} over {config.n_head} heads: must be a "
-                "multiple of n_head (each head mixes a chunk of its own)"
+                "multiple of n_head (each head mixes its own chunk)"
             )
         self.config, self.spec, self.reads = config, spec, reads
         self.slots, self.value_width = slots, value_width
@@ -187,35 +169,15 @@ class ValueBank(nn.Module):
             return PassThrough()
         return GatedMixer(self.config, self.value_width, slots, self.spec.gate_standard)
 
-    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Sequence[Rows]:
-        """What each layer's mixer is to be handed.
+    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Tensor:
+        """The rows of every position, [B, S or 1 + S, H, slots, K], gathered once for all layers.
 
-        labels [B] for the class token's position, codes [B, S] for those behind it; either can be
-        left out. Rows are looked up here, [B, S or 1 + S, H, slots, K], the same for all layers,
-        unless the mix does it (fused_mix.py).
+        labels [B] for the class token's position, codes [B, S] for those after it; either can be
+        left out.
         """
-        if usable(self.bank.weight, labels is not None and codes is not None):
-            return self._places(labels, codes)
-        parts = [] if labels is None else [self.class_rows(labels)]
-        parts += [] if codes is None else [self.code_rows(codes)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return [rows] * len(self.reads)
-
-    def _places(self, labels: Tensor | None, codes: Tensor | None) -> Sequence[Rows]:
-        """The same as places."""
-        bank, classes = self.bank.weight, self.class_bank
-        tables, ids = [bank], []
-        if labels is not None and classes is None:
-            ids.append(torch.full_like(labels, -1)[:, None])
-        elif labels is not None and classes is not None:
-            tables = [classes.weight] if codes is None else [bank, classes.weight]
-            ids.append(labels[:, None] + (0 if codes is None else len(bank)))
-        ids += [] if codes is None else [codes]
-        firsts = [None if slots is None else slots.start for slots in self.reads]
-        gated = self.spec.gate_standard
-        gates = gated + next(len(slots) for slots in self.reads if slots is not None)
-        heads, joint = self.config.n_head, torch.cat(ids, dim=1)
-        return look_up(tables, joint, firsts, heads, self.slots, gates, gated)
+        rows = [] if labels is None else [self.class_rows(labels)]
+        rows += [] if codes is None else [self.code_rows(codes)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def class_rows(self, labels: Tensor) -> Tensor:
         """labels [B] -> rows of the class token [B, 1, H, slots, K]."""
@@ -230,13 +192,13 @@ class ValueBank(nn.Module):
         return self._by_head(self.bank(codes))
 
     def _by_head(self, rows: Tensor) -> Tensor:
-        """[B, S, slots * H * K], as they are stored -> [B, S, H, slots, K]."""
+        """Stored order [B, S, slots * H * K] -> [B, S, H, slots, K]."""
         rows = rows.unflatten(-1, (self.slots, self.config.n_head, -1))
         return rows.transpose(2, 3).contiguous()
 
 
 class LaVE(ValueBank):
-    """A table for each chosen layer. They are kept side by side, so that one lookup serves all.
+    """A table for each chosen layer, concatenated, so that one lookup serves all.
 
     On MLA it is added to the values after their up-projection (inferred; the paper is silent).
     """
@@ -252,7 +214,7 @@ class LaVE(ValueBank):
 
 
 class MoVE(ValueBank):
-    """One global bank of M slots a code; every layer mixes all of them.
+    """One global bank of M slots per code; every layer mixes all of them.
 
     On MLA it is mixed into the compressed latent, before the up-projection (the paper).
     """
@@ -301,8 +263,8 @@ def record_mixing(model: nn.Module, record: Callable[[int, Mixing], None]) -> It
     """Call `record(layer, mixing)` for each layer with memory, at every forward pass inside."""
 
     def hook(layer: int) -> Callable[..., None]:
-        def gather(mixer: GatedMixer, args: tuple[Tensor, Tensor, Rows]) -> None:
-            x, v, rows = (part[:, 1:] for part in (*args[:2], gathered(args[2])))
+        def gather(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
+            x, v, rows = (part[:, 1:] for part in args)
             rows = rows[..., mixer.slots.start : mixer.slots.stop, :]
             record(layer, Mixing(*mixer.gates(x), v, rows))
 

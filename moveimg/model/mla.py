@@ -6,8 +6,9 @@
 Keys and values of all heads are unfolded from one latent, c = norm(x W_DKV), and one rotary key
 k_R = rope(x W_KR) stands beside the heads' own: the score of head h is
 (q_h . W_UK_h c + q_R,h . k_R) / sqrt(K + R). MoVE is mixed into c after its norm and before the
-up-projection (arXiv 2601.22887), with c cut into H chunks: c' = mix(c). So memory changes keys and
-values and not the rotary key, and the cache holds c' and k_R alone.
+up-projection (arXiv 2601.22887), with c cut into H chunks: c' = mix(c). The norm comes first, as in
+DeepSeek-V2 (MoVE's paper is silent). So memory changes keys and values and not the rotary key, and
+the cache holds c' and k_R alone.
 """
 
 from __future__ import annotations
@@ -21,51 +22,65 @@ from torch.nn import functional as F
 
 from moveimg.config.model import MLAConfig, ModelConfig
 from moveimg.model.memory import Mixer, PassThrough, Rows
-from moveimg.model.rope import rotate
+from moveimg.model.rope import rotate, visible_positions
 
 
-class LatentCache:
+class LatentCache(nn.Module):
     """Mixed latent and rotary key of one layer, [B, length, C + R], filled from the left.
 
-    A layer with memory at its values (LaVE) keeps what it adds to them, [B, H, length, K], and
-    where g_0 gates them, g_0 [B, H, length]: the values themselves are not kept, and what is added
-    to them cannot be had from the latent.
+    A layer with memory at its values (LaVE) also keeps the term added to them, [B, H, length, K],
+    and where g_0 gates them, g_0 [B, H, length]: neither can be had from the latent. `position`
+    makes the cache static, see KVCache.
     """
 
     def __init__(
         self, batch: int, length: int, config: ModelConfig, width: int, mixer: Mixer,
-        like: Tensor,
+        like: Tensor, position: Tensor | None = None,
     ) -> None:  # fmt: skip
-        heads = config.n_head
-        added = mixer.value_width
-        self.joint = like.new_empty(batch, length, width)
-        self.added = like.new_empty(batch, heads, length, added // heads) if added else None
-        self.g_0 = like.new_empty(batch, heads, length) if mixer.gate_standard else None
-        self.filled = 0
+        super().__init__()
+        heads, added = config.n_head, mixer.value_width
+        self.joint = nn.Buffer(like.new_zeros(batch, length, width))
+        shape = (batch, heads, length, added // heads)
+        self.added = nn.Buffer(like.new_zeros(shape)) if added else None
+        self.g_0 = nn.Buffer(like.new_zeros(batch, heads, length)) if mixer.gate_standard else None
+        self.filled, self.position = 0, position
 
     def append(
         self, joint: Tensor, g_0: Tensor | None, added: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Write joint [B, S, C + R], g_0 [B, S, H, 1], added [B, S, H, K] behind what is there.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Write joint [B, S, C + R], g_0 [B, S, H, 1], added [B, S, H, K] after the filled part.
 
-        Returns views of all that is filled: [B, L, C + R], [B, H, L], [B, H, L, K].
+        Returns [B, L, C + R], [B, H, L], [B, H, L, K] of the positions that are to be read, and
+        the mask of a static cache.
         """
-        begin, self.filled = self.filled, self.filled + joint.shape[1]
-        self.joint[:, begin : self.filled] = joint
-        if self.added is not None and added is not None:
-            self.added[:, :, begin : self.filled] = added.transpose(1, 2)
-        if self.g_0 is not None and g_0 is not None:
-            self.g_0[:, :, begin : self.filled] = g_0[..., 0].transpose(1, 2)
-        return (
-            self.joint[:, : self.filled],
-            None if self.g_0 is None else self.g_0[:, :, : self.filled],
-            None if self.added is None else self.added[:, :, : self.filled],
-        )
+        begin = self.filled
+        if self.position is None:
+            self.filled += joint.shape[1]
+        new = (joint, None if g_0 is None else g_0[..., 0].transpose(1, 2),
+               None if added is None else added.transpose(1, 2))  # fmt: skip
+        views: list[Tensor | None] = []
+        for dim, buffer, values in zip(
+            (1, 2, 2), (self.joint, self.g_0, self.added), new, strict=True
+        ):
+            if buffer is None or values is None:
+                views.append(None)
+            elif self.position is not None:
+                views.append(buffer.index_copy_(dim, self.position, values.to(buffer.dtype)))
+            else:
+                buffer.narrow(dim, begin, joint.shape[1]).copy_(values)
+                views.append(buffer.narrow(dim, 0, self.filled))
+        assert views[0] is not None
+        mask = None
+        if self.position is not None:
+            mask = visible_positions(self.position, self.joint.shape[1])
+        return views[0], views[1], views[2], mask
 
     def numel_per_token(self) -> int:
-        """Numbers kept for one position of one sequence."""
-        parts = (self.joint, self.added, self.g_0)
-        return sum(p.numel() // (p.shape[0] * self.joint.shape[1]) for p in parts if p is not None)
+        """Numbers kept per position of one sequence."""
+        buffers = (self.joint, self.added, self.g_0)
+        return sum(
+            b.numel() // (b.shape[0] * self.joint.shape[1]) for b in buffers if b is not None
+        )
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -103,7 +118,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @staticmethod
     def sites(config: ModelConfig) -> dict[str, int]:
-        """Where memory can be mixed in, and how wide what stands there is."""
+        """The sites where memory can be mixed in, with their widths."""
         return {"latent": config.attention.kv_rank, "value": config.width}  # type: ignore[union-attr]
 
     @staticmethod
@@ -121,9 +136,11 @@ class MultiHeadLatentAttention(nn.Module):
         latent = heads * (2 * spec.kv_rank + spec.rope_dim)
         return 2 * context * (latent + self.value_mixer.value_width)
 
-    def make_cache(self, batch: int, length: int, like: Tensor) -> LatentCache:
+    def make_cache(
+        self, batch: int, length: int, like: Tensor, position: Tensor | None = None
+    ) -> LatentCache:
         width = self.spec.kv_rank + self.spec.rope_dim
-        return LatentCache(batch, length, self.config, width, self.value_mixer, like)
+        return LatentCache(batch, length, self.config, width, self.value_mixer, like, position)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, D] -> queries [B, S, H (K + R)], latent and rotary key, what a router sees."""
@@ -160,9 +177,10 @@ class MultiHeadLatentAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     def _absorbed(
-        self, q: Tensor, q_rope: Tensor, joint: Tensor, g_0: Tensor | None, added: Tensor | None
-    ) -> Tensor:
-        """q [B, S, H, K], q_rope [B, S, H, R], the filled cache -> [B, S, H, K]."""
+        self, q: Tensor, q_rope: Tensor, joint: Tensor, g_0: Tensor | None, added: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """q [B, S, H, K], q_rope [B, S, H, R], views of the cache -> [B, S, H, K]."""
         up = self.wkv_up.weight.unflatten(0, (self.config.n_head, 2, -1))  # [H, 2, K, C]
         up_k, up_v = up.unbind(1)
         q = torch.cat([torch.einsum("bshk,hkc->bshc", q, up_k), q_rope], dim=-1)
@@ -170,8 +188,9 @@ class MultiHeadLatentAttention(nn.Module):
         scores = scores / math.sqrt(self.config.head_dim + self.spec.rope_dim)
         new, length = scores.shape[-2:]
         if new > 1:  # the last `new` positions see those up to themselves
-            seen = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
-            scores = scores.masked_fill(~seen, -torch.inf)
+            mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=wide).to(joint.dtype)  # [B, H, S, L]
         gated = weights if g_0 is None else weights * g_0[:, :, None]

@@ -1,4 +1,4 @@
-"""2D rotary positions: a table of angles for the grid of codes, and the rotation itself.
+"""Positions: the 2D rotary table of the grid, the rotation, and the mask of a static cache.
 
 B batch   S positions in this call   T codes   H heads   K width of a head
 """
@@ -16,8 +16,8 @@ def rope_2d(
 
     The first half of the pairs turns by the code's row, the second by its column, each with
     frequencies base^(-2i / (dim / 2)), as in LlamaGen (arXiv 2406.06525). The class token's
-    entries are all zero, the cosine too: its queries and keys vanish, so what it says leaves
-    position 0 through V alone.
+    entries are all zero, the cosine too: its queries and keys vanish, and class information
+    leaves position 0 through V alone.
     """
     half = dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).to(dtype) / half)
@@ -30,7 +30,7 @@ def rope_2d(
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x [B, S, H, K] by rope [S, K / 2, 2]; in float32 at least."""
+    """Rotate neighbouring pairs of x [B, S, H, K] by rope [S, K / 2, 2]; in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = x.to(wide).view(*x.shape[:-1], -1, 2)  # [B, S, H, K / 2, 2]
     rope = rope[:, None].to(wide)  # [S, 1, K / 2, 2]
@@ -45,5 +45,10 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def _even(pairs: Tensor) -> bool:
-    """Whether pairs [..., 2] lie in memory as complex numbers do, not behind an odd width."""
+    """Whether pairs [..., 2] are laid out in memory as complex numbers are."""
     return not any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1]))
+
+
+def visible_positions(position: Tensor, length: int) -> Tensor:
+    """The mask [1, 1, 1, length] of the positions up to `position` [1], inclusive."""
+    return (torch.arange(length, device=position.device) <= position)[None, None, None]

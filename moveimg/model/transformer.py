@@ -5,7 +5,7 @@ B batch   S positions in this call   T codes in an image   D width   V codebook 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moveimg.config.model import ModelConfig, SlotConfig
-from moveimg.model.attention import ATTENTIONS, growing_keys
+from moveimg.model.attention import ATTENTIONS, without_cudnn_sdpa
 from moveimg.model.cross_entropy import linear_cross_entropy
 from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
 from moveimg.model.memory import MEMORIES, Mixer, Rows
@@ -50,37 +50,37 @@ class Block(nn.Module):
         return x + self.ffn_dropout(self.ffn(self.ffn_norm(x), shared))
 
 
-class Cache:
-    """What decoding keeps between steps: each layer's cache, the rotations, the position."""
+class Cache(nn.Module):
+    """State of decoding: each layer's cache, the rotation table, and the position.
 
-    def __init__(self, model: Transformer, batch: int) -> None:
+    A static cache has its position in a tensor [1], too, which the layers index with.
+    """
+
+    def __init__(self, model: Transformer, batch: int, static: bool = False) -> None:
+        super().__init__()
         length = model.config.seq_len  # the class token and every code but the last
-        self.batch = batch
-        like = model.norm.weight  # what flows between the layers has its dtype and device
-        self.layers = [layer.make_cache(batch, length, like) for layer in model.attentions()]
-        self.rope = model.rope()[:length]
+        self.batch, self.position = batch, 0
+        like = model.norm.weight  # the residual stream has its dtype and device
+        index = torch.zeros(1, dtype=torch.int64, device=like.device) if static else None
+        self.index = None if index is None else nn.Buffer(index)
+        self.layers = nn.ModuleList(
+            layer.make_cache(batch, length, like, self.index) for layer in model.attentions()
+        )
+        self.rope = nn.Buffer(model.rope()[:length])
+
+    def reset(self) -> None:
+        """Empty the cache."""
         self.position = 0
-
-    def rewind(self, position: int) -> None:
-        """Make `position` the next one; what stood there and behind it is forgotten."""
-        self.position = position
+        if self.index is not None:
+            self.index.zero_()
         for layer in self.layers:
-            layer.filled = position
-
-    def recorded(self, key: Hashable, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`function`, to be called at every step; a cache of recorded steps may record it, too.
-
-        Args:
-            key: all that it depends on beside its arguments (tensors of one shape, and numbers).
-            function: waits for nothing on the device.
-        """
-        return function
+            layer.filled = 0  # type: ignore[assignment]
 
 
 class Transformer(nn.Module):
     """logits = generator(codes, labels): the distribution of every code given those before it.
 
-    The class token stands before the first code, so T inputs (label, codes 0..T-2) predict
+    The class token comes before the first code, so T inputs (label, codes 0..T-2) predict
     T codes. Dropout is all that differs between train and eval mode.
     """
 
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """LlamaGen's start: matrices and tables N(0, 0.02), the head zero; routers zero (MoVE).
+        """LlamaGen's initialisation: matrices and tables N(0, 0.02), head and routers zero.
 
         Modules with weights of another kind set them in `init_weights`.
         """
@@ -126,10 +126,9 @@ class Transformer(nn.Module):
         return [block.ffn for block in self.layers]  # type: ignore[misc]
 
     def auxiliary_loss(self) -> Tensor:
-        """What the layers want added to the cross-entropy, of the last pass in train mode.
+        """The sum of the layers' auxiliary losses in the last pass in train mode, a scalar.
 
-        A scalar with its graph, zero where no layer asks for anything. It is handed out once: no
-        graph stays behind in the model.
+        Zero where no layer has one. It can be read once, so that the model keeps no graph.
         """
         total = torch.zeros((), device=self.norm.weight.device)
         for ffn in self.feedforwards():
@@ -144,7 +143,7 @@ class Transformer(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label that stands for no class (C, after the classes 0..C-1)."""
+        """The label of unconditional generation: C, after the classes 0..C-1."""
         return self.config.n_classes
 
     def rope(self) -> Tensor:
@@ -180,10 +179,10 @@ class Transformer(nn.Module):
         """The normed stream before the output head, [B, T, D] (arguments as of forward)."""
         before = codes[:, :-1]
         x = torch.cat([self.label_embedding(labels)[:, None], self.code_embedding(before)], dim=1)
-        return self._blocks(x, self.memory.rows(labels, before), self.rope()[: x.shape[1]])
+        return self.blocks(x, self.memory.rows(labels, before), self.rope()[: x.shape[1]])
 
     def make_cache(self, batch: int) -> Cache:
-        """An empty cache for decoding `batch` sequences side by side."""
+        """An empty cache for decoding `batch` sequences at once."""
         return Cache(self, batch)
 
     def start(self, labels: Tensor, cache: Cache) -> Tensor:
@@ -206,23 +205,22 @@ class Transformer(nn.Module):
         x = self.code_embedding(codes[:, None])
         return self._step(x, self.memory.rows(None, codes[:, None]), cache)
 
-    def _step(self, x: Tensor, rows: Sequence[Rows], cache: Cache) -> Tensor:
+    def _step(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
         rope = cache.rope[cache.position : cache.position + 1]
-        with growing_keys(x.device):
-            x = self._blocks(x, rows, rope, cache)
+        with without_cudnn_sdpa(x.device):
+            x = self.blocks(x, rows, rope, cache)
         cache.position += 1
         return self.logits(x)[:, 0]
 
-    def _blocks(
-        self, x: Tensor, rows: Sequence[Rows], rope: Tensor, cache: Cache | None = None
-    ) -> Tensor:
+    def blocks(self, x: Tensor, rows: Rows, rope: Tensor, cache: Cache | None = None) -> Tensor:
+        """Embedded inputs x [B, S, D] -> the normed residual stream [B, S, D]."""
         x = self.token_dropout(x)
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
-            inputs = (x, rows[index], rope, self.shared_ffn, layer_cache)
+            inputs = (x, rows, rope, self.shared_ffn, layer_cache)
             if self.checkpointing and self.training:
-                again = _around_recomputing(block.ffn)
-                x = checkpoint(block, *inputs, use_reentrant=False, context_fn=again)
+                context = _drop_recomputed_loss(block.ffn)
+                x = checkpoint(block, *inputs, use_reentrant=False, context_fn=context)
             else:
                 x = block(*inputs)
         return self.norm(x)
@@ -233,18 +231,17 @@ class Transformer(nn.Module):
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
-def _around_recomputing(ffn: Any) -> Callable[[], tuple[Any, Any]]:
-    """For checkpoint: the auxiliary loss of the backward pass, wanted by nobody, is let go.
+def _drop_recomputed_loss(ffn: Any) -> Callable[[], tuple[Any, Any]]:
+    """For checkpoint: discard the auxiliary loss that a recomputed block leaves behind.
 
-    Its graph would keep what a block computes again until the next step: as much, over all blocks,
-    as checkpointing saves.
+    Its graph would keep the recomputed activations until the next step.
     """
 
     @contextmanager
-    def recomputing() -> Iterator[None]:
+    def recompute() -> Iterator[None]:
         try:
             yield
         finally:
             ffn.auxiliary = None
 
-    return lambda: (nullcontext(), recomputing())
+    return lambda: (nullcontext(), recompute())

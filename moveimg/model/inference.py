@@ -1,18 +1,21 @@
-"""A model made ready to be sampled on a CPU: the same function from faster matrix products.
+"""A model prepared for sampling: the same function from faster matrix products, or compiled.
 
-A step of decoding multiplies a few rows (two an image, with guidance) by every weight matrix, so
-reading the weights takes most of the time. Here they are laid out once for such products: float32
-by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no instructions for it;
-and optionally 8 bits by FBGEMM. What is left is many small kernels: matrices that are applied to
-the same rows become one, and norms take four kernels in place of seven. A module names matrices
-that it does not apply to rows, but uses in another way, in `absorbed`: they stay. On CUDA matrices
-become one, too, and steps are recorded (static_decoding.py). Other devices take the model as it is.
+A decoding step multiplies a few rows (two per image, with guidance) by every weight matrix, so
+reading the weights takes most of the time. On a CPU they are laid out once for such products:
+float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no instructions for
+it; and optionally 8 bits by FBGEMM. Matrices applied to the same rows are concatenated, on CUDA
+too. A module lists in `absorbed` the matrices that it uses otherwise: they stay unchanged.
+
+With `compile`, a step reads a static cache whose position is a tensor, so that all steps have the
+same shapes and torch.compile can record one CUDA graph (as in gpt-fast).
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +24,13 @@ from torch.nn import functional as F
 
 from moveimg.device import has_bfloat16
 from moveimg.model.attention import MultiHeadAttention
-from moveimg.model.memory import GatedMixer
+from moveimg.model.memory import GatedMixer, Rows
 from moveimg.model.mla import MultiHeadLatentAttention
-from moveimg.model.static_decoding import StaticTransformer
 from moveimg.model.swiglu import SwiGLU
-from moveimg.model.transformer import Transformer
+from moveimg.model.transformer import Cache, Transformer
 
 ROWS = 16  # how many rows the layout is made for; it serves other numbers, too
-ALIGNED = 16  # outputs of a joined product: of others, rows would not begin where GPUs want them
+ALIGNED = 16  # outputs of a concatenated product, so that its rows are aligned for GPUs
 INT8_LIMIT = 63  # of a weight: the 16-bit sums of AVX2 hold two products of 7 by 8 bits, not more
 QUANTIZED = ("int8",)
 
@@ -66,8 +68,8 @@ class HalfLinear(nn.Module):
 class Int8Linear(nn.Module):
     """x [..., in] -> x W^T + b [..., out], with W and, at each call, x rounded to 8 bits or less.
 
-    W has a scale for each output, x one for the whole call: what a row gives depends, by rounding,
-    on the rows beside it (a scale for each row: docs/performance.md).
+    W has a scale per output, x one for the whole call: the result of a row depends, by rounding, on
+    the other rows of the batch.
     """
 
     takes = torch.float32
@@ -86,7 +88,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         try:
             return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
-        except RuntimeError:  # it finds no scale for what is not a number
+        except RuntimeError:  # it finds no scale for NaN
             if torch.isfinite(x).all():
                 raise
             raise ValueError(
@@ -103,7 +105,7 @@ class FusedAttention(MultiHeadAttention):
         self.ends = [3 * self.config.width] * 2
         if isinstance(self.mixer, GatedMixer):
             self.ends[1] += self.mixer.router.out_features
-            self.wqkv = side_by_side(attention.wqkv, self.mixer.router)
+            self.wqkv = concat_linears(attention.wqkv, self.mixer.router)
             self.mixer.router = nn.Identity()  # type: ignore[assignment]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,7 @@ class FusedAttention(MultiHeadAttention):
 
 
 class FusedLatentAttention(MultiHeadLatentAttention):
-    """Queries (or what they come from), the latent and the mixer's gates of one matrix product."""
+    """Queries (or their latent), the latent and the mixer's gates from one matrix product."""
 
     def __init__(self, attention: MultiHeadLatentAttention) -> None:
         nn.Module.__init__(self)
@@ -128,11 +130,11 @@ class FusedLatentAttention(MultiHeadLatentAttention):
                 parts.append(mixer.router)
                 mixer.router = nn.Identity()  # type: ignore[assignment]
         self.widths = [part.out_features for part in parts] + [0] * (len(parts) < 3)
-        self.wkv_down = side_by_side(*parts)
+        self.wkv_down = concat_linears(*parts)
         self.widths.append(self.wkv_down.out_features - sum(self.widths))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As there, with the logits of the gates last."""
+        """As in MultiHeadLatentAttention, with the logits of the gates last."""
         q, joint, logits, _ = self.wkv_down(x).split(self.widths, dim=-1)
         return self.wq(q), joint, logits
 
@@ -144,7 +146,7 @@ class FusedSwiGLU(nn.Module):
 
     def __init__(self, ffn: SwiGLU) -> None:
         super().__init__()
-        self.w13, self.w2 = side_by_side(ffn.w1, ffn.w3), ffn.w2
+        self.w13, self.w2 = concat_linears(ffn.w1, ffn.w3), ffn.w2
         self.hidden = ffn.w1.out_features
 
     def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
@@ -167,40 +169,93 @@ class FusedRMSNorm(nn.Module):
         return x / torch.hypot(length, self.least) * self.scaled
 
 
-def decoding_model(model: Transformer, quantize: str | None = None) -> Transformer:
+def decoding_model(
+    model: Transformer, quantize: str | None = None, compile: bool = False
+) -> Transformer:
     """A model that decodes as `model` does, faster where the device allows it.
 
-    On a CPU it is a copy that shares embeddings and memory with `model` and has matrices of its
-    own; bfloat16 is computed in float32 (from the weights as they are) where the processor has no
-    instructions for it. On CUDA it takes its steps from CUDA graphs (see static_decoding.py), and
-    matrices that are applied to the same rows are copied into one.
-    Elsewhere, and in float64 on a CPU, it is `model` itself.
+    On a CPU it is a copy that shares embeddings and memory with `model` and has its own matrices;
+    bfloat16 is computed in float32 (from the bfloat16 weights) where the processor has no
+    instructions for it. On CUDA, matrices applied to the same rows are concatenated. Elsewhere, and
+    in float64 on a CPU, it is `model` itself.
 
     Args:
         model: in eval mode. The copy is for decoding: teacher forcing works, training does not.
         quantize: None, or "int8", which changes the logits (docs/performance.md has by how much).
+        compile: decode by one compiled step over a static cache.
 
-    Raises ValueError where `quantize` is unknown or the device is not a CPU.
+    Raises ValueError where `quantize` is unknown, the device is not a CPU, or both are asked for.
     """
     weight = model.head.weight
     if quantize is not None and quantize not in QUANTIZED:
         raise ValueError(f"quantize {quantize!r}: expected {' or '.join(QUANTIZED)}")
     if quantize is not None and weight.device.type != "cpu":
         raise ValueError(f"quantize {quantize} on {weight.device.type}: expected a CPU")
+    if quantize is not None and compile:
+        raise ValueError(f"quantize {quantize} and compile: expected one of the two")
+    if compile:
+        return StaticTransformer(model, compile=True)
     if weight.device.type == "cuda":
-        return StaticTransformer(swap(sharing(model), FUSED))
+        return swap(clone_sharing_weights(model), FUSED)
     if quantize is None and not packable(weight):
         return model
     low = weight.dtype == torch.bfloat16 and not has_bfloat16()
     if low or (quantize is not None and weight.dtype != torch.float32):
         fast = copy.deepcopy(model).float()
     else:
-        fast = sharing(model)
+        fast = clone_sharing_weights(model)
     swap(fast, FUSED)
     if fast.norm.weight.dtype == torch.float32:
         swap(fast, {nn.RMSNorm: FusedRMSNorm})
     swap(fast, {nn.Linear: linear_kind(weight, quantize)})
     return fast
+
+
+class StaticTransformer(Transformer):
+    """`model`, decoded by one step over a static cache; it shares every weight with `model`.
+
+    A cache that is no longer used is kept for the next decoding of the same batch size: a compiled
+    step is recorded anew for other memory.
+    """
+
+    def __init__(self, model: Transformer, compile: bool) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(model.__dict__)
+        step = self.static_step
+        if compile:
+            step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        self.run_step: Callable[..., Tensor] = step
+        self.idle: dict[int, list[Cache]] = {}
+
+    @torch.inference_mode()
+    def make_cache(self, batch: int) -> Any:
+        idle = self.idle.setdefault(batch, [])
+        cache = idle.pop() if idle else Cache(self, batch, static=True)
+        cache.reset()
+        lease = CacheLease(cache)
+        weakref.finalize(lease, idle.append, cache).atexit = False
+        return lease
+
+    @torch.inference_mode()
+    def _step(self, x: Tensor, rows: Rows, cache: Any) -> Tensor:
+        logits = self.run_step(x, rows, cache.cache)
+        cache.position += 1
+        return logits.clone()  # a recorded graph overwrites its outputs
+
+    def static_step(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
+        """Inputs x [B, 1, D] and rows of the cache's position -> logits [B, V]."""
+        assert cache.index is not None
+        rope = cache.rope.index_select(0, cache.index)
+        logits = self.logits(self.blocks(x, rows, rope, cache))[:, 0]
+        cache.index.add_(1)
+        return logits
+
+
+class CacheLease:
+    """A static cache in use by one decoding."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.batch, self.position = cache, cache.batch, 0
 
 
 FUSED: dict[type, Any] = {
@@ -211,8 +266,8 @@ FUSED: dict[type, Any] = {
 }
 
 
-def sharing(model: Transformer) -> Transformer:
-    """A copy with the tensors of `model`."""
+def clone_sharing_weights(model: Transformer) -> Transformer:
+    """A copy of the modules with the same tensors."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # not copied
 
@@ -226,8 +281,8 @@ def swap(model: Transformer, kinds: dict[type, Any]) -> Transformer:
     return model
 
 
-def side_by_side(*linears: nn.Linear) -> nn.Linear:
-    """x -> the outputs of all, one behind the other, then zeros. None has a bias."""
+def concat_linears(*linears: nn.Linear) -> nn.Linear:
+    """One linear layer of the outputs of all, then zeros; for layers without bias."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     weight = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
     both = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -236,7 +291,7 @@ def side_by_side(*linears: nn.Linear) -> nn.Linear:
 
 
 def linear_kind(weight: Tensor, quantize: str | None) -> Any:
-    """What a linear layer becomes, in a model whose matrices are like `weight`."""
+    """The class that replaces linear layers in a model whose matrices are like `weight`."""
     if quantize is not None:
         return Int8Linear
     if not packable(weight):
@@ -248,7 +303,7 @@ def linear_kind(weight: Tensor, quantize: str | None) -> Any:
 
 
 def fits_half(weight: Tensor) -> bool:
-    """Whether half precision has room for every number; not for infinity, nor what is none."""
+    """Whether half precision can hold every number; not infinity and NaN."""
     return bool(weight.abs().max() <= torch.finfo(torch.float16).max)
 
 

@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from moveimg.model.decoding import decoding_model, packable
+from moveimg.device import has_bfloat16
+from moveimg.model.inference import StaticTransformer, decoding_model, packable
 from moveimg.model.transformer import Transformer
-from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
+from tests.conftest import PAIRED, VARIANTS, lively, random_inputs, tiny_config
 
 pytestmark = pytest.mark.skipif(
-    not packable(torch.zeros(2, 2)), reason="this torch has no oneDNN, models are taken as they are"
+    not packable(torch.zeros(2, 2)), reason="this torch has no oneDNN, models are used unchanged"
 )
 
 
@@ -99,8 +101,9 @@ def test_int8_of_damaged_weights_is_told(name):
         decoded(decoding_model(model, "int8"), codes, labels)
 
 
+@pytest.mark.skipif(has_bfloat16(), reason="this processor computes bfloat16 itself")
 @pytest.mark.parametrize("damage", [torch.inf, torch.nan, 1e6])
-def test_what_half_precision_cannot_hold_is_kept_as_it_is(damage):
+def test_weights_beyond_half_precision_are_kept(damage):
     model = tiny_model("mha-none-swiglu").bfloat16()
     with torch.no_grad():
         model.head.weight[3, 2] = damage
@@ -119,7 +122,7 @@ def test_tables_are_shared_and_matrices_are_not():
     assert any(name.endswith("wqkv.weight") for name, _ in model.named_parameters())
 
 
-def test_float64_is_taken_as_it_is():
+def test_float64_is_used_unchanged():
     model = tiny_model("mha-none-swiglu", torch.float64)
     assert decoding_model(model) is model
 
@@ -130,3 +133,51 @@ def test_what_cannot_be_quantized_is_refused():
         decoding_model(model, "int4")
     with pytest.raises(ValueError, match="int8 on meta: expected a CPU"):
         decoding_model(copy.deepcopy(model).to("meta"), "int8")
+
+
+# --- one step over a static cache ----------------------------------------------------------
+
+
+def test_the_static_step_equals_the_growing_cache(variant):
+    model = lively(variant)
+    static = StaticTransformer(model, compile=False)
+    for seed in range(2):  # the second decoding reuses the cache of the first
+        codes, labels = random_inputs(model.config, seed=seed)
+        torch.testing.assert_close(
+            decoded(static, codes, labels), decoded(model, codes, labels), rtol=1e-10, atol=1e-10
+        )
+    assert len(static.idle[3]) == 1
+
+
+@pytest.mark.parametrize("name", [*PAIRED, "mla-lave-x2-gated-swiglu"])
+def test_the_static_step_compiles_to_one_graph(name):
+    """No graph break, and not a graph per position: what a recorded CUDA graph needs."""
+    model = tiny_model(name)
+    static = StaticTransformer(model, compile=False)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    static.run_step = torch.compile(
+        static.static_step, backend=counter, fullgraph=True, dynamic=False
+    )
+    codes, labels = random_inputs(model.config)
+    torch.testing.assert_close(
+        decoded(static, codes, labels), decoded(model, codes, labels), rtol=1e-4, atol=1e-4
+    )
+    assert counter.frame_count <= 2  # the first step may have rows of other strides
+
+
+def test_two_decodings_at_once_do_not_share_a_cache():
+    model = tiny_model("mha-move-3-class-rows-swiglu")
+    static = StaticTransformer(model, compile=False)
+    labels = random_inputs(model.config)[1]
+    one, two = static.make_cache(3), static.make_cache(3)
+    first = static.start(labels, one)
+    static.start(labels.flip(0), two)
+    assert torch.equal(static.start(labels, static.make_cache(3)), first)
+    with pytest.raises(ValueError, match="3 labels"):
+        static.start(labels, two)
+
+
+def test_compile_and_quantize_exclude_each_other():
+    with pytest.raises(ValueError, match="int8"):
+        decoding_model(tiny_model("mha-none-swiglu"), "int8", compile=True)
