@@ -47,6 +47,7 @@ def desktop(browser, server):
 
     page.on("request", seen)
     page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("response", lambda r: r.status >= 400 and page.problems.append(f"{r.status} {r.url}"))
     page.goto(server.url)
     page.wait_for_selector("#generate")
     yield page
@@ -92,10 +93,54 @@ def drawn(desktop):
     return desktop
 
 
-def test_the_page_loads_from_this_server_alone(desktop):
+def test_the_page_loads_from_this_server_alone_and_keeps_its_width(desktop):
     assert desktop.title() == "moveimg"
     assert desktop.is_visible("#klass") and not desktop.is_visible("#stop")
+    width = "document.querySelector('.gradio-container main').getBoundingClientRect().width"
+    widths = [desktop.evaluate(width)]
+    for tab in ("Reconstruct", "API", "Generate"):
+        desktop.get_by_role("tab", name=tab).click()
+        desktop.wait_for_timeout(200)
+        widths.append(desktop.evaluate(width))
+    open_panel(desktop)
+    desktop.click("#surprise")
+    desktop.wait_for_selector("#gallery [data-pick='7']")
+    widths.append(desktop.evaluate(width))
+    assert max(widths) - min(widths) <= 20 and min(widths) > 1000  # a scroll bar may come
     assert desktop.outside == [] and desktop.problems == []
+
+
+def test_a_press_shows_something_before_the_server_answers(desktop, server):
+    desktop.wait_for_timeout(500)
+    desktop.route("**/queue/join*", lambda route: None)  # never answered
+    desktop.click("#generate")
+    shown = "getComputedStyle(document.querySelector('#status'), '::before').content"
+    assert "Sending" in desktop.evaluate(shown)
+
+
+def test_no_class_draws_nothing_and_an_open_list_covers_nothing(desktop):
+    desktop.click("#klass input")
+    desktop.wait_for_selector("#klass .options")
+    below = "document.querySelector('%s').getBoundingClientRect()"
+    bottom = desktop.evaluate(f"{below % '#klass .options'}.bottom")
+    assert bottom <= desktop.evaluate(f"{below % '#num'}.top") + 1
+    desktop.keyboard.press("Backspace")
+    desktop.keyboard.press("Enter")
+    desktop.wait_for_selector("#status .failed")
+    assert "class" in desktop.inner_text("#status")
+    assert desktop.locator("#gallery img").count() == 0
+
+
+def test_a_reload_keeps_images_and_settings(drawn):
+    before = sources(drawn)
+    drawn.reload()
+    drawn.wait_for_selector("#gallery [data-pick='1']")
+    assert sources(drawn) == before
+    assert drawn.input_value("#klass input") == "3 · three"
+    assert drawn.input_value("#num input[type=number]") == "2"
+    idle(drawn)
+    drawn.click("#vary")  # and they can be worked with
+    drawn.wait_for_function("document.querySelectorAll('#gallery .strip .save').length === 8")
 
 
 def test_a_class_is_found_by_typing_and_enter_draws_it(drawn):
@@ -119,15 +164,15 @@ def test_a_class_is_found_by_typing_and_enter_draws_it(drawn):
     )
     desktop.wait_for_selector("#gallery [data-pick='1']")
     idle(desktop)
-    assert sources(desktop) == first  # the same seed, the same pictures
+    assert sources(desktop) == first  # the same seed, the same images
 
 
-def test_drawn_pictures_are_saved_looked_into_varied_and_compared(drawn, server, monkeypatch):
+def test_drawn_images_are_saved_looked_into_varied_and_compared(drawn, server, monkeypatch):
     """On one page: loading it and drawing take longer than all of this."""
     each_is_saved_with_its_settings(drawn)
     the_memory_of_one_is_shown_and_the_bank_turned_off(drawn)
     guidance_varies_on_the_same_seeds(drawn)
-    a_look_at_the_old_pictures_ends_where_new_ones_begin(drawn, server, monkeypatch)
+    a_look_at_the_old_images_ends_where_new_ones_begin(drawn, server, monkeypatch)
     another_model_draws_the_same_seeds(drawn)
 
 
@@ -135,8 +180,8 @@ def each_is_saved_with_its_settings(desktop):
     with desktop.expect_download() as one:
         desktop.click("#gallery .save >> nth=1")
     assert one.value.suggested_filename == "0003-three-seed22.png"
-    with Image.open(one.value.path()) as picture:
-        assert json.loads(picture.info["moveimg"])["seed"] == 22
+    with Image.open(one.value.path()) as image:
+        assert json.loads(image.info["moveimg"])["seed"] == 22
     with desktop.expect_download() as everything:
         desktop.click("#save-all")
     with zipfile.ZipFile(everything.value.path()) as archive:
@@ -157,7 +202,7 @@ def the_memory_of_one_is_shown_and_the_bank_turned_off(desktop):
 
 def guidance_varies_on_the_same_seeds(desktop):
     desktop.click("#vary")
-    desktop.wait_for_selector("#maps img", state="detached")  # they were of another picture
+    desktop.wait_for_selector("#maps img", state="detached")  # they were of another image
     desktop.wait_for_selector("#bank-off input:not(:checked)")
     desktop.wait_for_function("document.querySelectorAll('#gallery .strip .save').length === 8")
     idle(desktop)
@@ -167,7 +212,7 @@ def guidance_varies_on_the_same_seeds(desktop):
     assert [a["seed"] for a in abouts] == [21, 22] * 4
 
 
-def a_look_at_the_old_pictures_ends_where_new_ones_begin(desktop, server, monkeypatch):
+def a_look_at_the_old_images_ends_where_new_ones_begin(desktop, server, monkeypatch):
     map_bank = analysis.map_bank
 
     def slowly(row, models):
@@ -240,7 +285,7 @@ def test_work_stops_when_its_visitor_leaves(browser, server, slow_model):
 
 
 def test_a_bad_upload_gives_a_message_and_a_good_one_a_reconstruction(desktop, tmp_path):
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     Image.new("RGB", (70, 50), "teal").save(tmp_path / "good.png")
     desktop.get_by_role("tab", name="Reconstruct").click()
     desktop.set_input_files("#upload input", tmp_path / "bad.png")
@@ -269,6 +314,9 @@ def test_a_phone_needs_no_sideways_scrolling(browser, server, scheme):
         idle(page)
         page.tap("#gallery [data-pick='0']")
         page.wait_for_selector("#maps .map")
+        page.wait_for_function(  # the maps come into view
+            "document.querySelector('#maps').getBoundingClientRect().top < innerHeight / 2"
+        )
         assert page.evaluate(wide)
         for tab in ("Reconstruct", "API"):
             page.get_by_role("tab", name=tab).tap()

@@ -87,8 +87,8 @@ class Handlers:
 
         async def update(*values: Any) -> AsyncGenerator[tuple[Any, Any, Any]]:
             try:
-                rows = await asyncio.to_thread(plan, *values)
                 yield html.status("Starting …", "busy"), SKIP, SKIP
+                rows = await asyncio.to_thread(plan, *values)
                 frame = None
                 async with aclosing(self.run(lambda stop: jobs.draw(rows, self.models, stop))) as f:
                     async for frame in f:
@@ -110,8 +110,8 @@ class Handlers:
 
         async def update(*values: Any) -> AsyncGenerator[tuple[Any, Any]]:
             try:
-                job = await asyncio.to_thread(prepare, *values)
                 yield html.status(f"{doing} …", "brief"), SKIP
+                job = await asyncio.to_thread(prepare, *values)
                 async with aclosing(self.run(job)) as items:
                     async for item in items:
                         if not isinstance(item, Waiting):

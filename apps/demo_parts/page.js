@@ -4,6 +4,7 @@
   const find = (selector) => document.querySelector(selector);
   const isShown = (element) => element && element.offsetParent !== null;
   const scroll = (selector, block) => find(selector)?.scrollIntoView({ behavior: "smooth", block });
+  let pressed = null; // the status line of a press, and its text until the server answers
   let awaited = null; // what to scroll to when it has arrived
 
   // Enter draws, Escape stops. Without a class, gradio would choose the first one of the list.
@@ -36,14 +37,19 @@
     const isDrawing = event.target.closest?.(drawing);
     const isLooking = event.target.closest?.("[data-pick], #kind input, #bank-off input");
     if (!isDrawing && !isLooking) return;
-    document.body.dataset.pressed = isDrawing ? "status" : "memory-status";
+    const line = isDrawing ? "status" : "memory-status";
+    document.body.dataset.pressed = line;
+    pressed = { line, text: find(`#${line}`).textContent };
     awaited = isDrawing ? null : event.target.closest("#bank-off") ? "#pair" : "#maps";
-    scroll(isDrawing ? "#status" : "#memory-status", isDrawing ? "nearest" : "center");
+    scroll(`#${line}`, isDrawing ? "nearest" : "center");
   }, true);
   new MutationObserver((changes) => {
+    if (pressed && find(`#${pressed.line}`)?.textContent !== pressed.text) {
+      delete document.body.dataset.pressed;
+      pressed = null;
+    }
     for (const { target } of changes) {
       const element = target.nodeType === Node.TEXT_NODE ? target.parentElement : target;
-      if (element?.closest("#status, #memory-status")) delete document.body.dataset.pressed;
       if (awaited && element?.closest(awaited) && find(`${awaited} .tile`)) {
         scroll(awaited, "start");
         awaited = null;
