@@ -83,15 +83,15 @@ def report(
     seconds = time.perf_counter() - start
     samples = torch.cat([pipeline.tokenizer.decode(part).cpu() for part in codes.split(BATCH)])
     hits = recognise(samples) == labels
-    drawn, known = map(tuple, codes.tolist()), set(map(tuple, encode(train).tolist()))
-    drawn = list(drawn)
+    drawn = [tuple(row) for row in codes.tolist()]
+    known = {tuple(row) for row in encode(train).tolist()}
     return {
         "model": model, "images": images, "samples": len(labels),
         "recognised": hits.float().mean().item(),
         "recognised_by_class": hits.view(n_classes, -1).float().mean(1).tolist(),
         "held_out_images_recognised": (recognise(val) == val_labels).float().mean().item(),
         "distinct": len(set(drawn)) / len(drawn),
-        "equal_to_a_training_image": sum(row in known for row in drawn) / len(drawn),
+        "equal_to_a_training_image": len([row for row in drawn if row in known]) / len(drawn),
         "distance_to_training_images": nearest_distance(samples, train),
         "distance_of_held_out_images": nearest_distance(val, train),
         "held_out_nats_per_code": held_out_loss(pipeline, encode(val), val_labels),

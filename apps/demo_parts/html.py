@@ -192,11 +192,8 @@ def reconstruction(result: Reconstruction, info: ModelInfo) -> str:
             _image(result.colours, "codes", "codes"), ["codes", f"{h} x {w}, {distinct} different"]
         ),
     ]
-    numbers = "\n".join(" ".join(f"{code:5d}" for code in line) for line in result.codes.tolist())
-    return (
-        f'<p class="what">{trained_on(info)}</p><div class="tiles three">{"".join(cells)}</div>'
-        f"<details><summary>the codes as numbers</summary><pre>{numbers}</pre></details>"
-    )
+    tiles = f'<div class="tiles three">{"".join(cells)}</div>'
+    return f'<p class="what">{trained_on(info)}</p>{tiles}'
 
 
 def trained_on(info: ModelInfo) -> str:

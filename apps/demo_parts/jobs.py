@@ -96,7 +96,7 @@ def make_row(models: Models, request: Any) -> Row:
     info = models.describe(request.model)
     if not request.bank and not info.has_bank:
         raise ValueError(f"{info.name} has no value memory that could be turned off")
-    if str(request.class_name).strip():
+    if str(request.class_name).strip():  # else random classes
         labels = [find_label(info.class_names, request.class_name)] * request.num
     else:
         labels = [secrets.randbelow(info.config.n_classes) for _ in range(request.num)]

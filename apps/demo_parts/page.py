@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 
-from apps.demo_parts import html, jobs
+from apps.demo_parts import html
+from apps.demo_parts.api import Api
 from apps.demo_parts.handlers import SKIP, Handlers
 from apps.demo_parts.models import ModelInfo
 from apps.demo_parts.requests import (
@@ -18,11 +18,9 @@ from apps.demo_parts.requests import (
     MAX_IMAGES,
     MAX_UPLOAD,
     SETTINGS,
-    Generate,
     endpoint_table,
 )  # fmt: skip
 from moveimg.config import SamplingSettings
-from moveimg.errors import validate
 
 HERE = Path(__file__).parent
 PICK = "show where each layer used the bank"
@@ -91,8 +89,9 @@ def build_app(handlers: Handlers, auth: list[tuple[str, str]] | None = None) -> 
 def build_page(handlers: Handlers) -> gr.Blocks:
     """Return the tabs and the named endpoints."""
     with gr.Blocks(title="moveimg", analytics_enabled=False, fill_width=True) as page:
+        api = Api(handlers)
         for name in ENDPOINTS:
-            gr.api(handlers.endpoint(name), api_name=name, concurrency_limit=None)
+            gr.api(api.endpoint(name), api_name=name, concurrency_limit=None)
         gr.HTML(HEADER)
         with gr.Tabs():
             with gr.Tab("Generate"):
@@ -147,64 +146,44 @@ def _generate_tab(page: gr.Blocks, handlers: Handlers) -> gr.Dropdown:
                 )  # fmt: skip
             clear, looking = _memory_panel(handlers, rows, index, gallery)
 
-    def plan(klass: Any, model: str, num: Any, seed: Any, values: tuple[Any, ...]) -> list[Any]:
-        request = {"model": model, "class_name": klass, "num": num, "seed": seed}
-        request |= dict(zip(SETTINGS, values, strict=True))
-        return [jobs.make_row(models, validate(Generate, request, "settings"))]
-
-    def plan_class(model: str, klass: Any, num: Any, seed: Any, *values: Any) -> list[Any]:
-        if klass in (None, ""):
-            raise ValueError("choose a class first, or press Surprise me")
-        return plan(klass, model, num, seed, values)
-
-    def change(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda rows, *values: function(jobs.read_rows(rows, models), *values)
-
     form = [model, klass, num, seed, *settings]
-    buttons: list[tuple[gr.Button, Callable[..., Any], list[Any]]] = [
-        (generate, plan_class, form),
-        (surprise, lambda model, _, num, seed, *v: plan("", model, num, seed, v), form),
-        (again, change(jobs.change_seed), [rows]),
-        (vary, change(lambda rows: jobs.vary_guidance(rows[0])), [rows]),
-        (
-            compare,
-            change(lambda rows, name: jobs.compare_models(rows[0], models.describe(name), models)),
-            [rows, other],
-        ),
-    ]
-    for button, function, inputs in buttons:
+    for button, plan, inputs in (
+        (generate, handlers.plan_class, form),
+        (surprise, handlers.plan_random_classes, form),
+        (again, handlers.plan_new_seed, [rows]),
+        (vary, handlers.plan_guidance, [rows]),
+        (compare, handlers.plan_comparison, [rows, other]),
+    ):
         # what is shown about the old images goes at once, and so does the job that computes it
         button.click(
             lambda: (0, "", "", "", False), None, [index, *clear], cancels=looking, **DIRECT
         )
-        outputs = [status, gallery, rows]
-        button.click(handlers.drawing(function, PICK), inputs, outputs, **QUEUED)
+        button.click(handlers.drawing(plan, PICK), inputs, [status, gallery, rows], **QUEUED)
     stop.click(handlers.stop, None, None, **DIRECT)
-    save.click(
-        handlers.computing(handlers.pack, "Packing"), [rows], [status, packed], **QUEUED
-    ).then(None, packed, packed, js=read("download.js"))
-    model.input(
-        lambda name: _show_model(handlers, name), model, [klass, *settings, beside, other], **DIRECT
+    packing = handlers.computing(handlers.pack, "Packing")
+    save.click(packing, rows, [status, packed], **QUEUED).then(
+        None, packed, packed, js=read("download.js")
     )
+    changed = [klass, *settings, beside, other]
+    model.input(lambda name: _show_model(handlers, name), model, changed, **DIRECT)
+    gr.on([part.change for part in form], None, form, saved_form, js="(...values) => [values]")
 
     def restore_form(values: list[Any]) -> list[Any]:
         if len(values) != len(form) or values[0] not in models.names:
             return [SKIP] * (len(form) + 2)
-        shown = _show_model(handlers, values[0])
-        return [values[0], gr.update(choices=_choices(models.describe(values[0])), value=values[1]),
-                *values[2:], *shown[-2:]]  # fmt: skip
+        classes, *_, beside, other = _show_model(handlers, values[0])
+        return [values[0], classes | {"value": values[1]}, *values[2:], beside, other]
 
-    draw_again = handlers.computing(handlers.restore, "Loading images")
+    page.load(restore_form, saved_form, [*form, beside, other], **DIRECT)
+    restoring = handlers.computing(lambda rows: handlers.restore(rows, PICK), "Loading images")
 
     async def restore_images(rows: Any) -> Any:
-        if rows:
-            async for shown in draw_again(rows, PICK):
-                yield shown
-        else:
+        if not rows:
             yield SKIP, SKIP
+            return
+        async for shown in restoring(rows):
+            yield shown
 
-    gr.on([part.change for part in form], None, form, saved_form, js="(...values) => [values]")
-    page.load(restore_form, saved_form, [*form, beside, other], **DIRECT)
     page.load(restore_images, rows, [status, gallery], **QUEUED)
     return model
 
@@ -269,11 +248,7 @@ def _memory_panel(
         async for shown in look(rows, event.index, kind):
             yield *shown, event.index
 
-    def plan_pair(rows: Any, index: int) -> list[Any]:
-        row = jobs.select_image(jobs.read_rows(rows, handlers.models), index, jobs.MAX_STRIP)
-        return jobs.with_and_without_bank(row, handlers.models)
-
-    draw_pair = handlers.drawing(plan_pair)
+    draw_pair = handlers.drawing(handlers.plan_bank_pair)
 
     async def turn_off(off: bool, rows: Any, index: int) -> Any:
         if not off:
