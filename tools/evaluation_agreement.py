@@ -3,7 +3,7 @@
 Prints the tables of docs/evaluation.md: random Inception weights in torch-fidelity's file layout,
 real images of digits, and three sets against them.
 
-    PYTHONPATH=. python tools/evaluation_agreement.py --images 32
+    python -m tools.evaluation_agreement --images 32
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def in_float64(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cach
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=32, help="of each set")
+    parser.add_argument("--images", type=int, default=32, help="of each set, 10 or more")
     count = parser.parse_args().images
     with tempfile.TemporaryDirectory() as folder:
         weights, cache = Path(folder) / "inception.pth", Path(folder)
