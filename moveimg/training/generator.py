@@ -21,9 +21,9 @@ from moveimg.model import Transformer
 from moveimg.model.cost import model_cost
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.initial import initial_model
+from moveimg.training.logging import gate_statistics, peak_flops
 from moveimg.training.loop import fit
-from moveimg.training.parallel import Plan, plan
-from moveimg.training.watch import gate_statistics, peak_flops
+from moveimg.training.parallel import Parallelism, choose_parallelism
 
 if TYPE_CHECKING:
     from moveimg.training.scoring import Scorer
@@ -44,10 +44,11 @@ class GeneratorTask:
         tokenizer: vq.AutoencoderTokenizer,
         train: PackedCodes,
         val: PackedCodes,
-        plan: Plan,
+        parallel: Parallelism,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.plan = config, model, tokenizer, plan
-        self.device = plan.world.device
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.parallel, self.world = parallel, parallel.world
+        self.device = self.world.device
         self.forward: nn.Module = model
         self.codes, self.val = train, val
         self.class_names = train.class_names
@@ -56,8 +57,8 @@ class GeneratorTask:
         self.scorer = self._scorer()
 
     def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        step, part = divmod(index, self.plan.parts)
-        codes, labels, _ = self.batches.batch(step, part, self.plan.parts)
+        step, part = divmod(index, self.parallel.parts)
+        codes, labels, _ = self.batches.batch(step, part, self.parallel.parts)
         codes, labels = codes.to(self.device), labels.to(self.device)
         dropped = torch.rand(len(labels), device=self.device) < self.config.class_dropout
         labels = labels.masked_fill(dropped, self.config_of_model.n_classes)
@@ -74,7 +75,7 @@ class GeneratorTask:
 
         The processes share the batches; all get the same numbers.
         """
-        world, size, n = self.plan.world, self.config.batch_size, len(self.val)
+        world, size, n = self.world, self.config.batch_size, len(self.val)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(world.rank * size, n, world.size * size):
             indices = torch.arange(start, min(start + size, n))
@@ -130,7 +131,7 @@ class GeneratorTask:
         """
         rate = images_per_second * codes_an_image(self.codes)
         flops = 3 * model_cost(self.config_of_model).flops_per_token * rate
-        peak = peak_flops(self.device, self.plan.dtype) * self.plan.world.size
+        peak = peak_flops(self.device, self.parallel.dtype) * self.world.size
         assert isinstance(self.model, Transformer)
         gates = gate_statistics(self.model.eval(), self._read_some)
         return {"train": {"tokens_per_second": rate, "mfu": flops / peak}, "gates": gates}
@@ -145,7 +146,7 @@ class GeneratorTask:
             self.config.sampling,
             self.tokenizer,
             self.config_of_model.grid,
-            self.plan.world,
+            self.world,
         )
 
     def _read_some(self) -> None:
@@ -162,8 +163,8 @@ class GeneratorTask:
 
     def _loss(self, model: nn.Module, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Nats a code and the share of codes foretold, both means over the batch."""
-        low = self.plan.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=self.plan.dtype, enabled=low):
+        low = self.parallel.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=self.parallel.dtype, enabled=low):
             return model(codes, labels, loss=True)
 
 
@@ -181,7 +182,7 @@ def train_generator(
     are missing or do not belong together, or for a batch that the processes cannot share.
     """
     world = World(device=world) if isinstance(world, torch.device) else world
-    spreading = plan(config, world)
+    parallel = choose_parallelism(config, world)
     tokenizer = load_tokenizer(config.data.tokenizer, world.device)
     train, val = _open_codes(config, tokenizer, world, restart)
     for codes in (train, val):
@@ -189,8 +190,8 @@ def train_generator(
     torch.manual_seed(config.seed)
     settings = fit_to_codes(config.model, train)
     model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
-    task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, spreading)
-    return fit(task, config, world.device, restart, spreading)
+    task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
+    return fit(task, config, world.device, restart, parallel)
 
 
 def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
