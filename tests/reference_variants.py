@@ -89,7 +89,8 @@ def looked_up(weights, pre, spec, x):
 def product_key(weights, pre, config, spec, x):
     values = weights["shared_ffn.weight"]
     memory = sum(w * values[row] for row, w in looked_up(weights, pre + "lookup.", spec, x))
-    return weights[pre + "out.weight"] @ (memory * silu(weights[pre + "gate.weight"] @ x))
+    gate = weights[pre + "gate.weight"] @ x + weights[pre + "gate.bias"]
+    return weights[pre + "out.weight"] @ (memory * silu(gate)) + weights[pre + "out.bias"]
 
 
 def peer(weights, pre, config, spec, x):

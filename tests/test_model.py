@@ -107,7 +107,7 @@ def test_a_few_steps_overfit_one_batch(variant):
     codes, labels = random_inputs(variant)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     losses = []
-    for _ in range(10):
+    for _ in range(15):
         loss = torch.nn.functional.cross_entropy(
             model(codes, labels).flatten(0, 1), codes.flatten()
         )

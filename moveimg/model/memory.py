@@ -177,6 +177,9 @@ class ValueBank(nn.Module):
         """
         rows = [] if labels is None else [self.class_rows(labels)]
         rows += [] if codes is None else [self.code_rows(codes)]
+        device = self.bank.weight.device.type
+        if torch.is_autocast_enabled(device):  # once here: a cast per layer would be kept per layer
+            rows = [part.to(torch.get_autocast_dtype(device)) for part in rows]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def class_rows(self, labels: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """Large tables read by product keys: Memory+ (arXiv 2412.09764) and PEER (arXiv 2407.04153).
 
-    B batch   S positions   D width   h look-ups a token   n keys of a half   k rows a look-up
+    B batch   S positions   D width   h look-ups per token   n keys per half   k rows per look-up
     K width of a query   W width of a value
 
 A look-up scores all n^2 rows of a table at the cost of 2 n: a query's halves are scored against n
-keys each, the score of row (i, j) is the sum of score i and score j, and the k best rows lie among
+keys each, the score of row (i, j) is the sum of score i and score j, and the k best rows are among
 the k best of each half (arXiv 1907.05242).
+
+Memory+ has one value table for all its layers, and keys and queries per layer (official code).
+PEER shares nothing here: keys, queries and experts are a layer's own, and queries are not
+normalised (the paper applies batch norm to them).
 """
 
 from __future__ import annotations
@@ -29,8 +33,10 @@ class ProductKeys(nn.Module):
         self.keys = nn.Parameter(torch.empty(spec.key_heads, 2, spec.n_keys, half))
 
     def init_weights(self) -> None:
-        """Keys N(0, 1 / sqrt(K / 2)) (inferred: scores then have the queries' scale); no bias."""
-        nn.init.normal_(self.keys, std=self.keys.shape[-1] ** -0.5)
+        """Keys U(-1/sqrt(K), 1/sqrt(K)), queries Xavier-uniform with zero bias (Memory+)."""
+        bound = self.spec.key_width**-0.5
+        nn.init.uniform_(self.keys, -bound, bound)
+        nn.init.xavier_uniform_(self.query.weight)
         nn.init.zeros_(self.query.bias)
 
     def own_flops(self, context: float) -> float:
@@ -51,7 +57,7 @@ class ProductKeys(nn.Module):
 
 
 class Table(nn.Module):
-    """n^2 rows of width W; a call is a weighted sum of some."""
+    """n^2 rows of width W; a call returns weighted sums of rows."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -73,7 +79,7 @@ class Table(nn.Module):
 
 
 class ValueTable(Table):
-    """The values of a product-key memory. They learn by a rate and a clip of their own."""
+    """The values of a product-key memory. They have their own learning rate and clip."""
 
 
 class ProductKeyMemory(FeedForward):
@@ -87,29 +93,35 @@ class ProductKeyMemory(FeedForward):
         self.spec = spec
         self.value_width = spec.value_width or config.width
         self.lookup = ProductKeys(config, spec)
-        self.gate = nn.Linear(config.width, self.value_width, bias=False)
-        self.out = nn.Linear(self.value_width, config.width, bias=False)
+        self.gate = nn.Linear(config.width, self.value_width)
+        self.out = nn.Linear(self.value_width, config.width)
 
     @staticmethod
     def shared(config: ModelConfig, spec: ProductKeyConfig) -> ValueTable:  # type: ignore[override]
         """The values, [n^2, W]."""
         return ValueTable(spec.n_keys**2, spec.value_width or config.width)
 
+    def init_weights(self) -> None:
+        """Both matrices N(0, D^(-1/2)), biases zero (Memory+)."""
+        for linear in (self.gate, self.out):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
     def own_flops(self, context: float) -> float:
         """The weighted sum of values."""
         return 2.0 * self.table_reads()
 
     def active_own(self) -> int:
-        """Values that a token reads."""
+        """Values read per token."""
         return self.table_reads()
 
     def table_reads(self) -> int:
-        """Numbers of the table read for a token."""
+        """Numbers of the table read per token."""
         return self.spec.key_heads * self.spec.top_k * self.value_width
 
     def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
         if shared is None:
-            raise ValueError("a product-key memory was handed no value table")
+            raise ValueError("a product-key memory got no value table")
         rows, weights = self.lookup(x)
         memory = shared(rows.flatten(-2), weights.flatten(-2))  # [B, S, W]
         return self.out(memory * F.silu(self.gate(x)))
@@ -130,11 +142,11 @@ class PEER(FeedForward):
         return 2.0 * self.table_reads()
 
     def active_own(self) -> int:
-        """Parameters of the experts that a token takes."""
+        """Parameters of the experts used per token."""
         return self.table_reads()
 
     def table_reads(self) -> int:
-        """Numbers of both tables read for a token."""
+        """Numbers of both tables read per token."""
         return 2 * self.spec.key_heads * self.spec.top_k * self.width
 
     def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:

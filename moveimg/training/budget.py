@@ -1,10 +1,11 @@
-"""What a training run will cost, worked out from its config: memory a GPU, FLOPs, hours, bytes.
+"""An estimate of a training run from its config: memory per GPU, FLOPs, hours, bytes.
 
-An estimate by formula; nothing is run. What it takes for granted is said in `describe_budget`.
+By formula; nothing is run. `describe_budget` prints the assumptions.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,10 +22,18 @@ from moveimg.training.logging import PEAKS
 from moveimg.training.parallel import choose_parallelism
 
 IMAGENET_CLASSES, IMAGENET_IMAGES, IMAGENET_VIEWS = 1000, 1_281_167, 20
-SHARE_OF_PEAK = 0.4  # assumed; a run logs what it reaches as `mfu`
-# Bytes a parameter of what training keeps: float32 weights, gradients, Adam's two moments, EMA.
+# Assumed, best and worst: share of the peak FLOP/s (a run logs what it reaches as `mfu`), share of
+# the memory bandwidth in updates, and the bandwidth of communication that nothing overlaps.
+SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = (0.5, 0.25), (0.9, 0.6)
+LINK = (math.inf, 100e9)
+# Bytes/s of the vendors' data sheets, for the devices of PEAKS.
+BANDWIDTH = {
+    "B200": 8e12, "H200": 4.8e12, "H100 PCIe": 2e12, "H100": 3.35e12, "A100": 2e12,
+    "L40S": 864e9, "L4": 300e9, "A10": 600e9, "RTX 4090": 1008e9, "RTX 3090": 936e9,
+}  # fmt: skip
+# Bytes per parameter that training keeps: float32 weights, gradients, Adam's two moments, EMA.
 WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4
-# Bytes a parameter that a step moves in memory at the least, after the backward pass: the norm
+# Bytes per parameter that a step moves in memory at the least, after the backward pass: the norm
 # and the clipping (read, read and write), AdamW (reads 4 numbers, writes 3), EMA (reads 2,
 # writes 1).
 STEP_TRAFFIC = 12 + 28 + 12
@@ -43,7 +52,7 @@ class Budget:
         head: a chunk of logits and what the loss makes of them, the head and its gradient.
         memory: all of it together.
         flops_per_step: of the whole batch, 3 forward passes (4 with activation checkpointing).
-        hours: of all the steps.
+        hours: of all the steps, best and worst: products, updates and communication.
         network_per_step: bytes a device sends for a step.
         update_per_step: bytes that clipping, AdamW and EMA move in a device's memory.
         images_per_epoch: of the training set; None where it is not known.
@@ -64,7 +73,7 @@ class Budget:
     head: int
     memory: int
     flops_per_step: float
-    hours: float
+    hours: tuple[float, float]
     steps: int
     batch_size: int
     network_per_step: float
@@ -86,7 +95,8 @@ class Budget:
         return {
             "steps": steps,
             "flops": steps * self.flops_per_step,
-            "hours": self.hours * steps / self.steps,
+            "hours": self.hours[0] * steps / self.steps,
+            "hours_at_worst": self.hours[1] * steps / self.steps,
             "codes_read": self.codes_read,
             "bank_looked_up": self.images_per_epoch * self.bank_per_image,
             "updates": steps * self.update_per_step * self.gpus,
@@ -131,6 +141,17 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> Budge
     # backward for every micro-batch, gradients scattered once in float32.
     parts = config.batch_size * length // tokens // gpus
     sent = others * total * ((4 * parts + 4) if sharded else 8)
+    update = STEP_TRAFFIC * total / (gpus if sharded else 1)
+    best, worst = (
+        config.steps
+        * (
+            flops / (gpus * PEAKS[gpu] * SHARE_OF_PEAK[i])
+            + update / (BANDWIDTH[gpu] * SHARE_OF_BANDWIDTH[i])
+            + sent / LINK[i]
+        )
+        / 3600
+        for i in range(2)
+    )
     return Budget(
         gpus=gpus,
         gpu=gpu,
@@ -143,11 +164,11 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> Budge
         head=head,
         memory=state + working,
         flops_per_step=flops,
-        hours=config.steps * flops / (gpus * PEAKS[gpu] * SHARE_OF_PEAK) / 3600,
+        hours=(best, worst),
         steps=config.steps,
         batch_size=config.batch_size,
         network_per_step=sent,
-        update_per_step=STEP_TRAFFIC * total / (gpus if sharded else 1),
+        update_per_step=update,
         images_per_epoch=images,
         bank_per_image=cost.bank_bytes_per_token * length,
         codes=codes_bytes(images, IMAGENET_VIEWS, length) if images else None,
@@ -164,17 +185,17 @@ def _parameters(model: Transformer) -> tuple[int, int]:
 
 
 def _activations(model: Transformer, checkpointing: bool) -> int:
-    """Bytes a token that the blocks keep for the backward pass.
-
-    What value memory keeps on the way back (fused_bank.py) is less than blocks have freed by then.
-    """
+    """Bytes per token kept for the backward pass: by the blocks, and the rows they share."""
     config = model.config
     blocks = [block_activations(config, block) for block in model.layers]
-    return config.n_layer * 4 * config.width + max(blocks) if checkpointing else sum(blocks)
+    rows = 2 * getattr(model.memory, "slots", 0) * getattr(model.memory, "value_width", 0)
+    if checkpointing:
+        return config.n_layer * 4 * config.width + max(blocks) + rows
+    return sum(blocks) + rows
 
 
 def _head(config: ModelConfig, tokens: int) -> int:
-    """Bytes that the loss holds at a time, in bfloat16 autocast (a test counts them).
+    """Bytes that the loss holds at once, in bfloat16 autocast (a test counts them).
 
     Of a chunk's logits the float32 ones and their log-softmax; the head in bfloat16, its gradient
     in float32, and the gradient of what goes into it.
@@ -184,17 +205,17 @@ def _head(config: ModelConfig, tokens: int) -> int:
 
 
 def block_activations(config: ModelConfig, block: Any) -> int:
-    """Bytes a token that a block keeps for the backward pass, in bfloat16 autocast.
+    """Bytes per token that a block keeps for the backward pass, in bfloat16 autocast.
 
-    The numbers are those that autograd counts for MHA and SwiGLU in eager mode, with the mix as a
-    kernel (tests count them again); other kinds are taken to be alike. CUDA's fused norms and
-    dropout keep 10 a unit of width less, a compiled block less again.
+    The numbers are those that autograd counts for MHA and SwiGLU in eager mode (tests count them
+    again); other kinds are assumed to need the same. CUDA's fused norms and dropout keep 10 bytes
+    per unit of width less, a compiled block less again.
     """
     width, heads = config.width, config.n_head
     alike = swiglu_hidden(width, SwiGLUConfig())
     hidden = block.ffn.w1.out_features if isinstance(block.ffn, SwiGLU) else alike
     mixers = [module for module in block.modules() if isinstance(module, GatedMixer)]
-    mixed = sum(4 * mixer.value_width + 2 * mixer.router.out_features for mixer in mixers)
+    mixed = sum(4 * mixer.value_width + 4 * mixer.router.out_features for mixer in mixers)
     return 38 * width + 8 * hidden + 4 * heads + 8 + mixed
 
 
@@ -202,7 +223,7 @@ def block_activations(config: ModelConfig, block: Any) -> int:
 
 
 def describe_budget(budget: Budget) -> str:
-    """The budget as lines for people, with what it takes for granted."""
+    """The budget as text, with its assumptions."""
     b = budget
     memory = {
         "weights, AdamW, EMA": b.state,
@@ -210,13 +231,13 @@ def describe_budget(budget: Budget) -> str:
         "activations": b.activations,
         "logits and loss": b.head,
     }
-    lines = [f"memory a GPU          {_gb(b.memory):>15}  ({b.tokens:,} codes a pass)"]
+    lines = [f"memory per GPU        {_gb(b.memory):>15}  ({b.tokens:,} codes per pass)"]
     lines += [f"  {name:<20}{_gb(size):>15}" for name, size in memory.items()]
     lines += [
-        f"FLOPs a step          {b.flops_per_step:>15.3g}  ({b.batch_size} images)",
-        f"hours                 {_hours(b.hours):>15}  ({b.steps:,} steps)",
-        f"sent a step and GPU   {_gb(b.network_per_step):>15}",
-        f"updates a step, GPU   {_gb(b.update_per_step):>15}  (clipping, AdamW, EMA)",
+        f"FLOPs per step        {b.flops_per_step:>15.3g}  ({b.batch_size} images)",
+        f"hours                 {_hours(*b.hours):>15}  ({b.steps:,} steps)",
+        f"sent per step, GPU    {_gb(b.network_per_step):>15}",
+        f"updates per step, GPU {_gb(b.update_per_step):>15}  (clipping, AdamW, EMA)",
         f"checkpoints on disk   {_gb(b.checkpoints):>15}",
     ]
     if b.codes is not None:
@@ -224,39 +245,45 @@ def describe_budget(budget: Budget) -> str:
     if epoch := b.epoch():
         lines.append(f"an epoch              {epoch['steps']:>15,.0f}  steps")
         lines.append(f"  FLOPs               {epoch['flops']:>15.3g}")
-        lines.append(f"  hours               {_hours(epoch['hours']):>15}")
+        lines.append(f"  hours               {_hours(epoch['hours'], epoch['hours_at_worst']):>15}")
         for key, name in (
             ("codes_read", "codes read"),
-            ("bank_looked_up", "bank looked up"),
+            ("bank_looked_up", "bank rows read"),
             ("updates", "updates"),
             ("network", "sent"),
         ):
             lines.append(f"  {name:<20}{_gb(epoch[key]):>15}")
     lines += [
         "",
-        f"Assumed: {b.gpus} x {b.gpu} at {SHARE_OF_PEAK:.0%} of {b.peak / 1e12:.0f} TFLOP/s "
-        "(not measured; small models reach less), eager mode, float32 weights",
-        "with AdamW, bfloat16 arithmetic; 3 forward passes' FLOPs a step, 4 with activation "
-        "checkpointing. CUDA's own memory (about 1 GB) comes on top.",
+        f"Assumed, not measured: {b.gpus} x {b.gpu}; products at {SHARE_OF_PEAK[0]:.0%} to "
+        f"{SHARE_OF_PEAK[1]:.0%} of {b.peak / 1e12:.0f} TFLOP/s,",
+        f"updates at {SHARE_OF_BANDWIDTH[0]:.0%} to {SHARE_OF_BANDWIDTH[1]:.0%} of "
+        f"{BANDWIDTH[b.gpu] / 1e12:.3g} TB/s, communication hidden to {LINK[1] / 1e9:.0f} GB/s; "
+        "eager mode, float32 weights with",
+        "AdamW, bfloat16 arithmetic; 3 forward passes' FLOPs per step, 4 with activation "
+        "checkpointing. CUDA's own memory (about 1 GB) is not counted.",
     ]
     return "\n".join(lines)
 
 
 def comment(budget: Budget) -> str:
-    """The budget as the comment that stands in a config."""
+    """The budget as the comment of a config file."""
     b = budget
     disk = f"{_gb(b.checkpoints)} of checkpoints"
     if b.codes is not None:
         disk = f"{_gb(b.codes)} of codes, {disk}"
     return (
-        f"# {b.gpus} x {b.gpu}, estimated (moveimg info --train): {_gb(b.memory)} a GPU, "
-        f"{_hours(b.hours)} hours at {SHARE_OF_PEAK:.0%}\n# of the peak; on disk {disk}."
+        f"# {b.gpus} x {b.gpu}, estimated (moveimg info --train): {_gb(b.memory)} per GPU, "
+        f"{_hours(*b.hours)}\n# hours; on disk {disk}."
     )
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e12:.3g} TB" if size >= 1e12 else f"{size / 1e9:.3g} GB"
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 1e3:.3g} kB"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.0f}" if hours >= 100 else f"{hours:.3g}"
+def _hours(best: float, worst: float) -> str:
+    return " to ".join(f"{x:.0f}" if x >= 100 else f"{x:.2g}" for x in (best, worst))
