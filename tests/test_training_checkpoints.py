@@ -17,20 +17,13 @@ from moveimg.training.generator import train_generator
 from moveimg.training.logging import gate_statistics
 from moveimg.training.loop import Run
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
-from tests.test_training import CPU, die_at_step_5, newest_state, train_config
+from tests.test_training import CPU, die_at_step_5, newest_state, same_end, train_config
 from tests.tools.kill_training import compare_killed, leftovers
 
 
 def kept(out) -> list[int]:
     names = (path.name for path in (out / "training/checkpoints").glob("step-*"))
     return sorted(int(name.split("-")[1]) for name in names if name[-1].isdigit())
-
-
-def same_end(one, other) -> bool:
-    states = [newest_state(one), newest_state(other)]
-    return states[0].keys() == states[1].keys() and all(
-        torch.equal(value, states[1][key]) for key, value in states[0].items()
-    )
 
 
 def test_killed_runs_end_with_the_same_bits(digits, tmp_path):

@@ -16,16 +16,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from moveimg.config import OptimizerConfig
 from moveimg.data import sha256_file
 from moveimg.data.codes import PackedCodes
 from moveimg.dist import World
 from moveimg.model import Transformer
 from moveimg.training.checkpoints import Checkpoints, find_damage, read_index, sealed
 from moveimg.training.generator import GeneratorTask, train_generator
-from moveimg.training.loop import Run
+from moveimg.training.loop import Run, catch_stop
 from moveimg.training.optimizer import make_optimizers
 from tests.conftest import lively, tiny_config
-from tests.test_training import CPU, few_digits, newest_state, train_config, weights_of
+from tests.test_training import CPU, few_digits, same_end, train_config
 
 CONSTANT = {"lr": 3e-3, "schedule": "constant"}
 
@@ -36,9 +37,7 @@ def test_more_steps_continue_to_the_bits_of_a_longer_run(digits, tmp_path):
             train_generator(
                 train_config(digits, tmp_path / out, optimizer=CONSTANT, steps=steps), CPU
             )
-    expected = newest_state(tmp_path / "whole")
-    for key, value in newest_state(tmp_path / "longer").items():
-        assert torch.equal(value, expected[key]), key
+    assert same_end(tmp_path / "whole", tmp_path / "longer")
 
 
 def test_a_cosine_run_cannot_be_lengthened(digits, tmp_path):
@@ -86,8 +85,15 @@ def test_signals_stop_with_a_checkpoint(digits, tmp_path, monkeypatch, number):
     assert (tmp_path / "training/checkpoints/step-0000005").is_dir()
     train_generator(config, CPU)
     train_generator(train_config(digits, tmp_path / "whole"), CPU)
-    expected = weights_of(tmp_path / "whole")
-    assert all(torch.equal(v, expected[k]) for k, v in weights_of(tmp_path).items())
+    assert same_end(tmp_path / "whole", tmp_path)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once():
+    with catch_stop() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_in_use_by_another_process_is_refused(digits, tmp_path):
@@ -233,8 +239,6 @@ def test_the_rate_of_each_step_reaches_the_optimizer(digits, tmp_path, monkeypat
 
 
 def test_betas_reach_adam():
-    from moveimg.config import OptimizerConfig
-
     model = lively(tiny_config(), dtype=torch.float32)
     (optimizer,) = make_optimizers(model, OptimizerConfig(betas=(0.7, 0.8)))
     assert {group["betas"] for group in optimizer.param_groups} == {(0.7, 0.8)}

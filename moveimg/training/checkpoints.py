@@ -176,9 +176,11 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the least score, if any checkpoint has one."""
-        scores = {step: read_index(path).get("score") for step, path in self.steps().items()}
-        scores = {step: score for step, score in scores.items() if score is not None}
-        return min(scores, key=lambda step: scores[step]) if scores else None
+        indices = (read_index(path) for path in self.steps().values())
+        scored = [
+            (index["score"], index["step"]) for index in indices if index.get("score") is not None
+        ]
+        return min(scored)[1] if scored else None
 
     # --- reading ---------------------------------------------------------------------------
 
