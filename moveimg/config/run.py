@@ -193,6 +193,9 @@ class TokenizerTrainConfig(RunConfig):
 
     images: ImagesConfig
     tokenizer: dict[str, Any] = Field(description="the tokenizer's own config (see tokenizer/)")
+    init_from: FilePath | None = Field(
+        None, description="start from this tokenizer; settings of `tokenizer` left out are its own"
+    )
     l1_weight: Weight = Field(0.0, description="weight of |x - y|")
     l2_weight: Weight = Field(1.0, description="weight of (x - y)^2")
     perceptual_weight: Weight = Field(
