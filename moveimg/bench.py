@@ -32,7 +32,7 @@ from moveimg.sampling import image_rngs, iter_codes
 from moveimg.training.generator import GeneratorTask
 from moveimg.training.initial import freeze_backbone
 from moveimg.training.loop import Run
-from moveimg.training.parallel import plan
+from moveimg.training.parallel import choose_parallelism
 
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than any cache holds
 MAX_ROWS = 4096  # of a product whose rate is measured; more would give the same rate
@@ -172,7 +172,7 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> dict
     model = Transformer(config.model).to(device)
     if config.train == "memory":
         freeze_backbone(model)
-    parallel = plan(config, World(device=device))
+    parallel = choose_parallelism(config, World(device=device))
     codes: Any = RandomCodes(config.model, config.batch_size)
     tokenizer: Any = None  # previews alone need one
     task = GeneratorTask(config, model, tokenizer, codes, codes, parallel)

@@ -18,8 +18,8 @@ from moveimg.device import shapes_only
 from moveimg.dist import World
 from moveimg.model import CHUNK, GatedMixer, SwiGLU, Transformer, swiglu_hidden
 from moveimg.model.cost import cost_of
-from moveimg.training.parallel import plan
-from moveimg.training.watch import PEAKS
+from moveimg.training.logging import PEAKS
+from moveimg.training.parallel import choose_parallelism
 
 IMAGENET_CLASSES, IMAGENET_IMAGES, IMAGENET_VIEWS = 1000, 1_281_167, 20
 # Assumed, best and worst: share of the peak FLOP/s (a run logs what it reaches as `mfu`), share of
@@ -113,7 +113,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> Budge
         raise ValueError(f"gpu {gpu!r}: expected one of {', '.join(PEAKS)}")
     if gpus < 1:
         raise ValueError(f"gpus {gpus}: expected at least 1")
-    plan(config, World(size=gpus, device=torch.device("cpu")))
+    choose_parallelism(config, World(size=gpus, device=torch.device("cpu")))
     model = config.model
     with shapes_only():
         built = Transformer(model)
