@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,8 @@ def main() -> None:
         for name, samples in sets.items():
             mine = ours(samples, real, extractor, cache)
             others: list[tuple[str, Callable[[], Scores]]] = [
-                ("torch-fidelity", lambda n=name, s=samples: theirs(n, s, real, weights)),
-                ("float64 NumPy", lambda s=samples: in_float64(s, real, extractor, cache)),
+                ("torch-fidelity", partial(theirs, name, samples, real, weights)),
+                ("float64 NumPy", partial(in_float64, samples, real, extractor, cache)),
             ]
             found = {label: call() for label, call in others}
             print(f"\n{name}, {count} images\n")
