@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moveimg import DEFAULT_MODEL
 from moveimg.commands.common import MAX_SEED, Device, Dtype, command, device_of, print_json
 
 
@@ -113,7 +114,7 @@ def evaluate(
     elif samples is not None:
         _report([runner.score_files(samples, comparison, device_of(device), out)])
     else:
-        model = _one(names) if names else "digits"
+        model = _one(names) if names else DEFAULT_MODEL
         sampling = runner.Sampling(num, seed, batch_size, resize, png, _parse_settings(set or []))
         if sweep is None:
             done = runner.evaluate_model(model, comparison, sampling, out, device, dtype)
