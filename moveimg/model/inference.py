@@ -1,0 +1,303 @@
+"""Models prepared for sampling: packed and quantized matrices on a CPU, a compiled step on CUDA.
+
+A decoding step multiplies a few rows (two per image with guidance) by every weight matrix, so on a
+CPU reading the weights takes most of the time. Here they are laid out once for such products:
+float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no bfloat16
+instructions; and optionally 8 bits by FBGEMM. Matrices applied to the same rows are joined, and a
+norm takes four kernels instead of seven. A module lists matrices that it reads in another way in
+`unpacked`: they stay linear layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moveimg.device import has_bfloat16
+from moveimg.model.attention import MultiHeadAttention, MultiHeadLatentAttention
+from moveimg.model.feedforward import SwiGLU
+from moveimg.model.memory import GatedMixer
+from moveimg.model.transformer import Cache, Transformer
+
+ROWS = 16  # rows that oneDNN's layout is made for; it serves other numbers, too
+INT8_LIMIT = 63  # of a weight: AVX2's 16-bit sums hold two products of 7 by 8 bits
+QUANTIZED = ("int8",)
+
+
+def decoding_model(
+    model: Transformer, quantize: str | None = None, compile: bool = False
+) -> Transformer:
+    """A model that decodes as `model` does, but faster.
+
+    On a CPU: a copy that shares embeddings and memory with `model`, with matrices of its own;
+    bfloat16 is computed in float32 where the processor has no bfloat16 instructions. On other
+    devices and in float64: `model` itself. The copy serves sampling and teacher forcing, not
+    training.
+
+    Args:
+        model: in eval mode.
+        quantize: None, or "int8", which changes the logits (docs/performance.md has by how much).
+        compile: decode by one compiled step over a static cache (see StaticDecoder); for CUDA.
+
+    Raises ValueError where `quantize` is unknown, the device is not a CPU, or `compile` is set too.
+    """
+    weight = model.head.weight
+    if quantize is not None and quantize not in QUANTIZED:
+        raise ValueError(f"quantize {quantize!r}: expected {' or '.join(QUANTIZED)}")
+    if quantize is not None and weight.device.type != "cpu":
+        raise ValueError(f"quantize {quantize} on {weight.device.type}: expected a CPU")
+    if compile:
+        if quantize is not None:
+            raise ValueError(f"quantize {quantize} with compile: expected one of the two")
+        return StaticDecoder(model, mode="reduce-overhead", fullgraph=True)
+    return model if quantize is None and not packable(weight) else _pack(model, quantize)
+
+
+def _pack(model: Transformer, quantize: str | None) -> Transformer:
+    """A copy of `model` with joined matrices, in the layout for this processor."""
+    weight = model.head.weight
+    emulated = weight.dtype == torch.bfloat16 and not has_bfloat16()
+    if emulated or (quantize is not None and weight.dtype != torch.float32):
+        fast = copy.deepcopy(model).float()
+    else:
+        fast = clone_sharing_weights(model)
+    for module in fast.modules():
+        JOIN.get(type(module), lambda module: None)(module)
+    kinds: dict[type, Callable[[Any], nn.Module]] = {
+        nn.Dropout: lambda dropout: nn.Identity(),
+        nn.Linear: linear_kind(weight, quantize),
+    }
+    if fast.norm.weight.dtype == torch.float32:
+        kinds[nn.RMSNorm] = FastRMSNorm
+    for module in list(fast.modules()):
+        for name, child in module.named_children():
+            if type(child) in kinds and name not in getattr(module, "unpacked", ()):
+                setattr(module, name, kinds[type(child)](child))
+    return fast
+
+
+def clone_sharing_weights(model: Transformer) -> Transformer:
+    """A copy of the modules of `model` with the same parameter and buffer tensors."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+# --- matrix layouts --------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """x [..., in] -> x W^T + b [..., out], with W in oneDNN's own layout."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class HalfLinear(nn.Module):
+    """x [..., in] float32 -> x W^T + b [..., out] float32, with W in half precision.
+
+    For W that was bfloat16: half precision represents its numbers from 2^-14 to 65,504 exactly, and
+    rounds smaller ones to multiples of 2^-24. Sums are float32.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Int8Linear(nn.Module):
+    """x [..., in] -> x W^T + b [..., out], with W and, at each call, x rounded to 8 bits or less.
+
+    W has a scale per output, x one scale per call, so the result of a row depends, within rounding,
+    on the other rows of the call (a scale per row: docs/performance.md).
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        tiny = torch.finfo(torch.float32).tiny  # a row of zeros still needs a scale
+        scales = (weight.abs().amax(dim=1) / INT8_LIMIT).clamp_min(tiny).double()
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
+        with warnings.catch_warnings():  # torch announces that torchao will replace quantization
+            warnings.simplefilter("ignore")
+            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
+        except RuntimeError:  # there is no scale for NaN and infinity
+            if torch.isfinite(x).all():
+                raise
+            raise ValueError(
+                "activations are not finite: the model's weights are damaged"
+            ) from None
+
+
+class FastRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight [..., D] by way of the length of x, in float32."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        size = norm.weight.numel()
+        self.weight = norm.weight
+        self.scaled = norm.weight.detach() * size**0.5
+        self.epsilon = self.scaled.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.epsilon) * self.scaled
+
+
+def linear_kind(weight: Tensor, quantize: str | None) -> Callable[[nn.Linear], nn.Module]:
+    """The constructor of the layer that replaces a linear layer, for a model with such a weight."""
+    if quantize is not None:
+        return Int8Linear
+    if not packable(weight):
+        return lambda linear: linear
+    fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    if weight.dtype == torch.bfloat16 and not has_bfloat16() and fbgemm:
+        largest = torch.finfo(torch.float16).max
+        return lambda linear: (
+            HalfLinear if linear.weight.abs().max() <= largest else PackedLinear  # or not finite
+        )(linear)
+    return PackedLinear
+
+
+def packable(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout for matrices of this type and device."""
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return weight.device.type == "cpu" and known and torch.backends.mkldnn.is_available()
+
+
+# --- joining matrices that are applied to the same rows ----------------------------------------
+
+
+def concat_linears(*linears: nn.Linear) -> tuple[nn.Linear, list[int]]:
+    """One linear layer x -> all outputs in order, and their widths. None may have a bias.
+
+    The last width is that of zeros, up to a multiple of 16 outputs.
+    """
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    padding = -len(weight) % 16
+    weight = nn.functional.pad(weight, (0, 0, 0, padding))
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    return joined, [*(linear.out_features for linear in linears), padding]
+
+
+def join_mha(attention: MultiHeadAttention) -> None:
+    """Compute gates together with queries, keys and values."""
+    mixer: Any = attention.mixer
+    if isinstance(mixer, GatedMixer):
+        attention.wqkv, attention.joined = concat_linears(attention.wqkv, mixer.router)
+        mixer.router = nn.Identity()
+
+
+def join_mla(attention: MultiHeadLatentAttention) -> None:
+    """Compute queries (or their low-rank latent), the latent and gates together."""
+    linears: list[Any] = [attention.wq, attention.wkv_down]
+    if isinstance(attention.wq, nn.Sequential):  # low-rank queries: its first matrix reads x
+        linears[0], attention.wq = attention.wq[0], attention.wq[1:]
+    else:
+        attention.wq = nn.Identity()
+    mixers: list[Any] = [attention.latent_mixer, attention.value_mixer]
+    gated = [mixer for mixer in mixers if isinstance(mixer, GatedMixer)]
+    linears += [mixer.router for mixer in gated]
+    for mixer in gated:
+        mixer.router = nn.Identity()
+    attention.wkv_down, widths = concat_linears(*linears)
+    attention.joined = widths if gated else [*widths[:2], 0, widths[2]]
+
+
+def join_swiglu(ffn: SwiGLU) -> None:
+    """Compute both inner products together."""
+    ffn.w1, ffn.joined = concat_linears(ffn.w1, ffn.w3)
+    del ffn.w3
+
+
+JOIN: dict[type, Callable[[Any], None]] = {
+    MultiHeadAttention: join_mha,
+    MultiHeadLatentAttention: join_mla,
+    SwiGLU: join_swiglu,
+}
+
+
+# --- one decoding step over a static cache -----------------------------------------------------
+
+
+class StaticDecoder(Transformer):
+    """`model`, decoding by one step whose shapes are the same at every position.
+
+    As in gpt-fast: caches have their full length, the position is a tensor, and a mask hides later
+    entries. So the step can be compiled once and replayed as a CUDA graph. Batches are padded to a
+    power of two, so that few graphs are needed. Weights are shared with `model`.
+
+    Args:
+        model: in eval mode.
+        compiler: arguments of torch.compile; without any, the step runs eagerly.
+    """
+
+    def __init__(self, model: Transformer, **compiler: Any) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(model.__dict__)
+        step = model.decoding_step
+        self._step_function = torch.compile(step, dynamic=False, **compiler) if compiler else step
+        self._compiled = bool(compiler)
+        self._idle: dict[int, list[Cache]] = defaultdict(list)  # by batch size
+
+    @torch.inference_mode()
+    def make_cache(self, batch: int) -> Cache:
+        """A static cache for `batch` sequences, with the tensors of an earlier decoding's if any.
+
+        CUDA graphs hold addresses, so tensors are used again once their decoding has ended.
+        """
+        idle = self._idle[1 << (batch - 1).bit_length()]
+        buffers = idle.pop() if idle else self._make_buffers(1 << (batch - 1).bit_length())
+        cache = copy.copy(buffers)  # the same tensors, at position 0
+        cache.index.zero_()  # type: ignore[union-attr]
+        weakref.finalize(cache, idle.append, buffers).atexit = False
+        return cache
+
+    def _make_buffers(self, size: int) -> Cache:
+        buffers = Cache(self, size, static=True)
+        if self._compiled:
+            tensors = [tensor for layer in buffers.layers for tensor in layer.tensors]
+            for tensor in (*tensors, buffers.rope, buffers.index):
+                if isinstance(tensor, Tensor):
+                    torch._dynamo.mark_static_address(tensor)
+        return buffers
+
+    @torch.inference_mode()
+    def start(self, labels: Tensor, cache: Cache) -> Tensor:
+        return super().start(_pad(labels, cache.batch), cache)[: len(labels)]
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, cache: Cache) -> Tensor:
+        return super().decode(_pad(codes, cache.batch), cache)[: len(codes)]
+
+    def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
+        if not self._compiled:
+            return self._step_function(codes, cache)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._step_function(codes, cache).clone()  # the next replay overwrites it
+
+
+def _pad(inputs: Tensor, size: int) -> Tensor:
+    """inputs [B] with zeros up to `size` entries."""
+    return nn.functional.pad(inputs, (0, max(0, size - len(inputs))))
