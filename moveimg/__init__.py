@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import Pipeline, and torch with it, only when it is asked for."""
+    """Import Pipeline, and torch with it, at first use."""
     if name == "Pipeline":
         from moveimg.pipeline import Pipeline
 
         return Pipeline
     raise AttributeError(f"module 'moveimg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

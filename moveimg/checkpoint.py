@@ -6,12 +6,14 @@ classes.json  sampling.json
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -19,46 +21,59 @@ from torch import nn
 import tokenizer as vq
 from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.device import shapes_only
-from moveimg.errors import validate
-from moveimg.files import atomic, read_json, write_json
+from moveimg.errors import shorten, validate
+from moveimg.files import atomic, read_json, require_weights, write_json
 from moveimg.model import Transformer
 
-FORMAT = 1
 BUNDLED = Path(__file__).parent / "bundled"
+REQUIRED = {"n_layer", "n_head", "width", "codebook_size", "n_classes", "grid"}
+FLOATS = {"F16", "BF16", "F32", "F64"}  # dtypes in a safetensors header
+ClassNames = TypeAdapter(list[Annotated[str, Field(strict=True, max_length=256)]])
+
+
+class ModelDescription(BaseModel):
+    """The content of config.json."""
+
+    format: Literal[1]
+    tokenizer: str | None = None  # fingerprint
+    model: ModelConfig
+    about: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What a model directory holds, loaded."""
+    """The loaded content of a model directory."""
 
     generator: Transformer
     tokenizer: vq.AutoencoderTokenizer
     class_names: list[str]
     sampling: SamplingSettings
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def save_model(directory: str | Path, parts: ModelParts, about: dict[str, Any]) -> None:
-    """Write a model directory; each file appears whole.
+    """Write a model directory; each file appears whole and replaces that of an earlier save.
 
-    Args:
-        directory: made if missing; files of an earlier save are replaced.
-        parts: the model. Weights are stored in the type they have.
-        about: plain data on how it was made, kept in config.json for the reader.
+    Weights keep their number type. `about` is plain data on how the model was made.
     """
     directory = Path(directory)
-    if _stored_fingerprint(directory) != parts.tokenizer.fingerprint:
+    fingerprint = parts.tokenizer.fingerprint
+    path = directory / "config.json"
+    stored = read_json(path) if path.is_file() else None
+    if not isinstance(stored, dict) or stored.get("tokenizer") != fingerprint:
         vq.save(parts.tokenizer, directory / "tokenizer")
     save_weights(parts.generator, directory / "model.safetensors")
     write_json(directory / "classes.json", parts.class_names)
     write_json(directory / "sampling.json", parts.sampling.model_dump())
     config = parts.generator.config.model_dump(mode="json")
-    described = {
-        "format": FORMAT,
-        "tokenizer": parts.tokenizer.fingerprint,
-        "model": config,
-        "about": about,
-    }
-    write_json(directory / "config.json", described)
+    write_json(path, {"format": 1, "tokenizer": fingerprint, "model": config, "about": about})
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write every weight of a module into one safetensors file, atomically."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_model(
@@ -66,66 +81,66 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ModelParts:
-    """Read a model directory.
+    """Read a model directory; `dtype` is the generator's.
 
-    Args:
-        directory: of `save_model`.
-        device: where the weights go.
-        dtype: of the generator. The tokenizer's is no shorter than float32: pixels are a share of
-            the time, and their bits count in FID (LlamaGen samples so, too).
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or disagrees with another; one line says which and how.
+    The tokenizer has float32 at least: decoding takes little of the time, and the precision of
+    pixels shows in FID (LlamaGen samples so, too).
+    Raises FileNotFoundError for a missing file, ValueError for a file that is damaged or disagrees
+    with another; one line says which and how.
     """
     directory = Path(directory)
-    generator = load_generator(directory, device, dtype)
-    config = generator.config
+    description = read_description(directory)
+    config = description.model
+    names, sampling = read_class_names(directory), read_sampling(directory)
+    if len(names) != config.n_classes:
+        raise ValueError(f"{directory}: {len(names)} class names, expected {config.n_classes}")
+    generator = _load_generator(config, directory / "model.safetensors", device, dtype)
     precise = torch.promote_types(dtype, torch.float32)
-    tokenizer = vq.load(directory / "tokenizer", device=device, dtype=precise)
-    tokenizer = vq.fast_tokenizer(tokenizer)
+    tokenizer = _load_tokenizer(directory / "tokenizer", device, precise)
     if tokenizer.codebook_size != config.codebook_size:
         raise ValueError(
             f"{directory}: the generator has {config.codebook_size} codes, "
             f"its tokenizer {tokenizer.codebook_size}: expected equal"
         )
-    stored = _stored_fingerprint(directory)
-    if stored not in (None, tokenizer.fingerprint):
+    if description.tokenizer not in (None, tokenizer.fingerprint):
         raise ValueError(
-            f"{directory}: the generator speaks the codes of tokenizer {str(stored)[:12]}, but "
-            f"tokenizer/ holds {tokenizer.fingerprint[:12]}"
+            f"{directory}: the generator was trained on codes of tokenizer "
+            f"{shorten(description.tokenizer, 16)}, but tokenizer/ is {tokenizer.fingerprint[:12]}"
         )
-    names = read_json(directory / "classes.json")
-    if not isinstance(names, list) or len(names) != config.n_classes:
-        raise ValueError(f"{directory / 'classes.json'}: expected {config.n_classes} class names")
-    path = directory / "sampling.json"
-    sampling = validate(SamplingSettings, read_json(path), str(path))
-    return ModelParts(generator, tokenizer, [str(name) for name in names], sampling)
+    return ModelParts(generator, tokenizer, names, sampling, description.about)
 
 
-def read_model_config(directory: str | Path) -> ModelConfig:
-    """The generator's config of a model directory."""
+def read_description(directory: str | Path) -> ModelDescription:
+    """The config.json of a model directory; nothing that weights depend on may be left out."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no model here (it has no config.json)")
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT or "model" not in data:
-        raise ValueError(f"{path}: not a moveimg model of format {FORMAT}")
-    return validate(ModelConfig, data["model"], str(path))
+    description = validate(ModelDescription, read_json(path), str(path))
+    if missing := REQUIRED - description.model.model_fields_set:
+        raise ValueError(f"{path}: model.{min(missing)}: missing")
+    return description
+
+
+def read_model_config(directory: str | Path) -> ModelConfig:
+    """The generator's config in a model directory."""
+    return read_description(directory).model
 
 
 def read_about(directory: str | Path) -> dict[str, Any]:
-    """What a model directory says on how it was made; empty where it says nothing."""
-    data = read_json(Path(directory) / "config.json")
-    about = data.get("about") if isinstance(data, dict) else None
-    return about if isinstance(about, dict) else {}
+    """The notes in a model directory on how it was made."""
+    return read_description(directory).about
 
 
-def _stored_fingerprint(directory: Path) -> str | None:
-    """The fingerprint of the tokenizer a model was saved with, if there is one."""
-    path = directory / "config.json"
-    data = read_json(path) if path.is_file() else None
-    return data.get("tokenizer") if isinstance(data, dict) else None
+def read_class_names(directory: str | Path) -> list[str]:
+    """The class names in a model directory."""
+    path = Path(directory) / "classes.json"
+    return validate(ClassNames, read_json(path), str(path))
+
+
+def read_sampling(directory: str | Path) -> SamplingSettings:
+    """The sampling settings in a model directory."""
+    path = Path(directory) / "sampling.json"
+    return validate(SamplingSettings, read_json(path), str(path))
 
 
 def load_generator(
@@ -134,68 +149,80 @@ def load_generator(
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
     """The generator of a model directory, in eval mode (errors as of load_model)."""
-    config = read_model_config(directory)
-    with shapes_only():
-        generator = Transformer(config)
-    load_weights(generator, Path(directory) / "model.safetensors", device, dtype)
-    return generator.eval()
-
-
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Every weight of `module` into one safetensors file, atomically."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary)
-
-
-def load_weights(
-    module: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype
-) -> None:
-    """Fill `module` (built on the meta device) from a safetensors file, a tensor at a time.
-
-    Raises FileNotFoundError, or ValueError naming what is missing, unknown, or of wrong shape.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            check_shapes(expected, found, str(path))
-            state = {key: file.get_tensor(key).to(dtype) for key in expected}
-    except SafetensorError as error:
-        size = os.path.getsize(path)
-        raise ValueError(f"{path} ({size} bytes): truncated or damaged weights: {error}") from None
-    module.load_state_dict(state, assign=True)
-
-
-def check_shapes(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], origin: str
-) -> None:
-    """Raise a one-line ValueError that names the first key missing, unknown or misshapen."""
-    if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{origin}: lacks {missing[0]!r}{_and_more(missing)}")
-    if unknown := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{origin}: has {unknown[0]!r}{_and_more(unknown)}, not in the model")
-    if wrong := [key for key in expected if expected[key] != found[key]]:
-        key = wrong[0]
-        raise ValueError(
-            f"{origin}: {key!r} is {list(found[key])}, expected {list(expected[key])}"
-            f"{_and_more(wrong)}"
-        )
-
-
-def _and_more(keys: list[str]) -> str:
-    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    weights = Path(directory) / "model.safetensors"
+    return _load_generator(read_model_config(directory), weights, device, dtype)
 
 
 def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
-    """A tokenizer in a directory, of its own or a model's, or a bundled one: frozen, in float32.
+    """The frozen tokenizer, in float32, of a tokenizer or model directory or of a bundled model.
 
     Raises FileNotFoundError or ValueError as tokenizer.load.
     """
-    directory = path if path.exists() or not (BUNDLED / path).is_dir() else BUNDLED / path
-    inside = directory / "tokenizer"
-    if (inside / "config.json").is_file():
-        directory = inside
-    return vq.fast_tokenizer(vq.load(directory, device=device))
+    directory = BUNDLED / path if not path.exists() and (BUNDLED / path).is_dir() else path
+    if (directory / "tokenizer" / "config.json").is_file():
+        directory = directory / "tokenizer"
+    return _load_tokenizer(directory, device, torch.float32)
+
+
+def _load_tokenizer(
+    directory: Path, device: str | torch.device, dtype: torch.dtype
+) -> vq.AutoencoderTokenizer:
+    tokenizer = vq.fast_tokenizer(vq.load(directory, device=device, dtype=dtype))
+    require_finite(tokenizer.state_dict(), str(directory))
+    return tokenizer
+
+
+def _load_generator(
+    config: ModelConfig, path: Path, device: str | torch.device, dtype: torch.dtype
+) -> Transformer:
+    """Build the generator on the meta device and assign the file's tensors, one at a time.
+
+    The file's header is compared with the config before a tensor is read.
+    """
+    require_weights(path)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            layers = {match[1] for key in slices if (match := re.match(r"layers\.(\d+)\.", key))}
+            if len(layers) != config.n_layer:  # before that many layers are built
+                raise ValueError(f"{path}: {len(layers)} layers, expected {config.n_layer}")
+            if others := {value.get_dtype() for value in slices.values()} - FLOATS:
+                raise ValueError(f"{path}: weights of type {min(others)}, expected floats")
+            with shapes_only():
+                generator = Transformer(config)
+            expected = {key: tuple(value.shape) for key, value in generator.state_dict().items()}
+            shapes = {key: tuple(value.get_shape()) for key, value in slices.items()}
+            check_shapes(expected, shapes, str(path))
+            state = {key: file.get_tensor(key).to(dtype) for key in expected}
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size} bytes): truncated or damaged weights: {error}") from None
+    # Norms and biases only: reading every matrix would take seconds. Sampling checks the logits.
+    require_finite({key: value for key, value in state.items() if value.ndim == 1}, str(path))
+    generator.load_state_dict(state, assign=True)
+    return generator.eval()
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> None:
+    """Raise a one-line ValueError that names the first key missing, unknown or misshapen."""
+    missing, unknown = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
+    wrong = [key for key in expected if expected[key] != shapes.get(key)]
+    if missing:
+        problem = f"lacks {min(missing)!r}"
+    elif unknown:
+        problem = f"has {min(unknown)[:200]!r}, not in the model"
+    elif wrong:
+        problem = f"{wrong[0]!r} is {list(shapes[wrong[0]])}, expected {list(expected[wrong[0]])}"
+    else:
+        return
+    more = len(missing or unknown or wrong) - 1
+    raise ValueError(f"{origin}: {problem}{f' and {more} more' if more else ''}")
+
+
+def require_finite(state: Mapping[str, Any], origin: str) -> None:
+    """Raise ValueError, naming the tensor, where a weight is NaN or infinite."""
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{origin}: {key!r} holds NaN or infinite values: damaged weights")

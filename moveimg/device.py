@@ -1,4 +1,4 @@
-"""Which device and number type to run on: detected, unless the user says."""
+"""The device and number type to run on: detected, unless the user names them."""
 
 from __future__ import annotations
 
@@ -14,35 +14,28 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Of glibc's mallopt: how many blocks may be mapped apart, and how much may lie free at the end.
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # parameters of glibc's mallopt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the accelerator that is there, or the CPU. ValueError if unusable.
-
-    With a CPU, the whole process keeps its freed memory from now on (see keep_memory).
-    """
+    """The named device, or an available accelerator, or the CPU. ValueError if unusable."""
     if name is None or name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        device = found or torch.device("cpu")
-    else:
-        try:
-            device = torch.device(name)
-            torch.zeros(1, device=device).item()  # meta tensors hold nothing
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0].partition(". ")[0]  # what follows fills a screen
-            raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
-    if device.type == "cpu":
-        keep_memory()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # meta tensors hold no value
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the whole would fill a screen
+        raise ValueError(f"device {name[:60]!r} cannot be used here: {reason[:200]}") from None
     return device
 
 
 def own_device(name: str | None) -> str | None:
-    """The device for a --device: of several processes that torchrun started, each its own GPU.
+    """The device of a --device option; under torchrun, each process has its own GPU.
 
-    It is asked for before anything is put on a GPU, so that no process begins to use another's.
+    Call it before anything is put on a GPU, so that no process allocates on another's.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     kind = (name or "auto").partition(":")[0]
@@ -60,9 +53,9 @@ class _NoInit(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Modules built in here have shapes and no values: to be counted, or to be given weights.
+    """Build modules on the meta device, without values: to count them, or to assign weights.
 
-    The meta device alone would do, but torch works out `nn.init.normal_` on it in Python, and loads
+    The meta device alone would do, but torch decomposes `nn.init.normal_` on it in Python and loads
     its compiler for that: two seconds of every start.
     """
     with torch.device("meta"), _NoInit():
@@ -70,12 +63,11 @@ def shapes_only() -> Iterator[None]:
 
 
 def keep_memory() -> bool:
-    """Have freed memory used again by this process, not given back to the system; whether it could.
+    """Make glibc reuse freed memory instead of returning it to the system; whether it could.
 
-    It holds for what the main thread frees, and until the process ends.
-    glibc maps every block of 32 MiB or more apart and unmaps it when it is freed, so that each
-    large activation and gradient is handed out anew by the system, page by page, all zeros. That
-    took a third of encoding's time (docs/performance.md). Other C libraries are left alone.
+    glibc maps blocks of 32 MiB and more separately and unmaps them when freed, so that the system
+    hands out and zeroes every large activation anew, page by page: a third of encoding's time
+    (docs/performance.md). It holds for the whole process, so commands call it, never the library.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -84,29 +76,26 @@ def keep_memory() -> bool:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named type; left out: bfloat16 on CUDA, float32 where that is slow.
-
-    GPUs before capability 8.0 take bfloat16 and compute it in detours, as other devices do.
-    """
+    """The named type; left out: bfloat16 on CUDA from capability 8.0, else float32."""
     if name is None or name == "auto":
         fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if fast else torch.float32
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}: expected one of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {name[:60]!r}: expected one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices by itself."""
+    """Whether this processor has instructions for products of bfloat16 matrices."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated by torch on CUDA, else resident, of this process."""
+    """Peak bytes of this process: allocated by torch on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the parent's, from before this program began
+    if status.is_file():  # getrusage would include the parent's memory before exec
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -117,7 +106,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What figures measured on `device` stand for: its name, cores, threads, torch."""
+    """The hardware and torch version that a measurement was made with, as plain data."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,

@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun started; one process alone is the same code."""
+"""The processes of a run started by torchrun; a single process runs the same code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from moveimg.device import own_device, pick_device
 
-GRACE = 10.0  # seconds in which the launcher ends the other processes after the first one's error
+GRACE = 10.0  # seconds in which torchrun ends the other processes after rank 0's error
 LOST = ("connection closed by peer", "connection reset", "connection was likely closed", "nccl")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training, and which one this is; alone by default."""
+    """The number of processes of a run, and the rank and device of this one."""
 
     rank: int = 0
     size: int = 1
@@ -33,11 +33,11 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that prints, logs and exports."""
+        """Whether this is rank 0, which prints, logs and exports."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over processes of a tensor that each has, on the CPU, in float64."""
+        """The mean of a tensor over processes, on the CPU, in float64."""
         if self.size == 1:
             return values.detach().cpu().double()
         values = values.detach().to(self.device, torch.float64, copy=True)
@@ -45,13 +45,13 @@ class World:
         return (values / self.size).cpu()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
+        """Whether the flag is true in any process."""
         if self.size == 1:
             return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def from_main(self, value: object) -> object:
-        """What the first process says, in all of them; the others' own value is not looked at."""
+        """Rank 0's value, in every process; the others' own is ignored."""
         if self.size == 1:
             return value
         box = [value]
@@ -59,11 +59,11 @@ class World:
         return box[0]
 
     def wait(self) -> None:
-        """Go on when every process is here."""
+        """Return when every process has called this."""
         self.any(False)
 
     def run_first(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while the others wait; its ValueError or OSError ends all."""
+        """Run `action` on rank 0 while the others wait; all raise its ValueError or OSError."""
         error: Exception | None = None
         if self.main:
             try:
@@ -78,7 +78,7 @@ class World:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Around what fetches a file: the first process does it, then the others find it there."""
+        """A context that rank 0 runs before the others, which find what it downloaded."""
         if not self.main:
             self.wait()
         yield
@@ -88,10 +88,11 @@ class World:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did, each with a device of its own.
+    """Join the processes started by torchrun, if any, each with its own device.
 
-    nccl carries tensors on CUDA, gloo those on the CPU. An error ends every process: the first one
-    says its line at once; the others speak only if it had none to say.
+    Collectives use nccl on CUDA and gloo on the CPU. An error ends every process: rank 0 raises at
+    once, the others only if rank 0 has not ended the run by then. (torchrun's own report follows;
+    a process that it started cannot silence it.)
     Raises ValueError for a device that cannot be used, or when another process is gone.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -113,7 +114,9 @@ def processes(device: str | None) -> Iterator[World]:
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in LOST):
             raise
-        why = " ".join(str(error).split())[:200]  # nccl's own troubles, too, come this way
+        if rank != 0:  # rank 0 says what happened, unless it is the one that is gone
+            time.sleep(GRACE)
+        why = " ".join(str(error).split())[:200]  # nccl's own failures, too, come this way
         raise ValueError(
             f"process {rank} of {size}: another process of this run ended ({why})"
         ) from error
@@ -125,7 +128,7 @@ def is_distributed() -> bool:
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over processes of a tensor, without a gradient; of one process, the tensor."""
+    """The sum of a tensor over processes, without a gradient; in one process, the tensor."""
     if not is_distributed():
         return tensor
     result = tensor.detach().clone()
@@ -134,7 +137,10 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
-    """The mean over processes, with this process's gradient: DDP averages gradients later."""
+    """The mean of a tensor over processes, with the gradient of this process's own.
+
+    DDP averages the gradients later.
+    """
     if not is_distributed():
         return tensor
     average = reduce_sum(tensor) / dist.get_world_size()
@@ -142,17 +148,17 @@ def reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def broadcast_from_rank0(tensor: Tensor) -> None:
-    """Overwrite a tensor, in place, by that of rank 0."""
+    """Overwrite a tensor in place with rank 0's."""
     if is_distributed():
         dist.broadcast(tensor.detach(), src=0)
 
 
 @contextmanager
 def all_ranks(timeout: timedelta = timedelta(days=7)) -> Iterator[World]:
-    """The processes of this job on the CPU, with a process group that may wait for days.
+    """The processes of this job on the CPU, with a process group whose timeout is days.
 
-    Encoding and sampling sets take hours, and a process that has less to do waits for the others.
-    Inside a training's process group it makes another one beside it. Every process has to enter.
+    Encoding and sampling sets run for hours, and a process with less work waits for the others.
+    Inside a process group, a second group is made. Every process must enter.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ours = dist.is_available() and not dist.is_initialized()
@@ -169,6 +175,6 @@ def all_ranks(timeout: timedelta = timedelta(days=7)) -> Iterator[World]:
 
 
 def print_rank0(message: str) -> None:
-    """A line on stderr, above the bar if there is one; said by the first process alone."""
+    """Write a line to stderr on rank 0 alone, above the progress bar if there is one."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message, file=sys.stderr)

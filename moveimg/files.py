@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -60,21 +61,26 @@ def require_file_name(path: Path) -> None:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; renamed to it on success, removed on failure.
 
-    Makes missing parent folders. Raises FileExistsError where something is there already (an
-    empty folder is replaced).
+    Makes missing parent folders, and removes what a killed process has left of the same name.
+    Raises FileExistsError where something is there already (an empty folder is replaced),
+    ValueError where another process is making it.
     """
     path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already: expected a name for a new directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are open to their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with lock(path, "creating it"):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise FileExistsError(f"{path} is there already: expected a name for a new directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix, suffix = f".{path.name}.", ".tmp"
+        for leftover in path.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=suffix))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are open to their owner alone
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def remove_temporaries(directory: str | Path) -> None:
@@ -93,6 +99,19 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, data: Any) -> None:
     """Write `data` as indented JSON, atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def require_weights(path: str | Path) -> None:
+    """Raise FileNotFoundError without a file, ValueError for a Git LFS pointer or an HTML page."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not weights: fetch it by `git lfs pull`")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path} is an HTML page, not weights: download the file itself")
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
@@ -187,18 +206,21 @@ def _check_depth(data: Any, origin: str) -> None:
     raise ValueError(f"{origin}: nested too deeply, expected at most {MAX_DEPTH} levels")
 
 
+_HELD: set[Path] = set()  # locks of this process
+
+
 @contextmanager
 def lock(path: str | Path, job: str) -> Iterator[None]:
-    """Hold the lock of an output file or directory, which dies with its process.
+    """Hold the lock of an output file or directory; it ends with its process.
 
-    The lock is a hidden file beside `path`. Of several ranks only the first takes it: they are one
-    job. `job` names what is being done, for the message of the process that comes second.
-    Raises ValueError, naming the process that holds it.
+    The lock is a hidden file beside `path`. Of several ranks only rank 0 locks: they are one job.
+    A process that holds it may enter again. `job` says what is being done, for the message of the
+    process that comes second. Raises ValueError, naming the process that holds it.
     """
-    if fcntl is None or os.environ.get("RANK", "0") != "0":
+    path = Path(path).absolute()
+    if fcntl is None or os.environ.get("RANK", "0") != "0" or path in _HELD:
         yield
         return
-    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.parent / f".{path.name}.lock"
     while True:
@@ -214,12 +236,14 @@ def lock(path: str | Path, job: str) -> Iterator[None]:
             if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:
                 break
         file.close()  # its last holder has removed it meanwhile
+    _HELD.add(path)
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} ({job})")
         file.flush()
         yield
     finally:
+        _HELD.discard(path)
         name.unlink(missing_ok=True)
         file.close()
 

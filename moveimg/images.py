@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from moveimg.files import atomic
 
+MAX_PIXELS = 2**26  # of an image that is read; Pillow itself warns at a third more
+MAX_CAPTION = 200  # characters of a name that a grid tries to fit
+
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """float [B, 3, H, W] in [-1, 1] (clipped) -> uint8 [B, H, W, 3]."""
@@ -23,21 +27,22 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """float [B, 3, H, W] in [-1, 1] (clipped) -> RGB pictures."""
+    """float [B, 3, H, W] in [-1, 1] (clipped) -> RGB images."""
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], names: Sequence[str], min_side: int = 64
 ) -> Image.Image:
-    """Rows of pictures of one size, each row with its name at the left.
+    """Rows of images of one size, each row with its name at the left.
 
-    Pictures smaller than `min_side` pixels are enlarged by whole factors, without smoothing.
+    Images smaller than `min_side` pixels are enlarged by whole factors, without smoothing.
     """
     side = max(rows[0][0].size)
     scale = max(1, min_side // side)
     width, height = (scale * pixels for pixels in rows[0][0].size)
     gap, font = 4, ImageFont.load_default(size=max(12, height // 5))
+    names = [name[:MAX_CAPTION] for name in names]
     widest = max(font.getlength(name) for name in names)
     margin = int(min(widest, 3 * width)) + 3 * gap if any(names) else gap
     columns = max(len(row) for row in rows)
@@ -49,25 +54,25 @@ def labelled_grid(
         while name and font.getlength(name) > 3 * width:
             name = name.removesuffix("…")[:-1] + "…"
         pen.text((gap, top + height // 2), name, fill="black", font=font, anchor="lm")
-        for c, picture in enumerate(row):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        for c, image in enumerate(row):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (margin + c * (width + gap), top))
     return grid
 
 
-def png_bytes(picture: Image.Image, settings: Mapping[str, Any]) -> bytes:
+def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
     """A PNG with `settings` as JSON in its text chunk `moveimg`."""
     about = PngInfo()
     about.add_text("moveimg", json.dumps(dict(settings)))
     buffer = io.BytesIO()
-    picture.save(buffer, format="png", pnginfo=about)
+    image.save(buffer, format="png", pnginfo=about)
     return buffer.getvalue()
 
 
-def save_png(picture: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
+def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write png_bytes atomically."""
     with atomic(path) as temporary:
-        temporary.write_bytes(png_bytes(picture, settings))
+        temporary.write_bytes(png_bytes(image, settings))
 
 
 class UnreadableImageError(ValueError):
@@ -82,40 +87,86 @@ class UnreadableImageError(ValueError):
 
 
 def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = False) -> Image.Image:
-    """The picture as a viewer shows it: turned as its EXIF says, transparent parts white.
+    """The RGB image of a file as a viewer shows it; see to_rgb.
 
-    as_published: leave EXIF and transparency alone, as ADM and LlamaGen read ImageNet; its
-        reference statistics were made that way
+    Args:
+        identifier: names the image in errors.
+        as_published: ignore EXIF, ICC profile and transparency, as ADM and LlamaGen read ImageNet;
+            its reference statistics were made that way.
 
     Raises UnreadableImageError.
     """
     try:
         with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return to_rgb(image, as_published)
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        reason = str(error).replace(str(file), identifier)
+        reason = str(error)[:200].replace(str(file), identifier)
         raise UnreadableImageError(identifier, f"{type(error).__name__}: {reason}") from error
 
 
 def to_rgb(image: Image.Image, as_published: bool = False) -> Image.Image:
-    """An opened picture as RGB; see read_image. Raises what Pillow's decoders raise.
+    """An opened image as RGB: turned as EXIF says, in sRGB, transparent pixels on white.
 
-    Grey of 16 bits keeps its upper 8 (Pillow would clip it, which turns most of it white).
+    | mode | 8-bit value |
+    | --- | --- |
+    | I;16 | value / 256, rounded down |
+    | I (32-bit integer) | the value up to 255; value / 256 up to 65,535; beyond, unreadable |
+    | F (float) | value * 255 within 0..1; the value within 0..255; beyond, unreadable |
+
+    Broken EXIF data and ICC profiles are ignored. Raises what Pillow's decoders raise.
     """
+    image.load()
+    profile = image.info.get("icc_profile")
+    if not as_published:
+        with suppress(Exception):  # broken EXIF data raises many kinds
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = grey_to_rgb((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
     if as_published:
         return image.convert("RGB")
-    image = ImageOps.exif_transpose(image)
-    return (_on_white(image) if image.has_transparency_data else image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        image = _to_srgb(image, profile)
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
 
 
 def grey_to_rgb(pixels: np.ndarray) -> Image.Image:
-    """uint8 [H, W] -> an RGB image."""
+    """An RGB image of uint8 [H, W] or [H, W, 3]."""
     return Image.fromarray(pixels).convert("RGB")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image.convert("RGBA"))
-    return white
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and np.isfinite(high)):
+        raise ValueError(f"pixel values reach from {low:g} to {high:g}, expected 0 or more")
+    if values.dtype.kind == "f" and high <= 1:
+        return np.rint(values * 255).astype(np.uint8)
+    if high <= 255:
+        return values.astype(np.uint8)
+    if values.dtype.kind != "f" and high <= 65535:
+        return (values >> 8).astype(np.uint8)
+    raise ValueError(f"pixel values reach {high:g}, expected at most 255 (float) or 65535")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The image in sRGB; unchanged where its profile is broken or of another colour space."""
+    from PIL import ImageCms
+
+    with suppress(Exception):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.createProfile("sRGB")
+        mode = image.mode if image.mode in ("RGB", "RGBA") else "RGB"
+        converted = ImageCms.profileToProfile(image, source, target, outputMode=mode)
+        return converted if converted is not None else image
+    return image

@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left; in a log file, a line now and then."""
+"""A progress bar with rate and time left; in a log file, a line every 15 seconds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import sys
 from tqdm import tqdm
 
 
-def progress_bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
-    """A tqdm bar on stderr; use it as a context manager."""
+def progress_bar(total: int, what: str, unit: str, initial: int = 0, delay: float = 0) -> tqdm:
+    """A tqdm bar on stderr, shown after `delay` seconds; use it as a context manager."""
     terminal = sys.stderr.isatty()
     return tqdm(
         desc=what,
         total=total,
         initial=initial,
         unit=unit,
+        delay=delay,
         dynamic_ncols=terminal,
         mininterval=0.1 if terminal else 15,
         maxinterval=10 if terminal else 60,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -93,22 +94,38 @@ def digits(tmp_path_factory):
 def server(tmp_path_factory):
     """A running demo with three models: two of them alike, one with names of ImageNet's kind."""
     from apps import demo
+
+    folder = demo.configure_gradio()
     from apps.demo_parts.models import Models
-    from apps.demo_parts.turns import Turns
+    from apps.demo_parts.queue import JobQueue
+    from apps.demo_parts.server import Server
     from moveimg.checkpoint import BUNDLED
 
     other = tmp_path_factory.mktemp("models") / "gallery"
     shutil.copytree(BUNDLED / "digits", other)
     names = ["goldfish, Carassius auratus", "golden retriever", *(f"thing {i}" for i in range(8))]
     (other / "classes.json").write_text(json.dumps(names))
-    temporary = demo.quiet_gradio()
+    (other / "sampling.json").write_text("{}")  # every setting has a default
     (other.parent / "twin").symlink_to(BUNDLED / "digits")
-    models, turns = Models(["digits", str(other), str(other.parent / "twin")], keep=2), Turns()
-    page = demo.serve(models, turns)
-    models.get(None)
-    yield SimpleNamespace(url=page.local_url.rstrip("/"), models=models, turns=turns, page=page,
-                          temporary=temporary)  # fmt: skip
-    page.close(verbose=False)
+    models = Models(["digits", str(other), str(other.parent / "twin")], keep=2)
+    queue = JobQueue()
+    running = Server(models, queue)
+    models.get()
+    yield SimpleNamespace(url=running.url, models=models, queue=queue, folder=folder)
+    running.close()
+
+
+@pytest.fixture
+def slow_model(server, monkeypatch):
+    """Decoding takes its time, so that there is time to stop it."""
+    generator = type(server.models.get("digits").generator)
+    decode = generator.decode
+
+    def decode_slowly(self, codes, cache):
+        time.sleep(0.05)
+        return decode(self, codes, cache)
+
+    monkeypatch.setattr(generator, "decode", decode_slowly)
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -25,7 +25,7 @@ from moveimg.evaluation.metrics import KID_SUBSET
 from moveimg.evaluation.reference import reference_of
 from moveimg.evaluation.run import source_images
 from moveimg.evaluation.scoring import compute
-from moveimg.evaluation.sets import array_set, look
+from moveimg.evaluation.sets import array_set, scan_image_set
 from tests import reference_metrics as plain
 
 Scores = dict[str, float]
@@ -55,7 +55,7 @@ class Tensors(Dataset):
 def ours(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cache: Path) -> Scores:
     reference = reference_of(array_set("real", real), extractor, cache, "train")
     images = array_set("samples", samples)
-    features = extract(images, look(images).digest, extractor, cache)
+    features = extract(images, scan_image_set(images).digest, extractor, cache)
     return compute(features, reference)
 
 
@@ -89,7 +89,7 @@ def theirs(name: str, samples: np.ndarray, real: np.ndarray, weights: Path) -> S
 def in_float64(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cache: Path) -> Scores:
     """Of the same float32 features; the network itself stays in float32."""
     x, y = (
-        extract(images, look(images).digest, extractor, cache)
+        extract(images, scan_image_set(images).digest, extractor, cache)
         for images in (array_set("samples", samples), array_set("real", real))
     )
     kid, kid_std = plain.kid(x["fid"], y["fid"], min(KID_SUBSET, len(x["fid"])))

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, and what they say to bad input: one line, exit code 2."""
+"""The commands as a user runs them; bad input gets one line and exit code 2, Ctrl-C 130."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,17 @@ from typer.testing import CliRunner
 from moveimg import __version__
 from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
+from moveimg.commands.common import PANELS
+from moveimg.config import SamplingSettings
 from tests.test_training import EVERY, TOKENIZER
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PROGRAM = [sys.executable, "-m", "moveimg"]
 
 
 def run(*arguments, code=0):
-    """Run a command in this process; returns what it printed."""
+    """Run a command in this process; returns its result."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output + result.stderr
     return result
@@ -39,94 +45,204 @@ def refused(*arguments):
     return lines[-1]
 
 
-def test_sample_writes_pictures_with_their_settings_and_a_grid(tmp_path):
+# --- sample ----------------------------------------------------------------------------------
+
+
+def test_sample_writes_images_with_their_settings_and_a_grid(tmp_path):
     run("sample", "7", "three", "--num", 2, "--seed", 5, "--cfg-scale", 1.5, "--out", tmp_path)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0003-three-seed7.png", "0003-three-seed8.png",
         "0007-seven-seed5.png", "0007-seven-seed6.png", "grid.png",
     ]  # fmt: skip
-    with Image.open(tmp_path / "0003-three-seed7.png") as picture:
-        about = json.loads(picture.info["moveimg"])
-        assert picture.size == (32, 32)
+    with Image.open(tmp_path / "0003-three-seed7.png") as image:
+        about, pixels = json.loads(image.info["moveimg"]), image.tobytes()
+        assert image.size == (32, 32)
     assert about["class_name"] == "three" and about["seed"] == 7 and about["cfg_scale"] == 1.5
-    # what the metadata says makes the picture again
-    run("sample", about["class"], "--num", 1, "--seed", about["seed"],
-        "--cfg-scale", about["cfg_scale"], "--out", tmp_path / "again")  # fmt: skip
-    again = tmp_path / "again" / "0003-three-seed7.png"
-    with Image.open(again) as a, Image.open(tmp_path / "0003-three-seed7.png") as b:
-        assert a.tobytes() == b.tobytes()
+    # the metadata suffices to draw the image again
+    again = run("sample", about["class"], "--num-samples", 1, "--seed", about["seed"],
+                "--cfg-scale", about["cfg_scale"], "--out", tmp_path / "again")  # fmt: skip
+    assert "1 image in" in again.output
+    with Image.open(tmp_path / "again" / "0003-three-seed7.png") as image:
+        assert image.tobytes() == pixels
 
 
-def test_sample_without_arguments_shows_every_class(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run("sample")
-    assert len(list((tmp_path / "samples").glob("*-seed*.png"))) == 20
+def test_every_sampling_setting_is_an_option(tmp_path):
+    help_text = run("sample", "--help").output
+    values = {"cfg_schedule": "linear", "cfg_power": 2.0, "cfg_start": 0.1, "temperature": 0.9,
+              "cfg_scale": 2.0, "top_k": 30, "top_p": 0.95}  # fmt: skip
+    assert values.keys() == SamplingSettings.model_fields.keys()
+    options = []
+    for name, value in values.items():
+        assert f"--{name.replace('_', '-')} " in help_text
+        options += [f"--{name.replace('_', '-')}", value]
+    run("sample", "2", "--num", 1, "--out", tmp_path, *options)
+    with Image.open(tmp_path / "0002-two-seed0.png") as image:
+        about = json.loads(image.info["moveimg"])
+    assert {name: about[name] for name in values} == values
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["sample", "ten"], ["'ten'", "zero"]),
-        (["sample", "10"], ["class 10", "0..9"]),
-        (["sample", "--temperature", "-1"], ["temperature", "-1", "greater than or equal to 0"]),
-        (["sample", "--top-p", "0"], ["top_p", "greater than 0"]),
-        (["sample", "--cfg-schedule", "cubic"], ["cfg_schedule", "'cubic'", "'linear'"]),
-        (["sample", "--seed", "-3"], ["seed -3", "0.."]),
-        (["sample", "--model", "nowhere"], ["'nowhere'", "digits"]),
-        (["sample", "--device", "abacus"], ["'abacus'"]),
-        (["sample", "--device", "meta"], ["device 'meta' cannot be used here"]),
-        (["sample", "--num", "0"], ["'--num'", "1", "sample --help"]),
-        (["sample", "--seed", "1.5"], ["'--seed'", "valid integer", "'1.5'"]),
-        (["evaluate", "--set", "cfg_scale=[1"], ["--set cfg_scale=[1: not valid YAML"]),
-        (["evaluate", "--num-samples", "3"], ["too-few-samples: 3 images", "4 or more"]),
-        (["reconstruct", "digits", "--tokenizer", "digits", "--allow", "x"], ["--allow x: exp"]),
-        (["reconstruct", "x", "--tokenizer", "x", "--split", "test"], ["'--split': 'test' is"]),
-        (["reconstruct", "digits", "--tokenizer", "digits", "--out", ROOT], ["is a directory"]),
-        (["sample", "--no-such"], ["--no-such"]),
-        (["train"], ["missing argument 'config'"]),
-        (["smaple"], ["'smaple'", "'sample'"]),
-        (["bench", "sleep"], ["'sleep'", "bench --help"]),
-        (["info", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
-        (["info", ROOT / "configs/digits-tokenizer.yaml"], ["model: missing"]),
-        (["train", "nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
-        (["compare", "a.yaml", "--out", "x", "--seeds", "1,1"], ["'1,1'", "different"]),
-        (["encode", "nowhere", "--tokenizer", "t", "--out", "o"], ["t: no such tokenizer"]),
-    ],
-)
-def test_bad_input_gets_one_line(arguments, parts, tmp_path, monkeypatch):
+# --- bad input -------------------------------------------------------------------------------
+
+# Refused before torch is imported.
+EARLY = [
+    (["sample", "--temperature", "-1"], ["temperature", "-1"]),
+    (["sample", "--top-p", "0"], ["top_p", "greater than 0"]),
+    (["sample", "--cfg-schedule", "cubic"], ["cfg_schedule", "'cubic'", "'linear'"]),
+    (["sample", "--seed", "-3"], ["'--seed'", "'-3'"]),
+    (["sample", "1", "2", "--seed", 2**32 - 3], ["seed 4294967293"]),
+    (["sample", "--num", "100000000"], ["--num", "'100000000'", "10000"]),
+    (["sample", "1", "2", "--num", "10000"], ["20,000 images", "10,000"]),
+    (["sample", "--model", "nowhere"], ["'nowhere'", "digits"]),
+    (["sample", "--model", ROOT], ["config.json"]),
+    (["sample", "--no-such"], ["--no-such"]),
+    (["train"], ["missing argument 'config'"]),
+    (["smaple"], ["'smaple'", "'sample'"]),
+    (["bench", "sleep"], ["'sleep'", "bench --help"]),
+    (["info", "digits", "--set", "a=1"], ["--set a=1"]),
+    (["info", ROOT / "configs/digits-tokenizer.yaml"], ["model: missing"]),
+    (["train", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["train", ROOT / "configs/digits-move.yaml", "--set", "steps=-1"], ["steps", "-1"]),
+    (["train", ROOT / "configs/digits-move.yaml"], ["no such packed codes"]),
+    (["train-tokenizer", ROOT / "configs/digits-tokenizer.yaml", "--set", "images.source=/nope"],
+     ["/nope: no such folder"]),
+    (["compare", "a.yaml", "--out", "x"], ["a.yaml"]),
+    (["encode", "digits", "--tokenizer", "t", "--out", "o"], ["t: no such tokenizer"]),
+    (["encode", "/nowhere", "--tokenizer", "digits", "--out", "o"], ["/nowhere: no such folder"]),
+    (["encode", "digits", "--tokenizer", "digits", "--out", "o", "--crops", "six"], ["'six'"]),
+    (["inspect", "digits", "--codes", "nope"], ["nope: no such codes"]),
+    (["convert", "upcycle", "digits", "--out", "o"], ["--slots"]),
+    (["convert", "upcycle", "digits", "--out", "o", "--slots", 2**63], ["--slots", str(2**63)]),
+    (["convert", "llamagen", "--vq", "no.pt", "--out", "o"], ["no.pt: no such file"]),
+]  # fmt: skip
+LATE = [
+    (["sample", "ten"], ["'ten'", "zero"]),
+    (["encode", "nope", "--tokenizer", "digits", "--out", "o"], ["'nope'", "fashion-mnist"]),
+    (["sample", "10"], ["class 10", "0..9"]),
+    (["sample", "--device", "abacus"], ["'abacus'"]),
+    (["sample", "--device", "meta"], ["device 'meta' cannot be used here"]),
+    (["info", "digits", "--dtype", "int3"], ["'int3'"]),
+    (["compare", ROOT / "configs/digits-move.yaml", "--out", "x", "--seeds", "1,1"], ["'1,1'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "values"), EARLY + LATE)
+def test_bad_input_gets_one_line(arguments, values, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = refused(*arguments)
-    assert all(part in line for part in parts), line
+    assert all(value in line for value in values), line
     assert not list(tmp_path.iterdir())  # nothing half-written
 
 
-def test_the_version_is_told_and_groups_are_explained():
-    assert run("--version").stdout == f"moveimg {__version__}\n"
-    for group in ([], ["bench"]):
-        result = run(*group, code=2)
-        assert "Commands:" in result.output and "error:" not in result.output
+def test_bad_input_is_refused_without_torch(tmp_path):
+    code = (
+        "import json, sys; from typer.testing import CliRunner; from moveimg.cli import app\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    assert CliRunner().invoke(app, arguments).exit_code == 2\n"
+        "    assert 'torch' not in sys.modules, arguments"
+    )
+    words = json.dumps([[str(word) for word in arguments] for arguments, _ in EARLY])
+    subprocess.run([sys.executable, "-c", code, words], cwd=tmp_path, env=ENVIRONMENT, check=True)
 
 
-def test_an_output_that_cannot_be_written_is_named(tmp_path):
+def test_outputs_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("sample", "0", "--out", tmp_path / "file" / "x")
-    assert "file: is a file, expected a" in refused("sample", "0", "--out", tmp_path / "file")
+    assert "file: is a file" in refused("sample", "0", "--out", tmp_path / "file")
 
 
-def test_an_empty_or_unreadable_image_folder_is_named(tmp_path):
-    bundled = BUNDLED / "digits"
-    (tmp_path / "empty").mkdir()
-    common = ["--tokenizer", bundled, "--out", tmp_path / "codes", "--size", "32"]
-    assert "empty" in refused("encode", tmp_path / "empty", *common)
-    for split in ("train", "val"):
-        (tmp_path / "bad" / split / "a").mkdir(parents=True)
-        (tmp_path / "bad" / split / "a" / "x.png").write_text("no picture")
-        (tmp_path / "bad" / split / "a" / "y.png").symlink_to("nowhere")
-    assert "could be read" in refused("encode", tmp_path / "bad", *common)
+def test_memory_errors_get_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("moveimg.pipeline.Pipeline.from_pretrained", fail)
+    assert "not enough memory" in refused("sample", "0")
 
 
-def test_a_folder_of_images_goes_through_the_whole_chain(tmp_path):
+# --- help ------------------------------------------------------------------------------------
+
+
+def test_help_and_version():
+    assert run("--version").stdout == f"moveimg {__version__}\n"
+    text = run(code=2).output
+    for panel, names in PANELS.items():
+        after = text.split(f"\n{panel}:\n")[1].split("\n\n")[0]
+        assert all(re.search(rf"^  {name} ", after, re.M) for name in names)
+    assert set(app_commands()) == {name for names in PANELS.values() for name in names}
+    assert "Commands:" in run("bench", code=2).output
+
+
+def app_commands():
+    import typer
+
+    return typer.main.get_command(app).commands
+
+
+def test_help_is_made_of_sentences():
+    for name, command in app_commands().items():
+        for part in [command, *getattr(command, "commands", {}).values()]:
+            assert re.fullmatch(r"[A-Z].*\.", part.help.split("\n\n")[0].strip(), re.S), name
+
+
+def test_config_reference_is_current():
+    text = run("config-reference").output
+    assert (ROOT / "docs/config.md").read_text() == text, (
+        "run: moveimg config-reference > docs/config.md"
+    )
+    assert "| `top_k` | integer, at least 0" in text and "| `lr` | number, above 0" in text
+
+
+# --- ends ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent")
+@pytest.mark.parametrize("seconds", [0.12, 0.5, 1.2, None])
+def test_ctrl_c_gives_one_line_at_any_moment(tmp_path, seconds):
+    """While Python starts its imports, while torch is imported, and while images are drawn."""
+    words = [*PROGRAM, "sample", "--num", "900", "--batch-size", "4", "--out", str(tmp_path)]
+    process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + (60 if seconds is None else seconds)
+    while time.monotonic() < end and not (seconds is None and list(tmp_path.glob("0*.png"))):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if "code/s" not in line]
+    assert process.returncode == 130 and [line for line in lines if line.strip()] == ["interrupted"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_users_tokenizer_module_is_named(tmp_path):
+    (tmp_path / "tokenizer.py").write_text("raise SystemExit('wrong')")
+    done = subprocess.run([*PROGRAM, "info", "digits"], cwd=tmp_path, env=ENVIRONMENT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and str(tmp_path / "tokenizer.py") in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_two_conversions_into_one_directory(tmp_path):
+    words = ["convert", "taming", "--checkpoint", ROOT / "README.md", "--yaml", ROOT / "README.md"]
+    out = tmp_path / "model"
+    code = (
+        "import sys; from moveimg.files import lock\n"
+        "with lock(sys.argv[1], 'another conversion'): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], env=ENVIRONMENT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:  # fmt: skip
+        assert holder.stdout.readline() == b"held\n"
+        assert "another conversion" in refused(*words, "--out", out)
+        holder.stdin.close()
+    left = tmp_path / ".model.abcd1234"  # of a killed conversion
+    left.mkdir()
+    assert "README.md" in refused(*words, "--out", out)
+    assert not left.exists() and not out.exists()
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert "is there already" in refused(*words, "--out", out)
+
+
+# --- commands together -----------------------------------------------------------------------
+
+
+def test_folder_of_images_goes_through_the_whole_chain(tmp_path):
     """The same commands as for the digits, on a folder of class subfolders."""
     for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -152,76 +268,62 @@ def test_a_folder_of_images_goes_through_the_whole_chain(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     run("train", tmp_path / "run.yaml", "--set", "batch_size=4")
     run("sample", "red", "--model", tmp_path / "model", "--num", 1, "--out", tmp_path / "out")
-    with Image.open(tmp_path / "out" / "0001-red-seed0.png") as picture:
-        assert picture.size == (16, 16)
+    with Image.open(tmp_path / "out" / "0001-red-seed0.png") as image:
+        assert image.size == (16, 16)
 
 
-def test_info_speaks_of_configs_and_models():
+def test_info_describes_configs_and_models():
     config = json.loads(run("info", ROOT / "configs" / "digits-move.yaml", "--json").output)
     model = json.loads(run("info", "digits", "--json").output)
     assert config == model  # the bundled model is what its config says
     parts = ("backbone", "embeddings", "router", "bank")
     assert config["parameters"] == sum(config[part] for part in parts)
-    text = run("info", "digits").output
-    assert f"{config['parameters']:,}" in text and "cache bytes a token" in text
-
-
-def test_info_takes_as_many_devices_as_can_share_a_batch():
+    assert f"{config['parameters']:,}" in run("info", "digits").output
     one = run("info", ROOT / "configs/digits-move.yaml", "--train", "--json").output
-    assert json.loads(one)["gpus"] == 1
+    assert json.loads(one)["gpus"] == 1  # as many as can share a batch
 
 
 def test_compare_makes_a_table_and_reads_finished_runs(digits, tmp_path, monkeypatch):
-    """One training by a process of its own; test_compare.py has several, by a stand-in."""
+    """One training in a process of its own; test_compare.py has several, by a stand-in."""
     monkeypatch.chdir(tmp_path)
     common = ["compare", ROOT / "configs/digits-move.yaml", "--seeds", "0", "--out", "out"]
     for override in (f"data.codes={digits / 'codes'}", f"data.tokenizer={digits / 'tokenizer'}",
                      "steps=1", "batch_size=2", "model.n_layer=2", "model.codebook_size=16",
                      "model.grid=[4,4]"):  # fmt: skip
         common += ["--set", override]
-    table = run(*common).output
+    table = run(*common).stdout
     assert re.search(r"\| digits-move \| \d\.\d{4} \| 1 \| [+-]\d", table)
     first = Path("out/table.json").read_text()
-    assert run(*common).output.splitlines()[-1] == table.splitlines()[-1]
-    assert Path("out/table.json").read_text() == first
+    assert run(*common).stdout == table and Path("out/table.json").read_text() == first
 
 
-def test_the_bundled_model_is_small():
+def test_bundled_model_is_small():
     sizes = [path.stat().st_size for path in (BUNDLED / "digits").rglob("*") if path.is_file()]
     assert 0 < sum(sizes) <= 8e6
 
 
-def readme_commands(language="sh"):
-    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
 def test_readme_commands_run(tmp_path, monkeypatch):
-    """Every `moveimg` line of the README that needs no training runs as it is written."""
+    """Every `moveimg` line of the README that needs no training or download runs as written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     ran = 0
-    for line in readme_commands():
-        command = line.split("#")[0].split("&&")[-1].strip()
-        words = shlex.split(command)
+    for line in "".join(readme_blocks("sh")).splitlines():
+        words = shlex.split(line.split("#")[0].split("&&")[-1])
         if not words or words[0].split("/")[-1] != "moveimg" or words[1] not in ("sample", "info"):
             continue
-        if {"runs/digits-move", "llamagen-b-256"} & {*words}:  # made by commands above it, fetched
-            continue
-        if ran == 0:  # as a program; the others in this process, which has the libraries loaded
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            words[:1] = [sys.executable, "-m", "moveimg"]
-            subprocess.run(words, env=environment, check=True, capture_output=True)
-        else:
+        if not {"runs/digits-move", "llamagen-b-256"} & {*words}:
             run(*words[1:])
-        ran += 1
+            ran += 1
     assert ran >= 4
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks
-    for block in blocks:
+    assert readme_blocks("python")
+    for block in readme_blocks("python"):
         exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
     assert Path("seven.png").is_file()

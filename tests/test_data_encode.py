@@ -139,7 +139,7 @@ def test_a_finished_directory_is_left_or_refused(folder: Path, tmp_path: Path) -
     first = encode_images(source, PatchTokenizer(), out, **OPTIONS)
     before, again = contents(out), PatchTokenizer()
     assert encode_images(source, again, out, **OPTIONS) == first and again.calls == 0
-    with pytest.raises(ValueError, match="image_size 8 there, 16 asked"):
+    with pytest.raises(ValueError, match="image_size is 8 there, 16 asked"):
         encode_images(source, again, out, **{**OPTIONS, "size": 16})
     with pytest.raises(ValueError, match="tokenizer_fingerprint"):
         encode_images(source, PatchTokenizer(999), out, **OPTIONS)
@@ -155,7 +155,7 @@ def test_interrupted_run_of_other_settings_is_refused(folder: Path, tmp_path: Pa
     options = {**OPTIONS, "batch_size": 20}  # nothing is finished yet: a new start
     with pytest.raises(RuntimeError):
         encode_images(source, PatchTokenizer(fail_at=6), out, **options)
-    with pytest.raises(ValueError, match="batch_size 20 there, 40 asked"):
+    with pytest.raises(ValueError, match="batch_size is 20 there, 40 asked"):
         encode_images(source, PatchTokenizer(), out, **OPTIONS)
 
 

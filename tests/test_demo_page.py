@@ -14,9 +14,9 @@ import zipfile
 import pytest
 from PIL import Image
 
-from apps.demo_parts import looking
+from apps.demo_parts import analysis
 from moveimg import Pipeline
-from tests.test_demo_api import picture_of
+from tests.test_demo_server import image_of, wait_until
 
 CHROMIUM = shutil.which("chromium")
 PATIENCE = 120_000
@@ -47,6 +47,7 @@ def desktop(browser, server):
 
     page.on("request", seen)
     page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("response", lambda r: r.status >= 400 and page.problems.append(f"{r.status} {r.url}"))
     page.goto(server.url)
     page.wait_for_selector("#generate")
     yield page
@@ -55,15 +56,6 @@ def desktop(browser, server):
 
 def idle(page):
     page.wait_for_function("!document.querySelector('.status.busy, .status.brief')")
-
-
-def nobody_computes(server):
-    """Wait for the turn to be given back: it is shortly after the page has the last frame."""
-    for _ in range(600):
-        if server.turns.jobs() == 0:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{server.turns.jobs()} jobs are still in the line")
 
 
 def choose(page, typed, where="#klass"):
@@ -97,14 +89,58 @@ def drawn(desktop):
     assert desktop.input_value("#klass input") == "3 · three"
     desktop.keyboard.press("Enter")  # the first one chose, this one draws
     desktop.wait_for_selector("#gallery [data-pick='1']")
-    desktop.wait_for_function("document.querySelector('#status').innerText.includes('2 pictures')")
+    desktop.wait_for_function("document.querySelector('#status').innerText.includes('2 images')")
     return desktop
 
 
-def test_the_page_loads_from_this_server_alone(desktop):
+def test_the_page_loads_from_this_server_alone_and_keeps_its_width(desktop):
     assert desktop.title() == "moveimg"
     assert desktop.is_visible("#klass") and not desktop.is_visible("#stop")
+    width = "document.querySelector('.gradio-container main').getBoundingClientRect().width"
+    widths = [desktop.evaluate(width)]
+    for tab in ("Reconstruct", "API", "Generate"):
+        desktop.get_by_role("tab", name=tab).click()
+        desktop.wait_for_timeout(200)
+        widths.append(desktop.evaluate(width))
+    open_panel(desktop)
+    desktop.click("#surprise")
+    desktop.wait_for_selector("#gallery [data-pick='7']")
+    widths.append(desktop.evaluate(width))
+    assert max(widths) - min(widths) <= 20 and min(widths) > 1000  # a scroll bar may come
     assert desktop.outside == [] and desktop.problems == []
+
+
+def test_a_press_shows_something_before_the_server_answers(desktop, server):
+    desktop.wait_for_timeout(500)
+    desktop.route("**/queue/join*", lambda route: None)  # never answered
+    desktop.click("#generate")
+    shown = "getComputedStyle(document.querySelector('#status'), '::before').content"
+    assert "Sending" in desktop.evaluate(shown)
+
+
+def test_no_class_draws_nothing_and_an_open_list_covers_nothing(desktop):
+    desktop.click("#klass input")
+    desktop.wait_for_selector("#klass .options")
+    below = "document.querySelector('%s').getBoundingClientRect()"
+    bottom = desktop.evaluate(f"{below % '#klass .options'}.bottom")
+    assert bottom <= desktop.evaluate(f"{below % '#num'}.top") + 1
+    desktop.keyboard.press("Backspace")
+    desktop.keyboard.press("Enter")
+    desktop.wait_for_selector("#status .failed")
+    assert "class" in desktop.inner_text("#status")
+    assert desktop.locator("#gallery img").count() == 0
+
+
+def test_a_reload_keeps_images_and_settings(drawn):
+    before = sources(drawn)
+    drawn.reload()
+    drawn.wait_for_selector("#gallery [data-pick='1']")
+    assert sources(drawn) == before
+    assert drawn.input_value("#klass input") == "3 · three"
+    assert drawn.input_value("#num input[type=number]") == "2"
+    idle(drawn)
+    drawn.click("#vary")  # and they can be worked with
+    drawn.wait_for_function("document.querySelectorAll('#gallery .strip .save').length === 8")
 
 
 def test_a_class_is_found_by_typing_and_enter_draws_it(drawn):
@@ -114,7 +150,7 @@ def test_a_class_is_found_by_typing_and_enter_draws_it(drawn):
     assert seeds == ["seed 21", "seed 22"]
     first = sources(desktop)
     expected = Pipeline.from_pretrained("digits").sample([3, 3], seed=21)
-    assert [picture_of(s)[0].tobytes() for s in first] == [p.tobytes() for p in expected]
+    assert [image_of(s)[0].tobytes() for s in first] == [p.tobytes() for p in expected]
     desktop.click("#again")
     desktop.wait_for_function(
         "!document.querySelector('#gallery .seed').textContent.endsWith(' 21')"
@@ -128,15 +164,15 @@ def test_a_class_is_found_by_typing_and_enter_draws_it(drawn):
     )
     desktop.wait_for_selector("#gallery [data-pick='1']")
     idle(desktop)
-    assert sources(desktop) == first  # the same seed, the same pictures
+    assert sources(desktop) == first  # the same seed, the same images
 
 
-def test_drawn_pictures_are_saved_looked_into_varied_and_compared(drawn, server, monkeypatch):
+def test_drawn_images_are_saved_looked_into_varied_and_compared(drawn, server, monkeypatch):
     """On one page: loading it and drawing take longer than all of this."""
     each_is_saved_with_its_settings(drawn)
     the_memory_of_one_is_shown_and_the_bank_turned_off(drawn)
     guidance_varies_on_the_same_seeds(drawn)
-    a_look_at_the_old_pictures_ends_where_new_ones_begin(drawn, server, monkeypatch)
+    a_look_at_the_old_images_ends_where_new_ones_begin(drawn, server, monkeypatch)
     another_model_draws_the_same_seeds(drawn)
 
 
@@ -144,8 +180,8 @@ def each_is_saved_with_its_settings(desktop):
     with desktop.expect_download() as one:
         desktop.click("#gallery .save >> nth=1")
     assert one.value.suggested_filename == "0003-three-seed22.png"
-    with Image.open(one.value.path()) as picture:
-        assert json.loads(picture.info["moveimg"])["seed"] == 22
+    with Image.open(one.value.path()) as image:
+        assert json.loads(image.info["moveimg"])["seed"] == 22
     with desktop.expect_download() as everything:
         desktop.click("#save-all")
     with zipfile.ZipFile(everything.value.path()) as archive:
@@ -161,29 +197,29 @@ def the_memory_of_one_is_shown_and_the_bank_turned_off(desktop):
     idle(desktop)
     with_bank, without = sources(desktop, "#pair")
     assert with_bank == sources(desktop)[1] and without != with_bank
-    assert picture_of(without)[1]["bank"] is False and picture_of(without)[1]["seed"] == 22
+    assert image_of(without)[1]["bank"] is False and image_of(without)[1]["seed"] == 22
 
 
 def guidance_varies_on_the_same_seeds(desktop):
     desktop.click("#vary")
-    desktop.wait_for_selector("#maps img", state="detached")  # they were of another picture
+    desktop.wait_for_selector("#maps img", state="detached")  # they were of another image
     desktop.wait_for_selector("#bank-off input:not(:checked)")
     desktop.wait_for_function("document.querySelectorAll('#gallery .strip .save').length === 8")
     idle(desktop)
     titles = desktop.eval_on_selector_all("#gallery h3", "all => all.map(e => e.textContent)")
     assert titles == ["guidance 1", "guidance 1.75", "guidance 2.5", "guidance 4"]
-    abouts = [picture_of(uri)[1] for uri in sources(desktop)]
+    abouts = [image_of(uri)[1] for uri in sources(desktop)]
     assert [a["seed"] for a in abouts] == [21, 22] * 4
 
 
-def a_look_at_the_old_pictures_ends_where_new_ones_begin(desktop, server, monkeypatch):
-    bank_of = looking.bank_of
+def a_look_at_the_old_images_ends_where_new_ones_begin(desktop, server, monkeypatch):
+    map_bank = analysis.map_bank
 
     def slowly(row, models):
         time.sleep(1)
-        yield from bank_of(row, models)
+        yield from map_bank(row, models)
 
-    monkeypatch.setattr(looking, "bank_of", slowly)
+    monkeypatch.setattr(analysis, "map_bank", slowly)
     desktop.click("#gallery [data-pick='3']")
     desktop.wait_for_selector("#memory-status .brief")
     desktop.click("#again")
@@ -191,7 +227,7 @@ def a_look_at_the_old_pictures_ends_where_new_ones_begin(desktop, server, monkey
         "!document.querySelector('#gallery .seed').textContent.endsWith(' 21')"
     )
     idle(desktop)
-    nobody_computes(server)
+    wait_until(lambda: len(server.queue) == 0)
     assert desktop.locator("#maps img").count() == 0
 
 
@@ -203,7 +239,7 @@ def another_model_draws_the_same_seeds(desktop):
     titles = desktop.eval_on_selector_all("#gallery h3", "all => all.map(e => e.textContent)")
     assert titles == ["digits", "twin"]
     mine, twins = sources(desktop)[:2], sources(desktop)[2:]
-    assert [picture_of(s)[0].tobytes() for s in mine] == [picture_of(s)[0].tobytes() for s in twins]
+    assert [image_of(s)[0].tobytes() for s in mine] == [image_of(s)[0].tobytes() for s in twins]
     choose(desktop, "gall", "#model")
     desktop.wait_for_selector("#beside", state="hidden")  # nobody else knows these classes
     choose(desktop, "dig", "#model")
@@ -213,24 +249,11 @@ def another_model_draws_the_same_seeds(desktop):
 def test_another_model_brings_its_classes_with_their_synonyms(desktop):
     starts = "start => document.querySelector('#klass input').value.startsWith(start)"
     choose(desktop, "gall", "#model")
-    desktop.wait_for_function(starts, arg="7 · thing")
+    desktop.wait_for_function(starts, arg="0 · goldfish")
     choose(desktop, "carass")
     assert desktop.input_value("#klass input") == "0 · goldfish, Carassius auratus"
     choose(desktop, "dig", "#model")
-    desktop.wait_for_function(starts, arg="7 · seven")
-
-
-@pytest.fixture
-def slow_model(server, monkeypatch):
-    """Decoding takes its time, so that there is time to stop it."""
-    model = server.models.get("digits").generator
-    decode = type(model).decode
-
-    def slowly(self, codes, cache):
-        time.sleep(0.1)
-        return decode(self, codes, cache)
-
-    monkeypatch.setattr(type(model), "decode", slowly)
+    desktop.wait_for_function(starts, arg="0 · zero")
 
 
 def test_stop_stops_the_work(drawn, server, slow_model):
@@ -242,10 +265,10 @@ def test_stop_stops_the_work(drawn, server, slow_model):
     desktop.wait_for_function("document.querySelector('#status').innerText.includes('Stopped')")
     done = int(re.search(r"(\d+) of 128", desktop.inner_text("#status"))[1])
     assert 0 < done < 128
-    nobody_computes(server)
-    stopped = server.turns.steps
+    wait_until(lambda: len(server.queue) == 0)
+    stopped = server.queue.steps
     time.sleep(0.5)
-    assert server.turns.steps == stopped  # nothing computes any more
+    assert server.queue.steps == stopped  # nothing computes any more
     assert desktop.is_visible("#generate") and not desktop.is_visible("#stop")
 
 
@@ -255,14 +278,14 @@ def test_work_stops_when_its_visitor_leaves(browser, server, slow_model):
     page.goto(server.url)
     page.click("#generate", timeout=PATIENCE)
     page.wait_for_selector("#gallery img", timeout=PATIENCE)
-    begun = server.turns.steps
+    begun = server.queue.steps
     context.close()
-    nobody_computes(server)
-    assert server.turns.steps - begun < 100  # of 128
+    wait_until(lambda: len(server.queue) == 0)
+    assert server.queue.steps - begun < 100  # of 128
 
 
 def test_a_bad_upload_gives_a_message_and_a_good_one_a_reconstruction(desktop, tmp_path):
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     Image.new("RGB", (70, 50), "teal").save(tmp_path / "good.png")
     desktop.get_by_role("tab", name="Reconstruct").click()
     desktop.set_input_files("#upload input", tmp_path / "bad.png")
@@ -291,6 +314,9 @@ def test_a_phone_needs_no_sideways_scrolling(browser, server, scheme):
         idle(page)
         page.tap("#gallery [data-pick='0']")
         page.wait_for_selector("#maps .map")
+        page.wait_for_function(  # the maps come into view
+            "document.querySelector('#maps').getBoundingClientRect().top < innerHeight / 2"
+        )
         assert page.evaluate(wide)
         for tab in ("Reconstruct", "API"):
             page.get_by_role("tab", name=tab).tap()

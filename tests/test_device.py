@@ -1,4 +1,4 @@
-"""What a process does with its memory on a CPU."""
+"""Devices, number types, memory of a process, and the leaves files and locks."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ import sys
 
 import pytest
 
-from moveimg import device
+from moveimg import device, files
 
 FAULTS = """
 import resource, torch
-from moveimg.device import pick_device
-def faults(n):
+from moveimg.device import keep_memory, pick_device
+def count_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(n):
-        parts = [torch.zeros(k * 2**22) for k in (3, 1, 4, 2)]  # 160 MiB, freed at once
+    for _ in range(4):
+        blocks = [torch.zeros(k * 2**22) for k in (3, 1, 4, 2)]  # 160 MiB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(4))
-pick_device("cpu")
-faults(4)  # alignment splits blocks: the first passes find none that fit
-print(faults(4))
+pick_device("cpu")  # the library leaves the process alone
+count_faults()
+print(count_faults())
+keep_memory()
+count_faults()  # alignment splits blocks: the first passes reuse none
+print(count_faults())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
-def test_freed_memory_is_used_again():
-    said = subprocess.check_output([sys.executable, "-c", FAULTS], text=True)
-    given_back, kept = map(int, said.split())
-    assert kept < given_back / 4
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_only_keep_memory_reuses_freed_memory():
+    output = subprocess.check_output([sys.executable, "-c", FAULTS], text=True)
+    library, command = map(int, output.split())
+    assert command < library / 4
 
 
-def test_why_a_device_cannot_be_used_is_one_sentence(monkeypatch):
+def test_an_unusable_device_is_one_sentence(monkeypatch):
     def refuse(*_, **__):
         raise NotImplementedError("Could not run it on 'MPS'. It runs on: [CPU, Meta, ...].")
 
@@ -41,39 +43,75 @@ def test_why_a_device_cannot_be_used_is_one_sentence(monkeypatch):
         device.pick_device("mps")
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: pytest.fail("was asked"))
-    assert device.keep_memory() is False and str(device.pick_device("cpu")) == "cpu"
-
-
 @pytest.mark.parametrize(
-    "given, several, has_cuda, expected",
+    ("name", "several", "has_cuda", "expected"),
     [
         (None, True, True, "cuda:3"),
-        ("auto", True, True, "cuda:3"),
-        ("cuda", True, True, "cuda:3"),
-        ("cuda:0", True, True, "cuda:3"),  # else all would be there
+        ("cuda:0", True, True, "cuda:3"),  # else all ranks would be there
         ("cpu", True, True, "cpu"),
         (None, True, False, None),
-        ("cuda", True, False, "cuda"),  # to be refused
+        ("cuda", True, False, "cuda"),  # refused later
         ("cuda:1", False, True, "cuda:1"),
-        (None, False, True, None),
     ],
 )
-def test_every_process_of_several_takes_its_own_gpu(
-    given, several, has_cuda, expected, monkeypatch
-):
+def test_every_rank_has_its_own_gpu(name, several, has_cuda, expected, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8" if several else "1")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: has_cuda)
-    assert device.own_device(given) == expected
+    assert device.own_device(name) == expected
 
 
-@pytest.mark.parametrize("capability, number", [((7, 5), "float32"), ((8, 0), "bfloat16")])
-def test_old_gpus_are_not_given_bfloat16_unasked(capability, number, monkeypatch):
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_bfloat16_is_the_default_from_capability_8(capability, dtype, monkeypatch):
     monkeypatch.setattr(device.torch.cuda, "get_device_capability", lambda where: capability)
     cuda = device.torch.device("cuda")
-    assert str(device.pick_dtype(None, cuda)) == f"torch.{number}"
+    assert str(device.pick_dtype(None, cuda)) == f"torch.{dtype}"
     assert str(device.pick_dtype("bfloat16", cuda)) == "torch.bfloat16"
     assert str(device.pick_dtype("auto", device.torch.device("cpu"))) == "torch.float32"
+
+
+def test_directories_appear_whole_and_leftovers_are_removed(tmp_path):
+    with pytest.raises(RuntimeError), files.atomic_directory(tmp_path / "a") as temporary:
+        (temporary / "file").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".b.abcdefgh.tmp").mkdir()  # of a killed process
+    (tmp_path / ".bc.abcdefgh.tmp").mkdir()  # of another directory
+    with files.atomic_directory(tmp_path / "b") as temporary:
+        (temporary / "file").write_text("x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".bc.abcdefgh.tmp", "b"]
+    with pytest.raises(FileExistsError), files.atomic_directory(tmp_path / "b"):
+        pass
+
+
+HOLD = """
+import sys
+from moveimg.files import lock
+with lock(sys.argv[1], "encode"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_names_its_process_and_ends_with_it(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        expected = pytest.raises(ValueError, match=rf"process {process.pid} \(encode\)")
+        with expected, files.atomic_directory(out):
+            pass
+        process.kill()
+    with files.lock(out, "a"), files.lock(out, "a"):  # a process may enter its own again
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [(b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"), (b"<!DOCTYPE html>", "HTML")],
+)
+def test_placeholders_are_named(tmp_path, content, name):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        files.require_weights(tmp_path / "model.safetensors")

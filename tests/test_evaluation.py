@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from moveimg.evaluation.guards import (
 )
 from moveimg.evaluation.results import markdown_table, read_results, write_results
 from moveimg.evaluation.sample import class_labels
-from moveimg.evaluation.sets import array_set, look, open_set
+from moveimg.evaluation.scoring import check_metrics, match_labels
+from moveimg.evaluation.sets import ImageSet, array_set, open_set, scan_image_set
 from moveimg.evaluation.writing import write_npz, write_pngs
 
 
@@ -88,7 +90,7 @@ def test_damaged_and_missing_sets_are_named(tmp_path):
     flipped[whole.index(pictures().tobytes()[:20])] ^= 1  # the archive's checksum notices
     (tmp_path / "flipped.npz").write_bytes(flipped)
     with pytest.raises(ValueError, match=r"flipped.npz: .*CRC"):
-        look(open_set(tmp_path / "flipped.npz"))
+        scan_image_set(open_set(tmp_path / "flipped.npz"))
     np.savez(tmp_path / "labels.npz", pictures(), np.zeros(3))
     with pytest.raises(ValueError, match="3 labels for 7 images"):
         open_set(tmp_path / "labels.npz")
@@ -108,7 +110,7 @@ def test_a_folder_of_pngs_comes_back(tmp_path):
     assert (read_all(opened) == pictures()).all() and (opened.labels == np.arange(7)).all()
     for text, part in {
         "[1]": "list of 7 labels", "[0, 0, 0, 0, 0, 0, -1]": "of 0 or more",
-        '["a", 0, 0, 0, 0, 0, 0]': "of 0 or more", "[1": "labels.json: not JSON",
+        '["a", 0, 0, 0, 0, 0, 0]': "of 0 or more", "[1": "labels.json: not valid JSON",
     }.items():  # fmt: skip
         (tmp_path / "set" / "labels.json").write_text(text)
         with pytest.raises(ValueError, match=part):
@@ -135,11 +137,11 @@ def test_a_look_counts_duplicates_and_blank_images():
     images = pictures()
     images[3], images[5] = images[0], 0
     images[6] = (10, 20, 30)
-    content = look(array_set("set", images))
+    content = scan_image_set(array_set("set", images))
     assert (content.duplicates, content.blank) == (1, 2)
-    assert look(array_set("again", images)).digest == content.digest
-    assert look(array_set("turned", images[::-1])).digest != content.digest
-    assert look(array_set("flat", images.reshape(7, 5, 6, 3))).digest != content.digest
+    assert scan_image_set(array_set("again", images)).digest == content.digest
+    assert scan_image_set(array_set("turned", images[::-1])).digest != content.digest
+    assert scan_image_set(array_set("flat", images.reshape(7, 5, 6, 3))).digest != content.digest
 
 
 # --- guards --------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def names(findings) -> list[str]:
 
 def set_of(images: np.ndarray, labels=None, width: int = 2, n_classes=None) -> list[str]:
     images_set = array_set("set", images, labels)
-    return names(check_set(images_set, look(images_set), width, n_classes))
+    return names(check_set(images_set, scan_image_set(images_set), width, n_classes))
 
 
 def test_a_good_set_raises_no_guard():
@@ -176,7 +178,7 @@ def test_each_fault_of_a_set_has_its_name():
 def test_sets_that_are_broken_throughout_are_refused_unless_allowed():
     labels = class_labels(np.arange(40), 10)
     black = array_set("set", np.zeros((40, 6, 5, 3), np.uint8), labels)
-    findings = check_set(black, look(black), 2, 10)
+    findings = check_set(black, scan_image_set(black), 2, 10)
     with pytest.raises(ValueError, match="--allow blank-images"):
         enforce(findings, [])
     with pytest.raises(ValueError, match="--allow duplicate-images"):
@@ -256,7 +258,7 @@ def test_a_row_names_the_guidance_it_was_drawn_with():
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "metrics": {}}', '{"format": 1}'])
 def test_files_that_are_no_results_are_named(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ValueError, match=r"r.json: not"):
+    with pytest.raises(ValueError, match=r"r.json"):
         read_results(tmp_path / "r.json")
 
 
@@ -271,3 +273,44 @@ def test_a_set_beyond_four_gigabytes_has_a_header_for_it(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:
         entry = archive.getinfo("arr_0.npy")
         assert entry.extract_version >= 45 and entry.compress_type == zipfile.ZIP_STORED
+
+
+# --- labels by name, and numbers that mislead ----------------------------------------------
+
+
+def classifier(names):
+    return SimpleNamespace(class_names=names)
+
+
+def named_set(labels, class_names=None):
+    labels = np.asarray(labels)
+    return ImageSet("x", (len(labels), 8, 8), labels, iter, class_names)
+
+
+def test_class_folders_are_matched_by_name():
+    ours = classifier(("dress", "Bag", "coat"))
+    labels, problem = match_labels(named_set([0, 1, 1], ("bag", "dress")), ours)
+    assert labels.tolist() == [1, 0, 0] and problem is None
+    assert match_labels(named_set([0, 1], ("0", "2")), ours)[0].tolist() == [0, 2]
+    labels, problem = match_labels(named_set([0, 1], ("bag", "hat")), ours)
+    assert labels is None and "hat" in problem
+
+
+def test_labels_that_count_from_one_are_not_compared():
+    labels, problem = match_labels(named_set([1, 2, 3]), classifier(("a", "b", "c")))
+    assert labels is None and "count from 1" in problem
+    assert match_labels(named_set([0, 1, 2]), classifier(("a", "b", "c")))[1] is None
+
+
+def test_numbers_that_mislead_are_named():
+    assert "recall 0.009" in check_metrics({"precision": 0.86, "recall": 0.009})[0]
+    assert not check_metrics({"precision": 0.86, "recall": 0.5})
+    with pytest.raises(ValueError, match="fid is nan"):
+        check_metrics({"fid": float("nan")})
+
+
+def test_sets_of_zeros_and_ones_are_refused():
+    pixels = np.random.default_rng(0).integers(0, 2, (40, 8, 8, 3), dtype=np.uint8)
+    content = scan_image_set(array_set("x", pixels))
+    with pytest.raises(ValueError, match="narrow-range"):
+        enforce(check_set(array_set("x", pixels), content, 8), ())

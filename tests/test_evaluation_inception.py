@@ -15,7 +15,7 @@ from moveimg.evaluation.features import extract
 from moveimg.evaluation.inception import NAME, SPATIAL, load_inception
 from moveimg.evaluation.reference import open_reference, write_reference
 from moveimg.evaluation.scoring import score
-from moveimg.evaluation.sets import array_set, look
+from moveimg.evaluation.sets import array_set, scan_image_set
 from tests import reference_metrics as plain
 from tests.evaluation_agreement import Tensors
 
@@ -42,7 +42,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def features(extractor, cache):
     images = array_set("images", IMAGES)
-    return extract(images, look(images).digest, extractor, cache, batch_size=4)
+    return extract(images, scan_image_set(images).digest, extractor, cache, batch_size=4)
 
 
 def test_the_spatial_layer_is_mixed_6_by_hand_and_channels_last(features, weights):
@@ -74,7 +74,7 @@ def test_a_set_is_looked_at_once(extractor, cache, features, monkeypatch):
 
     monkeypatch.setattr("moveimg.evaluation.features.run", never)
     images = array_set("the same pixels, another name", IMAGES)
-    again = extract(images, look(images).digest, extractor, cache)
+    again = extract(images, scan_image_set(images).digest, extractor, cache)
     assert (again["fid"] == features["fid"]).all()
     with pytest.raises(AssertionError, match="asked again"):
         extract(images, "another content", extractor, cache)

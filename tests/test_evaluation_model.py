@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from moveimg.checkpoint import ModelParts
+from moveimg.checkpoint import BUNDLED, ModelParts
 from moveimg.config import SamplingSettings
 from moveimg.data.encode import default_batch_size
 from moveimg.data.images import ImageSource
-from moveimg.data.ranks import Ranks
+from moveimg.dist import World
 from moveimg.evaluation import run as evaluate
 from moveimg.evaluation import sample as sample_sets
 from moveimg.evaluation.reconstruct import reconstruct
@@ -82,11 +82,11 @@ def test_a_set_that_was_stopped_goes_on_to_the_same_bytes(pipeline, tmp_path, wh
 def test_three_processes_make_the_same_bytes(pipeline, tmp_path, whole, monkeypatch):
     """One after another here, the first one last: it joins what all have drawn."""
 
-    class Rank(Ranks):
+    class Rank(World):
         def wait(self):
             pass
 
-        def first(self, action):
+        def run_first(self, action):
             return action() if self.rank == 0 else None
 
     for rank in (2, 1, 0):
@@ -189,7 +189,8 @@ def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
 
 def test_a_sweep_does_not_read_back_what_another_reference_gave(tmp_path):
     common = ["--num-samples", 4, "--reference", "r.npz", "--out", tmp_path / "sweep",
-              "--extractor", evaluate.DIGITS_EXTRACTOR, "--sweep", "cfg_scale=1:1:1"]  # fmt: skip
+              "--extractor", BUNDLED / "digits/extractor.safetensors", "--sweep",
+              "cfg_scale=1:1:1"]  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     seen = []
     for part in (pixels[:5], pixels[3:], pixels[3:]):  # the file is replaced by another
@@ -220,7 +221,7 @@ def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
     allowed = run(*samples, *reference, *common, "--allow", "validation-reference")
     assert "| 0.000 | 1.000 | 1.000 |" in allowed.output.replace("-0.000", "0.000")
     # the bundled extractor sees otherwise than the one that made the statistics
-    bundled = ["--extractor", evaluate.DIGITS_EXTRACTOR]
+    bundled = ["--extractor", BUNDLED / "digits/extractor.safetensors"]
     assert "other-extractor" in refused(*samples, "--reference", tmp_path / "train.npz", *bundled)
     small = ["evaluate", "--samples", tmp_path / "small.npz", "--reference"]
     line = refused(*small, tmp_path / "train.npz", *common)

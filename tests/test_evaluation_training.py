@@ -49,7 +49,7 @@ class Half(World):
 
 
 def test_processes_share_the_images_and_the_first_has_the_numbers():
-    pipeline = Pipeline.from_pretrained("digits", device="cpu")
+    pipeline = Pipeline.from_pretrained("digits", device="cpu", dtype="float64")
     config = EvaluationConfig.model_validate(SMALL)
     given: list[torch.Tensor] = []
     found = []

@@ -1,4 +1,4 @@
-"""Looking inside: the statistics against plain sums over a model built to show known signs."""
+"""Inspection: the statistics against plain sums, and models built to show known signs."""
 
 from __future__ import annotations
 
@@ -10,59 +10,76 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moveimg import plots
 from moveimg.checkpoint import ModelParts
 from moveimg.config import SamplingSettings
-from moveimg.inspection import inspect_model, plots
-from moveimg.inspection import report as report_module
-from moveimg.inspection.bank import gradient_norms, row_statistics
-from moveimg.inspection.gates import gather_gates, mixers
-from moveimg.inspection.report import warnings
+from moveimg.inspect import (
+    bank_maps,
+    gather_gates,
+    inspect_model,
+    list_warnings,
+    without_bank,
+)
+from moveimg.inspect_bank import gradient_norms, row_statistics
+from moveimg.model import mixers_by_layer
 from moveimg.pipeline import Pipeline
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 from tests.test_pipeline import NAMES, tiny_tokenizer
 
-WITH_MEMORY = ["mha-move-3-class-rows-swiglu", "mla-move-3-class-rows-moe", "mla-lave-x1-swiglu"]
+MOVE, MLA_MOVE = "mha-move-3-class-rows-swiglu", "mla-move-3-class-rows-moe"
+WITH_MEMORY = [MOVE, MLA_MOVE, "mla-lave-x1-swiglu"]
 
 
-def built(name, dtype=torch.float64, **changes):
-    config = tiny_config(**(VARIANTS[name] | changes))
-    return lively(config, dtype=dtype)
+def built(name, dtype=torch.float64):
+    return lively(tiny_config(**VARIANTS[name]), dtype=dtype)
 
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_gate_statistics_equal_plain_sums(name):
     model = built(name)
     codes, labels = random_inputs(model.config, batch=5)
-    seen = {}
+    mixers, seen = mixers_by_layer(model), {}
     handles = [
-        m.register_forward_hook(lambda m, a, out, layer=layer: seen.update({layer: a}))
-        for layer, m in mixers(model).items()
+        m.register_forward_hook(lambda m, a, out, layer=layer: seen.update({layer: (a, out)}))
+        for layer, m in mixers.items()
     ]
     with torch.no_grad():
         model(codes, labels)
     for handle in handles:
         handle.remove()
-    batches = [(codes[:2], labels[:2]), (codes[2:], labels[2:])]
-    found = gather_gates(model, batches)
-    assert found.keys() == seen.keys() and len(found) == len(mixers(model))
-    for layer, (x, v, rows) in seen.items():
-        mixer = mixers(model)[layer]
+    found = gather_gates(model, [(codes[:2], labels[:2]), (codes[2:], labels[2:])])
+    maps = bank_maps(model, codes, labels)
+    assert found.keys() == seen.keys() == maps.keys()
+    for layer, ((x, v, _), mixed) in seen.items():
+        mixer, stats = mixers[layer], found[layer]
         gates = 2 * torch.sigmoid(mixer.router(x))[:, 1:].unflatten(-1, (2, -1))  # [B, S, H, G]
-        stats = found[layer].as_dict()
-        flat = gates.detach().flatten(0, 1).numpy()
+        gates, v, mixed = gates.detach(), v[:, 1:], mixed[:, 1:]
+        flat = gates.flatten(0, 1).numpy()
         np.testing.assert_allclose(stats["mean"], flat.mean(0))
         np.testing.assert_allclose(stats["spread"], flat.std(0), rtol=1e-6)
         np.testing.assert_allclose(stats["near_zero"], (flat < 0.1).mean(0))
         np.testing.assert_allclose(stats["near_two"], (flat > 1.9).mean(0))
-        of_class = gates[labels == 5].mean((0, 1, 2)).detach()
-        np.testing.assert_allclose(stats["by_class"][5], of_class)
-        np.testing.assert_allclose(stats["by_position"], gates.mean((0, 2)).detach())
+        np.testing.assert_allclose(stats["by_class"][5], gates[labels == 5].mean((0, 1, 2)))
+        np.testing.assert_allclose(stats["by_position"], gates.mean((0, 2)))
+        np.testing.assert_allclose(stats["first_image"], gates[0].mean(1))
         assert len(stats["gates"]) == flat.shape[-1]
-        v, mixed = v.detach()[:, 1:], mixer(x, v, rows).detach()[:, 1:]
-        kept = gates[..., :1].detach() * v if mixer.gate_standard else v
-        sizes = [part.flatten(2).norm(dim=-1).mean().item() for part in (kept, mixed - kept)]
-        assert stats["norm_of_gated_values"] == pytest.approx(sizes[0])
-        assert stats["norm_of_memory"] == pytest.approx(sizes[1])
+        kept = gates[..., :1] * v if mixer.gate_standard else v
+        kept, memory = (part.flatten(2).norm(dim=-1) for part in (kept, mixed - kept))  # [B, S]
+        assert stats["norm_of_gated_values"] == pytest.approx(kept.mean().item())
+        assert stats["norm_of_memory"] == pytest.approx(memory.mean().item())
+        share = memory.mean() / (memory.mean() + kept.mean())
+        assert stats["memory_share"] == pytest.approx(share.item())
+        torch.testing.assert_close(maps[layer].share.double(), memory / (memory + kept))
+
+
+def test_model_without_its_bank_mixes_nothing_in():
+    model = built(MOVE)
+    codes, labels = random_inputs(model.config)
+    before = model(codes, labels)
+    assert all(not m.share.any() for m in bank_maps(without_bank(model), codes, labels).values())
+    assert torch.equal(model(codes, labels), before)
+    with pytest.raises(ValueError, match="no value memory"):
+        bank_maps(built("mha-none-swiglu"), codes, labels)
 
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
@@ -82,12 +99,12 @@ def test_gradients_by_layer_add_up_to_the_banks_own(name):
 
 
 def test_gradient_norms_are_means_over_batches():
-    model = built("mha-move-3-class-rows-swiglu")
+    model = built(MOVE)
     batches = [random_inputs(model.config, seed=seed) for seed in range(3)]
     found = gradient_norms(model, batches)
     alone = [gradient_norms(model, [batch]) for batch in batches]
     assert found["batches"] == 3 and found["images"] == 9
-    for key in ("bank", "alignment", "bank_over_largest_layer"):
+    for key in ("bank", "alignment"):
         values = [one[key] for one in alone]
         assert found[key] == pytest.approx(np.mean(values))
         assert found[f"{key}_spread"] == pytest.approx(np.std(values, ddof=1)) != 0
@@ -97,8 +114,8 @@ def test_gradient_norms_are_means_over_batches():
     assert found["by_layer_spread"][1] == pytest.approx(np.std(layer, ddof=1))
 
 
-def test_unread_faded_and_equal_rows_are_found():
-    model = built("mha-move-3-class-rows-swiglu")
+def test_unread_faded_and_equal_rows_are_counted():
+    model = built(MOVE)
     codes = torch.arange(12).view(1, 12) % 5  # codes 5.. are never read
     with torch.no_grad():
         rows = model.memory.bank.weight.unflatten(-1, (3, -1))
@@ -109,6 +126,9 @@ def test_unread_faded_and_equal_rows_are_found():
     assert found["codes_read"] == 11 and found["reads"][0] == 3  # the last one is not looked up
     assert found["similarity"][0][2] == pytest.approx(1) and abs(found["similarity"][0][1]) < 0.9
     assert found["faded"] == [0, pytest.approx(1 / 11), 0]
+    model.memory.bank = torch.nn.Embedding(7, 48)
+    with pytest.raises(ValueError, match="7 rows for 11 codes"):
+        row_statistics(model.memory, [random_inputs(model.config)])
 
 
 def pipeline(model):
@@ -116,40 +136,47 @@ def pipeline(model):
     return Pipeline(parts, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["mla-move-3-class-rows-moe", "mha-lave-x1-swiglu"])
-def test_a_report_has_numbers_and_pictures(name, tmp_path):
-    model = built(name, torch.float32)
-    inspect_model(pipeline(model), tmp_path, num=6, batch_size=4)
+@pytest.mark.parametrize("name", [MLA_MOVE, "mha-lave-x1-swiglu"])
+def test_report_has_numbers_and_plots(name, tmp_path):
+    inspect_model(pipeline(built(name, torch.float32)), tmp_path, num=6, batch_size=4)
     report = json.loads((tmp_path / "inspection.json").read_text())
     assert report["images"] == 6 and (report["map_index"], report["map_label"]) == (0, 0)
     assert report["gradients"]["batches"] == 1  # the second one is smaller
-    assert report["codes"] == "its own samples" and set(report["layers"]) <= {"0", "1"}
+    layers = ["1", "2"] if "move" in name else ["2"]  # counted from one
+    for by_layer in (report["layers"], report["map"], report["gradients"]["by_layer"]):
+        assert list(by_layer) == layers
     first = next(iter(report["map"].values()))
     assert np.array(first, dtype=float).shape[1:] == (3, 4) and first[0][2][3] is None
-    pictures = {path.name for path in tmp_path.glob("*.png")}
-    expected = {"gates", "heads", "classes", "positions", "map", "bank", "gradients"}
-    expected |= {"experts"} if "moe" in name else set()
-    assert pictures == {f"{name}.png" for name in expected}
+    gates = report["layers"]["2"]
+    assert gates["by_class"][5] == [None] * len(gates["gates"])  # no image has the null class
+    plotted = {path.name for path in tmp_path.glob("*.png")}
+    assert plotted == {"gates.png", "map.png", "gradients.png"}
     if "moe" in name:
-        assert sum(report["experts"]["0"]) == pytest.approx(1)
+        assert sum(report["experts"]["1"]) == pytest.approx(1)
+
+
+def test_models_without_memory_or_experts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none.*swiglu"):
+        inspect_model(pipeline(built("mha-none-swiglu", torch.float32)), tmp_path, num=2)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("g_0", "g_i", "message"),
+    ("g_0", "g_i", "sign"),
     [(9.0, -9.0, "memory ignored"), (-9.0, 1.0, "context suppressed"), (0.0, -9.0, "slots closed")],
 )
-def test_failure_signs_are_told(g_0, g_i, message, tmp_path, monkeypatch):
+def test_gates_made_constant_show_their_sign(g_0, g_i, sign, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "plot_memory", lambda *_: None)
-    model = built("mha-move-3-class-rows-swiglu", torch.float32)
+    model = built(MOVE, torch.float32)
     assert not inspect_model(pipeline(model), tmp_path, num=5)["warnings"]
     with torch.no_grad():
-        for mixer in mixers(model).values():  # gates that listen to one number, made constant
+        for mixer in mixers_by_layer(model).values():
             weight = mixer.router.weight.zero_().unflatten(0, (2, 4))
             weight[:, 0, 0], weight[:, 1:, 0] = g_0, g_i
         for block in model.layers:
             block.attention_norm.register_forward_hook(lambda m, a, out: torch.ones_like(out))
-    found = inspect_model(pipeline(model), tmp_path, num=5)["warnings"]
-    assert sum(message in line for line in found) == 2  # in both layers
+    lines = inspect_model(pipeline(model), tmp_path, num=5)["warnings"]
+    assert [line[:8] for line in lines if sign in line] == ["layer 1:", "layer 2:"]
 
 
 def layer(heads, near_two=0.0, gates=("g_0", "slot 0", "slot 1")):
@@ -166,46 +193,25 @@ BANK = {"rows": 10, "codes_read": 1000, "unread": 0, "faded": [0.0], "similarity
     [
         ([layer([GOOD, GOOD])], {}, []),
         # two heads of three, whatever the third does to the average
-        ([layer([IGNORED, IGNORED, [0.0, 2.0, 2.0]])], {}, ["layer 0: memory ignored by 2 of 3"]),
+        ([layer([IGNORED, IGNORED, [0.0, 2.0, 2.0]])], {}, ["layer 1: memory ignored by 2 of 3"]),
         ([layer([IGNORED, GOOD])], {}, []),  # half is not most
-        ([layer([SHUT, SHUT, GOOD])], {}, ["layer 0: all slots closed in 2 of 3 heads"]),
+        ([layer([SHUT, SHUT, GOOD])], {}, ["layer 1: all slots closed in 2 of 3"]),
         ([layer([[0.1, 1, 1], [0.1, 1, 1], [2, 1, 1]])], {}, ["context suppressed in 2 of 3"]),
         # idle in all layers and heads, or not
         ([layer([[1, 1, 0.1]] * 2), layer([[1, 1, 0.19]] * 2)], {}, ["slot 1: idle .*0.19"]),
         ([layer([[1, 1, 0.1]] * 2), layer([[1, 1, 0.1], [1, 1, 0.3]])], {}, []),
         ([layer([[1.0]], gates=["slot 0"]), layer([[0.1]], gates=["slot 1"])], {},
-         ["layer 1: all slots closed in 1 of 1", "slot 1: idle"]),
-        ([layer([GOOD, GOOD], near_two=0.6)], {}, [r"layer 0: slot gates saturated \(60%"]),
+         ["layer 2: all slots closed in 1 of 1", "slot 1: idle"]),
+        ([layer([GOOD, GOOD], near_two=0.6)], {}, [r"layer 1: slot gates saturated \(60%"]),
         ([layer([GOOD, GOOD], near_two=0.4)], {}, []),
-        ([layer([GOOD])], {"unread": 2}, ["2 of 10 codes not read in these images"]),
+        ([layer([GOOD])], {"unread": 2}, ["2 of 10 codes not read"]),
         ([layer([GOOD])], {"unread": 2, "codes_read": 100}, []),  # too few reads to tell
-        ([layer([GOOD])], {"faded": [0.0, 0.2]}, ["20% of a slot's rows have faded"]),
-        ([layer([GOOD])], {"similarity": [[1, 0.95], [0.95, 1]]}, ["slots 0 and 1 hold the same"]),
+        ([layer([GOOD])], {"faded": [0.0, 0.2]}, ["20% of a slot's rows"]),
+        ([layer([GOOD])], {"similarity": [[1, 0.95], [0.95, 1]]}, ["slots 0 and 1"]),
     ],
 )  # fmt: skip
 def test_each_sign_has_its_line(layers, bank, expected):
-    found = warnings({"layers": dict(enumerate(layers)), "bank": BANK | bank})
-    assert len(found) == len(expected), found
-    for line, part in zip(found, expected, strict=True):
+    lines = list_warnings({"layers": dict(enumerate(layers, 1)), "bank": BANK | bank})
+    assert len(lines) == len(expected), lines
+    for line, part in zip(lines, expected, strict=True):
         assert re.search(part, line), line
-
-
-def test_fewer_images_than_asked_for_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "plot_memory", lambda *_: None)
-    model = built("mha-move-3-class-rows-swiglu", torch.float32)
-    batches = [random_inputs(model.config, batch=2)]
-    monkeypatch.setattr(report_module, "read_codes", lambda *_: batches)
-    found = inspect_model(pipeline(model), tmp_path, num=99)
-    assert found["images"] == 2 and found["map_label"] == batches[0][1][0]
-
-
-def test_models_without_memory_or_experts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"kind none, .*kind swiglu: neither"):
-        inspect_model(pipeline(built("mha-none-swiglu", torch.float32)), tmp_path, num=2)
-
-
-def test_a_bank_whose_rows_are_not_the_codes_is_refused():
-    model = built("mha-move-3-class-rows-swiglu")
-    model.memory.bank = torch.nn.Embedding(7, 48)
-    with pytest.raises(ValueError, match="a bank of 7 rows for 11 codes"):
-        row_statistics(model.memory, [random_inputs(model.config)])

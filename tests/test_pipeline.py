@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tokenizer as vq
 from moveimg.checkpoint import BUNDLED, ModelParts, load_model, load_tokenizer, save_model
+from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
-from moveimg.images import labelled_grid, to_pil
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import image_rngs, sample_codes
-from tests.conftest import lively, tiny_config
+from tests.conftest import VARIANTS, lively, tiny_config
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane", "black swan"]
+CPU = torch.device("cpu")
 
 
 def tiny_tokenizer(codebook_size: int = 11) -> vq.VQTokenizer:
@@ -31,11 +36,9 @@ def tiny_tokenizer(codebook_size: int = 11) -> vq.VQTokenizer:
 
 @pytest.fixture
 def directory(tmp_path):
-    config = tiny_config(memory={"kind": "move", "slots": 2})
-    generator = lively(config, dtype=torch.float32)
+    generator = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
     settings = SamplingSettings(cfg_scale=1.5, top_k=9)
-    parts = ModelParts(generator, tiny_tokenizer(), NAMES, settings)
-    save_model(tmp_path / "model", parts, {"note": "made by a test"})
+    save_model(tmp_path / "model", ModelParts(generator, tiny_tokenizer(), NAMES, settings), {})
     return tmp_path / "model"
 
 
@@ -44,70 +47,86 @@ def pipeline(directory):
     return Pipeline.from_pretrained(directory, device="cpu")
 
 
-def test_a_model_directory_round_trips(variant, tmp_path):
-    generator = lively(variant, dtype=torch.float32)
-    parts = ModelParts(generator, tiny_tokenizer(), NAMES, SamplingSettings(top_p=0.5))
-    save_model(tmp_path, parts, {})
-    loaded = load_model(tmp_path)
-    assert loaded.generator.config == variant
-    assert loaded.class_names == NAMES and loaded.sampling == parts.sampling
-    assert loaded.tokenizer.fingerprint == parts.tokenizer.fingerprint
-    weights = generator.state_dict()
-    assert all(torch.equal(v, weights[k]) for k, v in loaded.generator.state_dict().items())
-    assert not loaded.generator.training
+def pixels(images):
+    return [image.tobytes() for image in images]
 
 
-def test_classes_by_index_name_synonym_and_part(pipeline):
-    assert [pipeline.label(c) for c in (1, "1", "goldfish", "Tinca TINCA", "swan", " gold ")] == [
-        1, 1, 1, 0, 4, 1,
-    ]  # fmt: skip
-    assert pipeline.search_classes("CRANE") == [2, 3]
+# --- class names ---------------------------------------------------------------------------
+
+
+def test_classes_by_index_name_synonym_and_part():
+    wanted = [1, np.int64(1), "1", "goldfish", "Tinca TINCA", "swan", " gold "]
+    assert [find_label(NAMES, item) for item in wanted] == [1, 1, 1, 1, 0, 4, 1]
+    assert search_names(NAMES, "CRANE") == [2, 3]
+    decomposed = [unicodedata.normalize("NFD", name) for name in ("Kälte", "Wärme")]
+    assert find_label(decomposed, "Wärme") == 1 and search_names(decomposed, "wÄr") == [1]
+    mixed = ["10", "1", "a", "b", "c"]
+    assert [find_label(mixed, item) for item in ("10", "1", 1, "2")] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("names", "item", "value"),
     [
-        ("zebra", "unknown class 'zebra': expected an index (0..4) or a name; such as tench,"),
-        ("goldfsh", "; did you mean 1 (goldfish)?"),
-        (5, "class 5: expected 0..4"),
-        ("-1", "class -1: expected 0..4"),
-        ("crane", "fits 2 classes: 2 (crane), 3 (crane)"),
+        (NAMES, "zebra", "'zebra'"),
+        (NAMES, "goldfsh", "1 (goldfish)"),
+        (NAMES, 5, "class 5: expected 0..4"),
+        (NAMES, 10**30, "0..4"),
+        (NAMES, "-1", "class -1: expected 0..4"),
+        (NAMES, "crane", "2 (crane), 3 (crane)"),
+        (["01", "02", "03"], "1", "'1' is ambiguous"),
+        (["01", "02", "03"], "0", "'0' is ambiguous"),
+        (["b", "01"], "1", "'1' is ambiguous"),
+        (NAMES, "z" * 10**6, "zzz"),
     ],
 )
-def test_unknown_classes_are_named(pipeline, name, message):
+def test_unknown_and_ambiguous_classes_are_named(names, item, value):
     with pytest.raises(ValueError) as error:
-        pipeline.sample([name])
-    assert message in str(error.value)
+        find_label(names, item)
+    assert value in str(error.value) and len(str(error.value)) < 300
 
 
-def test_samples_are_pictures_and_repeat(pipeline):
+# --- the pipeline --------------------------------------------------------------------------
+
+
+def test_samples_repeat_and_have_their_own_seeds(pipeline):
     first = pipeline.sample(["goldfish", 4, 4], seed=3)
     assert [image.size for image in first] == [(16, 12)] * 3 and first[0].mode == "RGB"
-    assert [i.tobytes() for i in pipeline.sample(["goldfish", 4, 4], seed=3)] == [
-        i.tobytes() for i in first
-    ]
-    assert pipeline.sample([4], seed=5)[0].tobytes() == first[2].tobytes()  # seed + i
-    assert first[1].tobytes() != first[2].tobytes()
+    assert pixels(pipeline.sample(["goldfish", 4, 4], seed=3, batch_size=2)) == pixels(first)
+    assert pixels(pipeline.sample("swan", num=2, seed=4)) == pixels(first)[1:]  # seed + i
+    assert pixels(first)[1] != pixels(first)[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pixels(pipeline.sample(["goldfish", 4, 4], seed=3)) == pixels(first)
 
 
 def test_settings_left_out_are_the_models_own(pipeline):
     assert pipeline.settings(top_k=None) == SamplingSettings(cfg_scale=1.5, top_k=9)
     assert pipeline.settings(top_k=2, cfg_scale=0.0) == SamplingSettings(cfg_scale=0, top_k=2)
-    with pytest.raises(ValueError, match=r"sampling settings: temperature: .*got -1"):
-        pipeline.sample([0], temperature=-1)
-    with pytest.raises(ValueError, match="no classes given"):
-        pipeline.sample([])
     assert len(pipeline.sample(np.array([1, 0]))) == 2
 
 
-def test_streaming_ends_with_the_sampled_pictures(pipeline):
-    settings = pipeline.settings()
-    steps = list(pipeline.stream([0, 1], settings, seed=2))
+@pytest.mark.parametrize(
+    ("classes", "options", "value"),
+    [
+        ([0], {"temperature": -1}, "-1"),
+        ([0], {"cfg_skale": 1}, "cfg_skale"),
+        ([], {}, "no classes"),
+        ([0], {"num": 0}, "num 0"),
+        ([0], {"num": 10**30}, "num 1000"),
+        ([0], {"batch_size": 0}, "batch_size 0"),
+        ([0], {"seed": 10**30}, "seed 1000"),
+    ],
+)
+def test_bad_arguments_are_named(pipeline, classes, options, value):
+    with pytest.raises(ValueError, match=value):
+        pipeline.sample(classes, **options)
+
+
+def test_streaming_ends_with_the_sampled_images(pipeline):
+    steps = list(pipeline.stream([0, 1], pipeline.settings(), seed=2))
     assert [done for done, _ in steps] == [4, 8, 12]
-    final = pipeline.sample([0, 1], seed=2)
-    assert [i.tobytes() for i in steps[-1][1]] == [i.tobytes() for i in final]
-    half = np.asarray(steps[0][1][0])
-    assert (half[4:] == 128).all() and not (half[:4] == 128).all()  # rows to come are grey
+    assert pixels(steps[-1][1]) == pixels(pipeline.sample([0, 1], seed=2))
+    first = np.asarray(steps[0][1][0])
+    assert (first[4:] == 128).all() and not (first[:4] == 128).all()  # rows to come are grey
 
 
 def test_the_decoder_follows_the_generator(pipeline):
@@ -120,142 +139,181 @@ def test_the_decoder_follows_the_generator(pipeline):
     assert not torch.equal(before, after)
     pipeline.generator = lively(pipeline.generator.config, seed=5, dtype=torch.float64)
     swapped = pipeline.sample_codes([0, 1], settings)
-    assert not torch.equal(swapped, after)
-    assert torch.equal(
-        swapped,
-        sample_codes(pipeline.generator, torch.tensor([0, 1]), settings, image_rngs([0, 1])),
-    )
+    labels, rngs = torch.tensor([0, 1]), image_rngs([0, 1])
+    assert torch.equal(swapped, sample_codes(pipeline.generator, labels, settings, rngs))
 
 
-def test_a_quantized_pipeline_samples(directory):
+def test_guidance_by_an_untrained_null_label_warns_once(directory, capsys):
+    parts = load_model(directory)
+    for dropout in (0, 0.1):
+        save_model(directory, parts, {"run": {"class_dropout": dropout}})
+        pipeline = Pipeline.from_pretrained(directory, device="cpu")
+        pipeline.sample(0, cfg_scale=1)
+        assert "class_dropout" not in capsys.readouterr().err
+        pipeline.sample(0)
+        pipeline.sample(0)
+        assert capsys.readouterr().err.count("class_dropout") == (dropout == 0)
+
+
+def test_int8_samples_and_others_are_refused(directory):
     pipeline = Pipeline.from_pretrained(directory, device="cpu", quantize="int8")
-    codes = pipeline.sample_codes([0, 1], pipeline.settings())
-    assert codes.shape == (2, 12)
-    with pytest.raises(ValueError, match="quantize 'int3': expected int8"):
-        Pipeline.from_pretrained(directory, device="cpu", quantize="int3")
+    assert pipeline.sample_codes([0, 1], pipeline.settings()).shape == (2, 12)
+    for option in ({"quantize": "int3"}, {"dtype": "int3"}, {"device": "abacus"}):
+        with pytest.raises(ValueError, match=rf"'{next(iter(option.values()))}'"):
+            Pipeline.from_pretrained(directory, **({"device": "cpu"} | option))
 
 
 def test_two_pipelines_share_nothing(directory):
     a, b = (Pipeline.from_pretrained(directory, device="cpu") for _ in range(2))
-    before = b.sample([0])[0].tobytes()
+    before = pixels(b.sample([0]))
     with torch.no_grad():
         for parameter in a.generator.parameters():
             parameter.zero_()
-    assert b.sample([0])[0].tobytes() == before
+    assert pixels(b.sample([0])) == before
 
 
-def damage(directory, name):
-    path = directory / name
-    if name.endswith(".safetensors"):
-        path.write_bytes(path.read_bytes()[:-100])
-    else:
-        path.unlink()
+def test_the_package_shows_its_pipeline(pipeline, directory):
+    import moveimg
+
+    assert "Pipeline" in dir(moveimg) and moveimg.Pipeline is Pipeline
+    for part in (str(directory), "5 classes", "move", "3 x 4", "11", "float32 on cpu"):
+        assert part in repr(pipeline)
+    code = "import moveimg; help(moveimg)"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "class Pipeline" in text and "from_pretrained" in text
+
+
+# --- model directories ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "-lave" in name or "mla" in name])
+def test_a_model_directory_round_trips(name, tmp_path):
+    config = tiny_config(**VARIANTS[name])
+    generator = lively(config, dtype=torch.float32)
+    parts = ModelParts(generator, tiny_tokenizer(), NAMES, SamplingSettings(top_p=0.5))
+    save_model(tmp_path, parts, {"note": 1})
+    loaded = load_model(tmp_path)
+    assert loaded.generator.config == config and not loaded.generator.training
+    assert loaded.class_names == NAMES and loaded.sampling == parts.sampling
+    assert loaded.about == {"note": 1}
+    assert loaded.tokenizer.fingerprint == parts.tokenizer.fingerprint
+    weights = generator.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in loaded.generator.state_dict().items())
+
+
+def edit_json(name, change):
+    def edit(directory):
+        path = directory / name
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return edit
+
+
+def edit_model(**changes):
+    return edit_json("config.json", lambda data: data | {"model": data["model"] | changes})
+
+
+def edit_weights(change, name="model.safetensors"):
+    def edit(directory):
+        save_file(change(load_file(directory / name)), directory / name)
+
+    return edit
+
+
+def truncate(name):
+    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:-100])
+
+
+def remove(name):
+    return lambda directory: (directory / name).unlink()
+
+
+def without_grid(data):
+    del data["model"]["grid"]
+    return data
+
+
+def set_all(value):
+    return lambda state: {key: torch.full_like(tensor, value) for key, tensor in state.items()}
+
+
+def cast(dtype):
+    return lambda state: {key: tensor.to(dtype) for key, tensor in state.items()}
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("damage", "value"),
     [
-        ("model.safetensors", "truncated or damaged weights"),
-        ("tokenizer/model.safetensors", "damaged"),
-        ("config.json", "no model here"),
-        ("classes.json", "classes.json: no such file"),
-        ("tokenizer/config.json", "no such file"),
+        (truncate("model.safetensors"), "model.safetensors"),
+        (truncate("tokenizer/model.safetensors"), "tokenizer/model.safetensors"),
+        (remove("model.safetensors"), "model.safetensors"),
+        (remove("config.json"), "config.json"),
+        (remove("classes.json"), "classes.json"),
+        (remove("tokenizer/config.json"), "tokenizer/config.json"),
+        (edit_model(n_layer=3), "2 layers, expected 3"),
+        (edit_model(n_layer=10**9), "n_layer"),
+        (edit_model(n_classes=6), "5 class names, expected 6"),
+        (edit_model(codebook_size=12), "[11, 16], expected [12, 16]"),
+        (edit_model(n_layers=2), "model.n_layers: unknown key"),
+        (edit_model(grid=[500, 500]), "500"),
+        (edit_model(memory={"kind": "move", "slots": 256}), "memory"),
+        (edit_json("config.json", without_grid), "model.grid: missing"),
+        (edit_json("config.json", lambda data: [data]), "config.json"),
+        (edit_json("config.json", lambda data: data | {"format": 2}), "format"),
+        (edit_json("config.json", lambda data: data | {"about": 3}), "about"),
+        (edit_json("classes.json", lambda names: [None, *names[1:]]), "classes.json: 0"),
+        (edit_json("classes.json", lambda names: [3, *names[1:]]), "classes.json: 0"),
+        (edit_json("classes.json", lambda names: ["x" * 5000, *names[1:]]), "classes.json: 0"),
+        (edit_json("classes.json", lambda names: dict.fromkeys(names)), "classes.json"),
+        (edit_json("sampling.json", lambda data: data | {"top_k": "all"}), "sampling.json: top_k"),
+        (edit_weights(cast(torch.int64)), "I64"),
+        (edit_weights(cast(torch.bool)), "BOOL"),
+        (edit_weights(set_all(float("nan"))), "model.safetensors"),
+        (edit_weights(set_all(float("nan")), "tokenizer/model.safetensors"), "tokenizer"),
     ],
-)
-def test_damaged_models_are_named(directory, name, message):
-    damage(directory, name)
+)  # fmt: skip
+def test_damaged_models_get_one_line(directory, damage, value):
+    damage(directory)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        Pipeline.from_pretrained(directory)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert name.split("/")[0] in str(error.value) or name == "config.json"
+        Pipeline.from_pretrained(directory, device="cpu")
+    assert value in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def edit_config(directory, **changes):
-    path = directory / "config.json"
-    data = json.loads(path.read_text())
-    data["model"] |= changes
-    path.write_text(json.dumps(data))
+def test_logits_that_are_not_finite_are_refused(pipeline):
+    with torch.no_grad():
+        pipeline.generator.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="finite"):
+        pipeline.sample([0])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_layer": 3}, "lacks 'layers.2"),
-        ({"n_layer": 1}, "not in the model"),
-        ({"n_classes": 6}, "'label_embedding.weight' is [6, 16], expected [7, 16]"),
-        ({"n_layers": 2}, "n_layers: unknown key"),
-    ],
-)
-def test_weights_that_do_not_fit_the_config_are_named(directory, changes, message):
-    edit_config(directory, **changes)
-    with pytest.raises(ValueError) as error:
-        load_model(directory)
-    assert message in str(error.value)
-
-
-def test_a_tokenizer_of_another_codebook_is_refused(directory):
-    vq.save(tiny_tokenizer(codebook_size=12), directory / "tokenizer")
-    with pytest.raises(ValueError, match="has 11 codes, its tokenizer 12"):
-        load_model(directory)
-
-
-def test_a_tokenizer_with_other_weights_is_refused(directory):
-    torch.manual_seed(1)
-    config = vq.VQConfig.model_validate(tiny_tokenizer().config.model_dump())
-    vq.save(vq.VQTokenizer(config).freeze(), directory / "tokenizer")
-    with pytest.raises(ValueError, match="speaks the codes of tokenizer"):
-        load_model(directory)
-
-
-def test_saving_again_replaces_another_tokenizer(directory):
+def test_another_tokenizer_is_refused_and_replaced_by_saving(directory):
     parts = load_model(directory)
     torch.manual_seed(1)
     other = vq.VQTokenizer(parts.tokenizer.config).freeze()
     save_model(directory, ModelParts(parts.generator, other, NAMES, parts.sampling), {})
     assert load_model(directory).tokenizer.fingerprint == other.fingerprint
-
-
-def test_a_class_called_by_a_number_is_found_by_its_name(pipeline):
-    pipeline.class_names = ["10", "1", "a", "b", "c"]
-    assert [pipeline.label(c) for c in ("10", "1", 1, "2")] == [0, 1, 1, 2]
-
-
-def test_logits_that_are_not_finite_are_named(pipeline):
-    with torch.no_grad():
-        pipeline.generator.head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="logits are not finite"):
-        pipeline.sample([0])
-
-
-def test_unknown_models_and_devices_are_named(directory):
-    with pytest.raises(FileNotFoundError, match="no model 'nothing': expected a model directory"):
-        Pipeline.from_pretrained("nothing")
-    with pytest.raises(ValueError, match="device 'abacus'"):
-        Pipeline.from_pretrained(directory, device="abacus")
-    with pytest.raises(ValueError, match="dtype 'int3'"):
-        Pipeline.from_pretrained(directory, device="cpu", dtype="int3")
+    vq.save(tiny_tokenizer(), directory / "tokenizer")
+    with pytest.raises(ValueError, match=other.fingerprint[:12]):
+        load_model(directory)
+    vq.save(tiny_tokenizer(codebook_size=12), directory / "tokenizer")
+    with pytest.raises(ValueError, match="11 codes, its tokenizer 12"):
+        load_model(directory)
 
 
 def test_a_bundled_tokenizer_is_known_by_name(tmp_path, monkeypatch):
-    cpu = torch.device("cpu")
-    bundled = load_tokenizer(BUNDLED / "digits" / "tokenizer", cpu)
-    assert load_tokenizer(Path("digits"), cpu).fingerprint == bundled.fingerprint
+    bundled = load_tokenizer(BUNDLED / "digits" / "tokenizer", CPU)
+    assert load_tokenizer(Path("digits"), CPU).fingerprint == bundled.fingerprint
     monkeypatch.chdir(tmp_path)
-    Path("digits").mkdir()  # a directory of one's own comes first
-    with pytest.raises(FileNotFoundError, match=r"digits: no such tokenizer|digits.*config.json"):
-        load_tokenizer(Path("digits"), cpu)
+    Path("digits").mkdir()  # one's own directory comes first
+    with pytest.raises(FileNotFoundError, match="digits"):
+        load_tokenizer(Path("digits"), CPU)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_number_types_load_and_sample(directory, dtype):
     pipeline = Pipeline.from_pretrained(directory, device="cpu", dtype=dtype)
     assert pipeline.generator.head.weight.dtype == getattr(torch, dtype)
-    precise = torch.promote_types(getattr(torch, dtype), torch.float32)  # 8 bits are not for pixels
+    precise = torch.promote_types(getattr(torch, dtype), torch.float32)  # bfloat16 shows in pixels
     assert pipeline.tokenizer.quant_conv.weight.dtype == precise
     assert len(pipeline.sample([0, 1])) == 2
-
-
-def test_grids_have_a_row_a_class():
-    pictures = to_pil(torch.zeros(4, 3, 8, 8))
-    grid = labelled_grid([pictures[:2], pictures[2:]], ["one", "a very long name " * 9])
-    assert grid.height == 4 + 2 * (64 + 4) and grid.width <= 2 * 68 + 3 * 64 + 16

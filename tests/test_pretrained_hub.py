@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from moveimg.checkpoint import ModelParts, load_model, save_model
 from moveimg.config import SIZES, SamplingSettings, TrainConfig
@@ -19,7 +21,7 @@ from tests.test_pipeline import NAMES, tiny_tokenizer
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """huggingface_hub with an empty cache, and told to stay off the network."""
+    """huggingface_hub with an empty cache and no network."""
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -28,7 +30,7 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def model_directory(tmp_path):
+def directory(tmp_path):
     generator = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
     parts = ModelParts(generator, tiny_tokenizer(), NAMES, SamplingSettings(cfg_scale=1.5))
     about = {"step": 30, "val": {"loss": 1.23456, "accuracy": 0.5}}
@@ -36,48 +38,58 @@ def model_directory(tmp_path):
     return tmp_path / "model"
 
 
-def model_config(directory):
-    return json.loads((directory / "config.json").read_text())
+class Api:
+    """A Hub that copies what is uploaded, symbolic links resolved, into a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, repo_id, *, exist_ok, private):
+        self.created = (repo_id, private)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        for path in (p for p in folder_path.rglob("*") if p.is_file()):
+            target = self.folder / path.relative_to(folder_path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_one_line_says_what_is_missing_and_how_to_bring_it(tmp_path):
+def test_offline_one_line_names_the_files_and_the_command(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         Pipeline.from_pretrained("llamagen-l-384")
-    message = str(error.value)
-    assert "c2i_L_384.pt and vq_ds16_c2i.pt of huggingface.co/FoundationVision/LlamaGen" in message
-    command = "moveimg convert llamagen --gpt c2i_L_384.pt --vq vq_ds16_c2i.pt --image-size 384"
-    assert f"`{command} --out {tmp_path / 'cache' / 'llamagen-l-384'}`" in message
-    assert "\n" not in message
-    with pytest.raises(FileNotFoundError, match=r"no model 'owner/name'.*cannot be downloaded"):
-        resolve("owner/name")
-    with pytest.raises(FileNotFoundError, match=r"llamagen-b-256, .* or a Hugging Face Hub id"):
-        resolve("nothing")
+    command = (
+        "moveimg convert llamagen --gpt c2i_L_384.pt --vq vq_ds16_c2i.pt --image-size 384 "
+        f"--out {tmp_path / 'cache' / 'llamagen-l-384'}"
+    )
+    assert f"`{command}`" in str(error.value) and "\n" not in str(error.value)
+    for name in ("owner/name", "nothing"):
+        with pytest.raises(FileNotFoundError, match=name):
+            resolve(name)
 
 
-def test_published_names_are_converted_once_and_kept(tmp_path, monkeypatch, model_directory):
+def test_published_names_are_converted_once(tmp_path, monkeypatch, directory):
     monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
     for file in ("c2i_XL_384.pt", "vq_ds16_c2i.pt"):
         (tmp_path / file).write_text("")
-    asked = []
+    calls = []
 
     def convert(gpt, vq_file, out, image_size):
-        asked.append((gpt.name, vq_file.name, image_size))
+        calls.append((gpt.name, vq_file.name, image_size))
         with atomic_directory(out) as temporary:
-            save_model(temporary, load_model(model_directory), {})
+            save_model(temporary, load_model(directory), {})
 
-    monkeypatch.setattr(hub, "_snapshot", lambda repo, files: tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     monkeypatch.setattr(hub, "convert_llamagen", convert)
     for _ in range(2):
         assert resolve("llamagen-xl-384") == tmp_path / "cache" / "llamagen-xl-384"
-    assert asked == [("c2i_XL_384.pt", "vq_ds16_c2i.pt", 384)]
+    assert calls == [("c2i_XL_384.pt", "vq_ds16_c2i.pt", 384)]
 
 
-def test_every_published_name_has_a_size_with_settings():
-    for name, entry in hub.PUBLISHED.items():
-        size = entry.file.split("_")[1]
-        assert size in SIZES and size in llamagen.PUBLISHED_CFG
-        assert name == f"llamagen-{size.lower()}-{entry.image_size}"
+def test_published_names_have_sizes_and_settings():
+    assert len(hub.PUBLISHED) == 7 and hub.PUBLISHED["llamagen-3b-384"] == ("c2i_3B_384.pt", 384)
+    for file, _ in hub.PUBLISHED.values():
+        assert file.split("_")[1] in SIZES.keys() & llamagen.PUBLISHED_CFG.keys()
 
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
@@ -88,39 +100,23 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     assert hub.cache_directory() == Path("/elsewhere/moveimg")
 
 
-def test_hub_ids_load_what_push_uploads(monkeypatch, model_directory, tmp_path):
-    from huggingface_hub import CommitOperationAdd
-
-    uploaded = tmp_path / "uploaded"
-
-    class Api:
-        def create_repo(self, repo_id, *, exist_ok, private):
-            assert (repo_id, exist_ok, private) == ("owner/name", True, True)
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            assert repo_id == "owner/name"
-            for path in sorted(p for p in folder_path.rglob("*") if p.is_file()):
-                file = str(path.relative_to(folder_path))
-                operation = CommitOperationAdd(path_in_repo=file, path_or_fileobj=path)
-                (uploaded / file).parent.mkdir(parents=True, exist_ok=True)
-                with operation.as_file() as content:
-                    (uploaded / file).write_bytes(content.read())
-
-    url = share.push(model_directory, "owner/name", private=True, api=Api())
-    assert url == "https://huggingface.co/owner/name"
+def test_hub_ids_load_what_push_uploads(monkeypatch, directory, tmp_path):
+    uploaded, api = tmp_path / "uploaded", Api(tmp_path / "uploaded")
+    url = share.push(directory, "owner/name", private=True, api=api)
+    assert url == "https://huggingface.co/owner/name" and api.created == ("owner/name", True)
     files = {str(p.relative_to(uploaded)) for p in uploaded.rglob("*") if p.is_file()}
     assert files == {*hub.MODEL_FILES, "README.md"}
-    assert not (model_directory / "README.md").exists()
-    monkeypatch.setattr(hub, "_snapshot", lambda repo, wanted: uploaded)
-    pictures = [Pipeline.from_pretrained(where, device="cpu").sample([1], seed=4)[0].tobytes()
-                for where in ("owner/name", model_directory)]  # fmt: skip
-    assert pictures[0] == pictures[1]
+    assert not (directory / "README.md").exists()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: uploaded)
+    images = [Pipeline.from_pretrained(where, device="cpu").sample([1], seed=4)[0].tobytes()
+              for where in ("owner/name", directory)]  # fmt: skip
+    assert images[0] == images[1]
     (uploaded / "classes.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is no moveimg model.*lacks classes\.json"):
+    with pytest.raises(FileNotFoundError, match=r"owner/name.*classes\.json"):
         resolve("owner/name")
 
 
-def test_push_publishes_no_folder_of_this_machine(model_directory, tmp_path):
+def test_push_publishes_no_folder_of_this_machine(directory, tmp_path):
     run = {
         "out": "/home/anna/out", "steps": 30, "init_from": "llamagen-b-256", "dtype": "auto",
         "data": {"codes": None, "images": {"source": "/home/anna/photos", "size": 8,
@@ -129,57 +125,49 @@ def test_push_publishes_no_folder_of_this_machine(model_directory, tmp_path):
         "evaluation": {"every": 5, "reference": "/home/anna/r.npz", "extractor": "/home/anna/e",
                        "inception_weights": "/home/anna/w"},
     }  # fmt: skip
-    config = model_config(model_directory)
+    config = json.loads((directory / "config.json").read_text())
     before = {"step": 30, "run": TrainConfig.model_validate(run).model_dump(mode="json")}
     config["about"] = {"source": "upcycled", "from": "anna", "before": before}
-    write_json(model_directory / "config.json", config)
-    uploaded = {}
-
-    class Api:
-        def create_repo(self, *_, **__):
-            pass
-
-        def upload_folder(self, *, folder_path, **_):
-            uploaded.update(model_config(folder_path))
-
-    share.push(model_directory, "owner/name", api=Api())
+    write_json(directory / "config.json", config)
+    share.push(directory, "owner/name", api=Api(tmp_path / "uploaded"))
+    uploaded = json.loads((tmp_path / "uploaded/config.json").read_text())
     assert "anna" not in json.dumps(uploaded)
     assert uploaded["model"] == config["model"] and uploaded["about"]["source"] == "upcycled"
-    kept = uploaded["about"]["before"]["run"]
-    assert kept["steps"] == 30 and kept["init_from"] == "llamagen-b-256"
-    assert kept["data"] == {"codes": None, "images": {"size": 8, "crops": "ten", "ranges": [1.0]}}
-    assert model_config(model_directory) == config  # what lies here keeps them
+    public = uploaded["about"]["before"]["run"]
+    assert public["steps"] == 30 and public["init_from"] == "llamagen-b-256"
+    assert public["data"]["images"]["crops"] == "ten"
+    assert json.loads((directory / "config.json").read_text()) == config  # the local one keeps them
 
 
-def test_every_setting_that_is_a_path_is_known_as_local():
+def test_every_setting_that_is_a_path_is_local():
     schema = TrainConfig.model_json_schema()
-    parts = [schema, *schema["$defs"].values()]
     paths = {
-        name for part in parts for name, field in part.get("properties", {}).items()
+        name for group in (schema, *schema["$defs"].values())
+        for name, field in group.get("properties", {}).items()
         if '"format": "path"' in json.dumps(field)
     }  # fmt: skip
     assert paths and paths <= share.LOCAL
 
 
-def test_the_card_tells_config_settings_classes_and_results(model_directory):
-    card = share.model_card(model_directory, "owner/name")
+def test_the_card_has_config_settings_classes_and_results(directory):
+    text = share.model_card(directory, "owner/name")
     for part in (
-        'Pipeline.from_pretrained("owner/name")', "kind move, slots 2", "| cfg_scale | 1.5 |",
+        'Pipeline.from_pretrained("owner/name")', "kind move", "slots 2", "| cfg_scale | 1.5 |",
         "goldfish", "## Classes (5)", "3 x 4 out of 11", "| loss | 1.2346 |", "after 30 steps",
     ):  # fmt: skip
-        assert part in card, part
-    assert card.startswith("---\nlibrary_name: moveimg\n")
+        assert part in text, part
+    card = ModelCard(text)
+    assert card.data.library_name == "moveimg" and "move-memory" in card.data.tags
 
 
-def test_push_refuses_what_is_no_model_or_no_name(model_directory, tmp_path):
-    with pytest.raises(ValueError, match="'name': expected the Hub's owner/name"):
-        share.push(model_directory, "name")
-    with pytest.raises(FileNotFoundError, match=r"no whole model here \(it lacks config\.json\)"):
+def test_push_refuses_other_directories_and_names(directory, tmp_path):
+    with pytest.raises(ValueError, match="'name'"):
+        share.push(directory, "name")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         share.push(tmp_path, "owner/name")
 
-    class Closed:
-        def create_repo(self, *_, **__):
-            raise RuntimeError("no route\nto anywhere")  # httpx's errors are no OSErrors
+    def fail(*_, **__):
+        raise RuntimeError("no route\nto anywhere")  # httpx's errors are no OSErrors
 
     with pytest.raises(OSError, match=r"owner/name: not uploaded: no route$"):
-        share.push(model_directory, "owner/name", api=Closed())
+        share.push(directory, "owner/name", api=SimpleNamespace(create_repo=fail))

@@ -1,62 +1,62 @@
-"""Tokenizer directories: what is written, read and refused, and what a fingerprint knows."""
+"""Tokenizer directories and the files of other projects: what is written, read and refused."""
 
+import argparse
 import json
+import os
+import pickle
 import re
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import tokenizer as tok
-from tests.test_tokenizer import make, make_images, one_line_error
+from tests.test_tokenizer import make, make_images
+
+LLAMAGEN = tok.VQConfig(
+    width=32, multipliers=(1, 2), n_res_blocks=1, z_channels=8, codebook_size=20, codebook_dim=4
+)
+DDCONFIG = {
+    "double_z": False, "z_channels": 8, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,
+}  # fmt: skip
+VQGAN = {"embed_dim": 6, "n_embed": 20, "ddconfig": DDCONFIG}
+VQ_MODEL = "taming.models.vqgan.VQModel"
 
 
-def test_round_trip(tmp_path):
-    tokenizer = make()
-    tok.save(tokenizer, tmp_path / "a" / "tokenizer")
-    loaded = tok.load(tmp_path / "a" / "tokenizer")
-    assert isinstance(loaded, tok.VQTokenizer) and not loaded.training
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert loaded.config == tokenizer.config
-    images = make_images()
-    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
-    assert loaded.fingerprint == tokenizer.fingerprint
-    names = sorted(path.name for path in (tmp_path / "a" / "tokenizer").iterdir())
-    assert names == ["config.json", "model.safetensors"], "nothing temporary is left"
-    tok.save(loaded, tmp_path / "a" / "tokenizer")  # over the file its weights are mapped from
-    assert tok.load(tmp_path / "a" / "tokenizer").fingerprint == tokenizer.fingerprint
+def refusal(*values: str):
+    """Expect a ValueError of one line that holds the values in order."""
+    pattern = r"[^\n]*".join(map(re.escape, values))
+    return pytest.raises(ValueError, match=rf"\A[^\n]*{pattern}[^\n]*\Z")
 
 
-@pytest.mark.parametrize("kind", ["simvq", "ibq"])
-def test_other_quantizers_round_trip(tmp_path, kind):
-    tokenizer = make(
-        quantizer=tok.parse_config({"kind": "vq", "quantizer": {"kind": kind}}, "test").quantizer
-    )
-    tok.save(tokenizer, tmp_path)
-    loaded = tok.load(tmp_path)
+# --- tokenizer directories -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vq", "simvq", "ibq"])
+def test_round_trip(tmp_path, kind):
+    quantizer = tok.parse_config({"kind": "vq", "quantizer": {"kind": kind}}, "test").quantizer
+    tokenizer, directory = make(quantizer=quantizer), tmp_path / "a" / "tokenizer"
+    tok.save(tokenizer, directory)
+    loaded = tok.load(directory)
+    assert loaded.config == tokenizer.config and loaded.fingerprint == tokenizer.fingerprint
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     codes = loaded.encode(make_images())
     assert torch.equal(codes, tokenizer.encode(make_images()))
     assert torch.equal(loaded.decode(codes, (4, 2)), tokenizer.decode(codes, (4, 2)))
-    assert loaded.fingerprint == tokenizer.fingerprint
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert sorted(p.name for p in directory.iterdir()) == ["config.json", "model.safetensors"]
+    tok.save(make(seed=1), directory)  # over the file that the weights are mapped from
+    assert torch.equal(loaded.encode(make_images()), codes)
+    assert tok.load(directory).fingerprint == make(seed=1).fingerprint
 
 
-def test_saving_over_a_tokenizer_in_use_does_not_change_it(tmp_path):
-    tok.save(make(), tmp_path)
-    loaded = tok.load(tmp_path)
-    tok.save(make(seed=1), tmp_path)
-    assert torch.equal(loaded.last_layer, make().last_layer)
-    assert tok.load(tmp_path).fingerprint == make(seed=1).fingerprint
-
-
-def test_fingerprint_knows_config_and_weights_and_no_casts(tmp_path):
+def test_fingerprint_depends_on_config_and_weights_and_not_on_casts(tmp_path):
     base = make().fingerprint
-    assert re.fullmatch(r"[0-9a-f]{64}", base)
-    assert make().freeze().fingerprint == base
-    assert make(seed=1).fingerprint != base
-    assert make(dropout=0.1).fingerprint != base
-    other = tok.IBQQuantizerConfig(kind="ibq")  # the same weights, read in another way
-    assert make(quantizer=other).fingerprint != base
+    assert re.fullmatch(r"[0-9a-f]{64}", base) and make().freeze().fingerprint == base
+    ibq = tok.IBQQuantizerConfig(kind="ibq")
+    others = [make(seed=1), make(dropout=0.1), make(quantizer=ibq)]
+    assert len({base, *(other.fingerprint for other in others)}) == 4
     trained = make()
     assert trained.fingerprint == base
     with torch.no_grad():
@@ -66,108 +66,336 @@ def test_fingerprint_knows_config_and_weights_and_no_casts(tmp_path):
     for dtype in (torch.bfloat16, torch.float64):
         loaded = tok.load(tmp_path, dtype=dtype)
         assert loaded.quant_conv.weight.dtype == dtype and loaded.fingerprint == base
-    assert tok.load(tmp_path).bfloat16().fingerprint == base
-    reloaded = tok.load(tmp_path)
+    reloaded = tok.load(tmp_path).bfloat16()
     assert reloaded.fingerprint == base
     reloaded.load_state_dict(make(seed=1).state_dict())
-    assert reloaded.fingerprint == make(seed=1).fingerprint
+    assert reloaded.fingerprint != base
+
+
+def test_the_bundled_fingerprint():
+    """Codes and models of the bundled tokenizer must stay readable."""
+    expected = "8c581d8aa06094f7e77f069b0d13721aace8d1300ce401b1d381d141bf08f69d"
+    assert tok.load("moveimg/bundled/digits/tokenizer").fingerprint == expected
 
 
 def test_saving_what_a_cast_has_changed_is_refused(tmp_path):
-    with one_line_error(ValueError, "bfloat16"):
+    with refusal("bfloat16"):
         tok.save(make().freeze().bfloat16(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     tok.save(make().freeze().double(), tmp_path / "new")  # float64 holds float32 exactly
     assert tok.load(tmp_path / "new").fingerprint == make().fingerprint
 
 
-def test_save_leaves_nothing_half_written(tmp_path, monkeypatch):
-    tok.save(make(), tmp_path)
-    before = make().fingerprint
-
-    def fail(weights, file, metadata):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("tokenizer.io.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        tok.save(make(seed=1), tmp_path)
-    assert tok.load(tmp_path).fingerprint == before
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def change_config(directory, **changes):
-    file = directory / "config.json"
-    values = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-
-def change_weights(directory, **changes):
-    file = directory / "model.safetensors"
-    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    for name, tensor in changes.items():
-        weights[name.replace("__", ".")] = tensor
-    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, file)
-
-
 @pytest.mark.parametrize(
-    ("damage", "parts"),
+    ("changes", "values"),
     [
-        (lambda d: change_config(d, widht=4), ["config.json", "widht: unknown key"]),
-        (lambda d: change_config(d, width=-3), ["config.json", "width: ", "greater than 0", "-3"]),
-        (lambda d: change_config(d, kind="vqq"), ["config.json", "kind: ", "'vqq'"]),
-        (lambda d: change_config(d, kind=None), ["config.json", "kind: missing"]),
-        (lambda d: change_config(d, quantizer={"kind": "x"}), ["quantizer.kind: ", "'ibq'", "'x'"]),
-        (lambda d: change_config(d, norm_groups=5), ["config.json", "norm_groups 5", "8"]),
-        (lambda d: change_config(d, codebook_size=70_000), ["codebook_size: ", "65536", "70000"]),
-        (lambda d: change_config(d, multipliers=[]), ["config.json", "multipliers: "]),
-        (lambda d: (d / "config.json").write_text("{"), ["config.json", "JSON"]),
-        (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "JSON"]),
-        (lambda d: (d / "config.json").write_text("[1]"), ["config.json", "dictionary"]),
-        (
-            lambda d: change_config(d, codebook_dim=4),
-            ["model.safetensors", "quantize.embedding.weight", "[24, 5]", "[24, 4]"],
-        ),
-        (
-            lambda d: change_weights(d, decoder__conv_in__bias=torch.zeros(7)),
-            ["model.safetensors", "decoder.conv_in.bias", "[7]", "[16]"],
-        ),
-        (
-            lambda d: change_weights(d, decoder__conv_in__bias=None, decoder__conv_in__weight=None),
-            ["model.safetensors", "missing weight decoder.conv_in.bias", "1 more"],
-        ),
-        (
-            lambda d: change_weights(d, extra=torch.zeros(1)),
-            ["model.safetensors", "unexpected weight extra"],
-        ),
-        (
-            lambda d: change_weights(d, quant_conv__bias=torch.zeros(5, dtype=torch.int64)),
-            ["model.safetensors", "quant_conv.bias", "int64"],
-        ),
+        ({"widht": 4}, ["widht"]),
+        ({"width": -3}, ["width: ", "-3"]),
+        ({"n_res_blocks": 10**9}, ["n_res_blocks: ", "1000000000"]),
+        ({"multipliers": [1] * 40}, ["multipliers: "]),
+        ({"dropout": float("nan")}, ["dropout: ", "nan"]),
+        ({"kind": "vqq"}, ["kind: ", "'vqq'"]),
+        ({"kind": None}, ["kind: ", "None"]),
+        ({"quantizer": {"kind": "x"}}, ["quantizer", "'ibq'", "'x'"]),
+        ({"quantizer": {"kind": "simvq", "reseed_after": 3}}, ["reseed_after: "]),
+        ({"quantizer": {"reseed_after": 10**30}}, ["reseed_after: "]),
+        ({"norm_groups": 5}, ["5", "8"]),
+        ({"codebook_size": 70_000}, ["codebook_size: ", "70000"]),
+        ({"codebook_dim": 4}, ["quantize.embedding.weight", "[24, 5]", "[24, 4]"]),
     ],
 )
-def test_damaged_directory(tmp_path, damage, parts):
+def test_bad_configs_are_refused(tmp_path, changes, values):
     tok.save(make(), tmp_path)
-    damage(tmp_path)
-    with one_line_error(ValueError, *parts):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with refusal(str(tmp_path), *values):
         tok.load(tmp_path)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
-def test_truncated_weights(tmp_path, keep):
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"decoder.conv_in.bias": torch.zeros(7)}, ["decoder.conv_in.bias", "[7]", "[16]"]),
+        ({"decoder.conv_in.bias": None}, ["decoder.conv_in.bias"]),
+        ({"extra": torch.zeros(1)}, ["extra"]),
+        *(
+            ({"quant_conv.bias": torch.zeros(5, dtype=dtype)}, ["quant_conv.bias", str(dtype)])
+            for dtype in (torch.int64, torch.bool, torch.uint8, torch.complex64)
+        ),
+        ({"quant_conv.bias": torch.full((5,), torch.nan)}, ["quant_conv.bias", "NaN"]),
+    ],
+)
+def test_bad_weights_are_refused(tmp_path, changes, values):
     tok.save(make(), tmp_path)
     file = tmp_path / "model.safetensors"
-    assert file.stat().st_size > keep
-    file.write_bytes(file.read_bytes()[:keep])
-    with one_line_error(ValueError, "model.safetensors", "damaged"):
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()} | changes
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, file)
+    with refusal("model.safetensors", *values):
+        tok.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [("config.json", 1), *(("model.safetensors", n) for n in (0, 100, 20_000))],
+)
+def test_truncated_files_are_refused(tmp_path, name, keep):
+    tok.save(make(), tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:keep])
+    with refusal(name):
         tok.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
 def test_missing_files(tmp_path, name):
-    directory = tmp_path / "tokenizer"
     if name:
-        tok.save(make(), directory)
-        (directory / name).unlink()
-    with one_line_error(FileNotFoundError, str(directory / name)):
-        tok.load(directory)
+        tok.save(make(), tmp_path / "t")
+        (tmp_path / "t" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "t" / name))):
+        tok.load(tmp_path / "t")
+
+
+# --- LlamaGen ------------------------------------------------------------------------------------
+
+
+def make_lively(config) -> tok.AutoencoderTokenizer:
+    """A frozen tokenizer with biases that matter, and codes where the encoder's vectors are."""
+    torch.manual_seed(0)
+    tokenizer = tok.build(config)
+    for parameter in tokenizer.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.5)
+    with torch.no_grad():
+        vectors = tokenizer._encode(make_images(2, 8, 16)).permute(0, 2, 3, 1).flatten(0, 2)
+        tokenizer.quantize.embedding.weight.copy_(vectors[:20])
+    return tokenizer.freeze()
+
+
+@pytest.fixture(scope="module")
+def llamagen() -> tok.AutoencoderTokenizer:
+    return make_lively(LLAMAGEN)
+
+
+@pytest.fixture
+def weights(llamagen) -> dict[str, torch.Tensor]:
+    """A state dict as LlamaGen writes it."""
+    return {**llamagen.state_dict(), "quantize.codebook_used": torch.zeros(65536)}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "legacy.pt", "safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_llamagen_files_and_prefixes(llamagen, weights, tmp_path, suffix, prefix):
+    file = tmp_path / f"vq.{suffix}"
+    content = {prefix + name: tensor for name, tensor in weights.items()}
+    if suffix == "safetensors":
+        save_file(content, file)
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=suffix == "pt")
+    loaded = tok.load_llamagen_vq(file)
+    assert loaded.config == LLAMAGEN and loaded.fingerprint == llamagen.fingerprint
+    codes = loaded.encode(make_images())
+    assert codes.unique().numel() > 5 and torch.equal(codes, llamagen.encode(make_images()))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize(
+    ("container", "beside"),
+    [
+        ("ema", {"model": {"quant_conv.bias": torch.ones(4)}}),
+        ("model", {"ema": {}, "args": argparse.Namespace(lr=1.0), "steps": 5}),
+        ("model", {"ema": None, "optimizer": {"state": {}}}),
+        ("module", {}),
+        ("state_dict", {"epoch": 3}),
+    ],
+)
+def test_containers(llamagen, weights, tmp_path, capsys, container, beside):
+    torch.save({container: weights, **beside}, tmp_path / "vq.pt")
+    assert tok.load_llamagen_vq(tmp_path / "vq.pt").fingerprint == llamagen.fingerprint
+    said = capsys.readouterr().err
+    assert (f"'{container}'" in said) == bool({"model", "ema"} & set(beside))
+
+
+@pytest.mark.parametrize("multipliers", [(1, 1, 2, 2, 4), (1, 2, 2, 4)], ids=["VQ-16", "VQ-8"])
+def test_llamagen_sizes_are_read_from_tensors(tmp_path, multipliers):
+    config = tok.VQConfig(multipliers=multipliers)
+    with torch.device("meta"):
+        shapes = tok.VQTokenizer(config).state_dict()
+    # one number behind every tensor: real sizes in a small file
+    weights = {name: torch.zeros(1).half().expand(tensor.shape) for name, tensor in shapes.items()}
+    torch.save({"model": weights}, tmp_path / "vq.pt")
+    loaded = tok.load_llamagen_vq(tmp_path / "vq.pt")
+    assert loaded.config == config
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"encoder.conv_in.weight": None}, ["encoder.conv_in.weight"]),
+        ({"quant_conv.weight": torch.zeros(4, 9, 1, 1)}, ["[4, 9, 1, 1]", "[4, 8, 1, 1]"]),
+        ({"quantize.embedding.weight": torch.zeros(4)}, ["[4]"]),
+        ({"quantize.embedding.weight": torch.zeros(0, 4)}, ["codebook_size", "0"]),
+        ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, ["32", "0"]),
+        ({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, ["32", "48"]),
+        ({"quant_conv.bias": [0.0] * 4}, ["quant_conv.bias", "list"]),
+        ({"first_stage_model.encoder.conv_in.weight": torch.zeros(1)}, ["convert taming"]),
+        ({"module.quant_conv.bias": torch.zeros(4)}, ["quant_conv.bias", "twice"]),
+    ],
+)
+def test_other_weights_are_refused(weights, tmp_path, changes, values):
+    weights = {k: v for k, v in {**weights, **changes}.items() if v is not None}
+    torch.save({"model": weights}, tmp_path / "vq.pt")
+    with refusal("vq.pt", *values):
+        tok.load_llamagen_vq(tmp_path / "vq.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (b"", ["damaged"]),
+        (b"hello", ["damaged"]),
+        (b"PK\3\4" + b"x" * 99, ["damaged"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", ["git lfs pull"]),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", ["web page"]),
+        ([torch.zeros(1)], ["list"]),
+        ({"ema": {}, "args": {"lr": 1}}, ["ema, args"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["vq.pt", "vq.safetensors"])
+def test_files_without_weights_are_refused(tmp_path, content, values, name):
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif name == "vq.pt":
+        torch.save(content, file)
+    else:
+        pytest.skip("safetensors holds tensors only")
+    with refusal(name, *values):
+        tok.load_llamagen_vq(file)
+
+
+class Hostile:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("style", ["zip", "legacy", "bare pickle"])
+def test_a_file_that_needs_code_is_refused_and_not_run(tmp_path, style):
+    mark, file = tmp_path / "was-run", tmp_path / "vq.pt"
+    content = {"model": {}, "extra": Hostile(mark)}
+    if style == "bare pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=style == "zip")
+    with refusal("vq.pt") as error:
+        tok.load_llamagen_vq(file)
+    assert not mark.exists() and "weights_only" not in str(error.value)
+
+
+# --- taming --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vqgan() -> tok.AutoencoderTokenizer:
+    return make_lively(tok.TamingConfig(**DDCONFIG, embed_dim=6, n_embed=20))
+
+
+@pytest.fixture
+def write(vqgan, tmp_path):
+    """A function that writes a Lightning checkpoint and a model.yaml."""
+
+    def write_files(config=None, prefix="", **changes):
+        state = {**vqgan.state_dict(), "loss.discriminator.0.weight": torch.zeros(2), **changes}
+        state = {prefix + name: tensor for name, tensor in state.items() if tensor is not None}
+        state["model_ema.decay"] = torch.zeros(())
+        torch.save({"epoch": 3, "state_dict": state}, tmp_path / "last.ckpt")
+        params = {**VQGAN, "lossconfig": {"target": "os.abort"}}
+        config = config or {"model": {"target": VQ_MODEL, "params": params}}
+        text = config if isinstance(config, str) else yaml.safe_dump(config)
+        (tmp_path / "model.yaml").write_text(text)
+        return tmp_path / "last.ckpt", tmp_path / "model.yaml"
+
+    return write_files
+
+
+def test_taming_matches_its_own_modules(vqgan, write, capsys):
+    from taming.modules.diffusionmodules.model import Decoder, Encoder
+
+    loaded = tok.load_taming(*write())
+    assert capsys.readouterr().out == ""
+    assert isinstance(loaded, tok.TamingTokenizer) and loaded.fingerprint == vqgan.fingerprint
+    encoder, decoder = Encoder(**DDCONFIG).eval(), Decoder(**DDCONFIG).eval()
+    weights = vqgan.state_dict()
+    for name, part in (("encoder.", encoder), ("decoder.", decoder)):
+        part.load_state_dict(
+            {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
+        )
+    images = make_images(2, 8, 16)
+    with torch.no_grad():
+        z = vqgan.quant_conv(encoder(images)).permute(0, 2, 3, 1).flatten(1, 2)  # [B, T, D]
+        codebook = weights["quantize.embedding.weight"]
+        codes = (z[:, :, None] - codebook).square().sum(3).argmin(2)
+        chosen = codebook[codes].mT.reshape(2, 6, 4, 8).contiguous()
+        pixels = decoder(vqgan.post_quant_conv(chosen)).clamp(-1, 1)
+    assert codes.unique().numel() > 5 and torch.equal(loaded.encode(images), codes)
+    torch.testing.assert_close(loaded.decode(codes, (4, 8)), pixels, rtol=1e-4, atol=1e-5)
+
+
+FIRST_STAGE = {"params": {"first_stage_config": {"target": VQ_MODEL, "params": VQGAN}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"),
+    [
+        ({"params": VQGAN}, ""),
+        ({"model": {"class_path": VQ_MODEL, "init_args": VQGAN}}, ""),
+        ({"model": {"target": "taming.models.cond_transformer.Net2NetTransformer"} | FIRST_STAGE},
+         "first_stage_model."),
+        ({"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion"} | FIRST_STAGE},
+         "first_stage_model."),
+    ],
+)  # fmt: skip
+def test_taming_layouts(vqgan, write, tmp_path, config, prefix):
+    loaded = tok.load_taming(*write(config, prefix))
+    assert loaded.fingerprint == vqgan.fingerprint
+    tok.save(loaded, tmp_path / "out")
+    assert tok.load(tmp_path / "out").fingerprint == vqgan.fingerprint
+
+
+def nested(**changes):
+    return {"model": {"params": {**VQGAN, **changes}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ({"model": {"target": "taming.models.vqgan.GumbelVQ", "params": VQGAN}}, ["GumbelVQ"]),
+        ({"model": {"class_path": "src.IBQ.models.ibqgan.IBQ", "init_args": VQGAN}}, ["IBQ"]),
+        (nested(quantizer="ibq"), ["ibq"]),
+        ({"model": {}}, ["model.params"]),
+        ("just text", ["model.params"]),
+        ("a: [1", ["YAML"]),
+        ("a: !!python/object/apply:os.abort []", ["YAML"]),
+        (nested(ddconfig=None), ["ddconfig"]),
+        (nested(n_embed=0), ["n_embed: ", "0"]),
+        (nested(ddconfig={**DDCONFIG, "double_z": True}), ["double_z: ", "True"]),
+        (nested(ddconfig={**DDCONFIG, "ch": 48}), ["48"]),
+        (nested(ddconfig={**DDCONFIG, "out_ch": 1}), ["3", "1"]),
+        (nested(ddconfig={**DDCONFIG, "resolution": 15}), ["resolution 15"]),
+        (nested(ddconfig={**DDCONFIG, "num_res_blocks": 10**9}), ["num_res_blocks"]),
+        (nested(ddconfig={**DDCONFIG, "surprise": 1}), ["surprise"]),
+    ],
+)
+def test_other_yaml_is_refused(write, config, values):
+    with refusal("model.yaml", *values):
+        tok.load_taming(*write(config))
+
+
+def test_other_taming_weights_are_refused(write):
+    with refusal("last.ckpt", "[21, 6]", "[20, 6]"):
+        tok.load_taming(*write(**{"quantize.embedding.weight": torch.zeros(21, 6)}))

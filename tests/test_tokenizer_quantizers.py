@@ -1,31 +1,42 @@
-"""SimVQ and IBQ against slow references in NumPy and float64, and where their gradients go."""
+"""The quantizers against NumPy in float64, where their gradients go, and re-seeding."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenizer as tok
-from tests.test_tokenizer import make, make_images, one_line_error
-from tokenizer import codebook, processes
+from moveimg import dist
+from tests.test_tokenizer import make, make_images
+from tokenizer import quantizers
 from tokenizer.quantizers import QUANTIZERS
 
 SIZE, DIM = 7, 3
 
 
-def make_quantizer(kind: str, l2_normalize: bool = False, **settings):
+def make_quantizer(kind: str = "vq", l2_normalize=False, size=SIZE, dim=DIM, **settings):
+    if kind == "vq":
+        settings = {"init_from_data": False} | settings
     values = {"kind": "vq", "quantizer": {"kind": kind, **settings}}
-    config = tok.parse_config(values, "test").quantizer
     torch.manual_seed(0)
-    return QUANTIZERS[kind](config, SIZE, DIM, l2_normalize).double()
+    config = tok.parse_config(values, "test").quantizer
+    return QUANTIZERS[kind](config, size, dim, l2_normalize).double()
 
 
 def make_vectors(seed: int = 1) -> Tensor:
     """z [2, DIM, 2, 3]."""
     rng = torch.Generator().manual_seed(seed)
     return torch.randn(2, DIM, 2, 3, generator=rng, dtype=torch.float64)
+
+
+def as_grid(vectors: Tensor) -> Tensor:
+    """[n, D] -> [1, D, 1, n]."""
+    return vectors.double().T[None, :, None]
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -36,12 +47,8 @@ def rows_of(z: Tensor) -> np.ndarray:
     """[B, D, h, w] -> [n, D], one vector after another."""
     b, d, h, w = z.shape
     array = z.detach().numpy()
-    places = [(i, y, x) for i in range(b) for y in range(h) for x in range(w)]
-    return np.array([[array[i, c, y, x] for c in range(d)] for i, y, x in places])
-
-
-def mean_square(difference: np.ndarray) -> float:
-    return float((difference**2).mean())
+    positions = [(i, y, x) for i in range(b) for y in range(h) for x in range(w)]
+    return np.array([[array[i, c, y, x] for c in range(d)] for i, y, x in positions])
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -49,44 +56,64 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return powers / powers.sum()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 40),
+    size=st.integers(1, 30),
+    max_scores=st.integers(1, 200),
+    seed=st.integers(0, 2**20),
+    whole=st.booleans(),
+)
+def test_nearest_codes_match_brute_force(n, size, max_scores, seed, whole):
+    rng = torch.Generator().manual_seed(seed)
+    vectors, codes = (
+        torch.randn(rows, DIM, generator=rng, dtype=torch.float64) * 2 for rows in (n, size)
+    )
+    if whole:  # whole numbers have exact ties: the lowest index wins
+        vectors, codes = vectors.round(), codes.round()
+    distances = (vectors[:, None] - codes[None]).square().sum(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizers, "MAX_SCORES", max_scores)
+        assert torch.equal(make_quantizer().assign(vectors, codes), distances.argmin(1))
+
+
+@pytest.mark.parametrize("kind", ["vq", "simvq"])
 @pytest.mark.parametrize("l2_normalize", [False, True])
-def test_simvq_matches_reference(l2_normalize):
-    quantizer = make_quantizer("simvq", l2_normalize)
-    z = make_vectors()
+def test_nearest_vector_quantizers_match_reference(kind, l2_normalize):
+    quantizer, z = make_quantizer(kind, l2_normalize), make_vectors().requires_grad_()
     out = quantizer(z)
-    c, w = quantizer.embedding.weight.numpy(), quantizer.projection.weight.detach().numpy()
-    codes = np.array([w @ row for row in c])
-    vectors = rows_of(z)
+    codes, vectors = quantizer.embedding.weight.detach().numpy(), rows_of(z)
+    if kind == "simvq":
+        codes = np.array([quantizer.projection.weight.detach().numpy() @ row for row in codes])
     if l2_normalize:
         codes, vectors = unit(codes), unit(vectors)
     chosen = [min(range(SIZE), key=lambda j: ((v - codes[j]) ** 2).sum()) for v in vectors]
     assert out.codes.flatten().tolist() == chosen and len(set(chosen)) > 2
-    np.testing.assert_allclose(rows_of(out.quantized), codes[chosen], atol=1e-12)
-    expected = mean_square(codes[chosen] - vectors)
-    assert out.losses["codebook"].item() == pytest.approx(expected, rel=1e-12)
-    assert out.losses["commitment"].item() == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(rows_of(out.vectors), codes[chosen], atol=1e-12)
+    expected = ((codes[chosen] - vectors) ** 2).mean()
+    for name in ("codebook", "commitment"):
+        assert out.losses[name].item() == pytest.approx(expected, rel=1e-12)
     assert torch.equal(quantizer.lookup(z), out.codes)
+    # straight through: the gradient of the quantized vectors is that of the vectors compared
+    weight, copy = make_vectors(2), z.detach().requires_grad_()
+    (out.vectors * weight).sum().backward(retain_graph=True)
+    ((F.normalize(copy, dim=1) if l2_normalize else copy) * weight).sum().backward()
+    torch.testing.assert_close(z.grad, copy.grad)
+    learned = quantizer.projection.weight if kind == "simvq" else quantizer.embedding.weight
+    assert learned.grad is None, "pixels move the encoder, not the codes"
+    z.grad = None
+    out.losses["codebook"].backward(retain_graph=True)
+    assert z.grad is None and learned.grad is not None
+    learned.grad = None
+    out.losses["commitment"].backward()
+    assert z.grad is not None and learned.grad is None
+    assert (quantizer.embedding.weight.grad is None) or kind == "vq"
 
 
-def test_simvq_learns_its_map_and_nothing_else_of_the_codebook():
-    quantizer = make_quantizer("simvq")
-    before = quantizer.embedding.weight.clone()
-    assert before.std() == pytest.approx(DIM**-0.5, rel=0.4)
-    optimizer = torch.optim.AdamW([p for p in quantizer.parameters() if p.requires_grad], lr=0.1)
-    untouched = set(range(SIZE)) - set(quantizer.lookup(make_vectors()).flatten().tolist())
-    moved = quantizer.codebook().detach()
-    tok.total_loss(quantizer(make_vectors()).losses, quantizer.loss_weights).backward()
-    assert quantizer.projection.weight.grad.abs().min() > 0
-    assert quantizer.embedding.weight.grad is None
-    optimizer.step()
-    assert torch.equal(quantizer.embedding.weight, before)
-    assert ((quantizer.codebook() - moved).norm(dim=1) > 0).all() and len(untouched) < SIZE
-
-
-@pytest.mark.parametrize("at_once", [10**6, 2 * SIZE])
+@pytest.mark.parametrize("max_scores", [10**6, 2 * SIZE])
 @pytest.mark.parametrize("temperature", [0.01, 0.5])
-def test_ibq_matches_reference(monkeypatch, at_once, temperature):
-    monkeypatch.setattr(codebook, "SCORES_AT_ONCE", at_once)
+def test_ibq_matches_reference(monkeypatch, max_scores, temperature):
+    monkeypatch.setattr(quantizers, "MAX_SCORES", max_scores)
     quantizer = make_quantizer("ibq", entropy_temperature=temperature)
     z = make_vectors()
     out = quantizer(z)
@@ -94,51 +121,35 @@ def test_ibq_matches_reference(monkeypatch, at_once, temperature):
     scores = np.array([[float((v * e).sum()) for e in codes] for v in vectors])
     chosen = scores.argmax(1)
     assert out.codes.flatten().tolist() == chosen.tolist() and len(set(chosen)) > 2
-    np.testing.assert_array_equal(rows_of(out.quantized), codes[chosen])
-    expected = mean_square(codes[chosen] - vectors)
+    np.testing.assert_array_equal(rows_of(out.vectors), codes[chosen])
+    expected = ((codes[chosen] - vectors) ** 2).mean()
     for name in ("codebook", "commitment", "double"):
         assert out.losses[name].item() == pytest.approx(expected, rel=1e-12)
     sharp = np.array([softmax(row / temperature) for row in scores])
-    decided = np.mean([-sum(q * math.log(q) for q in row if q > 0) for row in sharp])
-    usage = sharp.mean(0)
-    spread = -sum(q * math.log(q + 1e-5) for q in usage)
-    assert out.losses["entropy"].item() == pytest.approx(decided - spread, rel=1e-9)
+    single = np.mean([-sum(q * math.log(q) for q in row if q > 0) for row in sharp])
+    together = -sum(q * math.log(q + 1e-5) for q in sharp.mean(0))
+    assert out.losses["entropy"].item() == pytest.approx(single - together, rel=1e-9)
     assert torch.equal(quantizer.lookup(z), out.codes)
     assert quantizer.loss_weights.keys() == out.losses.keys()
 
 
-@pytest.mark.parametrize("at_once", [10**6, 2 * SIZE])
-def test_ibq_gradients_are_those_of_the_paper_s_expression(monkeypatch, at_once):
-    monkeypatch.setattr(codebook, "SCORES_AT_ONCE", at_once)
-    quantizer = make_quantizer("ibq")
-    z = make_vectors().requires_grad_()
-    pull = make_vectors(seed=2)
+@pytest.mark.parametrize("max_scores", [10**6, 2 * SIZE])
+def test_ibq_gradients_are_those_of_the_paper_s_expression(monkeypatch, max_scores):
+    monkeypatch.setattr(quantizers, "MAX_SCORES", max_scores)
+    quantizer, z, weight = make_quantizer("ibq"), make_vectors().requires_grad_(), make_vectors(2)
     out = quantizer(z)
-    ((out.quantized * pull).sum() + out.losses["double"]).backward()
-    found = z.grad, quantizer.embedding.weight.grad
-
+    ((out.vectors * weight).sum() + out.losses["double"]).backward()
+    gradients = z.grad, quantizer.embedding.weight.grad
+    assert (gradients[1].norm(dim=1) > 0).all() and len(out.codes.unique()) < SIZE
     z = make_vectors().requires_grad_()
     codes = quantizer.embedding.weight.detach().requires_grad_()
     vectors = z.permute(0, 2, 3, 1).reshape(-1, DIM)
     p = (vectors @ codes.T).softmax(1)
-    hard = torch.nn.functional.one_hot(p.argmax(1), SIZE).double()
-    quantized = (hard - p.detach() + p) @ codes
-    rows = pull.permute(0, 2, 3, 1).reshape(-1, DIM)
+    quantized = (F.one_hot(p.argmax(1), SIZE).double() - p.detach() + p) @ codes
+    rows = weight.permute(0, 2, 3, 1).reshape(-1, DIM)
     ((quantized * rows).sum() + ((quantized - vectors) ** 2).mean()).backward()
-    torch.testing.assert_close(found[0], z.grad, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found[1], codes.grad, rtol=1e-10, atol=1e-12)
-
-
-def test_ibq_gives_every_code_a_gradient_and_vq_only_the_chosen():
-    for kind, everyone in (("ibq", True), ("vq", False)):
-        settings = {"entropy_weight": 0.0} if kind == "ibq" else {"init_from_data": False}
-        quantizer = make_quantizer(kind, **settings)
-        out = quantizer(make_vectors())
-        chosen = out.codes.unique().tolist()
-        assert len(chosen) < SIZE
-        tok.total_loss(out.losses, quantizer.loss_weights).backward()
-        moved = (quantizer.embedding.weight.grad.norm(dim=1) > 0).nonzero().flatten().tolist()
-        assert moved == (list(range(SIZE)) if everyone else chosen)
+    torch.testing.assert_close(gradients[0], z.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients[1], codes.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_an_unused_code_has_a_finite_entropy_gradient():
@@ -151,69 +162,112 @@ def test_an_unused_code_has_a_finite_entropy_gradient():
 
 
 def test_ibq_s_entropy_is_of_the_vectors_of_all_processes(monkeypatch):
-    """Two processes, one after the other: the second's sum is what the first is told, and so on."""
-    settings = {"entropy_temperature": 0.3}
-    z, found, usages = make_vectors(), [], []
+    """Two processes, one after the other: first their sums are collected, then handed out."""
+    sums: list[Tensor] = []
+    z = make_vectors()
 
-    def collect(tensor):
-        if tensor.is_floating_point():  # and not counts of codes
-            usages.append(tensor.clone())
+    def run(all_reduce):
+        monkeypatch.setattr(dist.dist, "all_reduce", all_reduce)
+        for part in z:
+            quantizer = make_quantizer("ibq", entropy_temperature=0.3)
+            loss = quantizer(part[None]).losses["entropy"]
+            loss.backward()
+            yield loss.detach(), quantizer.embedding.weight.grad
 
-    def tell(tensor):
-        if tensor.is_floating_point():
-            tensor.copy_(total)
-
-    monkeypatch.setattr(processes, "several", lambda: True)
-    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(processes.dist, "all_reduce", collect)
-    for part in z:
-        make_quantizer("ibq", **settings)(part[None])
-    total = sum(usages)
-    monkeypatch.setattr(processes.dist, "all_reduce", tell)
-    for part in z:
-        quantizer = make_quantizer("ibq", **settings)
-        loss = quantizer(part[None]).losses["entropy"]
-        loss.backward()
-        found.append((loss.detach(), quantizer.embedding.weight.grad))
+    monkeypatch.setattr(dist, "is_distributed", lambda: True)
+    monkeypatch.setattr(dist.dist, "get_world_size", lambda: 2)
+    list(run(lambda tensor: sums.append(tensor.clone()) if tensor.is_floating_point() else None))
+    total = sum(sums)
+    results = list(run(lambda x: x.copy_(total) if x.is_floating_point() else None))
     monkeypatch.undo()
-    whole = make_quantizer("ibq", **settings)
+    whole = make_quantizer("ibq", entropy_temperature=0.3)
     expected = whole(z).losses["entropy"]
     expected.backward()
-    torch.testing.assert_close((found[0][0] + found[1][0]) / 2, expected.detach())
-    torch.testing.assert_close((found[0][1] + found[1][1]) / 2, whole.embedding.weight.grad)
+    losses, gradients = zip(*results, strict=True)
+    torch.testing.assert_close(sum(losses) / 2, expected.detach())
+    torch.testing.assert_close(sum(gradients) / 2, whole.embedding.weight.grad)
 
 
-@pytest.mark.parametrize("kind", ["simvq", "ibq"])
+# --- re-seeding and the start of the codebook ---------------------------------------------------
+
+
+def test_dead_codes_are_revived():
+    quantizer = make_quantizer(size=8, dim=2, reseed_after=3)
+    with torch.no_grad():
+        quantizer.embedding.weight.fill_(100.0)
+        quantizer.embedding.weight[5] = 0.0
+    batch = as_grid(torch.randn(20, 2))
+    for _ in range(3):  # only code 5 is near
+        out = quantizer(batch)
+        assert out.codes.unique().tolist() == [5] and out.stats["reseeded"] == 0
+    out = quantizer(batch)
+    assert out.stats["reseeded"] == 7
+    assert out.codes.unique().numel() >= 7 and (quantizer.embedding.weight < 50).all()
+    assert torch.equal(quantizer.embedding.weight[5], torch.zeros(2).double()), "a used code stays"
+
+
+@pytest.mark.parametrize(
+    ("n_vectors", "reseed_after", "expected"),
+    [(9, 2, [0, 0, 3, 0, 3]), (2, 1, [0, 2, 2, 2, 2]), (2, 0, [0, 0, 0, 0, 0])],
+)
+def test_codes_moved_per_step(n_vectors, reseed_after, expected):
+    """A moved code may be idle again; no more codes move than there are vectors; 0 is off."""
+    quantizer = make_quantizer(size=4, dim=2, reseed_after=reseed_after)
+    with torch.no_grad():
+        quantizer.embedding.weight.fill_(100.0)
+    batch = as_grid(torch.ones(n_vectors, 2))  # of equal vectors' codes the first is chosen
+    assert [int(quantizer(batch).stats["reseeded"]) for _ in range(5)] == expected
+
+
+def test_codebook_starts_at_the_first_batch_unless_it_was_loaded():
+    vectors = torch.randn(5, 2) + 50
+    fresh, loaded = (make_quantizer(size=8, dim=2, init_from_data=True) for _ in range(2))
+    stored = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    fresh(as_grid(vectors))
+    assert (fresh.embedding.weight - 50).abs().max() < 10
+    assert len(fresh.embedding.weight.unique(dim=0)) == 8, "no two codes are the same"
+    before = fresh.embedding.weight.detach().clone()
+    fresh(as_grid(vectors - 100))
+    assert torch.equal(fresh.embedding.weight, before), "only the first batch"
+    loaded.load_state_dict(stored)
+    loaded(as_grid(vectors))
+    assert torch.equal(loaded.embedding.weight, stored["embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "usage", "perplexity"), [([2, 2, 0, 0], 0.5, 2), ([1] * 7, 1, 7), ([0, 0], 0, 1)]
+)
+def test_code_statistics(counts, usage, perplexity):
+    stats = tok.code_statistics(torch.tensor(counts))
+    assert stats["usage"] == usage and stats["perplexity"] == pytest.approx(perplexity)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_a_tokenizer_learns_with_it(kind):
-    values = {"kind": "vq", "quantizer": {"kind": kind}}
-    tokenizer = make(
-        quantizer=tok.parse_config(values, "test").quantizer, l2_normalize=kind != "ibq"
-    )
+    quantizer = tok.parse_config({"kind": "vq", "quantizer": {"kind": kind}}, "test").quantizer
+    tokenizer = make(quantizer=quantizer, l2_normalize=kind != "ibq")
+    frozen = tokenizer.quantize.embedding.weight.clone()
     images = make_images(4, 8, 8)
-    optimizer = torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], lr=3e-3)
+    learned = [p for p in tokenizer.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=3e-3)
     weights = {"l1": 0.0, "l2": 1.0, **tokenizer.quantize.loss_weights}
     errors = []
-    for _ in range(30):
+    for _ in range(25):
         out = tokenizer(images)
         optimizer.zero_grad()
         tok.total_loss(out.losses, weights).backward()
-        assert all(p.grad is not None for p in tokenizer.parameters() if p.requires_grad)
+        assert all(p.grad is not None for p in learned)
         optimizer.step()
         errors.append(out.losses["l2"].item())
     assert errors[-1] < 0.7 * errors[0]
+    assert torch.equal(frozen, tokenizer.quantize.embedding.weight) == (kind == "simvq")
+    assert out.codes.shape == (4, 4) and {"usage", "perplexity"} <= set(out.stats)
 
 
-def test_under_autocast_codes_are_those_of_float32():
-    for kind in QUANTIZERS:
-        quantizer = make_quantizer(kind).float().eval()
-        z = make_vectors().float()
-        with torch.autocast("cpu", torch.bfloat16):
-            out = quantizer(z)
-        assert torch.equal(out.codes, quantizer(z).codes)
-        assert all(loss.dtype == torch.float32 for loss in out.losses.values())
-
-
-def test_settings_of_another_kind_are_refused():
-    values = {"kind": "vq", "quantizer": {"kind": "simvq", "reseed_after": 3}}
-    with one_line_error(ValueError, "quantizer.reseed_after: unknown key"):
-        tok.parse_config(values, "test")
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_under_autocast_codes_are_those_of_float32(kind):
+    quantizer, z = make_quantizer(kind).float().eval(), make_vectors().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = quantizer(z)
+    assert torch.equal(out.codes, quantizer(z).codes)
+    assert all(loss.dtype == torch.float32 for loss in out.losses.values())

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import load_model, load_tokenizer
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig
-from moveimg.data import digits as data
+from moveimg.data import images as data
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
 from moveimg.errors import validate
-from moveimg.model.product_key import ValueTable
+from moveimg.model import ValueTable
 from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers
@@ -48,9 +48,10 @@ def tokenizer_config(out, **changes) -> TokenizerTrainConfig:
 @contextmanager
 def few_digits():
     """The set `digits` is some of its scans, of every class: a tenth of the time."""
-    rows = data.split_rows
+    everything = data.digits_arrays
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "split_rows", lambda split: rows(split)[: FEW[split]])
+        some = lambda split: tuple(part[: FEW[split]] for part in everything(split))  # noqa: E731
+        patch.setattr(data, "digits_arrays", some)
         yield
 
 
@@ -200,8 +201,10 @@ def test_images_are_encoded_on_the_way(digits, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run(digits, tmp_path):
+    config = train_config(digits, tmp_path, steps=8)
+    optimizer = config.optimizer.model_copy(update={"lr": 1e30})  # more than a config may hold
     with pytest.raises(ValueError, match=r"loss (nan|inf) at step 1 on images .*: not finite"):
-        train_generator(train_config(digits, tmp_path, optimizer={"lr": 1e30}, steps=8), CPU)
+        train_generator(config.model_copy(update={"optimizer": optimizer}), CPU)
     story = json.loads((tmp_path / "training/non-finite.json").read_text())
     batch = Batches(PackedCodes(digits / "codes/train"), 16, seed=0).batch(1)
     assert story["step"] == 1 and story["images"] == batch[2].tolist()

@@ -174,7 +174,7 @@ def test_a_run_on_other_data_or_without_settings_is_refused(digits, tmp_path):
     data = tmp_path / "training/data.json"
     before = data.read_text()
     data.write_text(before.replace('"train codes": "', '"train codes": "0'))
-    with pytest.raises(ValueError, match=r"holds a run on other data \(train codes"):
+    with pytest.raises(ValueError, match=r"holds a run on other data \(the train codes"):
         train_generator(config, CPU)
     data.write_text(before)
     (tmp_path / "training/config.yaml").write_text("steps: [")

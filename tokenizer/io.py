@@ -1,48 +1,42 @@
-"""Tokenizer directories: `config.json` beside `model.safetensors`.
-
-Weights are stored in float32. Both files appear by renaming, so that no half-written one is seen.
-"""
+"""Tokenizer directories (`config.json`, `model.safetensors`), and the files of other projects."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from moveimg.device import shapes_only
+from moveimg.errors import shorten, validate
+from moveimg.files import atomic, read_json, read_yaml, write_json
 from tokenizer.base import AutoencoderTokenizer, fingerprint
-from tokenizer.config import TamingConfig, VQConfig, parse_config
-from tokenizer.taming import TamingTokenizer
-from tokenizer.vq import VQTokenizer
+from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, parse_config
+from tokenizer.vq import TamingTokenizer, VQTokenizer
+from tokenizer.weights import load_weights, read_weights, require_file
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 TOKENIZERS: dict[str, Callable[[Any], AutoencoderTokenizer]] = {
     "vq": VQTokenizer,
     "taming": TamingTokenizer,
 }
 
 
-def build(config: VQConfig | TamingConfig) -> AutoencoderTokenizer:
-    """A new, trainable tokenizer of the config's kind."""
+def build(config: TokenizerConfig) -> AutoencoderTokenizer:
+    """A new, trainable tokenizer."""
     return TOKENIZERS[config.kind](config)
 
 
 def save(tokenizer: AutoencoderTokenizer, directory: str | os.PathLike[str]) -> None:
-    """Write a tokenizer into a directory, which is made if need be.
+    """Write a tokenizer into a directory, in float32; each file appears whole.
 
-    Raises:
-        ValueError: a frozen tokenizer was cast to a narrower dtype since: what would be written
-            has another fingerprint.
+    Raises ValueError for a frozen tokenizer that was cast to a narrower dtype: what would be
+    written has another fingerprint.
     """
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
@@ -50,15 +44,12 @@ def save(tokenizer: AutoencoderTokenizer, directory: str | os.PathLike[str]) -> 
     }
     if fingerprint(tokenizer.config, weights) != tokenizer.fingerprint:
         raise ValueError(
-            f"{directory}: the tokenizer's weights changed since it was loaded (it is in "
-            f"{tokenizer.quant_conv.weight.dtype} now); save it before casting it"
+            f"{directory}: the weights have changed since the tokenizer was loaded (it is in "
+            f"{tokenizer.quant_conv.weight.dtype} now): save it before casting it"
         )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with _replacing(directory / WEIGHTS_FILE) as temporary:
+    with atomic(Path(directory) / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
-    with _replacing(directory / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(tokenizer.config.model_dump(mode="json"), indent=2) + "\n")
+    write_json(Path(directory) / CONFIG_FILE, tokenizer.config.model_dump(mode="json"))
 
 
 def load(
@@ -66,104 +57,130 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> AutoencoderTokenizer:
-    """Read a tokenizer, frozen.
+    """The frozen tokenizer of a directory, on `device`, its weights cast to `dtype` (float32).
 
-    Args:
-        directory: what `save` wrote.
-        device: where its weights go.
-        dtype: cast the weights, float32 when not given. The fingerprint is that of the file.
-
-    Raises:
-        FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is damaged, or config and weights do not fit each other.
+    Raises FileNotFoundError for a missing file, ValueError where a file is damaged or config and
+    weights do not fit each other.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such tokenizer directory")
-    config_file = existing(directory / CONFIG_FILE)
-    try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{config_file}: not readable as JSON: {error}") from None
-    config = parse_config(values, str(config_file))
-    weights_file = existing(directory / WEIGHTS_FILE)
-    tokenizer = assemble(config, read_safetensors(weights_file), str(weights_file))
-    return tokenizer.to(device=device, dtype=dtype)
+    config_file = directory / CONFIG_FILE
+    config = parse_config(read_json(config_file), str(config_file))
+    weights = read_weights(directory / WEIGHTS_FILE)
+    return _assemble(config, directory / WEIGHTS_FILE, weights).to(device=device, dtype=dtype)
 
 
-class _NoInit(TorchFunctionMode):
-    """Leaves tensors as they are made, as moveimg.device.shapes_only: it saves a start's second."""
+def load_llamagen_vq(file: str | os.PathLike[str]) -> VQTokenizer:
+    """LlamaGen's tokenizer of a file such as `vq_ds16_c2i.pt` (VQ-16) or `vq_ds8_c2i.pt`, frozen.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def assemble(
-    config: VQConfig | TamingConfig, weights: Mapping[str, Tensor], source: str
-) -> AutoencoderTokenizer:
-    """A frozen tokenizer that takes the given tensors as its own, without a copy.
-
-    Raises:
-        ValueError: names, shapes or dtypes do not fit the config; one line that starts with
-            `source`.
+    Sizes are read off the tensors; see `read_weights` for the layouts and errors.
     """
-    with torch.device("meta"), _NoInit():
+    weights = read_weights(file)
+    weights.pop("quantize.codebook_used", None)  # a statistic of its training
+    if foreign := [
+        name for name in weights if re.match(r"first_stage_model\.|encoder\.down", name)
+    ]:
+        raise ValueError(
+            f"{file} holds {foreign[0]!r}: a checkpoint of taming-transformers or latent "
+            "diffusion, expected one of LlamaGen. Convert it by `moveimg convert taming`"
+        )
+    return cast(VQTokenizer, _assemble(_llamagen_config(weights, str(file)), file, weights))
+
+
+def load_taming(
+    checkpoint: str | os.PathLike[str], model_yaml: str | os.PathLike[str]
+) -> TamingTokenizer:
+    """The VQGAN of a checkpoint of taming-transformers or latent diffusion, frozen.
+
+    Of a Net2Net or latent-diffusion model the first stage (`first_stage_model.*`) is read. The
+    networks of its training (`loss.*`) and a moving average (`model_ema.*`) are left out.
+
+    Args:
+        checkpoint: the weights; see `read_weights`.
+        model_yaml: the file beside it, with `target` and `params` (or Lightning's `class_path` and
+            `init_args`). Nothing it names is imported.
+
+    Raises ValueError where codes are not those of the nearest vector (Gumbel, IBQ, LFQ), and
+    ImportError where taming-transformers is not installed.
+    """
+    config = _taming_config(require_file(model_yaml))
+    weights, stage = read_weights(checkpoint), "first_stage_model."
+    prefix = stage if any(name.startswith(stage) for name in weights) else ""
+    weights = {
+        name.removeprefix(prefix): weight
+        for name, weight in weights.items()
+        if name.startswith(prefix)
+        and not name.removeprefix(prefix).startswith(("loss.", "model_ema."))
+    }
+    return cast(TamingTokenizer, _assemble(config, checkpoint, weights))
+
+
+def _assemble(
+    config: TokenizerConfig, file: str | os.PathLike[str], weights: Mapping[str, Tensor]
+) -> AutoencoderTokenizer:
+    """A frozen tokenizer with the weights of a file, without a copy of them."""
+    with shapes_only():
         tokenizer = build(config)
-    expected = tokenizer.state_dict()
-    for what, names in (
-        ("missing", expected.keys() - weights.keys()),
-        ("unexpected", weights.keys() - expected.keys()),
-    ):
-        if names:
-            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{source}: {what} weight {first}{more}")
-    for name, parameter in expected.items():
-        found, wanted = list(weights[name].shape), list(parameter.shape)
-        if found != wanted:
-            raise ValueError(f"{source}: {name} has shape {found}, expected {wanted}")
-        if not weights[name].is_floating_point():
-            raise ValueError(f"{source}: {name} holds {weights[name].dtype}, expected floats")
-    tokenizer.load_state_dict(
-        {name: weights[name].detach().to(torch.float32) for name in expected}, assign=True
-    )
+    load_weights(tokenizer, weights, str(file))
     return tokenizer.freeze()
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU.
+def _llamagen_config(weights: Mapping[str, Tensor], source: str) -> VQConfig:
+    """The sizes of a LlamaGen tokenizer; all other settings are the same in all of them."""
 
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or not a safetensors file: {error}") from None
+    def shape(name: str, ndim: int) -> list[int]:
+        if name not in weights or weights[name].ndim != ndim:
+            there = list(weights[name].shape) if name in weights else "missing"
+            raise ValueError(
+                f"{source}: not a LlamaGen tokenizer: {name} is {there}, expected {ndim} dimensions"
+            )
+        return list(weights[name].shape)
+
+    def count(prefix: str) -> int:
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        return len({match[1] for name in weights if (match := pattern.match(name))})
+
+    width, in_channels = shape("encoder.conv_in.weight", 4)[:2]
+    codebook_size, codebook_dim = shape("quantize.embedding.weight", 2)
+    levels = range(count("encoder.conv_blocks"))
+    widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in levels]
+    if width == 0 or any(channels % width for channels in widths):
+        raise ValueError(
+            f"{source}: not a LlamaGen tokenizer: {widths} channels of the levels are no multiples "
+            f"of the {width} of encoder.conv_in"
+        )
+    settings = {
+        "in_channels": in_channels,
+        "width": width,
+        "multipliers": tuple(channels // width for channels in widths),
+        "n_res_blocks": count("encoder.conv_blocks.0.res"),
+        "z_channels": shape("encoder.conv_out.weight", 4)[0],
+        "codebook_size": codebook_size,
+        "codebook_dim": codebook_dim,
+        "attention": "encoder.mid.1.q.weight" in weights,
+    }
+    return validate(VQConfig, settings, f"{source}: not a LlamaGen tokenizer")
 
 
-def existing(file: Path) -> Path:
-    """`file` itself.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    return file
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its place if all goes well."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the umask allows; safetensors makes its files private
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _taming_config(file: Path) -> TamingConfig:
+    """The sizes of a VQGAN, from its YAML."""
+    content = read_yaml(file)
+    model = content.get("model", content) if isinstance(content, dict) else {}
+    while True:
+        model = model if isinstance(model, dict) else {}
+        params = model.get("params", model.get("init_args"))
+        if not isinstance(params, dict):
+            raise ValueError(f"{file}: model.params (or model.init_args) is missing")
+        if "first_stage_config" not in params:
+            break
+        model = params["first_stage_config"]
+    named = [model.get("target"), model.get("class_path")]
+    named += [value for key, value in params.items() if "quant" in str(key)]
+    for name in named:
+        if re.search("gumbel|ibq|lfq|fsq", str(name), re.IGNORECASE):
+            raise ValueError(f"{file}: {shorten(name)}: expected a VQModel (nearest vector)")
+    if not isinstance(params.get("ddconfig"), dict):
+        raise ValueError(f"{file}: model.params.ddconfig is missing")
+    sizes = {name: params[name] for name in ("embed_dim", "n_embed") if name in params}
+    return validate(TamingConfig, params["ddconfig"] | sizes, f"{file}: model.params")

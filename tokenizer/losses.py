@@ -1,48 +1,39 @@
-"""Losses that train a tokenizer.
-
-A loss is a set of named, unweighted scalars, and one function that weighs and adds them. A
-perceptual loss (`perceptual.py`) is one more term; an adversarial one (`adversarial.py`) balances
-itself against the gradient of the others at `tokenizer.last_layer`.
-"""
+"""Losses that train a tokenizer: reconstruction, codebook, LPIPS, and VQGAN's adversarial loss."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from moveimg.device import shapes_only
+from moveimg.dist import reduce_mean
+from tokenizer.weights import load_weights, read_weights
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
-"""(reconstruction, images), both [B, 3, H, W] -> scalar."""
+"""(reconstruction, images), both [B, 3, H, W] in [-1, 1] -> scalar."""
 
-IMAGE_LOSSES: Mapping[str, ImageLoss] = MappingProxyType({"l1": F.l1_loss, "l2": F.mse_loss})
-
-CODEBOOK_WEIGHTS: Mapping[str, float] = MappingProxyType(
-    # codebook at 1 is LlamaGen's; commitment is the beta of VQ-VAE (arXiv 1711.00937)
-    {"codebook": 1.0, "commitment": 0.25}
-)
-DEFAULT_WEIGHTS: Mapping[str, float] = MappingProxyType({"l1": 0.0, "l2": 1.0, **CODEBOOK_WEIGHTS})
+# codebook at 1 is LlamaGen's; commitment is the beta of VQ-VAE (arXiv 1711.00937)
+CODEBOOK_WEIGHTS: Mapping[str, float] = {"codebook": 1.0, "commitment": 0.25}
+DEFAULT_WEIGHTS: Mapping[str, float] = {"l1": 0.0, "l2": 1.0, **CODEBOOK_WEIGHTS}
 """LlamaGen's, for a quantizer of kind `vq` or `simvq`."""
 
 
 def reconstruction_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
     """Mean absolute (`l1`) and mean squared (`l2`) error, in float32 or better."""
-    precision = torch.promote_types(images.dtype, torch.float32)
-    pair = reconstruction.to(precision), images.to(precision)
-    return {name: loss(*pair) for name, loss in IMAGE_LOSSES.items()}
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    x, y = reconstruction.to(dtype), images.to(dtype)
+    return {"l1": F.l1_loss(x, y), "l2": F.mse_loss(x, y)}
 
 
 def codebook_losses(vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-    """The two halves of VQ-VAE's equation 3, unweighted.
+    """VQ-VAE's equation 3 for vectors and their codes' vectors, both [n, D], unweighted.
 
-    Args:
-        vectors: [n, d], what the encoder gave.
-        chosen: [n, d], the codebook vectors in their place.
-
-    Returns:
-        `codebook` moves codes to vectors, `commitment` moves vectors to codes.
+    `codebook` moves codes to vectors, `commitment` moves vectors to codes.
     """
     return {
         "codebook": F.mse_loss(chosen, vectors.detach()),
@@ -53,15 +44,120 @@ def codebook_losses(vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
 def total_loss(
     terms: Mapping[str, Tensor], weights: Mapping[str, float] = DEFAULT_WEIGHTS
 ) -> Tensor:
-    """Weighted sum of named terms.
-
-    Raises:
-        ValueError: a term without a weight, or a weight without a term: a misspelt name must not
-            drop a loss in silence.
-    """
-    if terms.keys() != weights.keys():
-        unmatched = sorted(terms.keys() ^ weights.keys())
-        raise ValueError(
-            f"loss terms {sorted(terms)} and weights {sorted(weights)} differ in {unmatched}"
-        )
+    """The weighted sum of named terms; ValueError unless each term has a weight and vice versa."""
+    if unmatched := sorted(terms.keys() ^ weights.keys()):
+        raise ValueError(f"{unmatched}: expected the loss terms and their weights to have one name")
     return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+
+
+# --- LPIPS -----------------------------------------------------------------------------------
+
+VGG_FILE, LPIPS_FILE = "vgg16-397923af.pth", "weights-vgg16-lpips.pth"
+WEIGHTS = {
+    VGG_FILE: f"https://download.pytorch.org/models/{VGG_FILE}",
+    LPIPS_FILE: f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{LPIPS_FILE}",
+}
+TAPS = (3, 8, 15, 22, 29)  # VGG-16's ReLUs before each pooling, and the last
+
+
+class LPIPS(nn.Module):
+    """LPIPS (arXiv 1801.03924) of pairs of images [B, 3, H, W] in [-1, 1]: scalar, the mean.
+
+    Gradients flow to the images; the weights are frozen. H and W of at least 16.
+    """
+
+    def __init__(self) -> None:
+        from torchvision.models import vgg16
+
+        super().__init__()
+        self.features = vgg16(weights=None).features[: TAPS[-1] + 1]
+        self.lins = nn.ParameterList(
+            nn.Parameter(torch.empty(1, channels, 1, 1)) for channels in (64, 128, 256, 512, 512)
+        )
+        self.requires_grad_(False)
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        distance = torch.zeros((), device=images.device)
+        shift = images.new_tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+        scale = images.new_tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        x, y = ((image.float() - shift) / scale for image in (reconstruction, images))
+        for index, layer in enumerate(self.features):
+            x, y = layer(x), layer(y)  # the ReLUs work in place
+            if index in TAPS:
+                u, v = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (x, y))
+                squares = (u - v).square()  # [B, C, h, w]
+                distance = distance + F.conv2d(squares, self.lins[TAPS.index(index)]).mean()
+        return distance
+
+
+def load_perceptual_loss(folder: Path | None, device: torch.device) -> ImageLoss:
+    """LPIPS with its published weights, read as plain tensors.
+
+    Args:
+        folder: a torch.hub folder with `WEIGHTS` in its `checkpoints/`; None: torch's own
+            (`~/.cache/torch/hub`). A missing file is downloaded into it.
+        device: where to compute the features.
+
+    Raises ValueError where a file is missing and cannot be downloaded, or is damaged.
+    """
+    checkpoints = Path(folder or torch.hub.get_dir()) / "checkpoints"
+    for name, url in WEIGHTS.items():
+        if not (checkpoints / name).is_file():
+            try:
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                digest = "397923af" if name == VGG_FILE else None  # the start of its sha256
+                torch.hub.download_url_to_file(url, str(checkpoints / name), digest)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(
+                    f"the perceptual loss needs {' and '.join(WEIGHTS)} in {checkpoints}, and "
+                    f"{name} cannot be downloaded ({error}): put both there, or set "
+                    "perceptual_weight: 0"
+                ) from None
+    vgg, lins = (read_weights(checkpoints / name) for name in WEIGHTS)
+    used = {name: w for name, w in vgg.items() if name.startswith("features.")}
+    used |= {re.sub(r"lin(\d)\.model\.1\.weight", r"lins.\1", name): w for name, w in lins.items()}
+    with shapes_only():
+        model = LPIPS()
+    load_weights(model, used, str(checkpoints))
+    return model.eval().to(device)
+
+
+# --- the adversarial loss of VQGAN (arXiv 2012.09841) -----------------------------------------
+
+
+def make_discriminator(channels: int, width: int, n_layers: int) -> nn.Module:
+    """taming's PatchGAN (pix2pix, arXiv 1611.07004), initialised as there.
+
+    Images [B, channels, H, W] -> logits [B, 1, h, w] of patches, positive for real images.
+    `n_layers` halve the resolution after the first; H and W of at least `min_side(n_layers)`.
+    Raises ImportError where taming-transformers is not installed.
+    """
+    from tokenizer.vq import import_taming
+
+    module = import_taming("taming.modules.discriminator.model")
+    made: nn.Module = module.NLayerDiscriminator(channels, ndf=width, n_layers=n_layers)
+    return made.apply(module.weights_init)
+
+
+def min_side(n_layers: int) -> int:
+    """Pixels of a side that leave the discriminator one patch."""
+    return 3 * 2**n_layers  # the two 4 x 4 convolutions at the end remove one position each
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss on the logits of images and of reconstructions (arXiv 1705.02894)."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """|d reconstruction / d L| / (|d adversarial / d L| + 1e-4), at most 1e4 (VQGAN, eq. 7).
+
+    The losses are scalars, whose graphs are kept; L is the decoder's last weight. Returns a scalar
+    without gradient, of the images of all processes.
+    """
+    gradients = [
+        reduce_mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
+        for loss in (reconstruction, adversarial)
+    ]
+    ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)
+    return ratio.clamp(max=1e4).detach()

@@ -1,175 +1,232 @@
-"""Vectors -> codes -> vectors: the kinds of quantizer.
+"""Vectors -> codes -> vectors: VQ, SimVQ and IBQ.
 
-Letters: B batch, D codebook dimension, N codebook size, h and w the grid, n = B*h*w.
-
-A new kind is one class with what it does otherwise than `codebook.Quantizer`, one config in
-`config.py`, and one line in `QUANTIZERS`.
+Letters: B batch size, D codebook dimension, N codebook size, h and w the grid, n = B*h*w.
+A new kind is one subclass of `Quantizer`, one config in config.py, and one line in `QUANTIZERS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer.codebook import Choice, Quantizer, likeliest_codes, rows_at_once
+from moveimg.dist import broadcast_from_rank0, reduce_mean, reduce_sum
 from tokenizer.config import IBQQuantizerConfig, SimVQQuantizerConfig, VQQuantizerConfig
-from tokenizer.losses import codebook_losses
-from tokenizer.processes import from_first, mean
+from tokenizer.losses import CODEBOOK_WEIGHTS, codebook_losses
+
+MAX_SCORES = 2**24  # elements of the score matrix [n, N] in memory at once: 64 MiB in float32
 
 
-class VectorQuantizer(Quantizer):
-    """Nearest codebook vector (VQ-VAE, arXiv 1711.00937) with re-seeding of dead codes.
+class Quantized(NamedTuple):
+    """The result of a quantizer's training pass."""
 
-    A code that no vector chose for `reseed_after` training steps is put onto a vector of the
-    current batch. The record of use is never saved, and does not exist outside training. Where
-    several processes train, each sees the use of all and takes new vectors from the first one, so
-    that replicas stay equal. Parameters must be whole (not sharded) on each process.
+    vectors: Tensor  # [B, D, h, w]; its gradient reaches the encoder
+    codes: Tensor  # int64 [B, h*w], raster order
+    losses: dict[str, Tensor]  # unweighted scalars; `loss_weights` has a weight for each
+    stats: dict[str, Tensor]  # scalars to log
+
+
+class Quantizer(nn.Module):
+    """VQ (VQ-VAE, arXiv 1711.00937): nearest code vector, straight-through gradients, re-seeding.
+
+    A code that no vector chose for `reseed_after` training steps moves onto a vector of the batch.
+    With several processes usage is counted over all, and new vectors come from the first one, so
+    that replicas stay equal. Other kinds override what differs, and do not re-seed.
     """
 
-    def __init__(
-        self, config: VQQuantizerConfig, codebook_size: int, codebook_dim: int, l2_normalize: bool
-    ) -> None:
-        super().__init__(codebook_size, codebook_dim, l2_normalize)
-        self.config = config
+    loss_weights: Mapping[str, float] = CODEBOOK_WEIGHTS
+
+    def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:
+        super().__init__()
+        self.config, self.l2_normalize = config, l2_normalize
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        self.reseeds = isinstance(config, VQQuantizerConfig)
+        self.awaits_data = self.reseeds and config.init_from_data
         self.idle_steps: Tensor | None  # int64 [N], steps since each code was last chosen
         self.register_buffer("idle_steps", None, persistent=False)
-        self.awaits_data = config.init_from_data
         self.register_load_state_dict_post_hook(_keep_loaded_codebook)
 
-    def prepare(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Re-seed; `reseeded` is the number of codes moved."""
-        return {"reseeded": self._move_dead_codes(vectors)}
+    def codebook(self) -> Tensor:
+        """The code vectors [N, D] as compared and decoded, in float32 or better."""
+        return self._normalize(_at_least_float32(self.embedding.weight))
 
-    @torch.no_grad()
-    def record(self, counts: Tensor) -> None:
-        assert self.idle_steps is not None  # made by prepare
-        self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
+    def lookup(self, z: Tensor) -> Tensor:
+        """Codes int64 [B, h*w] in raster order of encoder outputs [B, D, h, w]."""
+        return self.assign(self._flatten(z), self.codebook()).view(z.shape[0], -1)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Vectors [..., D] of codes int64 [...]."""
+        return F.embedding(codes, self.codebook())
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantize z [B, D, h, w]; in training mode also re-seed unused codes."""
+        vectors, stats = self._flatten(z), {}  # [n, D]
+        reseeds = self.reseeds and self.training
+        if reseeds:  # before the codebook is read, so that autograd never sees a changed one
+            stats["reseeded"] = self._reseed(vectors.detach())
+        codebook = self.codebook()
+        quantized, codes, losses = self.quantize(vectors, codebook)
+        counts = codes.bincount(minlength=len(codebook))
+        counts = reduce_sum(counts) if self.training else counts
+        if reseeds and self.idle_steps is not None:
+            self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
+        b, _, h, w = z.shape
+        quantized = quantized.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous().to(z.dtype)
+        return Quantized(quantized, codes.view(b, h * w), losses, stats | code_statistics(counts))
+
+    def assign(self, vectors: Tensor, codebook: Tensor) -> Tensor:
+        """Codes int64 [n] of vectors [n, D]: the best score, the lowest index among equals."""
+        # autocast would round the scores to 8 bits of mantissa
+        with torch.autocast(vectors.device.type, enabled=False):
+            bias = self.score_bias(codebook)  # [N]
+            chunks = split_vectors(vectors, codebook)
+            return torch.cat([torch.addmm(bias, x, codebook.T).argmax(1) for x in chunks])
+
+    def score_bias(self, codebook: Tensor) -> Tensor:
+        """The bias of scores v.e + bias: |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2)."""
+        return codebook.square().sum(1) / -2
+
+    def quantize(
+        self, vectors: Tensor, codebook: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Quantized vectors [n, D] with gradients, codes [n] and losses, of vectors [n, D]."""
+        codes = self.assign(vectors.detach(), codebook.detach())
+        chosen = F.embedding(codes, codebook)  # [n, D]
+        return vectors + (chosen - vectors).detach(), codes, codebook_losses(vectors, chosen)
 
     def training_state(self) -> dict[str, Tensor | None]:
-        """How long each code was idle: not part of a tokenizer, but of when codes are moved."""
-        return {"idle_steps": self.idle_steps}
+        """State that resuming needs and a tokenizer file does not hold."""
+        return {"idle_steps": self.idle_steps} if self.reseeds else {}
 
     def load_training_state(self, state: Mapping[str, Tensor | None]) -> None:
-        idle = state["idle_steps"]
+        """Restore the state; other keys are ignored."""
+        idle = state.get("idle_steps")
         self.idle_steps = None if idle is None else idle.to(self.embedding.weight.device)
 
     @torch.no_grad()
-    def _move_dead_codes(self, vectors: Tensor) -> Tensor:
-        """Put unused codes onto vectors [n, D] of this batch; the number moved.
-
-        Runs before the codebook is read, so that autograd never sees a changed one.
-        """
+    def _reseed(self, vectors: Tensor) -> Tensor:
+        """Move unused codes onto vectors [n, D] of the batch; returns how many."""
         weight = self.embedding.weight
         if self.idle_steps is None:
             self.idle_steps = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
         if self.awaits_data:
             self.awaits_data = False
-            weight.copy_(_resample(vectors, len(weight)))
-            from_first(weight)
+            weight.copy_(_sample_rows(vectors, len(weight)))
+            broadcast_from_rank0(weight)
             return torch.zeros_like(self.idle_steps[0])
         limit = self.config.reseed_after or torch.iinfo(torch.int64).max
         dead = (self.idle_steps >= limit).nonzero().flatten()
-        if len(dead):
-            # the same codes are dead on every process, so all of them come here together
+        if len(dead):  # on every process alike
             chosen = torch.randperm(len(vectors), device=vectors.device)[: len(dead)]
             dead = dead[: len(chosen)]
             weight[dead] = vectors[chosen].to(weight.dtype)
             self.idle_steps[dead] = 0
-            from_first(weight)
-            from_first(self.idle_steps)
+            broadcast_from_rank0(weight)
+            broadcast_from_rank0(self.idle_steps)
         return torch.tensor(len(dead), device=weight.device)
+
+    def _flatten(self, z: Tensor) -> Tensor:
+        """[B, D, h, w] -> vectors [n, D] as compared, in float32 or better."""
+        return self._normalize(_at_least_float32(z).permute(0, 2, 3, 1).flatten(0, 2))
+
+    def _normalize(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=1) if self.l2_normalize else vectors
 
 
 class SimVectorQuantizer(Quantizer):
-    """SimVQ (arXiv 2411.02038): a frozen codebook C ~ N(0, 1/D) behind one learned linear map W.
+    """SimVQ (arXiv 2411.02038): nearest row of C W, C ~ N(0, 1/D) frozen, W [D, D] learned.
 
-    The nearest row of C W is chosen, with VQ-VAE's losses. W moves all codes at once, so that a
-    code is never left behind because nothing chose it.
+    W moves all codes at once. Its authors' code adds a bias to the paper's C W, which would shift
+    all codes alike; there is none here.
     """
 
-    def __init__(
-        self, _: SimVQQuantizerConfig, codebook_size: int, codebook_dim: int, l2_normalize: bool
-    ) -> None:
-        super().__init__(codebook_size, codebook_dim, l2_normalize)
+    def __init__(self, config: SimVQQuantizerConfig, size: int, dim: int, *more: Any) -> None:
+        super().__init__(config, size, dim, *more)
         self.embedding.requires_grad_(False)
-        self.projection = nn.Linear(codebook_dim, codebook_dim, bias=False)
+        self.projection = nn.Linear(dim, dim, bias=False)
 
     def codebook(self) -> Tensor:
-        frozen, w = self.embedding.weight, self.projection.weight
-        precision = torch.promote_types(w.dtype, torch.float32)
+        c, w = self.embedding.weight, self.projection.weight
         with torch.autocast(w.device.type, enabled=False):
-            return self._normalized(F.linear(frozen.to(precision), w.to(precision)))
+            return self._normalize(F.linear(_at_least_float32(c), _at_least_float32(w)))
 
 
 class IndexQuantizer(Quantizer):
-    """IBQ, index back-propagation (arXiv 2412.02692).
+    """IBQ (arXiv 2412.02692): the largest dot product, with a gradient to every code.
 
-    p = softmax(C z), and the code is its largest entry. quantized = C^T (onehot - sg(p) + p), with
-    sg the stop of gradients: its value is the chosen vector, its gradient goes through p to z and
-    to *every* code. Losses: `double` (quantized - z)^2, moving both sides through p; the two halves
-    of VQ-VAE's; and `entropy` at temperature t, E[H(p_t)] - H(E[p_t]): each vector decided, all
-    codes used. H(E[p]) is of all vectors of the batch, on all processes.
+    Ind = onehot(argmax p) + (p - sg[p]) with p = softmax(v C^T), and z_q = Ind^T C. The entropy
+    loss E[H(p_t)] - H(E[p_t]), with p_t of temperature t, makes single choices sure and their mean
+    even; the mean is over the vectors of all processes.
     """
 
-    def __init__(
-        self, config: IBQQuantizerConfig, codebook_size: int, codebook_dim: int, l2_normalize: bool
-    ) -> None:
-        super().__init__(codebook_size, codebook_dim, l2_normalize)
-        self.config = config
-        # VQ-VAE's two halves are weighed the other way round than there, as the authors' code does
-        self.loss_weights = {
-            "codebook": 0.25,
-            "commitment": 1.0,
-            "double": 1.0,
-            "entropy": config.entropy_weight,
-        }
+    def __init__(self, config: IBQQuantizerConfig, *sizes: Any) -> None:
+        super().__init__(config, *sizes)
+        # VQ-VAE's two weights are swapped, as in the authors' code
+        self.loss_weights = {"codebook": 0.25, "commitment": 1.0, "double": 1.0}
+        self.loss_weights["entropy"] = config.entropy_weight
 
-    def assign(self, vectors: Tensor, codebook: Tensor) -> Tensor:
-        return likeliest_codes(vectors, codebook)
+    def score_bias(self, codebook: Tensor) -> Tensor:
+        return codebook.new_zeros(len(codebook))
 
-    def choose(self, vectors: Tensor, codebook: Tensor) -> Choice:
-        parts = vectors.split(rows_at_once(codebook))
-        # more than one part: too much to keep for the backward pass, so it is computed again there
-        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    def quantize(
+        self, vectors: Tensor, codebook: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        chunks, choose = split_vectors(vectors, codebook), self._choose
+        if len(chunks) > 1:  # too much to keep for the backward pass: computed again there
+            choose = partial(checkpoint, choose, use_reentrant=False, preserve_rng_state=False)
         with torch.autocast(vectors.device.type, enabled=False):
-            results = [
-                self._soft(part, codebook)
-                if len(parts) == 1
-                else checkpoint(self._soft, part, codebook, **again)
-                for part in parts
-            ]
-            soft, codes, usage, undecided = zip(*results, strict=True)
-            expected = torch.cat(soft)  # [n, D]
-            index = torch.cat(codes)  # [n]
+            results = [choose(chunk, codebook) for chunk in chunks]
+            soft, codes, usage, entropy = zip(*results, strict=True)
+            expected, index = torch.cat(soft), torch.cat(codes)  # [n, D], [n]
             chosen = F.embedding(index, codebook)  # [n, D]
-            # the value is `chosen` to the bit; C as a value is moved by the chosen row alone
-            quantized = chosen + (expected - expected.detach())
-            mean_usage = mean(torch.stack(usage).sum(0) / len(vectors))  # [N]
-            # 1e-5: an unused code has a finite gradient
-            spread = -(mean_usage * (mean_usage + 1e-5).log()).sum()
-            losses = {
-                **codebook_losses(vectors, chosen),
-                "double": F.mse_loss(quantized, vectors),
-                "entropy": torch.stack(undecided).sum() / len(vectors) - spread,
-            }
-        return Choice(quantized, index, losses)
+            quantized = chosen + (expected - expected.detach())  # the value is `chosen` to the bit
+            mean_usage = reduce_mean(torch.stack(usage).sum(0) / len(vectors))  # [N]
+            # 1e-5 keeps the gradient of an unused code finite
+            usage_entropy = -(mean_usage * (mean_usage + 1e-5).log()).sum()
+            losses = codebook_losses(vectors, chosen)
+            losses["double"] = F.mse_loss(quantized, vectors)
+            losses["entropy"] = torch.stack(entropy).sum() / len(vectors) - usage_entropy
+        return quantized, index, losses
 
-    def _soft(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _choose(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For vectors [m, D]: p C [m, D], codes [m], sum of p_t [N], sum of H(p_t) []."""
         scores = vectors @ codebook.T  # [m, N]
         expected = scores.softmax(1) @ codebook.detach()
-        sharp = (scores / self.config.entropy_temperature).log_softmax(1)
-        p = sharp.exp()
-        return expected, scores.argmax(1), p.sum(0), -(p * sharp).sum()
+        log_p = (scores / self.config.entropy_temperature).log_softmax(1)
+        p = log_p.exp()
+        return expected, scores.argmax(1), p.sum(0), -(p * log_p).sum()
 
 
-def _resample(vectors: Tensor, count: int) -> Tensor:
-    """`count` rows out of vectors [n, D], each once before any twice, slightly shaken apart."""
+QUANTIZERS: dict[str, Callable[[Any, int, int, bool], Quantizer]] = {
+    "vq": Quantizer,
+    "simvq": SimVectorQuantizer,
+    "ibq": IndexQuantizer,
+}
+
+
+def code_statistics(counts: Tensor) -> dict[str, Tensor]:
+    """How evenly codes are used, from the number of times each occurred [N].
+
+    `usage` is the fraction that occurred; `perplexity` exp of the entropy of the frequencies.
+    """
+    frequency = counts.float() / counts.sum().clamp(min=1)  # [N]
+    entropy = -torch.special.xlogy(frequency, frequency).sum()
+    return {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
+
+
+def split_vectors(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+    """Vectors [n, D] in chunks whose scores fit into memory."""
+    return vectors.split(max(1, MAX_SCORES // len(codebook)))
+
+
+def _sample_rows(vectors: Tensor, count: int) -> Tensor:
+    """`count` rows of vectors [n, D], each once before any twice, plus a little noise."""
     rounds = -(-count // len(vectors))
     order = [torch.randperm(len(vectors), device=vectors.device) for _ in range(rounds)]
     chosen = vectors[torch.cat(order)[:count]]
@@ -177,12 +234,8 @@ def _resample(vectors: Tensor, count: int) -> Tensor:
 
 
 def _keep_loaded_codebook(module: nn.Module, _: object) -> None:
-    assert isinstance(module, VectorQuantizer)
-    module.awaits_data = False
+    module.awaits_data = False  # type: ignore[assignment]
 
 
-QUANTIZERS: dict[str, Callable[[Any, int, int, bool], Quantizer]] = {
-    "vq": VectorQuantizer,
-    "simvq": SimVectorQuantizer,
-    "ibq": IndexQuantizer,
-}
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

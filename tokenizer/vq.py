@@ -1,37 +1,61 @@
-"""The convolutional VQ tokenizer of LlamaGen (arXiv 2406.06525), after VQGAN (arXiv 2012.09841).
+"""The autoencoders: LlamaGen's (arXiv 2406.06525), and taming-transformers' by its own modules.
 
 Names of modules and parameters are those of LlamaGen's checkpoints, so its weights load unchanged.
-Letters: B batch, C channels, h and w the current resolution.
+Letters: B batch size, C channels, h and w the current resolution.
 """
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
-from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenizer.base import AutoencoderTokenizer
-from tokenizer.config import VQConfig
-from tokenizer.quantizers import QUANTIZERS
+from tokenizer.config import TamingConfig, VQConfig, VQQuantizerConfig
+from tokenizer.quantizers import QUANTIZERS, Quantizer
 
 
 class VQTokenizer(AutoencoderTokenizer):
-    """The tokenizer of kind `vq`.
-
-    >>> tokenizer = VQTokenizer(VQConfig(width=32)).freeze()
-    >>> images = tokenizer.decode(tokenizer.encode(images))
-    """
+    """The tokenizer of kind `vq`."""
 
     config: VQConfig
 
     def __init__(self, config: VQConfig) -> None:
-        quantize = QUANTIZERS[config.quantizer.kind](
-            config.quantizer, config.codebook_size, config.codebook_dim, config.l2_normalize
-        )
+        sizes = config.codebook_size, config.codebook_dim, config.l2_normalize
+        quantize = QUANTIZERS[config.quantizer.kind](config.quantizer, *sizes)
         super().__init__(config, Encoder(config), Decoder(config), quantize)
+
+
+class TamingTokenizer(AutoencoderTokenizer):
+    """The tokenizer of kind `taming`: a VQGAN of taming-transformers, imported when it is built."""
+
+    config: TamingConfig
+
+    def __init__(self, config: TamingConfig) -> None:
+        layers = import_taming("taming.modules.diffusionmodules.model")
+        settings = config.model_dump(exclude={"kind", "n_embed", "embed_dim"})
+        encoder = layers.Encoder(**settings)
+        with redirect_stdout(io.StringIO()):  # its constructor prints
+            decoder = layers.Decoder(**settings)
+        sizes = config.n_embed, config.embed_dim, False
+        quantize = Quantizer(VQQuantizerConfig(), *sizes)
+        super().__init__(config, encoder, decoder, quantize)
+
+
+def import_taming(name: str) -> Any:
+    """A module of taming-transformers; ImportError with the package to install."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} needs the package taming-transformers-rom1504: {error}"
+        ) from None
 
 
 class Encoder(nn.Module):
@@ -39,15 +63,16 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        channels = config.channels
         self.conv_in = _conv3(config.in_channels, config.width)
         self.conv_blocks = nn.Sequential()
-        last = len(config.channels) - 1
-        for level, (before, after) in enumerate(pairwise((config.width, *config.channels))):
+        for level, (before, after) in enumerate(pairwise((config.width, *channels))):
             blocks = [before] + [after] * config.n_res_blocks
-            self.conv_blocks.append(EncoderLevel(config, blocks, lowest=level == last))
+            last = level == len(channels) - 1
+            self.conv_blocks.append(Level(config, blocks, last, last, "downsample"))
         self.mid = _middle(config)
-        self.norm_out = _norm(config, config.channels[-1])
-        self.conv_out = _conv3(config.channels[-1], config.z_channels)
+        self.norm_out = _norm(config, channels[-1])
+        self.conv_out = _conv3(channels[-1], config.z_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.mid(self.conv_blocks(self.conv_in(images)))  # [B, channels[-1], h, w]
@@ -59,69 +84,49 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        self.conv_in = _conv3(config.z_channels, config.channels[-1])
+        channels = config.channels[::-1]  # lowest resolution first
+        self.conv_in = _conv3(config.z_channels, channels[0])
         self.mid = _middle(config)
-        self.conv_blocks = nn.Sequential()  # lowest resolution first
-        last = len(config.channels) - 1
-        rising = config.channels[::-1]
-        for level, (before, after) in enumerate(pairwise((rising[0], *rising))):
+        self.conv_blocks = nn.Sequential()
+        for level, (before, after) in enumerate(pairwise((channels[0], *channels))):
             blocks = [before] + [after] * (config.n_res_blocks + 1)
-            self.conv_blocks.append(
-                DecoderLevel(config, blocks, lowest=level == 0, highest=level == last)
-            )
-        self.norm_out = _norm(config, config.channels[0])
-        self.conv_out = _conv3(config.channels[0], config.in_channels)
+            last = level == len(channels) - 1
+            self.conv_blocks.append(Level(config, blocks, level == 0, last, "upsample"))
+        self.norm_out = _norm(config, channels[-1])
+        self.conv_out = _conv3(channels[-1], config.in_channels)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_blocks(self.mid(self.conv_in(z)))  # [B, channels[0], H, W]
+        x = self.conv_blocks(self.mid(self.conv_in(z)))  # [B, channels[-1], H, W]
         return self.conv_out(_swish(self.norm_out(x)))  # [B, C, H, W]
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the lowest one."""
+    """Residual blocks of one resolution, attention after each if it is the lowest, a resampling."""
 
-    def __init__(self, config: VQConfig, channels: Sequence[int], lowest: bool) -> None:
+    def __init__(
+        self, config: VQConfig, channels: list[int], lowest: bool, last: bool, resampling: str
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(config, a, b) for a, b in pairwise(channels))
-        self.attn = nn.ModuleList(
-            AttentionBlock(config, b) for b in channels[1:] if lowest and config.attention
-        )
+        attention = channels[1:] if lowest and config.attention else []
+        self.attn = nn.ModuleList(AttentionBlock(config, c) for c in attention)
+        c = channels[-1]
+        steps: dict[str, nn.Module]
+        if resampling == "downsample":  # VQGAN's weights expect padding right and bottom only
+            steps = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(c, c, 3, stride=2)}
+        else:
+            steps = {"nearest": nn.Upsample(scale_factor=2), "conv": _conv3(c, c)}
+        if last:  # made all the same, so that a seed keeps giving the same weights
+            steps = {}
+        self.resampling = resampling
+        self.add_module(resampling, nn.Sequential(OrderedDict(steps)))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, res in enumerate(self.res):
             x = res(x)
             if self.attn:
                 x = self.attn[index](x)
-        return x
-
-
-class EncoderLevel(Level):
-    """A level that ends by halving the resolution, unless it is the lowest."""
-
-    def __init__(self, config: VQConfig, channels: Sequence[int], lowest: bool) -> None:
-        super().__init__(config, channels, lowest)
-        c = channels[-1]
-        # padded on the right and at the bottom only, as VQGAN's weights expect
-        steps = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
-        self.downsample = nn.Identity() if lowest else nn.Sequential(steps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(super().forward(x))
-
-
-class DecoderLevel(Level):
-    """A level that ends by doubling the resolution, unless it is the highest."""
-
-    def __init__(
-        self, config: VQConfig, channels: Sequence[int], lowest: bool, highest: bool
-    ) -> None:
-        super().__init__(config, channels, lowest)
-        c = channels[-1]
-        steps = OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=_conv3(c, c))
-        self.upsample = nn.Identity() if highest else nn.Sequential(steps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(super().forward(x))
+        return self.get_submodule(self.resampling)(x)
 
 
 class ResidualBlock(nn.Module):
@@ -148,10 +153,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, config: VQConfig, channels: int) -> None:
         super().__init__()
         self.norm = _norm(config, channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -169,7 +171,7 @@ def _swish(x: Tensor) -> Tensor:
 
 def _middle(config: VQConfig) -> nn.Sequential:
     c = config.channels[-1]
-    # without attention its place stays, so that names do not depend on it
+    # without attention an Identity keeps the names of the modules
     attention = AttentionBlock(config, c) if config.attention else nn.Identity()
     return nn.Sequential(ResidualBlock(config, c, c), attention, ResidualBlock(config, c, c))
 

@@ -1,9 +1,8 @@
 """The parts of the web demo (apps/demo.py).
 
-serving: turns.py (who may compute now), models.py (which models are in memory), guard.py (what is
-    let through to the server at all)
-doing: drawing.py (rows of pictures), looking.py (the bank's maps, reconstruction), gallery.py
-    (pictures as HTML, PNG and zip)
-showing: handlers.py (what the page's buttons call), api.py (the named endpoints), page.py (layout),
-    style.css, script.js, texts.py
+requests: what the page and the API may ask for    models: which models are in memory
+queue: who may compute now                          jobs: rows of images, drawn code by code
+analysis: bank maps and reconstruction              html: images and status lines as HTML
+handlers: jobs as the page's buttons                api: jobs as named endpoints
+page: the layout, with the .css and .js files       server, guard: which requests are served
 """

@@ -2,193 +2,133 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
-from apps.demo_parts import drawing, looking
-from apps.demo_parts.drawing import Frame, Row
-from apps.demo_parts.gallery import metadata, picture_uri
-from apps.demo_parts.handlers import Handlers, words
-from apps.demo_parts.turns import Waiting
+from apps.demo_parts import analysis, html, jobs
+from apps.demo_parts.handlers import Handlers, explain, once
+from apps.demo_parts.jobs import Row
+from apps.demo_parts.queue import Job, Waiting
+from apps.demo_parts.requests import ENDPOINTS, Search, parse_call
+from moveimg.pipeline import search_names
 
-MAX_FOUND = 1000  # classes in one answer
+MAX_CLASSES = 1000  # in one answer of /classes
 
 
 class Api:
-    """The endpoints of one demo; each method is one, and raises gr.Error with a message."""
+    """The endpoints of one demo; call_NAME answers a request to /NAME."""
 
     def __init__(self, handlers: Handlers) -> None:
         self.handlers, self.models = handlers, handlers.models
 
-    async def generate(
-        self,
-        request: gr.Request,
-        class_name: str = "",
-        num: int = 1,
-        seed: int | None = None,
-        model: str = "",
-        cfg_scale: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        cfg_schedule: str | None = None,
-        bank: bool = True,
-    ) -> dict:
-        """Pictures of a class; settings left out are the model's own."""
+    def endpoint(self, name: str) -> Callable[..., Any]:
+        """Return the function of a named endpoint, with a parameter per field of its request."""
+        kind = ENDPOINTS[name]
 
-        def plan() -> list[Row]:
-            about = self.models.describe(model)
-            given = {
-                "cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k,
-                "top_p": top_p, "cfg_schedule": cfg_schedule, "bank": bank,
-            }  # fmt: skip
-            if not bank and not about.has_bank:
-                raise ValueError(f"{about.name} has no value memory that could be turned off")
-            return [drawing.row_of(about, _class(class_name), num, seed, **given)]
+        async def call(*values: Any) -> Any:
+            try:
+                request = parse_call(name, {"data": values})
+                return await getattr(self, f"call_{name}")(request)
+            except Exception as error:
+                raise gr.Error(explain(error), print_exception=False) from None
 
-        return (await self._rows(request, plan))[0]
+        word = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [
+            inspect.Parameter(key, word, default=field.default, annotation=field.annotation)
+            for key, field in kind.model_fields.items()
+        ]
+        signature = inspect.Signature(parameters, return_annotation=dict)
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": dict}
+        call.__doc__ = kind.__doc__
+        return call
 
-    async def vary_guidance(
-        self, request: gr.Request, class_name: str = "", scales: list[float] | None = None,
-        num: int = 2, seed: int | None = None, model: str = "",
-    ) -> dict:  # fmt: skip
-        """The same seeds at several values of guidance."""
+    async def call_generate(self, request: Any) -> dict[str, Any]:
+        return (await self._draw(lambda: [jobs.make_row(self.models, request)]))[0]
 
-        def plan() -> list[Row]:
-            drawing.check_count(num, drawing.MAX_STRIP)
-            row = drawing.row_of(self.models.describe(model), _class(class_name), num, seed)
-            return drawing.vary_guidance(row, scales)
+    async def call_vary_guidance(self, request: Any) -> dict[str, Any]:
+        row = jobs.make_row(self.models, request)
+        return {"rows": await self._draw(lambda: jobs.vary_guidance(row, request.scales))}
 
-        return {"rows": await self._rows(request, plan)}
+    async def call_compare(self, request: Any) -> dict[str, Any]:
+        names = request.models or (self.models.names * 2)[:2]
+        row = jobs.make_row(self.models, request.model_copy(update={"model": names[0]}))
+        other = self.models.describe(names[1])
+        return {"rows": await self._draw(lambda: jobs.compare_models(row, other, self.models))}
 
-    async def compare(
-        self, request: gr.Request, class_name: str = "", models: list[str] | None = None,
-        num: int = 2, seed: int | None = None,
-    ) -> dict:  # fmt: skip
-        """The same classes and seeds by two models."""
-
-        def plan() -> list[Row]:
-            names = models or self.models.names[:2]
-            if len(names) != 2:
-                raise ValueError(f"models {names}: expected two of {', '.join(self.models.names)}")
-            drawing.check_count(num, drawing.MAX_STRIP)
-            row = drawing.row_of(self.models.describe(names[0]), _class(class_name), num, seed)
-            return drawing.beside(row, self.models.describe(names[1]), self.models)
-
-        return {"rows": await self._rows(request, plan)}
-
-    async def memory(
-        self, request: gr.Request, class_name: str = "", seed: int | None = None, model: str = ""
-    ) -> dict:
-        """A picture, and where each layer leans on the bank in it."""
+    async def call_memory(self, request: Any) -> dict[str, Any]:
+        info = self.models.describe(request.model)
+        if not info.has_bank:
+            raise ValueError(f"{info.name} has no value memory, so there is nothing to map")
+        row = await asyncio.to_thread(jobs.make_row, self.models, request)
 
         def job(stop: threading.Event) -> Iterator[Any]:
-            about = self.models.describe(model)
-            row = drawing.row_of(about, _class(class_name), 1, seed)
-            frame: Frame | None = None
-            for item in drawing.draw([row], self.models, stop):
-                frame = item
-                yield None
-            if frame is not None and frame.ended == "done":
-                drawn = frame.rows[0]
-                for _, layers in looking.bank_of(drawn, self.models):
-                    yield self._answer(drawn, frame.pictures[0]), layers
+            for frame in jobs.draw([row], self.models, stop):
+                if frame is None or frame.ended != "done":
+                    yield None
+                else:
+                    yield analysis.map_bank(frame.rows[0], self.models)
 
-        picture, layers = await self._last(request, job)
-        return {
-            "image": picture["images"][0],
-            "layers": [
-                {
-                    "layer": m.layer, "share": _grid(m.share), "gates": _grid(m.gates),
-                    "g_0": m.g_0, "slots": m.slots,
-                }
-                for m in layers
-            ],
-        }  # fmt: skip
+        image, layers = await self._last(job)
+        maps = [m | {"share": _grid(m["share"]), "gates": _grid(m["gates"])} for m in layers]
+        return {"image": self._answer(row, [image])["images"][0], "layers": maps}
 
-    async def reconstruct(self, request: gr.Request, image: str, model: str = "") -> dict:
-        """An image through a model's tokenizer and back."""
+    async def call_reconstruct(self, request: Any) -> dict[str, Any]:
+        r = await self._last(once(analysis.reconstruct, request.image, request.model, self.models))
+        psnr = None if np.isinf(r.psnr) else r.psnr
+        image = html.image_uri(r.after, {})
+        return {"mse": r.mse, "psnr": psnr, "codes": r.codes.tolist(), "image": image}
 
-        def job(stop: threading.Event) -> Iterator[Any]:
-            return looking.reconstruct(looking.read_upload(image), model, self.models)
+    async def call_classes(self, request: Search) -> list[dict[str, Any]]:
+        names, part = self.models.describe(request.model).class_names, request.search.strip()
+        labels = await asyncio.to_thread(search_names, names, part)
+        if part.isdecimal() and int(part) < len(names):
+            labels = sorted({*labels, int(part)})
+        return [{"index": label, "name": names[label]} for label in labels[:MAX_CLASSES]]
 
-        result = await self._last(request, job)
-        return {
-            "mse": result.mse,
-            "psnr": None if np.isinf(result.psnr) else result.psnr,
-            "codes": result.codes.tolist(),
-            "image": picture_uri(result.after, {}),
-        }
-
-    def classes(self, search: str = "", model: str = "") -> list[dict]:
-        """The classes whose name contains `search`, and the one with that index."""
-        from moveimg.pipeline import search_names
-
-        try:
-            names = self.models.describe(model).class_names
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        found = search_names(names, search.strip())
-        if search.strip().isdecimal() and len(search) < 9 and int(search) < len(names):
-            found = sorted({*found, int(search)})
-        return [{"index": i, "name": names[i]} for i in found[:MAX_FOUND]]
-
-    def list_models(self) -> list[dict]:
-        """The models on offer; the first is the default."""
+    async def call_models(self, request: Any) -> list[dict[str, Any]]:
         return [
             {
-                "name": about.name, "classes": len(about.class_names), "grid": list(about.grid),
-                "settings": about.settings, "bank": about.has_bank,
+                "name": info.name, "classes": len(info.class_names), "bank": info.has_bank,
+                "grid": list(info.config.grid), "settings": info.sampling.model_dump(),
             }
-            for about in self.models.about.values()
+            for info in self.models.infos.values()
         ]  # fmt: skip
 
-    async def _rows(self, request: gr.Request, plan: Callable[[], list[Row]]) -> list[dict]:
-        def job(stop: threading.Event) -> Iterator[Frame | None]:
-            return drawing.draw(plan(), self.models, stop)
+    async def _draw(self, plan: Callable[[], list[Row]]) -> list[dict[str, Any]]:
+        rows = await asyncio.to_thread(plan)
+        frame = await self._last(lambda stop: jobs.draw(rows, self.models, stop))
+        return [self._answer(*pair) for pair in zip(frame.rows, frame.images, strict=True)]
 
-        frame = await self._last(request, job)
-        return [
-            self._answer(row, pictures)
-            for row, pictures in zip(frame.rows, frame.pictures, strict=True)
-        ]
-
-    async def _last(
-        self, request: gr.Request, job: Callable[[threading.Event], Iterator[Any]]
-    ) -> Any:
-        """What a job yields last. gr.Error where it fails or is stopped."""
+    async def _last(self, job: Job[Any]) -> Any:
+        """Return the last item of a job. Raises ValueError if it was stopped."""
         result = None
-        try:
-            stream: AsyncGenerator[Any] = self.handlers.run(request, job)
-            async with aclosing(stream) as items:
-                async for item in items:
-                    if not isinstance(item, Waiting):
-                        result = item
-        except Exception as error:
-            raise gr.Error(words(error), print_exception=False) from None
-        if result is None or getattr(result, "ended", "done") != "done":
-            raise gr.Error("stopped", print_exception=False)
+        async with aclosing(self.handlers.run(job)) as items:
+            async for item in items:
+                result = item
+        if (
+            result is None
+            or isinstance(result, Waiting)
+            or getattr(result, "ended", "") == "stopped"
+        ):
+            raise ValueError("stopped")
         return result
 
-    def _answer(self, row: Row, pictures: list) -> dict:
-        names = self.models.describe(row.model).class_names
-        images = []
-        for i, picture in enumerate(pictures):
-            meta = metadata(row, i, names)
-            about = {key: meta[key] for key in ("class", "class_name", "seed")}
-            images.append(about | {"png": picture_uri(picture, meta)})
-        answer = {"model": row.model, "settings": row.settings.model_dump(), "images": images}
-        return answer | {"bank": row.bank}
-
-
-def _class(given: Any) -> str | int | None:
-    """None, for random classes, where nothing is given."""
-    return None if given is None or not str(given).strip() else given
+    def _answer(self, row: Row, images: list[Any]) -> dict[str, Any]:
+        names, answers = self.models.describe(row.model).class_names, []
+        for i, image in enumerate(images):
+            meta = html.metadata(row, i, names)
+            keys = {key: meta[key] for key in ("class", "class_name", "seed")}
+            answers.append(keys | {"png": html.image_uri(image, meta)})
+        settings = row.settings.model_dump()
+        return {"model": row.model, "settings": settings, "bank": row.bank, "images": answers}
 
 
 def _grid(values: np.ndarray) -> list[list[float | None]]:

@@ -1,59 +1,36 @@
-"""The models on offer: named without their paths, described without loading, loaded when used."""
+"""The models on offer: named without their paths, described before loading, loaded when used."""
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from moveimg.pipeline import Pipeline
+from moveimg.checkpoint import read_class_names, read_model_config, read_sampling
+from moveimg.config import ModelConfig, SamplingSettings
+from moveimg.errors import describe
+from moveimg.inspect import without_bank
+from moveimg.pipeline import Pipeline, resolve
 
 LOG = logging.getLogger("moveimg.demo")
-BUNDLED = Path(__file__).parents[2] / "moveimg" / "bundled"
 
 
 @dataclass(frozen=True)
-class About:
-    """What the page needs to know of a model before it is loaded.
-
-    Attributes:
-        name: what visitors see; never a path.
-        class_names: of every label.
-        settings: the model's own sampling settings, by name.
-        grid: rows and columns of codes.
-        codebook_size: codes are in 0..codebook_size-1.
-        has_bank: whether it has a value memory.
-    """
+class ModelInfo:
+    """What the page shows of a model before it is loaded; `name` is never a path."""
 
     name: str
+    directory: Path
+    config: ModelConfig
     class_names: list[str]
-    settings: dict[str, Any]
-    grid: tuple[int, int]
-    codebook_size: int
-    has_bank: bool
+    sampling: SamplingSettings
 
-
-def describe(name: str, directory: Path) -> About:
-    """Read a model directory's JSON files; torch is not needed for that.
-
-    Raises ValueError naming the model if one is missing or damaged.
-    """
-    try:
-        files = [
-            json.loads((directory / f"{part}.json").read_text(encoding="utf-8"))
-            for part in ("config", "classes", "sampling")
-        ]
-        config, classes, settings = files[0]["model"], files[1], files[2]
-        has_bank = config.get("memory", {}).get("kind", "none") != "none"
-        grid = (int(config["grid"][0]), int(config["grid"][1]))
-        return About(name, list(classes), settings, grid, int(config["codebook_size"]), has_bank)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model {name!r} cannot be read ({error!r})") from None
+    @property
+    def has_bank(self) -> bool:
+        return self.config.memory.kind != "none"
 
 
 class Models:
@@ -61,10 +38,10 @@ class Models:
 
     Args:
         names_or_paths: as for Pipeline.from_pretrained.
-        keep: most models in memory.
+        keep: how many models may be in memory.
         device, dtype: as for Pipeline.from_pretrained.
 
-    Raises ValueError or FileNotFoundError for a model that is not there or is damaged.
+    Raises ValueError or FileNotFoundError for a model that is missing or damaged.
     """
 
     def __init__(
@@ -75,72 +52,63 @@ class Models:
         dtype: str | None = None,
     ) -> None:
         self.keep, self.device, self.dtype = keep, device, dtype
-        self._where: dict[str, Path] = {}
-        self.about: dict[str, About] = {}
-        for given in names_or_paths:
-            directory = _find(given)
-            name = _unused(Path(given).name or directory.name, self._where)
-            self._where[name] = directory
-            self.about[name] = describe(name, directory)
-        self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
+        self.infos: dict[str, ModelInfo] = {}
+        for item in names_or_paths:
+            path = resolve(item)
+            name = base = Path(item).name or path.resolve().name
+            while name in self.infos:
+                name = f"{base} ({len(self.infos)})"
+            config, names = read_model_config(path), read_class_names(path)
+            if len(names) != config.n_classes:
+                raise ValueError(
+                    f"{path / 'classes.json'}: expected {config.n_classes} class names"
+                )
+            self.infos[name] = ModelInfo(name, path, config, names, read_sampling(path))
+        self._pipelines: OrderedDict[str, dict[bool, Pipeline]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def names(self) -> list[str]:
-        return list(self.about)
+        return list(self.infos)
 
-    def describe(self, name: str | None) -> About:
-        """A model by name; the first where none is given. ValueError for one not on offer."""
-        if not name:
-            return self.about[self.names[0]]
-        if name not in self.about:
-            raise ValueError(f"model {name!r}: expected one of {', '.join(self.names)}")
-        return self.about[name]
-
-    def comparable(self, name: str | None) -> list[str]:
-        """The other models that know the same classes."""
-        mine = self.describe(name)
-        others = (about for about in self.about.values() if about.name != mine.name)
-        return [about.name for about in others if about.class_names == mine.class_names]
-
-    def get(self, name: str | None) -> Pipeline:
-        """The pipeline of a model, loaded if need be."""
-        name = self.describe(name).name
-        with self._lock:
-            if name not in self._loaded:
-                from moveimg.pipeline import Pipeline
-
-                while len(self._loaded) >= self.keep:  # out before in: both may not fit
-                    self._loaded.popitem(last=False)
-                try:
-                    self._loaded[name] = Pipeline.from_pretrained(
-                        self._where[name], device=self.device, dtype=self.dtype
-                    )
-                except (OSError, ValueError) as error:  # names files of the server: for its log
-                    LOG.error("%s: %s", name, error)
-                    raise ValueError(
-                        f"model {name!r} cannot be loaded; the server's log says why"
-                    ) from None
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
-
+    @property
     def loaded(self) -> list[str]:
         """Names of the models in memory, least recently used first."""
-        return list(self._loaded)
+        return list(self._pipelines)
 
+    def describe(self, name: str | None = None) -> ModelInfo:
+        """Return a model by name, or the first one. Raises ValueError for an unknown name."""
+        name = name or self.names[0]
+        if name not in self.infos:
+            raise ValueError(f"model {name[:60]!r}: expected one of {', '.join(self.names)}")
+        return self.infos[name]
 
-def _find(given: str) -> Path:
-    """The directory of a model; names that are not here yet are downloaded, as the library does."""
-    for path in (Path(given), BUNDLED / given):
-        if (path / "config.json").is_file():
-            return path
-    from moveimg.pipeline import resolve
+    def comparable(self, name: str | None = None) -> list[str]:
+        """Names of the other models that have the same classes."""
+        this = self.describe(name)
+        same = (info for info in self.infos.values() if info.class_names == this.class_names)
+        return [info.name for info in same if info is not this]
 
-    return resolve(given)
+    def get(self, name: str | None = None, bank: bool = True) -> Pipeline:
+        """Load a model if it is not in memory; `bank=False` zeroes the slots of its memory."""
+        info = self.describe(name)
+        with self._lock:
+            if info.name not in self._pipelines:
+                while len(self._pipelines) >= self.keep:  # first, since both may not fit
+                    self._pipelines.popitem(last=False)
+                self._pipelines[info.name] = {True: self._load(info)}
+            self._pipelines.move_to_end(info.name)
+            variants = self._pipelines[info.name]
+            if bank not in variants:
+                variants[bank] = copy.copy(variants[True])
+                variants[bank].generator = without_bank(variants[True].generator)
+            return variants[bank]
 
-
-def _unused(name: str, taken: dict[str, Path]) -> str:
-    free, number = name, 2
-    while free in taken:
-        free, number = f"{name} ({number})", number + 1
-    return free
+    def _load(self, info: ModelInfo) -> Pipeline:
+        try:
+            return Pipeline.from_pretrained(info.directory, device=self.device, dtype=self.dtype)
+        except (OSError, ValueError) as error:  # names the server's files: for its log alone
+            LOG.error("%s: %s", info.name, describe(error))
+            raise ValueError(
+                f"model {info.name!r} cannot be loaded; the server's log says why"
+            ) from None

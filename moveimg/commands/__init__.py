@@ -1,5 +1,10 @@
-"""The commands of `moveimg`, a file for each kind of job.
+"""The commands of `moveimg`, a file for each panel of its help; importing a file registers them.
 
-Thin: options in, one call, one line or picture out. Heavy imports stand inside the commands, so
-that `moveimg --help` answers at once.
+Each command checks its arguments, makes one call and prints the result. torch is imported inside
+the commands, so that help and refusals come at once.
 """
+
+from moveimg.commands import bench, convert, evaluation, train, use  # noqa: F401
+from moveimg.commands.common import app
+
+__all__ = ["app"]

@@ -1,39 +1,68 @@
-"""`moveimg convert` and `push`: models of others, other models, and models for others."""
+"""`moveimg convert` and `push`."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moveimg.commands.common import app, command
+from moveimg.commands.common import app, check_model_name, check_source, command
 
 convert = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Foreign weights -> model directory; dense -> with value memory.",
+    help="Convert LlamaGen's, taming's or a dense model to a model directory.",
 )
 app.add_typer(convert, name="convert")
 
-Out = Annotated[Path, typer.Option(help="the directory to make")]
+Out = Annotated[Path, typer.Option(help="The directory to make.")]
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[None]:
+    """Lock the directory that a conversion makes, and remove what a killed one has left beside it.
+
+    Raises FileExistsError where `out` exists, ValueError where another process is making it.
+    """
+    from moveimg.files import lock
+
+    with lock(out, "moveimg convert"):
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise FileExistsError(f"{out} is there already: expected a name for a new directory")
+        for left in out.absolute().parent.glob(f".{out.name}.????????"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def llamagen(
-    gpt: Annotated[Path, typer.Option(help="a generator, such as c2i_B_256.pt")],
-    vq: Annotated[Path, typer.Option(help="its tokenizer, such as vq_ds16_c2i.pt")],
     out: Out,
+    vq: Annotated[Path, typer.Option(help="The tokenizer's weights, such as vq_ds16_c2i.pt.")],
+    gpt: Annotated[
+        Path | None,
+        typer.Option(help="The generator's weights, such as c2i_B_256.pt; default: tokenizer only"),
+    ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="pixels of a side, where the file does not tell")
+        int | None, typer.Option(min=1, max=8192, help="Pixels per side, if the file has none.")
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="attention heads, where the file does not tell")
+        int | None, typer.Option(min=1, max=4096, help="Attention heads, if the file has none.")
     ] = None,
 ) -> None:
-    """LlamaGen's generator and tokenizer -> model directory."""
-    from moveimg.pretrained.llamagen import convert_llamagen
+    """Convert LlamaGen's generator and tokenizer, or its tokenizer alone."""
+    for path in filter(None, (gpt, vq)):
+        check_source(path, "file")
+    with new_directory(out):
+        from moveimg.pretrained.llamagen import convert_llamagen
 
-    config = convert_llamagen(gpt, vq, out, image_size, heads)
+        config = convert_llamagen(gpt, vq, out, image_size, heads)
+    if config is None:
+        print(f"{out}: the tokenizer of {vq.name}")
+        return
     print(
         f"{out}: {config.n_layer} layers of width {config.width}, {config.n_head} heads, "
         f"{config.n_classes} classes, {config.grid[0]} x {config.grid[1]} codes out of "
@@ -42,57 +71,72 @@ def llamagen(
 
 
 def taming(
-    checkpoint: Annotated[Path, typer.Option(help="a VQGAN's checkpoint, such as last.ckpt")],
-    yaml: Annotated[Path, typer.Option(help="the model.yaml beside it")],
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint of a VQGAN, such as last.ckpt.")],
+    yaml: Annotated[Path, typer.Option(help="The model.yaml of the checkpoint.")],
     out: Out,
 ) -> None:
-    """taming-transformers' VQGAN -> tokenizer directory."""
-    import tokenizer as vq
-    from moveimg.files import atomic_directory
+    """Convert a VQGAN of taming-transformers to a tokenizer directory."""
+    for path in (checkpoint, yaml):
+        check_source(path, "file")
+    with new_directory(out):
+        import tokenizer as vq
+        from moveimg.files import atomic_directory
 
-    with atomic_directory(out) as temporary:
-        vqgan = vq.load_taming(checkpoint, yaml)
-        vq.save(vqgan, temporary)
-    print(f"{out}: {vqgan.codebook_size} codes, a code for {vqgan.downsample} pixels of a side")
+        with atomic_directory(out) as temporary:
+            vqgan = vq.load_taming(checkpoint, yaml)
+            vq.save(vqgan, temporary)
+    size = vqgan.downsample
+    print(f"{out}: {vqgan.codebook_size} codes, one for each {size} x {size} pixels")
 
 
 def upcycle(
-    model: Annotated[str, typer.Argument(help="a bundled name, a model directory or a Hub id")],
+    model: Annotated[
+        str, typer.Argument(help="A bundled name, a model directory or a Hub id; without memory.")
+    ],
     out: Out,
-    slots: Annotated[int | None, typer.Option(min=1, help="MoVE with this many slots")] = None,
-    lave: Annotated[str | None, typer.Option(help="LaVE on alternate or all layers")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="MoVE with this many slots.")
+    ] = None,
+    lave: Annotated[str | None, typer.Option(help="LaVE on alternate or all layers.")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="any, as in a config: '{kind: move, slots: 6}'")
+        str | None, typer.Option(help="Any memory, as in a config: '{kind: move, slots: 6}'.")
     ] = None,
 ) -> None:
-    """Dense model -> the same with a zero value memory; its logits do not change in any bit."""
+    """Add a zero-initialised value memory to a dense model; its logits stay the same bits."""
     from moveimg.files import parse_yaml
-    from moveimg.pipeline import resolve
-    from moveimg.pretrained.upcycle import convert_upcycle
 
     if [slots, lave, memory].count(None) != 2:
-        raise ValueError("give one of --slots M (MoVE), --lave alternate|all and --memory SETTINGS")
+        raise ValueError("give one of --slots M (MoVE), --lave alternate|all or --memory SETTINGS")
     settings = {"kind": "move", "slots": slots}
     if memory is not None:
         settings = parse_yaml(memory, "--memory")
     elif lave is not None:
         settings = {"kind": "lave", "layers": lave}
-    config = convert_upcycle(resolve(model), settings, out)
+    check_model_name(model)
+    with new_directory(out):
+        from moveimg.pipeline import resolve
+        from moveimg.pretrained.upcycle import convert_upcycle
+
+        config = convert_upcycle(resolve(model), settings, out)
     print(f"{out}: memory {config.memory.model_dump()}")
 
 
 def push(
-    model: Annotated[str, typer.Argument(help="a bundled name or a model directory")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="on the Hugging Face Hub")],
-    private: Annotated[bool, typer.Option(help="make the repository private")] = False,
+    model: Annotated[str, typer.Argument(help="A bundled name or a model directory.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
 ) -> None:
-    """Model directory -> the Hugging Face Hub, with a model card (`hf auth login` first)."""
+    """Upload a model directory to the Hugging Face Hub, with a model card.
+
+    Log in first: `hf auth login`.
+    """
+    check_model_name(model)
     from moveimg.pipeline import resolve
     from moveimg.pretrained import share
 
     print(share.push(resolve(model), repo, private=private))
 
 
-for conversion in (llamagen, taming, upcycle):
-    command(conversion, convert)
+for _conversion in (llamagen, taming, upcycle):
+    command(_conversion, convert)
 command(push)

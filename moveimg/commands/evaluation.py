@@ -172,6 +172,9 @@ def reconstruct(
     real = None
     if eyes is not None and reference is not None:
         real = runner.load_reference(against, (size, size), eyes, runner.features_cache())
+    if split is Split.train and rfid and reference is None:
+        print("warning: the tokenizer may have seen these images: rFID is published on validation "
+              "images (--split val)", file=sys.stderr)  # fmt: skip
     found, picture = reconstruct(source, vq, size, ratio, eyes, real, allow or [])
     if out is not None:
         save_png(picture, out, found.as_dict())

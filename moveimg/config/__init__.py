@@ -8,11 +8,11 @@ from moveimg.config.run import (
     ModelFile,
     OptimizerConfig,
     RunConfig,
-    SamplingSettings,
     TokenizerTrainConfig,
     TrainConfig,
     load_config,
 )
+from moveimg.config.sampling import SamplingOptions, SamplingSettings
 
 __all__ = [
     "SIZES",
@@ -23,6 +23,7 @@ __all__ = [
     "ModelFile",
     "OptimizerConfig",
     "RunConfig",
+    "SamplingOptions",
     "SamplingSettings",
     "SwiGLUConfig",
     "TokenizerTrainConfig",

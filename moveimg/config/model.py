@@ -1,27 +1,22 @@
-"""The generator's settings: its size, its alphabet and its three slots.
+"""The generator's settings: its size, its codes and its three slots.
 
-The slots (attention, memory, feed-forward) are unions told apart by their `kind`. What a slot
-asks of the rest of the model it checks itself, when the config is read.
+The slots (attention, memory, feed-forward) are unions that pydantic resolves by their `kind`. What
+a slot requires of the rest of the model, it checks itself when the config is read.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Count = Annotated[int, Field(ge=1, le=1024)]  # layers, heads, experts
+Slots = Annotated[int, Field(ge=1, le=256)]
+Keys = Annotated[int, Field(ge=1, le=4096)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Side = Annotated[int, Field(ge=1, le=256)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-# Which layers: every second one (the last included), all, or a list of indices.
-Layers = Literal["alternate", "all"] | tuple[NonNegativeInt, ...]
+Layers = Literal["alternate", "all"] | tuple[Annotated[int, Field(ge=0, le=1023)], ...]
 
 
 class Config(BaseModel):
@@ -39,7 +34,7 @@ class SlotConfig(Config):
         """Raise a one-line ValueError where the slot does not fit the model around it."""
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
-        """What stands in a layer; feed-forwards alone are asked, others stand in all."""
+        """The settings of this slot in one layer."""
         return self
 
 
@@ -62,9 +57,6 @@ def check_layers(name: str, layers: Layers, n_layer: int) -> None:
         )
 
 
-# --- attention -----------------------------------------------------------------------------
-
-
 class MHAConfig(SlotConfig):
     """Multi-head attention; keys and values of every head are cached."""
 
@@ -73,8 +65,8 @@ class MHAConfig(SlotConfig):
     def check(self, model: ModelConfig) -> None:
         if model.head_dim % 4:
             raise ValueError(
-                f"width {model.width} over {model.n_head} heads: each head's width must be a "
-                "multiple of 4 (2D rotary positions take pairs from its two halves)"
+                f"width {model.width} over {model.n_head} heads: {model.head_dim} per head must be "
+                "a multiple of 4 (2D rotary positions)"
             )
 
 
@@ -82,25 +74,15 @@ class MLAConfig(SlotConfig):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a compressed cache."""
 
     kind: Literal["mla"] = "mla"
-    kv_rank: PositiveInt = Field(
-        description="d_c, width of the latent that keys and values are unfolded from; cached"
+    kv_rank: Width = Field(description="d_c, width of the cached latent of keys and values")
+    q_rank: Width | None = Field(
+        None, description="width of the queries' latent; left out: full rank"
     )
-    q_rank: PositiveInt | None = Field(
-        None, description="width of the queries' own latent; left out: full-rank queries"
-    )
-    rope_dim: PositiveInt = Field(
-        description="width of the rotary key, one for all heads; cached beside the latent"
-    )
+    rope_dim: Width = Field(description="width of the rotary key, shared by all heads and cached")
 
     def check(self, model: ModelConfig) -> None:
         if self.rope_dim % 4:
-            raise ValueError(
-                f"attention.rope_dim {self.rope_dim} must be a multiple of 4 (2D rotary positions "
-                "take pairs from its two halves)"
-            )
-
-
-# --- memory --------------------------------------------------------------------------------
+            raise ValueError(f"attention.rope_dim {self.rope_dim} must be a multiple of 4")
 
 
 class NoMemoryConfig(SlotConfig):
@@ -109,74 +91,70 @@ class NoMemoryConfig(SlotConfig):
     kind: Literal["none"] = "none"
 
 
-class LaVEConfig(SlotConfig):
-    """Layer-wise value embeddings: a table of its own for each chosen layer, one slot each."""
+class ValueMemoryConfig(SlotConfig):
+    """Settings that all value memories share."""
+
+    class_rows: bool = Field(
+        False, description="memory rows for the class token, too; else zero rows"
+    )
+
+
+class LaVEConfig(ValueMemoryConfig):
+    """Layer-wise value embeddings: each chosen layer has its own table with one slot."""
 
     kind: Literal["lave"] = "lave"
     layers: Layers = Field(
         "alternate",
-        description="which layers have a table: alternate (every second one, the last included; "
-        "the paper's x1), all (x2), or a list of layer indices",
+        description="alternate (every second, the last included: x1), all (x2), or layer indices",
     )
     gate_standard: bool = Field(
         False, description="also gate the standard path V by g_0 (an ablation for LaVE)"
-    )
-    class_rows: bool = Field(
-        False, description="memory rows for the class token too (default: zero rows there)"
     )
 
     def check(self, model: ModelConfig) -> None:
         check_layers("memory.layers", self.layers, model.n_layer)
 
 
-class MoVEConfig(SlotConfig):
+class MoVEConfig(ValueMemoryConfig):
     """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
 
     kind: Literal["move"] = "move"
-    slots: PositiveInt = Field(
-        description="M, value embeddings a code; the paper's x1 is n_layer / 2, x2 is n_layer"
+    slots: Slots = Field(
+        description="M, value embeddings per code; the paper's x1 is n_layer / 2, x2 is n_layer"
     )
     gate_standard: bool = Field(True, description="gate the standard path V by g_0")
-    class_rows: bool = Field(
-        False, description="memory rows for the class token too (default: zero rows there)"
-    )
 
     def check(self, model: ModelConfig) -> None:
-        latent = model.attention
-        if isinstance(latent, MLAConfig) and latent.kv_rank % model.n_head:
+        rank = model.attention.kv_rank if isinstance(model.attention, MLAConfig) else 0
+        if rank % model.n_head:
             raise ValueError(
-                f"attention.kv_rank {latent.kv_rank} over {model.n_head} heads: must be a "
-                "multiple of n_head (MoVE cuts the latent into a chunk a head)"
+                f"attention.kv_rank {rank} over {model.n_head} heads: must be a multiple of n_head "
+                "(MoVE cuts the latent into one chunk per head)"
             )
-
-
-# --- feed-forward --------------------------------------------------------------------------
 
 
 class SwiGLUConfig(SlotConfig):
     """w2(silu(w1 x) * w3 x), as in Llama."""
 
     kind: Literal["swiglu"] = "swiglu"
-    hidden: PositiveInt | None = Field(
+    hidden: Width | None = Field(
         None, description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of"
     )
-    multiple_of: PositiveInt = Field(256, description="what a derived hidden width is rounded to")
+    multiple_of: Width = Field(256, description="a derived hidden width is a multiple of this")
 
 
 class SparseConfig(SlotConfig):
-    """A feed-forward that stands in chosen layers and uses a part of its weights a token."""
+    """A feed-forward of chosen layers that uses a part of its weights per token."""
 
     layers: Layers = Field(
-        "all",
-        description="which layers have it: all, alternate (every second one, the last included), "
-        "or a list of layer indices",
+        "all", description="all, alternate (every second, the last included), or layer indices"
     )
     elsewhere: SwiGLUConfig = Field(
         SwiGLUConfig(), description="the feed-forward of the other layers"
     )
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
-        """The feed-forward of a layer."""
+        """The settings of the feed-forward in one layer."""
         return self if layer in pick_layers(self.layers, n_layer) else self.elsewhere
 
     def check(self, model: ModelConfig) -> None:
@@ -184,20 +162,17 @@ class SparseConfig(SlotConfig):
 
 
 class MoEConfig(SparseConfig):
-    """A mixture of SwiGLU experts: the top k a token, and one that every token passes."""
+    """A mixture of SwiGLU experts: the top k per token, and one shared by all tokens."""
 
     kind: Literal["moe"] = "moe"
-    n_experts: PositiveInt = Field(description="experts to choose from")
+    n_experts: Count = Field(description="routed experts")
     top_k: int = Field(
-        2,
-        ge=2,
-        description="experts a token passes; of one the weight would always be 1, and "
-        "the router not learn",
+        2, ge=2, le=1024, description="experts per token; with one, the router would not learn"
     )
-    hidden: PositiveInt = Field(description="hidden width of an expert")
-    shared_hidden: PositiveInt = Field(description="hidden width of the shared expert")
-    balance: NonNegativeFloat = Field(
-        0.01, description="weight of the load-balancing loss (arXiv 2101.03961)"
+    hidden: Width = Field(description="hidden width of an expert")
+    shared_hidden: Width = Field(description="hidden width of the shared expert")
+    balance: float = Field(
+        0.01, ge=0, le=100, description="weight of the load-balancing loss (arXiv 2101.03961)"
     )
 
     def check(self, model: ModelConfig) -> None:
@@ -207,35 +182,33 @@ class MoEConfig(SparseConfig):
 
 
 class ProductKeyLookup(SparseConfig):
-    """Product keys: the k best of n_keys^2 rows, found by two searches among n_keys."""
+    """Product keys: the k best of n_keys^2 rows, by two searches among n_keys."""
 
-    n_keys: PositiveInt = Field(1024, description="keys of each half; the table has n_keys^2 rows")
-    key_heads: PositiveInt = Field(4, description="look-ups a token, each with a query of its own")
-    top_k: PositiveInt = Field(32, description="rows a look-up reads")
-    key_width: PositiveInt = Field(512, description="width of a query, both halves together")
+    n_keys: Keys = Field(1024, description="keys of each half; the table has n_keys^2 rows")
+    key_heads: Count = Field(4, description="look-ups per token, each with its own query")
+    top_k: Count = Field(32, description="rows that a look-up reads")
+    key_width: Width = Field(512, description="width of a query, both halves together")
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
         if self.top_k > self.n_keys:
             raise ValueError(f"ffn.top_k {self.top_k}: expected 1..n_keys ({self.n_keys})")
         if self.key_width % 2:
-            raise ValueError(f"ffn.key_width {self.key_width} must be even (it has two halves)")
+            raise ValueError(f"ffn.key_width {self.key_width} must be even")
 
 
 class ProductKeyConfig(ProductKeyLookup):
     """Product-key memory, Memory+ (arXiv 2412.09764): one value table for all its layers."""
 
     kind: Literal["product_key"] = "product_key"
-    value_width: PositiveInt | None = Field(
-        None, description="width of a value; left out: the model's width"
-    )
+    value_width: Width | None = Field(None, description="width of a value; left out: the model's")
 
 
 class PEERConfig(ProductKeyLookup):
     """Product keys over experts of one neuron each (arXiv 2407.04153)."""
 
     kind: Literal["peer"] = "peer"
-    top_k: PositiveInt = Field(16, description="experts a look-up takes")
+    top_k: Count = Field(16, description="experts that a look-up reads")
 
 
 AttentionConfig = Annotated[MHAConfig | MLAConfig, Field(discriminator="kind")]
@@ -256,49 +229,48 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 class ModelConfig(Config):
-    """The class-conditional transformer: its size, its alphabet and its three slots."""
+    """The class-conditional transformer."""
 
-    n_layer: PositiveInt = Field(description="transformer blocks")
-    n_head: PositiveInt = Field(description="attention heads")
-    width: PositiveInt = Field(description="width of the residual stream")
-    codebook_size: PositiveInt = Field(16384, description="codes of the tokenizer, V")
-    n_classes: PositiveInt = Field(1000, description="classes; the null label is n_classes")
-    grid: tuple[PositiveInt, PositiveInt] = Field(
-        (16, 16), description="rows and columns of codes in an image"
-    )
+    n_layer: Count = Field(description="transformer blocks")
+    n_head: Count = Field(description="attention heads")
+    width: Width = Field(description="width of the residual stream")
+    codebook_size: int = Field(16384, ge=1, le=2**20, description="codes of the tokenizer, V")
+    n_classes: int = Field(1000, ge=1, le=10**6, description="classes; the null label is n_classes")
+    grid: tuple[Side, Side] = Field((16, 16), description="rows and columns of codes in an image")
     attention: AttentionConfig = MHAConfig()
     memory: MemoryConfig = NoMemoryConfig()
     ffn: FeedForwardConfig = SwiGLUConfig()
     token_dropout: Rate = Field(0.1, description="dropout on the embedded label and codes")
     resid_dropout: Rate = Field(0.1, description="dropout on the output of attention")
     ffn_dropout: Rate = Field(0.1, description="dropout on the output of the feed-forward")
-    rope_base: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
-    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of the RMS norms")
+    rope_base: float = Field(10000.0, gt=0, le=1e9, description="base of the rotary frequencies")
+    norm_eps: float = Field(1e-5, gt=0, le=1, description="epsilon of the RMS norms")
 
     @model_validator(mode="before")
     @classmethod
-    def _named_size(cls, data: Any) -> Any:
+    def _expand_named_size(cls, data: Any) -> Any:
         """Expand `size: B` into n_layer, n_head and width; explicit keys win."""
         if not isinstance(data, dict) or "size" not in data:
             return data
         data = dict(data)
         size = data.pop("size")
         if not isinstance(size, str) or size not in SIZES:
-            raise ValueError(f"unknown size {size!r}, expected one of {', '.join(SIZES)}")
+            raise ValueError(f"unknown size {str(size)[:60]!r}: expected {', '.join(SIZES)}")
         return SIZES[size] | data
 
     @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
+    def _check_consistency(self) -> ModelConfig:
         if self.width % self.n_head:
-            raise ValueError(
-                f"width {self.width} over {self.n_head} heads: must be a multiple of n_head"
-            )
+            raise ValueError(f"width {self.width} over {self.n_head} heads: expected a multiple")
+        if self.seq_len > 2**14:
+            raise ValueError(f"grid {list(self.grid)}: expected at most {2**14} codes")
         for slot in (self.attention, self.memory, self.ffn):
             slot.check(self)
         return self
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.width // self.n_head
 
     @property

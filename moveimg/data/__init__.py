@@ -1,15 +1,36 @@
 """Image sources, crops, and packed codes: written by `encode`, read in seeded batches."""
 
-from moveimg.data.codes import Batches, PackedCodes, crop_choice, epoch_order
+from moveimg.data.codes import (
+    MANIFEST,
+    Batches,
+    PackedCodes,
+    crop_choice,
+    epoch_order,
+    sha256_file,
+)
 from moveimg.data.crops import center_crop, count_views, crop_views, normalize, to_tensor
-from moveimg.data.encode import codes_bytes, default_batch_size, encode_images, encode_splits
-from moveimg.data.images import ImageSource, Split, open_images
-from moveimg.data.manifest import MANIFEST, sha256_file
-from moveimg.data.shards import make_encoder
+from moveimg.data.encode import (
+    ChangedSettingsError,
+    codes_bytes,
+    default_batch_size,
+    encode_images,
+    encode_splits,
+    make_encoder,
+)
+from moveimg.data.folders import walk_images
+from moveimg.data.images import (
+    ImageSource,
+    Split,
+    digits_arrays,
+    drop_unreadable,
+    is_named_source,
+    open_images,
+)
 
 __all__ = [
     "MANIFEST",
     "Batches",
+    "ChangedSettingsError",
     "ImageSource",
     "PackedCodes",
     "Split",
@@ -19,12 +40,16 @@ __all__ = [
     "crop_choice",
     "crop_views",
     "default_batch_size",
+    "digits_arrays",
+    "drop_unreadable",
     "encode_images",
     "encode_splits",
     "epoch_order",
+    "is_named_source",
     "make_encoder",
     "normalize",
     "open_images",
     "sha256_file",
     "to_tensor",
+    "walk_images",
 ]

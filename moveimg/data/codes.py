@@ -1,31 +1,135 @@
 """Packed codes: a directory of memory-mapped shards, and batches drawn from it.
 
-- manifest.json: what the codes are (`Manifest`); written last, so its presence means done
-- codes-00000.npy, ...: uint16 [n, crops, T], T = h*w codes in raster order
-- labels-00000.npy, ...: int32 [n]
+manifest.json         what the codes are (`Manifest`); written last, so its presence means done
+codes-00000.npy ...   uint16 [n, crops, T], T = h*w codes in raster order
+labels-00000.npy ...  int32 [n]
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from moveimg.data.manifest import MANIFEST, read_manifest, sha256_file
+from moveimg.data.crops import Crops
+from moveimg.errors import validate
+from moveimg.files import atomic, parse_json, read_text, write_text
 
-_ROWS_CHECKED = 64  # images whose codes are compared with codebook_size on opening
+MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 512 * 2**20  # bytes; a skipped image takes a line
+MAX_CODEBOOK_SIZE = 2**16  # codes are uint16 on disk
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """A frozen part of a file, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Shard(Record):
+    """Two files: the codes and the labels of `n` images."""
+
+    codes: Annotated[str, Field(pattern=r"^codes-\d{5,}\.npy$")]
+    labels: Annotated[str, Field(pattern=r"^labels-\d{5,}\.npy$")]
+    n: PositiveInt
+    codes_sha256: Sha256
+    labels_sha256: Sha256
+
+
+class Skipped(Record):
+    """An image that could not be read, and why."""
+
+    path: str
+    reason: str
+
+
+class EncodeSettings(Record):
+    """Everything that the bytes of the shards follow from."""
+
+    tokenizer_fingerprint: str
+    codebook_size: Annotated[int, Field(ge=1, le=MAX_CODEBOOK_SIZE)]
+    grid: tuple[PositiveInt, PositiveInt] = Field(description="h and w of an image's codes")
+    image_size: PositiveInt = Field(description="height and width encoded, in pixels")
+    crops: Crops
+    ranges: tuple[float, ...] = Field(min_length=1, description="enlargements before cropping")
+    n_crops: PositiveInt = Field(description="views of an image, over all ranges")
+    class_names: tuple[str, ...] = Field(min_length=1)
+    source_digest: Sha256 = Field(description="of the image source, see ImageSource.digest")
+    dtype: str = Field(description="precision of the tokenizer's arithmetic")
+    batch_size: PositiveInt = Field(description="views per call of the tokenizer, at most")
+    shard_size: PositiveInt = Field(description="images a shard is made from")
+
+
+class Manifest(Record):
+    """The content of manifest.json."""
+
+    format_version: Literal[1] = 1
+    source: str = Field(description="name of the image source, for people")
+    settings: EncodeSettings
+    n_images: PositiveInt
+    shards: tuple[Shard, ...] = Field(min_length=1)
+    skipped: tuple[Skipped, ...] = Field(description="unreadable images that were left out")
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Manifest:
+        total = sum(shard.n for shard in self.shards)
+        if total != self.n_images:
+            raise ValueError(f"n_images is {self.n_images}, but the shards hold {total}")
+        return self
+
+
+def read_record(path: Path, kind: type[Any]) -> Any:
+    """The `Record` of a JSON file. Raises ValueError with one line that names the first fault."""
+    return validate(kind, parse_json(read_text(path, MANIFEST_LIMIT), str(path)), str(path))
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON, atomically."""
+    write_text(path, record.model_dump_json(indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of finished codes; FileNotFoundError where there is none."""
+    if not (directory / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"'{directory}' holds no {MANIFEST}: expected packed codes, written by a finished "
+            "`moveimg encode`"
+        )
+    return read_record(directory / MANIFEST, Manifest)
+
+
+def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndarray) -> Shard:
+    """Write the shard `number`: codes uint16 [n, crops, T] and labels int32 [n]."""
+    names = f"codes-{number:05d}.npy", f"labels-{number:05d}.npy"
+    for name, array in zip(names, (codes, labels), strict=True):
+        with atomic(directory / name) as temporary:
+            np.save(temporary, array)
+    hashes = [sha256_file(directory / name) for name in names]
+    return Shard(codes=names[0], labels=names[1], n=len(codes),
+                 codes_sha256=hashes[0], labels_sha256=hashes[1])  # fmt: skip
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class PackedCodes:
     """Read access to a packed-codes directory of N images.
 
-    manifest: the parsed manifest; settings: its settings
-    labels: int32 [N]
-    n_crops, codebook_size, image_size, grid (h, w), class_names, tokenizer_fingerprint
+    Attributes:
+        manifest: the parsed manifest; settings: its settings.
+        labels: int32 [N].
+        n_crops, codebook_size, image_size, grid (h, w), class_names, tokenizer_fingerprint.
 
     Raises FileNotFoundError when the manifest or a shard is missing, ValueError when the
-    manifest is malformed or a shard is not what it says. `verify` reads everything.
+    manifest is malformed or a shard is not what it says. `verify` hashes every file.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -38,16 +142,20 @@ class PackedCodes:
         self.grid = settings.grid
         self.class_names = list(settings.class_names)
         self.tokenizer_fingerprint = settings.tokenizer_fingerprint
-
-        n_codes = settings.grid[0] * settings.grid[1]
-        labels, self._codes = [], []
-        for shard in self.manifest.shards:
-            path = self.directory / shard.codes
-            self._codes.append(_open_array(path, "uint16", (shard.n, self.n_crops, n_codes)))
-            labels.append(_open_array(self.directory / shard.labels, "int32", (shard.n,)))
+        shape = (self.n_crops, settings.grid[0] * settings.grid[1])
+        shards = self.manifest.shards
+        self._codes = [
+            _open_array(self.directory / s.codes, "uint16", (s.n, *shape)) for s in shards
+        ]
+        labels = [_open_array(self.directory / s.labels, "int32", (s.n,)) for s in shards]
         self.labels = np.concatenate(labels)
-        self._starts = np.cumsum([0] + [shard.n for shard in self.manifest.shards])
-        self._check_values()
+        self._starts = np.cumsum([0] + [shard.n for shard in shards])
+        self._checked = [False] * len(shards)
+        if self.labels.min() < 0 or self.labels.max() >= len(self.class_names):
+            raise ValueError(
+                f"'{self.directory}' has labels {self.labels.min()}..{self.labels.max()}: "
+                f"expected 0..{len(self.class_names) - 1}"
+            )
 
     def __len__(self) -> int:
         return self.manifest.n_images
@@ -65,6 +173,7 @@ class PackedCodes:
         codes = np.empty((len(indices), self._codes[0].shape[2]), np.int64)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shard_of):
+            self._check_values(number)
             rows = np.flatnonzero(shard_of == number)
             codes[rows] = self._codes[number][indices[rows] - self._starts[number], crops[rows]]
         return torch.from_numpy(codes), torch.from_numpy(self.labels[indices].astype(np.int64))
@@ -80,33 +189,28 @@ class PackedCodes:
     def verify(self) -> None:
         """Read every file and raise ValueError for one whose sha256 is not the manifest's."""
         for shard in self.manifest.shards:
-            for name, expected in (
-                (shard.codes, shard.codes_sha256),
-                (shard.labels, shard.labels_sha256),
-            ):
-                found = sha256_file(self.directory / name)
-                if found != expected:
+            hashes = {shard.codes: shard.codes_sha256, shard.labels: shard.labels_sha256}
+            for name, expected in hashes.items():
+                actual = sha256_file(self.directory / name)
+                if actual != expected:
                     raise ValueError(
-                        f"'{self.directory / name}' is corrupt: sha256 {found[:12]}, expected "
+                        f"'{self.directory / name}' is corrupt: sha256 {actual[:12]}, expected "
                         f"{expected[:12]}"
                     )
 
-    def _check_values(self) -> None:
-        n_classes = len(self.class_names)
-        if self.labels.min() < 0 or self.labels.max() >= n_classes:
-            raise ValueError(
-                f"'{self.directory}' has labels {self.labels.min()}..{self.labels.max()}: "
-                f"expected 0..{n_classes - 1}"
-            )
-        largest = int(self._codes[0][:_ROWS_CHECKED].max())
+    def _check_values(self, number: int) -> None:
+        """Compare all codes of a shard with the codebook, when it is first read."""
+        if self._checked[number]:
+            return
+        largest = max(
+            int(block.max()) for block in np.array_split(self._codes[number], 64) if len(block)
+        )
         if largest >= self.codebook_size:
             raise ValueError(
                 f"'{self.directory}' has code {largest}: expected less than its codebook_size "
                 f"{self.codebook_size}"
             )
-
-
-# --- batches -------------------------------------------------------------------------------
+        self._checked[number] = True
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -123,7 +227,7 @@ class Batches:
     """Shuffled batches: the batch of a step is a pure function of (seed, step).
 
     Every epoch has its own order and choice of crops. The last, partial batch of an epoch is
-    dropped. With fewer images than `batch_size`, epochs are strung together instead.
+    dropped. With fewer images than `batch_size`, epochs are concatenated instead.
 
     Raises ValueError for a batch_size below 1 or a negative seed.
     """
@@ -144,7 +248,7 @@ class Batches:
         """This rank's slice of a step's batch, b = batch_size / world_size.
 
         Returns codes int64 [b, T], labels int64 [b] and image indices int64 [b]. The slices of
-        ranks 0, 1, ... in a row are the batch of one rank alone.
+        ranks 0, 1, ... concatenated are the batch of a single rank.
         Raises ValueError when world_size does not divide batch_size, or rank is not below it.
         """
         if self.batch_size % world_size or not 0 <= rank < world_size:
@@ -177,8 +281,10 @@ def _open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         raise FileNotFoundError(f"'{path}' is missing: its {MANIFEST} lists it")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"'{path}' is corrupt or truncated: {error}") from error
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays, expected one array")
+    except Exception as error:  # numpy's header parser raises many kinds for broken files
+        raise ValueError(f"'{path}' is corrupt or truncated: {str(error)[:200]}") from error
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(
             f"'{path}' is {array.dtype} {list(array.shape)}: expected {dtype} {list(shape)}"

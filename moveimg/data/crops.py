@@ -8,14 +8,14 @@ codes (Sun et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from moveimg.data.manifest import Crops
-
+Crops = Literal["center", "flip", "five", "ten"]
+MAX_ASPECT = 16
 VIEWS_PER_RANGE: dict[Crops, int] = {"center": 1, "flip": 2, "five": 5, "ten": 10}
 
 
@@ -23,8 +23,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The central size x size square of `image`, after its short side is resized to `size`.
 
     Halves by a box filter while the short side is at least twice `size`, then resizes
-    bicubically. Smaller images are enlarged by the bicubic step.
+    bicubically. Smaller images are enlarged by the bicubic step. A strip is cut to its central
+    part first: enlarged whole, 60,000 x 1 pixels would take gigabytes.
     """
+    short, long = sorted(image.size)
+    if long > MAX_ASPECT * short:
+        width, height = (min(side, MAX_ASPECT * short) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

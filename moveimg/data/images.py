@@ -1,64 +1,37 @@
-"""Image sources: the bundled digits, a folder by class, ImageNet's archives, Parquet files."""
+"""Image sources: `digits`, a named data set, a folder by class, ImageNet's archives, Parquet."""
 
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moveimg.images import UnreadableImageError as UnreadableImageError
-from moveimg.images import grey_to_rgb
+from moveimg.dist import print_rank0
+from moveimg.images import UnreadableImageError, grey_to_rgb
 
-Split = Literal["train", "val"]
-
-
-class Names(Sequence[str]):
-    """Many short strings in one buffer.
-
-    A list of ImageNet's 1.3 million names takes a tenth of a gigabyte, and as much again in every
-    worker process that touches it (touching a Python object writes its reference count).
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        text, ends = bytearray(), array("q", [0])
-        for name in names:
-            text += name.encode("utf-8", "surrogateescape")
-            ends.append(len(text))
-        self._text, self._ends = bytes(text), np.frombuffer(ends, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        part = self._text[self._ends[index] : self._ends[index + 1]]
-        return part.decode("utf-8", "surrogateescape")
+Split = Literal["train", "val", "test"]
+FOLDER_VAL_FRACTION = 0.2  # of a source that has no validation or test split
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSource(Dataset):
     """N labelled images: `source[i]` is (PIL.Image in RGB, label).
 
-    name: what it is, for manifests and messages
-    class_names: one per label, in label order
-    identifiers: one per image; for files the path relative to the source, in posix form
-    labels: int32 [N], in 0..len(class_names)-1
-    load: row number -> RGB image; raises UnreadableImageError, which names the image
-    content: row number -> what tells a replaced image from the old: its bytes' number
+    Attributes:
+        name: for manifests and messages.
+        class_names: one per label, in label order.
+        identifiers: one per image; for files the path relative to the source, in posix form.
+        labels: int32 [N], in 0..len(class_names)-1.
+        load: row number -> RGB image; raises UnreadableImageError, which names the image.
+        content: row number -> what changes with the image's bytes (size and time, or pixels).
     """
 
     name: str
@@ -75,11 +48,7 @@ class ImageSource(Dataset):
         return self.load(index), int(self.labels[index])
 
     def digest(self) -> str:
-        """sha256 over identifiers, labels and sizes in bytes (digits: pixels).
-
-        It notices images added, removed, renamed, relabelled or replaced by others of another
-        size, without reading a whole dataset.
-        """
+        """sha256 over class names, identifiers, labels and `content`, without reading images."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for row, (identifier, label) in enumerate(zip(self.identifiers, self.labels, strict=True)):
             digest.update(repr((identifier, int(label), self.content(row))).encode())
@@ -87,67 +56,110 @@ class ImageSource(Dataset):
 
 
 def open_images(
-    source: str | Path, split: Split, val_fraction: float = 0.2, seed: int = 0
+    source: str | Path,
+    split: Split,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    data_root: Path | None = None,
 ) -> ImageSource:
-    """Open one split of `digits` or of what a folder holds.
+    """One split of a named data set or of a folder.
 
-    A folder holds one of
-    - one subfolder per class (searched recursively for images), or `train/` and `val/` with the
-      same class subfolders in each. Class names are the subfolders' names, sorted; hidden
-      subfolders are left out; WordNet ids of ImageNet-1k get their names.
-    - ImageNet's own archives, unpacked by nobody, under their published names (imagenet.py)
-    - Parquet files of a Hugging Face dataset (parquet.py; needs the extra `datasets`)
+    A folder holds one of: a subfolder of images per class; `train/` and `val/` (and `test/`) with
+    the same classes in each; ImageNet's archives under their published names; Parquet files.
 
-    Where there is no val split, `val_fraction` of each class, drawn with `seed`, is one: at least
-    one image of a class stays in train. `val_fraction=0` makes everything train. Sources with a
-    split of their own, as the digits, ignore both.
+    Args:
+        source: `digits`, a name of moveimg.data.datasets, a Hub data set id, or a folder.
+        split: train, val or test.
+        val_fraction: share of each class of the training images that is `val`, drawn with `seed`;
+            the source's own validation or test split is then `test`. Left out: `val` is the
+            source's own validation or test split, or a fifth of a source that has none.
+        seed: of that draw.
+        data_root: folder of downloaded data sets.
 
-    Raises FileNotFoundError for a folder that is missing, ValueError for one that holds no
-    images by class or an unknown split.
+    Raises:
+        FileNotFoundError: there is no such folder, data set or file.
+        ValueError: it holds no images by class, or has no such split.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"unknown split {split!r}: expected 'train' or 'val'")
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"unknown split {split!r}: expected train, val or test")
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}: expected 0 <= val_fraction < 1")
     if source == "digits":
         return _open_digits(split)
+    from moveimg.data import archives, datasets, folders
+
     root = Path(source)
+    if datasets.is_named(source):
+        return datasets.open_named(str(source), split, val_fraction, seed, data_root)
     if not root.exists():
         raise FileNotFoundError(
-            f"no image folder at '{source}': expected 'digits' or a folder with one subfolder "
-            "per class"
+            f"no image folder at '{source}': expected a folder with one subfolder per class, or a "
+            f"data set{datasets.suggest_names(str(source))}"
         )
     if not root.is_dir():
         raise ValueError(f"'{source}' is not a folder: expected one with one subfolder per class")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}: expected 0 <= val_fraction < 1")
-    from moveimg.data import folders, imagenet, parquet
-
-    if imagenet.has_archives(root) and not folders.has_splits(root):
-        return imagenet.open_archives(root, split)
-    if parquet.has_parquet(root):
-        return parquet.open_parquet(root, split, val_fraction, seed)
+    if archives.has_archives(root) and not folders.find_splits(root):
+        return archives.open_archives(root, split)
+    if archives.has_parquet(root):
+        return archives.open_parquet(root, split, val_fraction, seed)
     return folders.open_folder(root, split, val_fraction, seed)
 
 
-def _open_digits(split: Split) -> ImageSource:
-    from moveimg.data import digits
+def is_named_source(source: str | Path) -> bool:
+    """Whether a source is a data set's name rather than a folder."""
+    from moveimg.data import datasets
 
-    images, labels = digits.digits_arrays(split)
-    return ImageSource(
-        name=f"digits ({split})",
-        class_names=list(digits.CLASS_NAMES),
-        identifiers=[f"digits/{row:04d}" for row in digits.split_rows(split)],
-        labels=labels.astype(np.int32),
-        load=partial(_grey_row, images),
-        content=partial(_row_hex, images),
+    return source == "digits" or datasets.is_named(source)
+
+
+def drop_unreadable(source: ImageSource) -> ImageSource:
+    """The source without the images that cannot be read; they are counted and named on stderr."""
+    if is_named_source(source.name.rpartition(" (")[0]):
+        return source  # its images come from one file, read already
+    readable, unreadable = [], []
+    for row in range(len(source)):
+        try:
+            source.load(row)
+            readable.append(row)
+        except UnreadableImageError as error:
+            unreadable.append(str(error))
+    if not unreadable:
+        return source
+    print_rank0(
+        f"warning: {len(unreadable)} of {len(source)} images cannot be read and are left out"
+    )
+    for line in unreadable[:20]:
+        print_rank0(f"  {line}")
+    if not readable:
+        raise ValueError(f"{source.name}: none of {len(source)} images could be read")
+    rows = np.array(readable)
+    return replace(
+        source,
+        identifiers=[source.identifiers[row] for row in readable],
+        labels=source.labels[rows],
+        load=lambda row: source.load(readable[row]),
+        content=lambda row: source.content(readable[row]),
     )
 
 
-def _grey_row(images: np.ndarray, row: int) -> Image.Image:
-    return grey_to_rgb(images[row])
+def choose_split(
+    labels: dict[str, np.ndarray], split: Split, val_fraction: float | None, seed: int, name: str
+) -> tuple[str, np.ndarray]:
+    """Which of a source's own splits holds `split`, and its rows there, int64, sorted.
 
-
-def _row_hex(images: np.ndarray, row: int) -> str:
-    return images[row].tobytes().hex()
+    Args:
+        labels: int [N] of each split that the source has: train, and maybe val and test.
+    """
+    held_out = next((part for part in ("val", "test") if part in labels), None)
+    if split == "test":
+        if "test" not in labels:
+            raise ValueError(f"'{name}' has no test split: expected train or val")
+        return "test", np.arange(len(labels["test"]))
+    if held_out is not None and val_fraction is None:
+        part = "train" if split == "train" else held_out
+        return part, np.arange(len(labels[part]))
+    fraction = FOLDER_VAL_FRACTION if val_fraction is None else val_fraction
+    return "train", draw_split(labels["train"], split, fraction, seed, name)
 
 
 def draw_split(
@@ -171,8 +183,51 @@ def draw_split(
     chosen = np.sort(np.concatenate(rows))
     if not len(chosen):
         raise ValueError(
-            f"'{name}' leaves no images for the {split} split with val_fraction "
-            f"{val_fraction}: expected more images per class, or a val split of its own (train/ "
-            "and val/ subfolders)"
+            f"'{name}' leaves no images for the {split} split with val_fraction {val_fraction}: "
+            "expected more images per class, or a val/ folder beside train/"
         )
     return chosen
+
+
+def array_source(
+    name: str,
+    class_names: Sequence[str],
+    identifiers: Sequence[str],
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> ImageSource:
+    """A source of images held in memory: uint8 [N, H, W] or [N, H, W, 3]."""
+    load, content = partial(_array_row, images), partial(_row_hex, images)
+    ids = list(identifiers)
+    return ImageSource(name, list(class_names), ids, labels.astype(np.int32), load, content)
+
+
+def digits_arrays(split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """scikit-learn's digits: uint8 [N, 8, 8], labels [N] and row numbers [N] of a fixed split.
+
+    1,437 train and 360 val images, stratified; 17 grey levels, spread over 0..255.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    rows = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    chosen = np.sort(rows[0] if split == "train" else rows[1])
+    return pixels[chosen], labels[chosen].astype(np.int64), chosen
+
+
+def _open_digits(split: Split) -> ImageSource:
+    if split == "test":
+        raise ValueError("digits has no test split: expected train or val")
+    images, labels, rows = digits_arrays(split)
+    identifiers = [f"digits/{row:04d}" for row in rows]
+    return array_source(f"digits ({split})", DIGITS, identifiers, images, labels)
+
+
+def _array_row(images: np.ndarray, row: int) -> Image.Image:
+    return grey_to_rgb(images[row])
+
+
+def _row_hex(images: np.ndarray, row: int) -> str:
+    return images[row].tobytes().hex()

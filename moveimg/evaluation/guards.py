@@ -15,7 +15,8 @@ from moveimg.evaluation.sets import Content, ImageSet
 CUSTOMARY = 50_000  # samples of published FIDs
 RUN = 5000  # images of a split of ADM's Inception Score
 REFUSALS = (  # that can be overruled: the rest would leave nothing to compute with
-    "duplicate-images", "blank-images", "wrong-size", "validation-reference", "training-reference",
+    "duplicate-images", "blank-images", "narrow-range", "wrong-size", "validation-reference",
+    "training-reference",
 )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def enforce(findings: Iterable[Finding], allowed: Sequence[str]) -> list[str]:
     for finding in findings:
         line = f"{finding.name}: {finding.text}"
         if finding.refused and finding.name not in allowed:
-            raise ValueError(f"{line} (--allow {finding.name} goes on all the same)")
+            raise ValueError(f"{line} (--allow {finding.name} overrules this)")
         lines.append(line)
     return lines
 
@@ -130,6 +131,9 @@ def _count(count: int, width: int) -> list[Finding]:
 
 def _pixels(count: int, content: Content) -> list[Finding]:
     found = []
+    if content.brightest == 1:
+        text = f"pixels reach {content.brightest} of 255: were values 0..1 stored as integers?"
+        found.append(Finding("narrow-range", text, refused=True))
     if content.blank:  # first: black images equal each other, too
         text = f"{content.blank} of {count} images are of one colour (black?)"
         found.append(Finding("blank-images", text, refused=content.blank >= count // 2))

@@ -13,13 +13,14 @@ from PIL import Image
 
 import tokenizer as vq
 from moveimg.data import ImageSource, crop_views, default_batch_size, to_tensor
+from moveimg.errors import list_names
 from moveimg.evaluation.features import Extractor, run
 from moveimg.evaluation.metrics import frechet_distance
 from moveimg.evaluation.pixels import WINDOW, psnr, ssim
 from moveimg.evaluation.reference import Reference
 from moveimg.evaluation.scoring import check_pair
 from moveimg.evaluation.statistics import statistics_of
-from moveimg.images import labelled_grid, to_pil, to_uint8
+from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_uint8
 from moveimg.progress import progress_bar
 
 SHOWN = 10
@@ -27,10 +28,10 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well a tokenizer gives images back.
+    """How well a tokenizer reproduces images.
 
     Attributes:
-        images: how many were tried.
+        images: number of images read.
         mse: mean squared error, pixels in [-1, 1].
         psnr: 10 log10(2^2 / mse), in dB, of the mean error over all images.
         psnr_of_images: the mean of the images' own PSNR, of pixels rounded to 0..255, in dB;
@@ -79,38 +80,62 @@ def reconstruct(
         reference: what rFID is taken against; None: the images themselves.
         allowed: guards that may be overruled, by name.
 
-    Returns the figures, and a picture of the first images above their reconstructions. Raises
-    ValueError for a reference of training images or of another size.
+    Returns the figures, and a grid of images, spread over the source, above their reconstructions.
+    Raises ValueError for a reference of training images or of another size.
     """
     lines: list[str] = []
     if reference is not None:
         lines = check_pair((size, size), reference, allowed, wanted="val")
     measured = _Measured(tokenizer.codebook_size)
     shown: list[list[Image.Image]] = [[], []]
+    unreadable: list[str] = []
+    spread = set(np.linspace(0, len(source) - 1, SHOWN).round().astype(int).tolist())
     step = default_batch_size(size, next(tokenizer.parameters()).device)
     grid = (size // tokenizer.downsample,) * 2
     with progress_bar(len(source), "reconstruct", "image") as bar:
         for start in range(0, len(source), step):
             rows = range(start, min(start + step, len(source)))
-            views = [crop_views(source[i][0], size, "center", (ratio,))[0] for i in rows]
+            views, readable = _read_views(source, rows, size, ratio, unreadable)
+            bar.update(len(rows))
+            if not views:
+                continue
             images = to_tensor(views)
             codes = tokenizer.encode(images)
             decoded = tokenizer.decode(codes, (grid[0], grid[1])).float().cpu()
             if not torch.isfinite(decoded).all():
                 raise ValueError(f"non-finite: reconstructions of images {start}.. are not finite")
             measured.add(images, decoded, codes, extractor, reference is None)
+            chosen = [i for i, row in enumerate(readable) if row in spread]
             for row, batch in zip(shown, (images, decoded), strict=True):
-                row += to_pil(batch[: SHOWN - len(row)])
-            bar.update(len(rows))
+                row += to_pil(batch[chosen])
+    if unreadable:
+        lines.append(f"unreadable: {len(unreadable)} images are left out: {list_names(unreadable)}")
+    if not measured.errors:
+        raise ValueError(f"{source.name}: none of {len(source)} images could be read")
     figures = measured.figures()
     if extractor is not None:
         figures |= _rfid(measured, extractor, reference, source.name)
-    result = Reconstruction(images=len(source), warnings=lines, **figures)
+    count = len(source) - len(unreadable)
+    result = Reconstruction(images=count, warnings=lines, **figures)
     return result, labelled_grid(shown, ["image", "decoded"])
 
 
+def _read_views(
+    source: ImageSource, rows: range, size: int, ratio: float, unreadable: list[str]
+) -> tuple[list[Image.Image], list[int]]:
+    """Centre crops of the rows that can be read, and those rows; the others are noted."""
+    views, readable = [], []
+    for row in rows:
+        try:
+            views.append(crop_views(source[row][0], size, "center", (ratio,))[0])
+            readable.append(row)
+        except UnreadableImageError as error:
+            unreadable.append(error.identifier)
+    return views, readable
+
+
 class _Measured:
-    """What is collected image by image."""
+    """Sums and features, collected image by image."""
 
     def __init__(self, codebook_size: int) -> None:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moveimg.evaluation.features import Extractor, extract
-from moveimg.evaluation.sets import ImageSet, look, npz_array, npz_entries, open_set
+from moveimg.evaluation.sets import ImageSet, npz_array, npz_entries, open_set, scan_image_set
 from moveimg.evaluation.statistics import Statistics, statistics_of
 from moveimg.evaluation.writing import write_array, write_images
 from moveimg.files import atomic
@@ -92,7 +92,7 @@ def open_reference(name: str, extractor: Extractor, cache: Path) -> Reference:
     found = _stored(path, entries, about.get("count"))
     features = None
     if images is not None:
-        features = extract(images, look(images).digest, extractor, cache)
+        features = extract(images, scan_image_set(images).digest, extractor, cache)
         found = _statistics(features) | found
     return Reference(
         name=name,
@@ -109,7 +109,7 @@ def reference_of(
     images: ImageSet, extractor: Extractor, cache: Path, split: str | None = None
 ) -> Reference:
     """A set of real images as a reference, every number from these images."""
-    digest = look(images).digest
+    digest = scan_image_set(images).digest
     features = extract(images, digest, extractor, cache)
     return Reference(
         name=images.name,
@@ -155,7 +155,7 @@ def write_reference(
 def digest_of(path: Path) -> str:
     """sha256 of a reference's file; of a folder, of its pixels."""
     if path.is_dir():
-        return look(open_set(path)).digest
+        return scan_image_set(open_set(path)).digest
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,14 +7,16 @@ import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from moveimg.config import SamplingSettings
 from moveimg.device import hardware
+from moveimg.errors import validate
 from moveimg.evaluation.peers import PUBLISHED_PEERS
-from moveimg.files import write_text
+from moveimg.files import read_json, write_text
 
 FORMAT = 1
 COLUMNS = {
@@ -27,6 +29,18 @@ COLUMNS = {
     "kid": "KID x 1000",
     "accuracy": "class shown",
 }
+
+
+class Results(BaseModel):
+    """The parts of results.json that are read back."""
+
+    model_config = ConfigDict(extra="allow")
+    format: Literal[1]
+    name: str
+    metrics: dict[str, float | list[float | None] | None]
+    reference: dict[str, Any]
+    extractor: dict[str, Any]
+    warnings: list[str] = []
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -48,15 +62,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Results of write_results. FileNotFoundError, or ValueError where it is something else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such results")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or "metrics" not in data:
-        raise ValueError(f"{path}: not results of moveimg evaluate (format {FORMAT})")
-    return data
+    return validate(Results, read_json(path), str(path)).model_dump()
 
 
 def markdown_table(results: Sequence[dict[str, Any]], peers: bool = False) -> str:

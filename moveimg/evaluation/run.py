@@ -16,7 +16,14 @@ import torch
 
 from moveimg.checkpoint import BUNDLED
 from moveimg.config import SamplingSettings
-from moveimg.data import ImageSource, Split, crop_views, open_images
+from moveimg.data import (
+    ImageSource,
+    Split,
+    crop_views,
+    drop_unreadable,
+    is_named_source,
+    open_images,
+)
 from moveimg.device import own_device
 from moveimg.evaluation.classifier import load_classifier, save_classifier, train_classifier
 from moveimg.evaluation.features import Extractor
@@ -32,12 +39,12 @@ from moveimg.evaluation.results import environment, read_results, write_results
 from moveimg.evaluation.sample import Plan, make_plan, sample_set
 from moveimg.evaluation.scoring import check_pair, score
 from moveimg.evaluation.sets import ImageSet, open_set
-from moveimg.pipeline import DEFAULT_MODEL, Pipeline, resolve
+from moveimg.files import lock
+from moveimg.pipeline import Pipeline, resolve
 from moveimg.pretrained.hub import cache_directory
 from moveimg.progress import progress_bar
 
-DIGITS = "digits"  # the name of the data set, as a reference
-DIGITS_EXTRACTOR = BUNDLED / "digits" / "extractor.safetensors"
+REFERENCES = {"digits": "digits", "fashion": "fashion-mnist"}  # of the bundled models
 FULL, SMALL = 50_000, 2_000  # samples by default: of published FIDs; for a small extractor
 FEWEST = 4  # of which precision and recall, of three neighbours, can be taken
 RESULTS = "results.json"
@@ -45,12 +52,12 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What samples are held against, and with which eyes.
+    """The reference of a comparison, and the feature extractor.
 
     Attributes:
-        reference: a name, .npz or folder; `digits` is their training split; None: `digits`, which
-            only the bundled model has.
-        extractor: a file of make_extractor; None: the bundled one for `digits`, else Inception.
+        reference: a name, an .npz or a folder; a data set's name is its training split; None: the
+            data set of a bundled model.
+        extractor: a file of make_extractor; None: the bundled one of the data set, else Inception.
         inception_weights: a file in torch-fidelity's layout; None: its own.
         allowed: guards to overrule, by name.
     """
@@ -63,7 +70,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn: see Plan. num None: 50,000, or 2,000 for `digits`."""
+    """What is drawn: see Plan. num None: 50,000, or 2,000 with a classifier."""
 
     num: int | None = None
     seed: int = 0
@@ -79,10 +86,10 @@ def features_cache() -> Path:
 
 
 def open_extractor(comparison: Comparison, device: torch.device) -> Extractor:
-    """The network that looks at the images (errors as of load_classifier and load_inception)."""
+    """The feature extractor of a comparison; errors as of load_classifier and load_inception."""
     path = comparison.extractor
-    if path is None and comparison.reference == DIGITS and comparison.inception_weights is None:
-        path = DIGITS_EXTRACTOR
+    if path is None and comparison.inception_weights is None:
+        path = bundled_extractor(comparison.reference)
     if path is not None:
         if comparison.inception_weights is not None:
             raise ValueError("give either an extractor or Inception weights, one of the two")
@@ -92,13 +99,22 @@ def open_extractor(comparison: Comparison, device: torch.device) -> Extractor:
     return load_inception(comparison.inception_weights, device)
 
 
+def bundled_extractor(reference: str | None) -> Path | None:
+    """The classifier of a data set that is bundled with its model, or None."""
+    for model, source in REFERENCES.items():
+        path = BUNDLED / model / "extractor.safetensors"
+        if reference == source and path.is_file():
+            return path
+    return None
+
+
 def load_reference(
     comparison: Comparison, size: tuple[int, int], extractor: Extractor, cache: Path
 ) -> Reference:
-    """The reference of a comparison; the digits are cut to the samples' size (H, W)."""
+    """The reference of a comparison; images of a data set are cut to the samples' size (H, W)."""
     assert comparison.reference is not None
-    if comparison.reference == DIGITS:
-        images = source_images(open_images(DIGITS, "train"), size[0])
+    if is_named_source(comparison.reference):
+        images = source_images(open_images(comparison.reference, "train"), size[0])
         return reference_of(images, extractor, cache, "train")
     return open_reference(comparison.reference, extractor, cache)
 
@@ -155,7 +171,7 @@ def sweep(
     plans = [plan_of(pipeline, model, replace(sampling, changes=c), extractor) for c in changed]
     root = out or Path("evaluation") / f"{Path(model).name}-{key}-{_hash(asdict(plans[0]))}"
     digest = None  # of a reference that may have changed since its name was given last
-    if comparison.reference is not None and comparison.reference != DIGITS:
+    if comparison.reference is not None and not is_named_source(comparison.reference):
         digest = digest_of(locate(comparison.reference, features_cache()))
     found = []
     for value, plan in zip(values, plans, strict=True):
@@ -177,7 +193,7 @@ def sweep(
 def score_files(
     samples: Path, comparison: Comparison, device: torch.device, out: Path | None
 ) -> dict[str, Any]:
-    """Score a set of any program: ADM's .npz or a folder of pictures."""
+    """Score a set of any program: ADM's .npz or a folder of images."""
     if comparison.reference is None:
         raise ValueError("--samples needs a --reference to compare with")
     images = open_set(samples)
@@ -227,19 +243,19 @@ def source_images(source: ImageSource, size: int, ratio: float = 1.0) -> ImageSe
 def make_reference(
     images: str, split: Split, size: int, comparison: Comparison, device: torch.device, out: Path
 ) -> dict[str, Any]:
-    """Statistics and images of a folder (or `digits`), cut as ADM cuts them, as one .npz."""
-    source = open_images(images, split)
+    """Statistics and images of a folder (or a data set), cut as ADM cuts them, as one .npz."""
+    source = drop_unreadable(open_images(images, split))
     extractor = open_extractor(comparison, device)
     return write_reference(out, source_images(source, size), extractor, features_cache(), split)
 
 
 def make_extractor(images: str, size: int, device: torch.device, out: Path, seed: int = 0) -> float:
     """Train a small classifier on the train split of `images`; returns its val accuracy."""
-    real = open_images(images, "train")
+    real = drop_unreadable(open_images(images, "train"))
     pixels, labels = _in_memory(real, size)
     names = real.class_names
     model = train_classifier(pixels, labels, len(names), device, seed)
-    held_pixels, held_labels = _in_memory(open_images(images, "val"), size)
+    held_pixels, held_labels = _in_memory(drop_unreadable(open_images(images, "val")), size)
     hits = []
     for start in range(0, len(held_pixels), 256):
         batch = torch.from_numpy(held_pixels[start : start + 256]).permute(0, 3, 1, 2)
@@ -274,7 +290,8 @@ def _evaluate(
         reference = load_reference(comparison, size, extractor, features_cache())
         check_pair(size, reference, comparison.allowed)
     begun = time.perf_counter()
-    path = sample_set(pipeline, plan, folder, png)
+    with lock(folder, "moveimg evaluate"):
+        path = sample_set(pipeline, plan, folder, png)
     if path is None or reference is None:
         return None
     drawn = time.perf_counter()
@@ -323,15 +340,15 @@ def image_size(pipeline: Pipeline, plan: Plan) -> tuple[int, int]:
 
 def _with_default(comparison: Comparison, model: str) -> Comparison:
     if comparison.reference is not None:
-        if comparison.reference != DIGITS:
+        if not is_named_source(comparison.reference):
             locate(comparison.reference, features_cache())
         return comparison
-    if model != DEFAULT_MODEL:
+    if model not in REFERENCES:
         raise ValueError(
             "give a --reference: imagenet256, an .npz of ADM's layout or a folder of real images "
             "(moveimg evaluate FOLDER --make-reference FILE makes one)"
         )
-    return replace(comparison, reference=DIGITS)
+    return replace(comparison, reference=REFERENCES[model])
 
 
 def _hash(data: Any) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from moveimg.config import SamplingSettings
-from moveimg.data.ranks import all_ranks
+from moveimg.dist import all_ranks
 from moveimg.evaluation.writing import write_npz, write_pngs
 from moveimg.files import atomic, read_json, write_text
 from moveimg.images import to_uint8
@@ -114,7 +114,7 @@ def sample_set(pipeline: Pipeline, plan: Plan, folder: Path, png: bool = False) 
     """
     target = folder / ("samples" if png else "samples.npz")
     with all_ranks() as ranks:
-        ranks.first(lambda: _claim(folder, plan))
+        ranks.run_first(lambda: _claim(folder, plan))
         if not target.exists():
             starts = range(0, plan.num, plan.batch_size)[ranks.rank :: ranks.size]
             _draw_parts(pipeline, plan, folder / PARTS, starts, ranks.rank)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moveimg.errors import list_names
 from moveimg.evaluation.classifier import accuracy_by_class
 from moveimg.evaluation.features import Extractor, extract
 from moveimg.evaluation.guards import check_set, check_size, check_split, enforce
@@ -18,8 +21,10 @@ from moveimg.evaluation.metrics import (
     precision_recall,
 )
 from moveimg.evaluation.reference import Reference
-from moveimg.evaluation.sets import ImageSet, look
+from moveimg.evaluation.sets import ImageSet, scan_image_set
 from moveimg.evaluation.statistics import statistics_of
+
+LOW_RECALL = 0.1
 
 
 def score(
@@ -46,13 +51,16 @@ def score(
     Raises ValueError, beginning with the guard's name, for a comparison that would mislead.
     """
     lines = check_pair(images.size, reference, allowed)
-    content = look(images)
+    content = scan_image_set(images)
     width = len(reference.statistics["fid"].mu)
     lines += enforce(check_set(images, content, width, n_classes), allowed)
     features = extract(images, content.digest, extractor, cache)
     metrics = compute(features, reference)
     metrics["distinct"] = 1 - content.duplicates / len(images)
-    metrics |= condition(features, images.labels, extractor)
+    labels, problem = match_labels(images, extractor)
+    lines += [problem] if problem else []
+    metrics |= condition(features, labels, extractor)
+    lines += check_metrics(metrics)
     return {
         "metrics": metrics,
         "samples": {"count": len(images), "size": images.size, "sha256": content.digest},
@@ -65,7 +73,7 @@ def score(
 def check_pair(
     size: tuple[int, int], reference: Reference, allowed: Sequence[str], wanted: str = "train"
 ) -> list[str]:
-    """Whether images of (H, W) may be held against a reference at all; see enforce.
+    """Warnings about comparing images of (H, W) with a reference; see enforce for refusals.
 
     wanted: the split the reference should be of: train for a generator, val for a tokenizer.
     """
@@ -92,10 +100,56 @@ def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, 
     return metrics
 
 
+def match_labels(images: ImageSet, extractor: Extractor) -> tuple[np.ndarray | None, str | None]:
+    """Labels [N] in the classifier's numbering, or None and why they cannot be had.
+
+    Class folders are matched by name; numbers count as the classifier's, in 0..C-1.
+    """
+    names, labels = extractor.class_names, images.labels
+    if names is None or labels is None:
+        return None, None
+    if images.class_names is not None:
+        index_of = {_key(name): index for index, name in enumerate(names)}
+        numbers = {_key(str(index)): index for index in range(len(names))}
+        keys = [_key(name) for name in images.class_names]
+        table = next((t for t in (index_of, numbers) if all(key in t for key in keys)), None)
+        if table is None:
+            unknown = [name for name in images.class_names if _key(name) not in index_of]
+            return None, (
+                f"unknown-classes: the classifier knows no class {list_names(unknown)}: the share "
+                "of images that show their class is left out"
+            )
+        return np.array([table[key] for key in keys])[labels], None
+    if labels.max() >= len(names):
+        begins = "; do they count from 1?" if labels.min() == 1 else ""
+        return None, (
+            f"unknown-classes: labels reach {labels.max()}, the classifier has 0..{len(names) - 1}"
+            f"{begins}: the share of images that show their class is left out"
+        )
+    return labels, None
+
+
+def check_metrics(metrics: dict[str, Any]) -> list[str]:
+    """Warnings about numbers that mislead. Raises ValueError for one that is not finite."""
+    for key, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"non-finite: {key} is {value}: features or pixels are damaged")
+    if metrics.get("recall", 1) < LOW_RECALL < metrics.get("precision", 0):
+        return [
+            f"low-recall: precision {metrics['precision']:.2f}, recall {metrics['recall']:.3f}: "
+            "few kinds of samples, near a few real images; precision alone flatters"
+        ]
+    return []
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+
 def condition(
     features: dict[str, np.ndarray], labels: np.ndarray | None, extractor: Extractor
 ) -> dict[str, Any]:
-    """How often a classifier sees the class that was asked for."""
+    """The share of images that a classifier recognises as their label, in all and per class."""
     names = extractor.class_names
     if names is None or labels is None or labels.max() >= len(names):
         return {}

@@ -6,38 +6,41 @@ N images   H height   W width, of all of them
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
+from moveimg.data import walk_images
+from moveimg.dist import print_rank0
+from moveimg.files import read_json
 from moveimg.progress import progress_bar
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-LABELS_FILE = "labels.json"  # beside the pictures of a folder: one label for each, in file order
+LABELS_FILE = "labels.json"  # in a folder of images: one label per image, in file order
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size and their labels; the pixels stay where they are until they are read.
+    """Images of one size and their labels, read in batches.
 
     Attributes:
-        name: where it is, for messages.
+        name: its path, for messages.
         shape: (N, H, W).
-        labels: int64 [N], or None where nothing tells.
+        labels: int64 [N], or None where they are unknown.
         read: batch size -> iterator over uint8 [b, H, W, 3], in order.
+        class_names: names of the labels, where they come from class folders.
     """
 
     name: str
     shape: tuple[int, int, int]
     labels: np.ndarray | None
     read: Callable[[int], Iterator[np.ndarray]]
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -49,23 +52,25 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Content:
-    """What one look at all pixels of a set tells.
+    """Facts about all pixels of a set.
 
     digest: sha256 over shape and pixels, in order.
     duplicates: images whose pixels are those of an earlier one.
-    blank: images of one single colour (black ones among them).
+    blank: images of a single colour (black ones among them).
+    brightest: the largest pixel value.
     """
 
     digest: str
     duplicates: int
     blank: int
+    brightest: int
 
 
-def look(images: ImageSet) -> Content:
-    """Read a set once, without a network: its hash, duplicates and blank images."""
+def scan_image_set(images: ImageSet) -> Content:
+    """Read a set once, without a network: its hash, duplicates, blank images and range."""
     digest = hashlib.sha256(repr(images.shape).encode())
     seen: set[bytes] = set()
-    blank = 0
+    blank = brightest = 0
     with progress_bar(len(images), f"read {images.name}", "image") as bar:
         for batch in images.read(BATCH):
             batch = np.ascontiguousarray(batch)
@@ -73,8 +78,9 @@ def look(images: ImageSet) -> Content:
             seen.update(hashlib.blake2b(image, digest_size=16).digest() for image in batch)
             flat = batch.reshape(len(batch), -1, 3)
             blank += int((flat == flat[:, :1]).all(axis=(1, 2)).sum())
+            brightest = max(brightest, int(batch.max()))
             bar.update(len(batch))
-    return Content(digest.hexdigest(), len(images) - len(seen), blank)
+    return Content(digest.hexdigest(), len(images) - len(seen), blank, brightest)
 
 
 def array_set(name: str, images: np.ndarray, labels: Sequence[int] | None = None) -> ImageSet:
@@ -90,8 +96,8 @@ def array_set(name: str, images: np.ndarray, labels: Sequence[int] | None = None
 def open_set(path: str | Path) -> ImageSet:
     """A set of any program: an .npz with `arr_0` (and labels in `arr_1`), or a folder.
 
-    A folder is searched for pictures recursively, sorted by path; labels come from its
-    `labels.json`, or from class subfolders.
+    A folder is searched for images recursively, sorted by path; labels come from its
+    `labels.json`, or from class subfolders, whose names are kept.
 
     Raises FileNotFoundError, or ValueError where it is not RGB images of one size.
     """
@@ -187,53 +193,55 @@ def _checked_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> tuple[in
 
 
 def _open_folder(folder: Path) -> ImageSet:
-    paths = sorted(
-        (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS),
-        key=lambda path: path.relative_to(folder).parts,
-    )
+    walk = walk_images(folder)
+    paths = walk.images
+    others = {kind: n for kind, n in walk.others.items() if kind != ".json"}
+    if others:
+        print_rank0(f"{folder}: {sum(others.values())} files are no images: {others}")
     if not paths:
-        raise ValueError(f"{folder}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+        raise ValueError(f"{folder}: holds no images")
     with Image.open(paths[0]) as first:
         width, height = first.size
-    labels = _folder_labels(folder, paths)
+    labels, names = _folder_labels(folder, paths)
 
     def read(size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(paths), size):
-            part = paths[start : start + size]
-            yield np.stack([_read_picture(path, (width, height)) for path in part])
+            chunk = paths[start : start + size]
+            yield np.stack([_read_sample(path, (width, height)) for path in chunk])
 
-    return ImageSet(str(folder), (len(paths), height, width), labels, read)
+    return ImageSet(str(folder), (len(paths), height, width), labels, read, names)
 
 
-def _read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_sample(path: Path, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3]. Nothing is converted or resized: that would change the score."""
     try:
-        with Image.open(path) as picture:
-            if picture.mode != "RGB":
-                raise ValueError(f"wrong-mode: {path} is {picture.mode}: expected RGB")
-            if picture.size != size:
-                found, wanted = ("x".join(map(str, s)) for s in (picture.size, size))
+        with Image.open(path) as image:
+            if image.mode != "RGB":
+                raise ValueError(f"wrong-mode: {path} is {image.mode}: expected RGB")
+            if image.size != size:
+                found, wanted = ("x".join(map(str, s)) for s in (image.size, size))
                 raise ValueError(f"wrong-size: {path} is {found}: expected {wanted} as the first")
-            return np.asarray(picture)
+            return np.asarray(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
-def _folder_labels(folder: Path, paths: list[Path]) -> np.ndarray | None:
+def _folder_labels(
+    folder: Path, paths: list[Path]
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels int64 [N] and, where they come from class folders, the names of those."""
     listed = folder / LABELS_FILE
     if listed.is_file():
-        try:
-            labels: Any = json.loads(listed.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{listed}: not JSON ({error})") from None
+        labels = read_json(listed)
         whole = isinstance(labels, list) and all(type(x) is int and x >= 0 for x in labels)
         if not whole or len(labels) != len(paths):
             raise ValueError(
-                f"{listed}: expected a list of {len(paths)} labels of 0 or more, one a picture"
+                f"{listed}: expected a list of {len(paths)} labels of 0 or more, one per image"
             )
-        return np.asarray(labels, np.int64)
+        return np.asarray(labels, np.int64), None
     parents = [path.parent for path in paths]
     if folder in parents:
-        return None
-    names = sorted(set(parents))
-    return np.asarray([names.index(parent) for parent in parents], np.int64)
+        return None, None
+    folders = sorted(set(parents))
+    rows = np.asarray([folders.index(parent) for parent in parents], np.int64)
+    return rows, tuple(path.name for path in folders)

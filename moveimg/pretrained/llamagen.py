@@ -1,8 +1,8 @@
-"""LlamaGen's class-conditional generators (arXiv 2406.06525), read without running anything.
+"""LlamaGen's class-conditional generators (arXiv 2406.06525), read without running their code.
 
 The architecture is this program's standard transformer under other names, so conversion renames
-tensors. What tensors cannot tell is asked for: the image size, where no rotation table is stored,
-and the heads of sizes that have no name.
+tensors. Tensors do not hold the image size, unless a rotation table is stored, nor the number of
+heads of sizes without a name: both are arguments.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokenizer as vq
-from moveimg.checkpoint import ModelParts, check_shapes, save_model
+from moveimg.checkpoint import ModelParts, check_shapes, require_finite, save_model
 from moveimg.config import SIZES, ModelConfig, SamplingSettings, SwiGLUConfig
 from moveimg.device import shapes_only
 from moveimg.errors import validate
@@ -32,33 +31,29 @@ RENAMED = {
     "head.": "output.",
 }
 TABLE = "freqs_cis"  # the rotation table [1 + T, head_dim / 2, 2]: not a weight, sometimes stored
-# The guidance that LlamaGen's figures are published with; temperature 1, all codes.
+# The guidance of LlamaGen's published figures; temperature 1, all codes.
 PUBLISHED_CFG = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
 
 
 def convert_llamagen(
-    gpt: str | Path,
+    gpt: str | Path | None,
     vq_file: str | Path,
     out: str | Path,
     image_size: int | None = None,
     n_head: int | None = None,
-) -> ModelConfig:
-    """A LlamaGen generator and its tokenizer -> a model directory, which appears whole.
+) -> ModelConfig | None:
+    """Write a LlamaGen generator and its tokenizer as a model directory, which appears whole.
 
-    Args:
-        gpt: such as `c2i_B_256.pt`; see load_llamagen.
-        vq_file: such as `vq_ds16_c2i.pt`; see tokenizer.load_llamagen_vq.
-        out: the directory to make.
-        image_size, n_head: asked for only where the tensors do not tell them.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        FileExistsError: `out` is there already.
-        ValueError: a file is damaged, needs code to be read, holds something else, or the two do
-            not belong together.
+    Without `gpt` it is a tokenizer directory. Returns the generator's config, if there is one.
+    Raises FileExistsError where `out` is there already, ValueError where the two files do not
+    belong together; other arguments and errors are those of load_llamagen.
     """
     with atomic_directory(out) as temporary:
         tokenizer = vq.load_llamagen_vq(vq_file)
+        require_finite(tokenizer.state_dict(), str(vq_file))
+        if gpt is None:
+            vq.save(tokenizer, temporary)
+            return None
         generator = load_llamagen(gpt, tokenizer.downsample, image_size, n_head)
         config = generator.config
         if config.codebook_size != tokenizer.codebook_size:
@@ -66,9 +61,9 @@ def convert_llamagen(
                 f"{gpt} has {config.codebook_size} codes, {vq_file} {tokenizer.codebook_size}: "
                 "expected a generator and the tokenizer it was trained with"
             )
-        names = class_names(config.n_classes)
-        parts = ModelParts(generator, tokenizer, names, published_settings(config))
+        names, settings = class_names(config.n_classes), published_settings(config)
         files = {"gpt": Path(gpt).name, "vq": Path(vq_file).name}
+        parts = ModelParts(generator, tokenizer, names, settings)
         save_model(temporary, parts, {"source": "LlamaGen", "files": files})
     return config
 
@@ -79,14 +74,11 @@ def load_llamagen(
     image_size: int | None = None,
     n_head: int | None = None,
 ) -> Transformer:
-    """Read a LlamaGen generator, in eval mode, in the number type it is stored in.
-
-    Its weights stand under `model`, `module` or `state_dict`, or bare, in a PyTorch file (read as
-    plain tensors only, and left in the file until they are used) or in safetensors.
+    """A LlamaGen generator, in eval mode, in the number type it is stored in.
 
     Args:
-        file: the checkpoint.
-        downsample: pixels of a side for each code, of the tokenizer it was trained with.
+        file: the checkpoint (see tokenizer.read_weights).
+        downsample: pixels of a side per code, of the tokenizer it was trained with.
         image_size: pixels of a side; needed unless the file holds its rotation table.
         n_head: attention heads; needed where neither a table nor a named size tells them.
 
@@ -97,15 +89,18 @@ def load_llamagen(
     """
     weights = vq.read_weights(file)
     table = weights.pop(TABLE, None)
+    named = re.fullmatch(r"c2i_\w+_(\d{3})", Path(file).stem)
+    if named and image_size not in (None, int(named[1])):
+        raise ValueError(f"image size {image_size} was given, but {file} is for {named[1]} pixels")
     config = llamagen_config(weights, table, str(file), downsample, image_size, n_head)
     with shapes_only():
         generator = Transformer(config)
     expected = {llamagen_name(k): tuple(v.shape) for k, v in generator.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in weights.items()}
-    check_shapes(expected, found, str(file))
+    check_shapes(expected, {key: tuple(v.shape) for key, v in weights.items()}, str(file))
     for key, value in weights.items():
         if not value.is_floating_point():
             raise ValueError(f"{file}: {key!r} holds {value.dtype}, expected floats")
+    require_finite(weights, str(file))
     state = {key: weights[llamagen_name(key)] for key in generator.state_dict()}
     generator.load_state_dict(state, assign=True)  # the file's own tensors: no second copy
     return generator.eval()
@@ -119,38 +114,44 @@ def llamagen_config(
     image_size: int | None,
     n_head: int | None,
 ) -> ModelConfig:
-    """The config that tensors in LlamaGen's layout were made with (arguments: load_llamagen)."""
+    """The config of a generator in LlamaGen's layout (arguments: load_llamagen)."""
 
-    def size(key: str) -> list[int]:
+    def shape(key: str) -> tuple[int, int]:
         if key not in weights:
-            raise ValueError(f"{origin}: no class-conditional LlamaGen generator: lacks {key!r}")
+            raise ValueError(f"{origin}: not a class-conditional LlamaGen generator: lacks {key!r}")
         if weights[key].ndim != 2:
             raise ValueError(f"{origin}: {key!r} is {list(weights[key].shape)}, expected a matrix")
-        return list(weights[key].shape)
+        return weights[key].shape[0], weights[key].shape[1]
 
-    n_labels, width = size("cls_embedding.embedding_table.weight")
-    layers = [int(found[1]) for key in weights if (found := re.match(r"layers\.(\d+)\.", key))]
-    n_layer = max(layers, default=-1) + 1
-    hidden = size("layers.0.feed_forward.w1.weight")[0]
-    named = {(s["n_layer"], s["width"]): s["n_head"] for s in SIZES.values()}
-    n_head = _agreed("heads", n_head, _table_heads(table, width, origin), origin)
+    n_labels, width = shape("cls_embedding.embedding_table.weight")
+    n_layer = len({m[1] for key in weights if (m := re.match(r"layers\.(\d+)\.", key))})
+    hidden = shape("layers.0.feed_forward.w1.weight")[0]
+    if table is not None and table.ndim == 3 and table.shape[1]:
+        side = math.isqrt(len(table) - 1)
+        n_head = _agree("heads", n_head, width // (2 * table.shape[1]), origin)
+        image_size = _agree("image size", image_size, side * downsample, origin)
+    named = {(size["n_layer"], size["width"]): size["n_head"] for size in SIZES.values()}
     n_head = n_head or named.get((n_layer, width))
     if n_head is None:
         raise ValueError(
-            f"{origin}: {n_layer} layers of width {width} are no named size, and tensors do not "
-            "tell the number of heads: give --heads"
+            f"{origin}: {n_layer} layers of width {width} are no named size: give --heads"
         )
+    if image_size is None:
+        raise ValueError(f"{origin}: tensors do not tell the image size: give --image-size")
+    if image_size < downsample or image_size % downsample:
+        raise ValueError(
+            f"image size {image_size}: expected a multiple of the tokenizer's {downsample} pixels"
+        )
+    derived = hidden == swiglu_hidden(width, SwiGLUConfig())
     settings = {
         "n_layer": n_layer,
         "n_head": n_head,
         "width": width,
-        "codebook_size": size("tok_embeddings.weight")[0],
+        "codebook_size": shape("tok_embeddings.weight")[0],
         "n_classes": n_labels - 1,  # the last row is the null label
-        "grid": [_side(table, origin, downsample, image_size)] * 2,
-        "ffn": {"kind": "swiglu"},
+        "grid": [image_size // downsample] * 2,
+        "ffn": {"kind": "swiglu"} if derived else {"kind": "swiglu", "hidden": hidden},
     }
-    if hidden != swiglu_hidden(width, SwiGLUConfig()):
-        settings["ffn"] = {"kind": "swiglu", "hidden": hidden}
     config = validate(ModelConfig, settings, origin)
     if table is not None:
         _check_table(table, config, origin)
@@ -175,44 +176,17 @@ def class_names(n_classes: int) -> list[str]:
 
 
 def published_settings(config: ModelConfig) -> SamplingSettings:
-    """The settings of LlamaGen's published figures for a named size; else the defaults."""
+    """The sampling settings of LlamaGen's figures for a named size; else the defaults."""
     for name, cfg_scale in PUBLISHED_CFG.items():
         if (SIZES[name]["n_layer"], SIZES[name]["width"]) == (config.n_layer, config.width):
             return SamplingSettings(cfg_scale=cfg_scale)
     return SamplingSettings()
 
 
-def _side(table: Tensor | None, origin: str, downsample: int, image_size: int | None) -> int:
-    """Codes along a side of the image."""
-    stored = None if table is None else math.isqrt(max(0, table.shape[0] - 1)) * downsample
-    image_size = _agreed("image size", image_size, stored, origin)
-    if image_size is None:
-        raise ValueError(
-            f"{origin}: tensors do not tell the image size: give --image-size (LlamaGen's "
-            "files are for 256 or 384 pixels, as their names say)"
-        )
-    if image_size < downsample or image_size % downsample:
-        raise ValueError(
-            f"image size {image_size}: expected a multiple of the tokenizer's {downsample} pixels"
-        )
-    return image_size // downsample
-
-
-def _table_heads(table: Tensor | None, width: int, origin: str) -> int | None:
-    if table is None:
-        return None
-    if table.ndim != 3 or table.shape[2] != 2 or width % (2 * table.shape[1] or 1):
-        raise ValueError(
-            f"{origin}: {TABLE!r} is {list(table.shape)}, expected [1 + codes, half a head's "
-            f"width, 2] where heads divide the width {width}"
-        )
-    return width // (2 * table.shape[1])
-
-
-def _agreed(what: str, given: Any, stored: Any, origin: str) -> Any:
-    if given is not None and stored is not None and given != stored:
-        raise ValueError(f"{origin}: {what} {given} was given, but its {TABLE!r} says {stored}")
-    return stored if given is None else given
+def _agree(name: str, argument: int | None, stored: int, origin: str) -> int:
+    if argument not in (None, stored):
+        raise ValueError(f"{origin}: {name} {argument} was given, but its {TABLE!r} says {stored}")
+    return stored
 
 
 def _check_table(table: Tensor, config: ModelConfig, origin: str) -> None:
@@ -221,6 +195,6 @@ def _check_table(table: Tensor, config: ModelConfig, origin: str) -> None:
     # a table cast to bfloat16 is off by up to 2^-9
     if table.shape != ours.shape or not torch.allclose(table.float(), ours, atol=4e-3, rtol=0):
         raise ValueError(
-            f"{origin}: its {TABLE!r} is not LlamaGen's 2D rotation of {config.grid[0]} x "
-            f"{config.grid[1]} codes: weights trained with it would mean something else here"
+            f"{origin}: its {TABLE!r} {list(table.shape)} is not LlamaGen's 2D rotation of "
+            f"{config.grid[0]} x {config.grid[1]} codes"
         )

@@ -9,5 +9,4 @@ generator.py    codes + labels -> cross-entropy; initial.py: what it starts from
 scoring.py      FID and its company of a few samples, now and then
 tokenizer.py    images -> reconstruction and codebook losses; adversary.py: the discriminator
 compare.py      several configs, several seeds -> runs; comparison*.py -> a table and plots
-budget.py       what a run will take: memory, hours, disk
 """

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -25,6 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 
 from moveimg.data import sha256_file
 from moveimg.dist import World, print_rank0
@@ -32,6 +36,21 @@ from moveimg.dist import World, print_rank0
 INDEX, EXTRA = "checkpoint.json", "extra.pt"
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
+# What torch's .metadata is made of; nothing here runs code of the file.
+ALLOWED_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+        "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool",
+    },
+    "pathlib": {"PosixPath", "WindowsPath"},  # builds a path, and touches no file
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
 
 # of torch, about one process: it means what it says, and that is what is wanted
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -212,13 +231,57 @@ class Checkpoints:
         """
         try:
             dcp.load(
-                state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None
+                state,
+                storage_reader=RestrictedReader(path),
+                planner=RestrictedPlanner(),
+                process_group=self.group,
+                no_dist=self.group is None,
             )
+            # Optimizers keep their counts of steps on the CPU, the others are moved by who reads.
+            extra = torch.load(path / EXTRA, map_location="cpu", weights_only=True)
         except (dcp.CheckpointException, RuntimeError, KeyError) as error:
             raise ValueError(f"{path}: does not fit this run ({reason(error)})") from None
-        # Who takes it moves what belongs elsewhere; an optimizer leaves its count of steps here.
-        extra = torch.load(path / EXTRA, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(f"{path}: holds more than tensors and plain data; refused") from None
         return extra, read_index(path)
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's .metadata, which torch unpickles freely, by an allow-list."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class or function of an allowed name. Raises UnpicklingError for others."""
+        if name in ALLOWED_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not allowed")
+
+
+class RestrictedReader(dcp.FileSystemReader):
+    """A reader of distributed checkpoints that runs nothing of what they hold."""
+
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """The checkpoint's metadata, as FileSystemReader.read_metadata returns it."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = RestrictedUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(".metadata holds no metadata")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class RestrictedPlanner(dcp.DefaultLoadPlanner):
+    """A planner that reads what is no tensor (rates, counts) with weights_only."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value read from the checkpoint into the state."""
+        loaded = torch.load(value, weights_only=True)
+        fqn = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], loaded)
+        else:
+            self.state_dict[fqn] = loaded
 
 
 def damage(path: Path) -> str | None:

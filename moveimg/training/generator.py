@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,9 @@ from moveimg.checkpoint import ModelParts, load_tokenizer, save_model
 from moveimg.config import ModelConfig, TrainConfig
 from moveimg.data import MANIFEST, Batches, PackedCodes, sha256_file
 from moveimg.dist import World
+from moveimg.files import lock
 from moveimg.images import labelled_grid, to_pil
-from moveimg.model import Transformer
-from moveimg.model.cost import model_cost
+from moveimg.model import Transformer, model_cost
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.initial import initial_model
 from moveimg.training.loop import fit
@@ -148,7 +149,8 @@ class GeneratorTask:
 
     def _read_some(self) -> None:
         """A forward pass over some held-out images."""
-        indices = torch.arange(min(len(self.val), WATCHED)).numpy()
+        count = min(len(self.val), WATCHED)  # spread over the split, whose images are by class
+        indices = torch.linspace(0, len(self.val) - 1, count).round().long().numpy()
         codes, labels = self.val.get(indices, 0 * indices)
         self._loss(self.model, codes.to(self.device), labels.to(self.device))
 
@@ -180,7 +182,7 @@ def train_generator(
     world = World(device=world) if isinstance(world, torch.device) else world
     spreading = plan(config, world)
     tokenizer = load_tokenizer(config.data.tokenizer, world.device)
-    train, val = _open_codes(config, tokenizer, world)
+    train, val = _open_codes(config, tokenizer, world, restart)
     for codes in (train, val):
         codes.require_tokenizer(tokenizer.fingerprint)
     torch.manual_seed(config.seed)
@@ -208,16 +210,26 @@ def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
 
 
 def _open_codes(
-    config: TrainConfig, tokenizer: vq.AutoencoderTokenizer, world: World
+    config: TrainConfig, tokenizer: vq.AutoencoderTokenizer, world: World, restart: bool
 ) -> tuple[PackedCodes, PackedCodes]:
-    """The train and val codes; made first where the config names images."""
+    """The train and val codes; made first, or anew, where the config names images."""
     directory = config.data.codes
     if directory is None:
-        from moveimg.data import encode_splits
+        from moveimg.data import ChangedSettingsError, encode_splits
 
         assert config.data.images is not None
         directory = config.out / "codes"
-        encode_splits(config.data.images, tokenizer, directory, device=world.device)
+        if restart and world.main and directory.exists():
+            with lock(config.out, "a training"):
+                shutil.rmtree(directory)
+        world.wait()
+        try:
+            encode_splits(config.data.images, tokenizer, directory, device=world.device)
+        except ChangedSettingsError as error:
+            raise ValueError(
+                f"{config.out}: {error.details} since this run made its codes; start over with "
+                "--restart"
+            ) from None
     return PackedCodes(directory / "train"), PackedCodes(directory / "val")
 
 

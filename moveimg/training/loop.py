@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from moveimg.config import RunConfig
 from moveimg.device import has_bfloat16, peak_memory
 from moveimg.dist import World, print_rank0
-from moveimg.files import remove_temporaries
+from moveimg.files import lock, remove_temporaries
 from moveimg.training.checkpoints import Checkpoints, reason
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
 from moveimg.training.parallel import Plan, averaging, part_seed, spread, whole
@@ -49,7 +49,8 @@ def fit(
 ) -> dict:
     """Train `task` for config.steps steps in config.out; continue there if a run was stopped.
 
-    SIGTERM ends it after the step under way, with a checkpoint and exit code 143.
+    SIGTERM and SIGINT (Ctrl-C) end it after the step under way, with a checkpoint and exit code 143
+    or 130; a second SIGINT ends it at once.
 
     Args:
         task: model (on `device`), loss and outputs.
@@ -66,20 +67,19 @@ def fit(
             checkpoints alone, or the loss is not finite.
         OSError: the last checkpoint could not be written.
     """
-    run = Run(task, config, device, plan or Plan(World(device=device)))
-    run.open(restart)
-    with Journal(run.logs, config, run.step, run.world.main) as journal, sigterm() as asked:
-        while run.step < config.steps:
-            scalars = run.advance()
-            journal.bar.update()
-            run.report(scalars, journal)
-            if run.must_stop(bool(asked)):
-                run.require_finite()
-                run.save(whole(run.averaged))
-                run.checkpoints.finish()
-                journal.message(f"stopped by SIGTERM at step {run.step}; the same command goes on")
-                raise SystemExit(128 + signal.SIGTERM)
-    return run.finish()
+    with lock(config.out, "a training"):
+        run = Run(task, config, device, plan or Plan(World(device=device)))
+        run.open(restart)
+        with Journal(run.logs, config, run.step, run.world.main) as journal, catch_stop() as asked:
+            while run.step < config.steps:
+                scalars = run.advance()
+                journal.bar.update()
+                run.report(scalars, journal)
+                if run.must_stop(bool(asked)):
+                    number = asked[0] if asked else signal.SIGTERM
+                    run.stop(signal.Signals(number).name, journal)
+                    raise SystemExit(128 + number)
+        return run.finish()
 
 
 class Run:
@@ -168,6 +168,13 @@ class Run:
         if self.device.type == "cuda" and self.world.size > 1 and self.step % AGREE_EVERY:
             return False
         return self.world.any(asked)
+
+    def stop(self, reason: str, journal: Journal) -> None:
+        """Write a checkpoint of the step that was just done."""
+        self.require_finite()
+        self.save(whole(self.averaged))
+        self.checkpoints.finish()
+        journal.message(f"stopped by {reason} at step {self.step}; the same command continues")
 
     def save(self, model: nn.Module) -> None:
         """Export what the run makes so far, and begin to write a checkpoint.
@@ -297,15 +304,25 @@ class Run:
 
 
 @contextmanager
-def sigterm() -> Iterator[list[bool]]:
-    """A list that is empty until SIGTERM comes, which no longer ends the process by itself."""
-    came: list[bool] = []
+def catch_stop() -> Iterator[list[int]]:
+    """A list that receives the number of the first SIGTERM or SIGINT.
+
+    Neither ends the process by itself, but for a second SIGINT, which raises KeyboardInterrupt.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    except ValueError:  # only a main thread may listen
-        yield came
+        before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # only a main thread may set handlers
+        yield received
         return
     try:
-        yield came
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

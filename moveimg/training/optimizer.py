@@ -33,7 +33,9 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     if tables := [p for p in tables if p.requires_grad]:
-        groups.append({"params": tables, "weight_decay": decay, "lr_factor": config.table_lr})
+        groups.append(
+            {"params": tables, "weight_decay": decay, "lr_factor": config.table_lr / config.lr}
+        )
     fused = rest[0].device.type in ("cpu", "cuda")
     found: list[Optimizer] = []
     if matrices := [p for p in matrices if p.requires_grad]:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moveimg.config import RunConfig
-from moveimg.files import read_json, write_text
+from moveimg.errors import shorten
+from moveimg.files import read_json, read_yaml, write_text
 
 # What may differ between the start of a run and its continuation: no result depends on it, but
 # for rounding.
@@ -36,12 +37,14 @@ def keep_record(logs: Path, config: RunConfig, identity: dict[str, str]) -> None
     described, data = logs / "config.yaml", logs / "data.json"
     if described.is_file():
         require_same(described, config)
-        there = read_json(data) if data.is_file() else identity  # older runs did not say
+        present = read_json(data) if data.is_file() else identity  # older runs did not say
+        if not isinstance(present, dict):
+            raise ValueError(f"{data}: damaged, expected digests; start over with --restart")
         for key, now in identity.items():
-            if there.get(key) != now:
+            if present.get(key) != now:
                 raise ValueError(
-                    f"{config.out}: holds a run on other data ({key}: {str(there.get(key))[:12]}, "
-                    f"now {now[:12]}); choose another `out`, or start over with --restart"
+                    f"{config.out}: holds a run on other data (the {key} have changed since it "
+                    "began); choose another `out`, or start over with --restart"
                 )
     write_text(described, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     write_text(data, json.dumps(identity, indent=1) + "\n")
@@ -53,8 +56,8 @@ def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any,
     A key that is newer than the run had its default then. Raises ValueError for a damaged file.
     """
     try:
-        before = yaml.safe_load(described.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        before = read_yaml(described)
+    except ValueError:
         before = None
     if not isinstance(before, dict):
         raise ValueError(f"{described}: damaged, no settings in it; start over with --restart")
@@ -66,12 +69,45 @@ def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any,
 
 
 def require_same(described: Path, config: RunConfig) -> None:
-    """Raise ValueError, naming the first difference, unless the run there has these settings."""
-    for key, (before, now) in changed_settings(described, config).items():
-        raise ValueError(
-            f"{config.out}: holds a run with other settings ({key}: {before}, now {now}); "
-            "choose another `out`, or start over with --restart"
+    """Raise ValueError, naming the keys, unless the run there has these settings.
+
+    More steps are the same run where the learning rate does not depend on their number.
+    """
+    changes = changed_settings(described, config)
+    if "steps" in changes:
+        before, now = changes.pop("steps")
+        if config.optimizer.schedule == "cosine":
+            raise ValueError(
+                f"{config.out}: holds a run of {before} steps, {now} asked: its cosine schedule "
+                f"ends at step {before}, so it cannot be continued; start a new run from it by "
+                f"--init-from {config.out} and another `out`"
+            )
+        if now < before:
+            raise ValueError(
+                f"{config.out}: holds a run of {before} steps, {now} asked: expected more"
+            )
+    if changes:
+        details = "; ".join(
+            f"{key} is {shorten(before)} there, {shorten(now)} asked"
+            for key, (before, now) in list(flatten_changes(changes).items())[:SHOWN]
         )
+        raise ValueError(
+            f"{config.out}: holds a run with other settings ({details}); choose another `out`, or "
+            "start over with --restart"
+        )
+
+
+def flatten_changes(changes: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Changed values by their full key path, such as model.memory.slots."""
+    flat: dict[str, tuple[Any, Any]] = {}
+    for key, (before, now) in changes.items():
+        if isinstance(before, dict) and isinstance(now, dict):
+            inner = {k: (before.get(k), now.get(k)) for k in before | now}
+            differ = {k: pair for k, pair in inner.items() if pair[0] != pair[1]}
+            flat |= {f"{key}.{k}": pair for k, pair in flatten_changes(differ).items()}
+        else:
+            flat[key] = (before, now)
+    return flat
 
 
 def non_finite(

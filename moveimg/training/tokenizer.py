@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import tokenizer as vq
+from moveimg.checkpoint import load_tokenizer
 from moveimg.config import TokenizerTrainConfig
 from moveimg.data import (
     ImageSource,
@@ -23,49 +25,97 @@ from moveimg.data import (
     to_tensor,
 )
 from moveimg.device import pick_dtype
-from moveimg.dist import World, print_rank0
+from moveimg.dist import World, print_rank0, reduce_mean
 from moveimg.images import UnreadableImageError, labelled_grid, to_pil
-from moveimg.training.adversary import Adversary
 from moveimg.training.loop import fit
+from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Plan
-from tokenizer.losses import ImageLoss
-from tokenizer.perceptual import load_perceptual_loss
+from tokenizer import losses as vq_losses
 
 PREVIEW_COLUMNS = 8
-MOST_VALIDATED = 2048  # held-out images that are reconstructed for a validation
-VALIDATED_AT_ONCE = 32  # of those, at least; without gradients they take less room than a batch
+MAX_VALIDATION = 2048  # held-out images that a validation reconstructs
+VALIDATION_BATCH = 32  # at least: without gradients images need less memory
 
 
 class RandomViews(Dataset):
-    """One view of an image, (index, view) -> float32 [3, H, W] in [-1, 1]."""
+    """Views of images, (index, view) -> float32 [3, H, W] in [-1, 1]."""
 
     def __init__(self, source: ImageSource, config: TokenizerTrainConfig) -> None:
         self.source, self.images = source, config.images
-        self.told: set[int] = set()  # of the images that cannot be read
+        self.warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        index, view = key
-        views = crop_views(
-            self.image(index), self.images.size, self.images.crops, self.images.ranges
-        )
+        (index, view), cut = key, self.images
+        views = crop_views(self.image(index), cut.size, cut.crops, cut.ranges)
         return to_tensor([views[view]])[0]
 
     def image(self, index: int) -> Image.Image:
-        """An image, or in the place of one that cannot be read the next one that can.
-
-        So a broken file ends no run, and the others stand where they stood.
-        """
+        """An image, or in place of an unreadable one the next that can be read."""
         for other in (*range(index, len(self)), *range(index)):
             try:
                 return self.source[other][0]
             except UnreadableImageError as error:
-                if other not in self.told:
-                    self.told.add(other)
-                    print_rank0(f"warning: {error}; the next one takes its place")
+                if other not in self.warned:
+                    self.warned.add(other)
+                    print_rank0(f"warning: {error}; the next image replaces it")
         raise ValueError(f"{self.source.name}: none of its {len(self)} images can be read")
+
+
+class Adversary:
+    """A PatchGAN with an optimizer of its own (VQGAN, arXiv 2012.09841, section 3.1).
+
+    With several processes its gradients are averaged, and its BatchNorms see a process's own
+    images (as in LlamaGen and taming).
+    """
+
+    def __init__(self, config: TokenizerTrainConfig, channels: int, device: torch.device) -> None:
+        assert config.adversarial is not None
+        self.config, self.run = config.adversarial, config
+        n_layers, size = self.config.n_layers, config.images.size
+        if size < (least := vq_losses.min_side(n_layers)):
+            raise ValueError(
+                f"images.size {size}: adversarial.n_layers {n_layers} needs at least {least}"
+            )
+        made = vq_losses.make_discriminator(channels, self.config.width, n_layers)
+        self.discriminator = made.to(device)
+        self.optimizer = torch.optim.AdamW(
+            made.parameters(), lr=self.config.lr, betas=config.optimizer.betas, weight_decay=0.0
+        )
+
+    def train_step(self, step: int, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Train the discriminator on images and reconstructions [B, C, H, W]; scalars to log."""
+        run = self.run.optimizer
+        for group in self.optimizer.param_groups:  # the run's schedule, scaled to its own rate
+            group["lr"] = self.config.lr * learning_rate(run, step, self.run.steps) / run.lr
+        self.discriminator.requires_grad_(True)
+        real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
+        loss = vq_losses.discriminator_loss(real, fake)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for parameter in self.discriminator.parameters():
+            assert parameter.grad is not None
+            parameter.grad = reduce_mean(parameter.grad)
+        nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.clip)
+        self.optimizer.step()
+        scalars = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return {name: value.detach() for name, value in scalars.items()}
+
+    def generator_loss(
+        self, reconstruction: Tensor, losses: Tensor, last_layer: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted adversarial loss, and scalars to log.
+
+        `losses` is the weighted sum of the losses of the reconstruction [B, C, H, W].
+        """
+        self.discriminator.requires_grad_(False)  # the gradient goes to the pixels alone
+        loss = -self.discriminator(reconstruction).mean()
+        weight = torch.tensor(self.config.weight, device=loss.device)
+        if self.config.adaptive:
+            weight = weight * vq_losses.adaptive_weight(losses, loss, last_layer)
+        return weight * loss, {"adversarial": loss.detach(), "adversarial_weight": weight}
 
 
 class TokenizerTask:
@@ -77,34 +127,33 @@ class TokenizerTask:
         self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Plan
     ) -> None:
         self.config, self.model, self.plan = config, model, plan
+        self.tokenizer = model
         self.forward: nn.Module = model
         self.device = device = plan.world.device
         self.train = RandomViews(open_images(config.images.source, "train"), config)
         val = RandomViews(open_images(config.images.source, "val"), config)
-        shown = range(min(len(val), MOST_VALIDATED))
         size, ranges = config.images.size, config.images.ranges[:1]
-        views = [crop_views(val.image(i), size, "center", ranges)[0] for i in shown]
-        self.val = to_tensor(views)
+        images = map(val.image, spread_indices(len(val), MAX_VALIDATION))
+        self.val = to_tensor([crop_views(image, size, "center", ranges)[0] for image in images])
         self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
-        self.perceptual: ImageLoss | None = None
+        self.perceptual: vq_losses.ImageLoss | None = None
         if config.perceptual_weight:
             self.reconstruction_weights["perceptual"] = config.perceptual_weight
-            with plan.world.first_alone():
-                self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
+            with plan.world.first_alone():  # it may download
+                self.perceptual = vq_losses.load_perceptual_loss(config.perceptual_folder, device)
         self.weights = self.reconstruction_weights | dict(model.quantize.loss_weights)
-        self.adversary: Adversary | None = None
-        if config.adversarial is not None:
-            self.adversary = Adversary(config, self.val.shape[1], device)
+        channels = self.val.shape[1]
+        self.adversary = Adversary(config, channels, device) if config.adversarial else None
         self._batches: Iterator[Tensor] | None = None
 
     def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         step = index // self.plan.parts
         if self._batches is None:
-            workers = 0 if len(self.train) < MOST_VALIDATED else 4
+            small = len(self.train) < MAX_VALIDATION
             loader = DataLoader(
                 self.train,
                 batch_sampler=self._keys(step),
-                num_workers=workers,
+                num_workers=0 if small else min(4, (os.cpu_count() or 1) - 1),
                 generator=torch.Generator(),  # or it would draw from the generator of the step
             )
             self._batches = iter(loader)
@@ -117,50 +166,37 @@ class TokenizerTask:
                 losses["perceptual"] = self.perceptual(out.reconstruction, images)
         loss = vq.total_loss(losses, self.weights)
         scalars = {**losses, **out.stats}
-        if self.adversary is not None and self.adversary.active(step):
-            pull, judged = self._adversarial(step, images, out.reconstruction.float(), losses)
-            loss = loss + pull
-            scalars |= judged
+        if self.adversary is not None and step >= self.adversary.config.start:
+            reconstruction = out.reconstruction.float()
+            scalars |= self.adversary.train_step(step, images, reconstruction)
+            weights = self.reconstruction_weights
+            weighted = vq.total_loss({name: losses[name] for name in weights}, weights)
+            adversarial, logged = self.adversary.generator_loss(
+                reconstruction, weighted, self.tokenizer.last_layer
+            )
+            loss = loss + adversarial
+            scalars |= logged
         return loss, {name: value.detach() for name, value in scalars.items()}
-
-    def _adversarial(
-        self, step: int, images: Tensor, reconstruction: Tensor, losses: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator learns, then judges: its loss, and scalars to log."""
-        assert self.adversary is not None and isinstance(self.model, vq.AutoencoderTokenizer)
-        learned = self.adversary.learn(step, images, reconstruction)
-        weights = self.reconstruction_weights
-        weighed = vq.total_loss({name: losses[name] for name in weights}, weights)
-        pull, judged = self.adversary.pull(reconstruction, weighed, self.model.last_layer)
-        return pull, learned | judged
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean squared error on [-1, 1] of held-out images as decoded, and their code usage.
-
-        The processes share the batches; all get the same numbers.
-        """
-        assert isinstance(model, vq.AutoencoderTokenizer)
+        """Mean squared error, on [-1, 1], and code usage of held-out images, over all processes."""
         world = self.plan.world
-        error, counts = torch.zeros(1).double(), torch.zeros(model.codebook_size).double()
-        batches = self.val.split(max(VALIDATED_AT_ONCE, self.config.batch_size))
+        error = torch.zeros(1).double()
+        counts = torch.zeros(self.tokenizer.codebook_size).double()
+        batches = self.val.split(max(VALIDATION_BATCH, self.config.batch_size))
         for images in batches[world.rank :: world.size]:
-            codes = model.encode(images)
-            grid = tuple(side // model.downsample for side in images.shape[2:])
-            decoded = model.decode(codes, (grid[0], grid[1])).cpu()
+            codes, decoded = reconstruct(model, images)
             error += (decoded - images).square().double().mean() * len(images)
-            counts += codes.flatten().bincount(minlength=model.codebook_size).cpu()
+            counts += codes.flatten().bincount(minlength=len(counts)).cpu()
         error, counts = (world.mean(part) * world.size for part in (error, counts))
         stats = {key: value.item() for key, value in vq.code_statistics(counts).items()}
         return {"mse": error.item() / len(self.val), **stats}
 
     def preview(self, model: nn.Module) -> Image.Image:
         """Held-out images above their reconstructions."""
-        assert isinstance(model, vq.AutoencoderTokenizer)
-        n = len(self.val)  # from first to last, so that every class may come
-        images = self.val[torch.linspace(0, n - 1, min(n, PREVIEW_COLUMNS)).round().long()]
-        grid = tuple(side // model.downsample for side in images.shape[2:])
-        decoded = model.decode(model.encode(images), (grid[0], grid[1]))
+        images = self.val[spread_indices(len(self.val), PREVIEW_COLUMNS)]
+        decoded = reconstruct(model, images)[1]
         return labelled_grid([to_pil(images), to_pil(decoded)], ["image", "decoded"])
 
     def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
@@ -168,63 +204,77 @@ class TokenizerTask:
         vq.save(model, directory)
 
     def extra_state(self) -> dict[str, Any]:
-        """What the quantizer keeps while it trains, and the discriminator with its optimizer."""
-        assert isinstance(self.model, vq.AutoencoderTokenizer)
-        judge = {} if self.adversary is None else self.adversary.state()
-        return self.model.quantize.training_state() | judge
+        """The state of the quantizer's training, and of the discriminator with its optimizer."""
+        state: dict[str, Any] = {**self.tokenizer.quantize.training_state()}
+        if self.adversary is not None:
+            state["discriminator"] = self.adversary.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.adversary.optimizer.state_dict()
+        return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        assert isinstance(self.model, vq.AutoencoderTokenizer)
-        self.model.quantize.load_training_state(state)
+        self.tokenizer.quantize.load_training_state(state)
         if self.adversary is not None:
-            self.adversary.load_state(state)
+            self.adversary.discriminator.load_state_dict(state["discriminator"])
+            self.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """(image, view) keys of the batches from `step` on: functions of (seed, step) alone.
-
-        Of each batch, those that this process is to take.
-        """
+        """(image, view) keys of this process's part of each batch from `step` on, by the seed."""
         n, size, seed = len(self.train), self.config.batch_size, self.config.seed
         world, share = self.plan.world, size // self.plan.world.size
         n_views = count_views(self.config.images.crops, self.config.images.ranges)
-        place = step * size
+        position = step * size
         while True:
             batch: list[tuple[int, int]] = []
             while len(batch) < size:
-                epoch, start = divmod(place, n)
+                epoch, start = divmod(position, n)
                 order = epoch_order(n, seed, epoch)[start : start + size - len(batch)]
                 choice = crop_choice(n, n_views, seed, epoch)
                 batch += [(int(i), int(choice[i])) for i in order]
-                place += len(order)
+                position += len(order)
             yield batch[world.rank * share : (world.rank + 1) * share]
+
+
+def spread_indices(n: int, count: int) -> list[int]:
+    """At most `count` evenly spaced indices in 0..n-1: of a list sorted by class, all classes."""
+    return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().tolist()
+
+
+def reconstruct(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes [B, T] of images [B, C, H, W], and the images decoded from them, on the CPU."""
+    assert isinstance(model, vq.AutoencoderTokenizer)
+    codes = model.encode(images)
+    h, w = (side // model.downsample for side in images.shape[2:])
+    return codes, model.decode(codes, (h, w)).cpu()
+
+
+def make_tokenizer(config: TokenizerTrainConfig) -> vq.AutoencoderTokenizer:
+    """The tokenizer at step 0: new, or with the weights of `config.init_from`."""
+    if config.init_from is None:
+        return vq.build(vq.parse_config({"kind": "vq"} | config.tokenizer, "tokenizer"))
+    source = load_tokenizer(config.init_from, torch.device("cpu"))
+    settings = source.config.model_dump(mode="json") | config.tokenizer
+    model = vq.build(vq.parse_config(settings, "tokenizer"))
+    vq.load_weights(model, source.state_dict(), str(config.init_from))
+    return model
 
 
 def train_tokenizer(
     config: TokenizerTrainConfig, world: World | torch.device, restart: bool = False
 ) -> dict:
-    """`moveimg train-tokenizer`: make a tokenizer directory at config.out.
+    """Train a tokenizer into the directory config.out; returns the held-out scalars.
 
-    Args:
-        config: the run's settings.
-        world: the processes that share it, or the device of the only one.
-        restart: throw an earlier run in config.out away first.
-
-    Returns:
-        the held-out scalars.
-
-    Raises ValueError or FileNotFoundError for images or weights that are missing, or for sizes
-    that do not go together.
+    `world` is the processes, or the device of the only one; `restart` deletes an earlier run first.
+    Raises ValueError or FileNotFoundError for missing images or weights, or sizes that do not fit.
     """
     world = World(device=world) if isinstance(world, torch.device) else world
     if config.batch_size % world.size:
-        raise ValueError(f"batch_size {config.batch_size}: {world.size} processes cannot share it")
-    settings = vq.parse_config({"kind": "vq"} | config.tokenizer, "tokenizer")
-    torch.manual_seed(config.seed)
-    model = vq.build(settings).to(world.device)
-    if config.images.size % model.downsample:
-        raise ValueError(
-            f"images.size {config.images.size}: expected a multiple of the tokenizer's "
-            f"downsampling, {model.downsample}"
-        )
+        raise ValueError(f"batch_size {config.batch_size}: expected a multiple of {world.size}")
     plan = Plan(world, parts=world.size, dtype=pick_dtype(config.dtype, world.device))
-    return fit(TokenizerTask(config, model, plan), config, world.device, restart, plan)
+    with torch.random.fork_rng(devices=[]):  # a caller's own draws stay what they are
+        torch.manual_seed(config.seed)
+        model = make_tokenizer(config).to(world.device)
+        if config.images.size % model.downsample:
+            f, size = model.downsample, config.images.size
+            raise ValueError(f"images.size {size}: expected a multiple of {f}, the downsampling")
+        task = TokenizerTask(config, model, plan)
+    return fit(task, config, world.device, restart, plan)

@@ -1,0 +1,61 @@
+"""Classes by name: the label of what a user types, and search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from unicodedata import normalize
+
+from moveimg.errors import shorten
+
+
+def find_label(class_names: Sequence[str], name_or_index: str | int) -> int:
+    """The label of a class: its index, its name, one of its synonyms, or an unambiguous part.
+
+    Names compare in Unicode's form NFC; synonyms and parts also without regard to case. Digits are
+    an index unless they name a class. Raises ValueError for an unknown class, an index out of
+    range, or text that fits several classes.
+    """
+    last = len(class_names) - 1
+    if not isinstance(name_or_index, str):
+        if not 0 <= name_or_index <= last:
+            raise ValueError(f"class {shorten(name_or_index)}: expected 0..{last}")
+        return int(name_or_index)
+    text = normalize("NFC", name_or_index.strip())
+    names = [normalize("NFC", name) for name in class_names]
+    if names.count(text) == 1:
+        return names.index(text)
+    if text.isascii() and text.removeprefix("-").isdecimal():
+        numbers = [int(name) for name in names if name.isdecimal()]
+        if len(numbers) == len(names) or int(text) in numbers:
+            raise ValueError(
+                f"class {shorten(text)} is ambiguous: no class has this name, but class names are "
+                f"numbers: expected a name such as {next(filter(str.isdecimal, names))}"
+            )
+        return find_label(class_names, int(text))
+    wanted = text.casefold()
+    matches = search_names(names, wanted)
+    matches = [i for i in matches if wanted in list_synonyms(names[i])] or matches
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        some = ", ".join(f"{label} ({names[label]})" for label in matches[:5])
+        raise ValueError(f"class {shorten(text)} fits {len(matches)} classes: {some}; be exact")
+    known = {synonym: label for label, name in enumerate(names) for synonym in list_synonyms(name)}
+    near = [f"{known[name]} ({name})" for name in get_close_matches(wanted[:200], known)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"such as {', '.join(names[:5])}"
+    raise ValueError(
+        f"unknown class {shorten(text)}: expected an index (0..{last}) or a name; {hint}"
+    )
+
+
+def search_names(class_names: Sequence[str], part: str) -> list[int]:
+    """Indices of the names that contain `part`, without regard to case."""
+    wanted = normalize("NFC", part).casefold()
+    names = (normalize("NFC", name).casefold() for name in class_names)
+    return [label for label, name in enumerate(names) if wanted in name]
+
+
+def list_synonyms(class_name: str) -> list[str]:
+    """`Goldfish, Carassius auratus` -> its names, case-folded."""
+    return [part.strip() for part in class_name.casefold().split(",")]

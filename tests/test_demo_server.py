@@ -1,0 +1,270 @@
+"""The demo as programs meet it: its command, its guard, the gradio client and plain HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from apps import demo
+from apps.demo_parts import page
+from apps.demo_parts.guard import FREE_LOGINS
+from apps.demo_parts.queue import JobQueue, Visitor
+from apps.demo_parts.requests import MAX_BODY
+from apps.demo_parts.server import Server, read_auth
+from moveimg import Pipeline
+from moveimg.checkpoint import BUNDLED
+
+CALL = "/gradio_api/call/v2"
+
+
+def image_of(uri):
+    """The image in a data URI, and the settings in it."""
+    image = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+    return image, json.loads(image.info["moveimg"])
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from gradio_client import Client
+
+    return Client(server.url, verbose=False)
+
+
+def wait_until(condition):
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("waited for 20 s")
+
+
+# --- the endpoints ---------------------------------------------------------------------------
+
+
+def test_endpoints_answer_as_the_library_does(server, client):
+    answer = client.predict(class_name="seven", num=2, seed=3, cfg_scale=2.0, api_name="/generate")
+    expected = Pipeline.from_pretrained("digits").sample(["seven"] * 2, seed=3, cfg_scale=2.0)
+    images = [image_of(image["png"]) for image in answer["images"]]
+    assert [i.tobytes() for i, _ in images] == [i.tobytes() for i in expected]
+    assert [meta["seed"] for _, meta in images] == [3, 4]
+    assert images[0][1]["cfg_scale"] == answer["settings"]["cfg_scale"] == 2.0
+    bare = client.predict(class_name="7", seed=3, cfg_scale=2.0, bank=False, api_name="/generate")
+    assert image_of(bare["images"][0]["png"])[0].tobytes() != expected[0].tobytes()
+
+    strips = client.predict(class_name="2", scales=[1, 3], num=1, seed=1, api_name="/vary_guidance")
+    assert [row["settings"]["cfg_scale"] for row in strips["rows"]] == [1, 3]
+    assert [row["images"][0]["seed"] for row in strips["rows"]] == [1, 1]
+    pair = client.predict(class_name=2, models=["digits", "twin"], seed=1, api_name="/compare")
+    assert [row["model"] for row in pair["rows"]] == ["digits", "twin"]
+    memory = client.predict(class_name="two", seed=1, api_name="/memory")
+    assert [m["layer"] for m in memory["layers"]] == [1, 2, 3, 4, 5, 6]
+    assert memory["layers"][0]["share"][7][7] is None
+    answer = client.predict(image=memory["image"]["png"], api_name="/reconstruct")
+    assert 0 < answer["mse"] < 1 and len(answer["codes"]) == 8
+    assert image_of(answer["image"])[0].size == (32, 32)
+    classes = client.predict(search="gold", model="gallery", api_name="/classes")
+    assert [c["index"] for c in classes] == [0, 1]
+    listed = client.predict(api_name="/models")
+    assert [m["name"] for m in listed] == ["digits", "gallery", "twin"]
+    assert listed[1]["settings"]["cfg_scale"] == 1.0  # its sampling.json is {}
+
+
+def test_errors_are_messages_without_traces_or_paths(server, client):
+    from gradio_client.exceptions import AppError
+
+    for endpoint, values, part in (
+        ("generate", {"class_name": "ten"}, "'ten'"),
+        ("generate", {"class_name": "gold", "model": "gallery"}, "'gold' fits 2"),
+        ("generate", {"class_name": "1", "num": 1000}, "1000"),
+        ("generate", {"class_name": "1", "model": "/etc"}, "/etc"),
+        ("compare", {"class_name": "1", "models": ["digits", "gallery"]}, "digits and gallery"),
+        ("reconstruct", {"image": "data:image/png;base64,aGVsbG8="}, "PNG"),
+    ):
+        with pytest.raises(AppError, match=re.escape(part)) as caught:
+            client.predict(**values, api_name=f"/{endpoint}")
+        assert "Traceback" not in str(caught.value) and str(BUNDLED.parent) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        (f"{CALL}/generate", {"num": "many"}, 422),
+        (f"{CALL}/generate", {"temperature": -1}, 422),
+        (f"{CALL}/generate", {"class_name": [1]}, 422),
+        (f"{CALL}/generate", {"colour": 1}, 422),
+        (f"{CALL}/generate", ["7"], 422),
+        (f"{CALL}/generate", {"class_name": "x" * 10_000_000}, 422),
+        (f"{CALL}/reconstruct", {}, 422),
+        (f"{CALL}/nothing", {}, 404),
+        ("/gradio_api/call/generate", {"data": [1] * 40}, 422),
+        ("/gradio_api/run/generate", {}, 404),
+        ("/gradio_api/upload", {}, 404),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_wrong_values_over_http_get_one_line(server, path, body, status):
+    answer = httpx.post(server.url + path, json=body, timeout=60)
+    assert answer.status_code == status
+    assert answer.text.count("\n") <= 1 and len(answer.text) < 400
+
+
+def test_the_examples_on_the_page_work(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = page.read("api.md").replace("CLASS", "seven")
+    code = re.search(r"```python\n(.*?)```", texts, re.DOTALL)[1]
+    code = code.replace("http://127.0.0.1:7860", server.url)
+    exec(compile(code, "the example", "exec"), {"__name__": "__main__"})
+    expected = Pipeline.from_pretrained("digits").sample(["seven"] * 2, seed=0)[0]
+    with Image.open(tmp_path / "seed0.png") as image:
+        assert image.tobytes() == expected.tobytes()
+    # what the shell example does, without needing curl
+    body = json.loads(re.search(r"-d '(.*?)'", texts)[1])
+    event = httpx.post(f"{server.url}{CALL}/generate", json=body).json()["event_id"]
+    reply = httpx.get(f"{server.url}/gradio_api/call/generate/{event}", timeout=120).text
+    assert "event: complete" in reply
+    answer = json.loads(reply.split("data: ")[-1])[0]
+    assert image_of(answer["images"][0]["png"])[0].tobytes() == expected.tobytes()
+
+
+def test_visitors_at_once_do_not_disturb_each_others_seeds(server):
+    from gradio_client import Client
+
+    def visit(seed):
+        client = Client(server.url, verbose=False)
+        answer = client.predict(class_name="five", num=2, seed=seed, api_name="/generate")
+        return [image_of(image["png"])[0].tobytes() for image in answer["images"]]
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(visit, (5, 50, 5)))
+    pipeline = Pipeline.from_pretrained("digits")
+    assert results[0] == results[2] == [i.tobytes() for i in pipeline.sample([5, 5], seed=5)]
+    assert results[1] == [i.tobytes() for i in pipeline.sample([5, 5], seed=50)]
+
+
+def test_a_full_queue_is_a_message(server, client):
+    from gradio_client.exceptions import AppError
+
+    tickets = [server.queue.enter(Visitor(f"tab {i}", f"10.0.0.{i}")) for i in range(64)]
+    try:
+        with pytest.raises(AppError, match="64"):
+            client.predict(class_name="1", api_name="/generate")
+    finally:
+        for ticket in tickets:
+            server.queue.leave(ticket)
+
+
+def test_a_job_ends_when_its_listener_hangs_up(server, slow_model):
+    body = {"class_name": "7", "num": 1}
+    event = httpx.post(f"{server.url}{CALL}/generate", json=body).json()["event_id"]
+    start = server.queue.steps
+    path = f"{server.url}/gradio_api/call/generate/{event}"
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(path, timeout=0.4)
+    wait_until(lambda: len(server.queue) == 0)
+    assert server.queue.steps - start < 50  # of 64
+
+
+# --- the guard -------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_servers_disk_can_be_read(server):
+    for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/file=pyproject.toml",
+                 "/file=/etc/passwd", "/static/../../pyproject.toml", "/static/%2e%2e/%2e%2e/x",
+                 "/assets/%2e%2e/%2e%2e/%2e%2e/package.json", "/monitoring/summary"):  # fmt: skip
+        assert httpx.get(server.url + path).status_code in (403, 404), path
+    for content in (b"x" * (MAX_BODY + 1), iter([b"x" * (MAX_BODY // 2 + 1)] * 2)):
+        answer = httpx.post(f"{server.url}/gradio_api/queue/join", content=content)
+        assert answer.status_code == 413
+    config = httpx.get(f"{server.url}/config").text
+    assert str(BUNDLED.parents[1]) not in config and server.folder not in config
+
+
+def test_a_password_is_asked_for_and_unknown_hosts_are_refused(server):
+    guarded = Server(
+        server.models, JobQueue(), auth=[("me", "secret")], allow_hosts=("demo.example",),
+        trust_proxy=True,
+    )  # fmt: skip
+    try:
+        with httpx.Client(base_url=guarded.url) as visitor:
+            assert visitor.get("/config").status_code == 401
+            assert visitor.post(f"{CALL}/models", json={}).status_code == 401
+
+            def login(password, address):
+                form = {"username": "me", "password": password}
+                headers = {"x-forwarded-for": f"1.2.3.4, {address}"}
+                return visitor.post("/login", data=form, headers=headers).status_code
+
+            guesses = [login("guess", "9.9.9.9") for _ in range(FREE_LOGINS + 3)]
+            assert guesses[:FREE_LOGINS] == [400] * FREE_LOGINS and guesses[-1] == 429
+            assert login("secret", "9.9.9.9") == 429
+            assert login("secret", "8.8.8.8") == 200  # elsewhere nobody has failed
+            assert visitor.get("/config").status_code == 200
+            for host, status in (
+                ("evil.example", 421), ("demo.example", 200), ("localhost:1", 200), ("", 421),
+                ("[::1]:80", 200), ("127.0.0.1.evil.example", 421), ("10.0.0.1", 421),
+            ):  # fmt: skip
+                assert visitor.get("/config", headers={"host": host}).status_code == status, host
+    finally:
+        guarded.close()
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_accounts_come_from_the_command_or_a_file(tmp_path):
+    assert read_auth(None) is None
+    assert read_auth("me:se:cret") == [("me", "se:cret")]
+    (tmp_path / "accounts").write_text("a:1\n\nb:2\n")
+    assert read_auth(str(tmp_path / "accounts")) == [("a", "1"), ("b", "2")]
+    for bad in ("me", "me:", ":x"):
+        with pytest.raises(ValueError, match="USER:PASSWORD"):
+            read_auth(bad)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm():
+    process = subprocess.Popen(
+        [sys.executable, "apps/demo.py", "--port", str(free_port())], text=True,
+        env=os.environ | {"http_proxy": "http://127.0.0.1:9"}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    url = process.stdout.readline().split()[-1]
+    assert httpx.get(url, trust_env=False).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("reason", ["model", "weights", "port", "dtype", "option"])
+def test_the_command_names_what_it_cannot_serve(reason, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED / "digits", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(demo.signal, "signal", lambda *args: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options, value = {
+            "model": (["--model", str(tmp_path)], "config.json"),
+            "weights": (["--model", str(tmp_path / "damaged")], "damaged"),
+            "port": (["--port", port], port),
+            "dtype": (["--dtype", "int8"], "int8"),
+            "option": (["--queue", "0"], "--queue"),
+        }[reason]
+        result = CliRunner().invoke(demo.app, options)
+    assert result.exit_code == 2 and value in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,1 @@
+"""What only maintainers run; each file's docstring has its command."""
