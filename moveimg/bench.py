@@ -26,8 +26,7 @@ from moveimg.data import make_encoder, normalize
 from moveimg.device import peak_memory
 from moveimg.dist import World
 from moveimg.files import atomic
-from moveimg.model import Transformer, decoding_model, linear_kind
-from moveimg.model.cost import token_flops
+from moveimg.model import Transformer, decoding_model, linear_kind, token_flops
 from moveimg.sampling import image_rngs, iter_codes
 from moveimg.training.generator import GeneratorTask
 from moveimg.training.initial import freeze_backbone
@@ -95,7 +94,7 @@ def bench_sample(
     rows, length = batch_size * (1 if settings.cfg_scale == 1 else 2), config.seq_len
     context, dtype = (length + 1) / 2, model.head.weight.dtype
     shapes = linear_shapes(model, rows)
-    cached = sum(layer.numel_per_token() for layer in model.make_cache(1).layers)  # type: ignore[operator]
+    cached = sum(layer.numel_per_token() for layer in model.make_cache(1).layers)
     weight_bytes = sum(k * n for _, k, n in shapes) * (1 if quantize else dtype.itemsize)
     read = length * (weight_bytes + rows * context * cached * dtype.itemsize)
     flops = length * rows * token_flops(model, context, decoding=True)

@@ -21,7 +21,7 @@ from moveimg.data import images as data
 from moveimg.data.codes import Batches, PackedCodes
 from moveimg.data.encode import encode_splits
 from moveimg.errors import validate
-from moveimg.model.product_key import ValueTable
+from moveimg.model import ValueTable
 from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers

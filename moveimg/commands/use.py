@@ -144,19 +144,19 @@ def info(
         if not is_yaml:
             raise ValueError(f"--train: expected a config (YAML), got '{model}'")
         run = load_config(model, TrainConfig, set or [])
-        from moveimg.training.budget import comment, describe_budget, train_budget
+        from moveimg.model import comment, describe_budget, train_budget
 
         passes = run.batch_size // (run.micro_batch or run.batch_size)
         budget = train_budget(run, gpus or math.gcd(8, passes), gpu)
         if as_json:
-            print_json(budget.as_dict() | {"epoch": budget.epoch()})
+            print_json(budget)
         else:
             print(describe_budget(budget), comment(budget), sep="\n\n")
         return
     config = load_config(model, ModelFile, set or []).model if is_yaml else None
     from moveimg.checkpoint import read_model_config
     from moveimg.device import DTYPES
-    from moveimg.model.cost import describe_cost, model_cost
+    from moveimg.model import describe_cost, model_cost
     from moveimg.pipeline import resolve
 
     if dtype not in DTYPES:

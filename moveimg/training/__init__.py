@@ -8,5 +8,4 @@ logging.py      TensorBoard, Weights & Biases, progress bar, gates, MFU
 generator.py    codes + labels -> cross-entropy; initial.py: the model at step 0
 scoring.py      FID and other scores of a few samples during training
 tokenizer.py    images -> reconstruction and codebook losses; adversary.py: the discriminator
-budget.py       memory, hours and disk of a run
 """

@@ -17,8 +17,7 @@ from moveimg.data import MANIFEST, Batches, PackedCodes, sha256_file
 from moveimg.dist import World
 from moveimg.files import lock
 from moveimg.images import labelled_grid, to_pil
-from moveimg.model import Transformer
-from moveimg.model.cost import model_cost
+from moveimg.model import Transformer, model_cost
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.initial import initial_model
 from moveimg.training.logging import gate_statistics, peak_flops
