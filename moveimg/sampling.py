@@ -77,7 +77,8 @@ def iter_codes(
         if position in (0, length - 1) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
         if guided:
-            logits = guide(*logits.chunk(2), scale)
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, scale)
         codes = draw(logits, draws[:, position], settings)
         yield codes
         if position < length - 1:
