@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moveimg import DEFAULT_MODEL
 from moveimg.commands.common import (
     MAX_IMAGES,
     MAX_SEED,
@@ -41,7 +42,9 @@ def sample(
     classes: Annotated[
         list[str] | None, typer.Argument(help="Class names or indices; default: the first 20.")
     ] = None,
-    model: Annotated[str, typer.Option(help="A name, a model directory or a Hub id.")] = "digits",
+    model: Annotated[
+        str, typer.Option(help="A name, a model directory or a Hub id.")
+    ] = DEFAULT_MODEL,
     num: Num = 2,
     seed: Seed = 0,
     settings: dict,

@@ -18,7 +18,7 @@ LOCAL = {
     "out", "codes", "source", "tokenizer", "init_from",
     "reference", "extractor", "inception_weights",
 }  # fmt: skip
-PUBLIC = (None, "digits", *PUBLISHED)
+PUBLIC = (None, "digits", "fashion", *PUBLISHED)
 CARD_TEXT = """
 A class-conditional generator of images by discrete codes, for `moveimg`.
 
