@@ -11,9 +11,15 @@ import torch
 import yaml
 
 from moveimg.config import ModelConfig
-from moveimg.model import Transformer, expert_load
+from moveimg.model import Transformer
 from moveimg.model.attention import ATTENTIONS
-from moveimg.model.feedforward import FEEDFORWARDS, balance_loss, block_shape, sort_by_expert
+from moveimg.model.feedforward import (
+    FEEDFORWARDS,
+    balance_loss,
+    block_shape,
+    expert_load,
+    sort_by_expert,
+)
 from moveimg.model.memory import MEMORIES
 from tests import conftest, reference_variants
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config

@@ -2,8 +2,8 @@
 
 from moveimg.model.attention import rope_2d
 from moveimg.model.budget import DEVICES, comment, describe_budget, train_budget
-from moveimg.model.cost import cost_of, describe_cost, model_cost, token_flops
-from moveimg.model.feedforward import MoE, SwiGLU, ValueTable, expert_load, swiglu_hidden
+from moveimg.model.cost import describe_cost, model_cost, token_flops
+from moveimg.model.feedforward import MoE, ValueTable, swiglu_hidden
 from moveimg.model.inference import decoding_model, linear_kind
 from moveimg.model.memory import (
     NEAR_TWO,
@@ -14,26 +14,22 @@ from moveimg.model.memory import (
     mixers_by_layer,
     record_mixing,
 )
-from moveimg.model.transformer import Cache, Transformer
+from moveimg.model.transformer import Transformer
 
 __all__ = [
     "DEVICES",
     "NEAR_TWO",
     "NEAR_ZERO",
-    "Cache",
     "GatedMixer",
     "Mixing",
     "MoE",
-    "SwiGLU",
     "Transformer",
     "ValueBank",
     "ValueTable",
     "comment",
-    "cost_of",
     "decoding_model",
     "describe_budget",
     "describe_cost",
-    "expert_load",
     "linear_kind",
     "mixers_by_layer",
     "model_cost",

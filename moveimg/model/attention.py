@@ -259,12 +259,13 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is None:
             out = self._unfolded(x, rows, torch.cat([q, q_rope], dim=-1), latent, key)
         else:
-            new: list[Tensor | None] = [torch.cat([latent, key[:, :, 0]], dim=-1)]
-            new += [
+            joint = torch.cat([latent, key[:, :, 0]], dim=-1)
+            g_0, memory = (
                 None if part is None else part.transpose(1, 2)
                 for part in self.value_mixer.gate_and_memory(x, rows)
-            ]
-            out = self._absorbed(q, q_rope, cache.mask(index), *cache.update(index, *new))
+            )
+            entries = cache.update(index, joint, g_0, memory)
+            out = self._absorbed(q, q_rope, cache.mask(index), *entries)
         return self.wo(out.flatten(-2))
 
     def _unfolded(self, x: Tensor, rows: Rows, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:

@@ -76,10 +76,10 @@ def cost_of(model: Transformer, dtype: torch.dtype = torch.float32) -> Cost:
     caches = [layer.make_cache(1, length, model.norm.weight) for layer in model.attentions()]
     bank_reads, table_reads = [], []
     for layer in model.layers:
-        readers = [m for m in layer.modules() if hasattr(m, "table_reads")]
+        readers: list[Any] = [m for m in layer.modules() if hasattr(m, "table_reads")]
         mixers = [m for m in readers if isinstance(m, GatedMixer)]
         bank_reads.append(sum(m.table_reads() for m in mixers) * dtype.itemsize)
-        all_reads = sum(m.table_reads() for m in readers) * dtype.itemsize  # type: ignore[operator]
+        all_reads = sum(m.table_reads() for m in readers) * dtype.itemsize
         table_reads.append(all_reads - bank_reads[-1])
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -150,7 +150,7 @@ def describe_cost(cost: Cost, dtype: str) -> str:
     cache = dtype
     if cost.cache_bytes_per_token != cost.mha_cache_bytes_per_token:
         cache = f"{dtype}; with MHA {cost.mha_cache_bytes_per_token:,}"
-    rows: list[tuple[str, Any, str]] = [("parameters", cost.parameters, "")]
+    rows: list[tuple[str, float, str]] = [("parameters", cost.parameters, "")]
     rows += [(f"  {p}", getattr(cost, p), "") for p in ("backbone", "embeddings", "router", "bank")]
     rows += [
         ("  active per token", cost.active, ""),

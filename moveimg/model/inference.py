@@ -203,7 +203,7 @@ def concat_linears(*linears: nn.Linear) -> tuple[nn.Linear, list[int]]:
 
 def join_mha(attention: MultiHeadAttention) -> None:
     """Compute gates together with queries, keys and values."""
-    mixer: Any = attention.mixer
+    mixer = attention.mixer
     if isinstance(mixer, GatedMixer):
         attention.wqkv, attention.joined = concat_linears(attention.wqkv, mixer.router)
         mixer.router = nn.Identity()  # type: ignore[assignment]
@@ -216,7 +216,7 @@ def join_mla(attention: MultiHeadLatentAttention) -> None:
         linears[0], attention.wq = attention.wq[0], attention.wq[1:]
     else:
         attention.wq = nn.Identity()
-    mixers: list[Any] = [attention.latent_mixer, attention.value_mixer]
+    mixers = (attention.latent_mixer, attention.value_mixer)
     gated = [mixer for mixer in mixers if isinstance(mixer, GatedMixer)]
     linears += [mixer.router for mixer in gated]
     for mixer in gated:
