@@ -174,6 +174,3 @@ def gather_full_model(model: nn.Module) -> nn.Module:
         copy = Transformer(model.config)
     copy.load_state_dict(state, assign=True)
     return copy.eval()
-
-
-Plan = Parallelism  # for the tokenizer's training, which imports it by this name
