@@ -23,6 +23,7 @@ from tqdm import tqdm
 from moveimg.config import RunConfig
 from moveimg.files import atomic, write_text
 from moveimg.model import (
+    DEVICES,
     NEAR_TWO,
     NEAR_ZERO,
     Mixing,
@@ -31,12 +32,6 @@ from moveimg.model import (
     record_mixing,
 )
 from moveimg.progress import progress_bar
-
-# Dense bfloat16 FLOP/s by the vendor's data sheets; the first name that the device's contains.
-PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 class RunLogger:
@@ -168,8 +163,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def data_sheet_peak(name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name; None if it is not in PEAKS."""
-    return next((peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
+    """Dense bfloat16 FLOP/s of a device by its name; None if it is not in DEVICES."""
+    peaks = (device.flops for key, device in DEVICES.items() if re.search(rf"\b{key}\b", name))
+    return next(peaks, None)
 
 
 # --- gates ---------------------------------------------------------------------------------
