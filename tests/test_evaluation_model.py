@@ -155,8 +155,9 @@ def test_pictures_that_are_not_square_are_resized_where_one_side_fits(tmp_path):
         assert arrays["arr_0"].shape == (1, side, side, 3)
 
 
-def test_the_bundled_model_is_scored_without_any_download(tmp_path):
-    shown = run("evaluate", "--num-samples", 20, "--batch-size", 10, "--out", tmp_path / "out")
+def test_a_bundled_model_is_scored_without_any_download(tmp_path):
+    options = ["--num-samples", 20, "--batch-size", 10, "--out", tmp_path / "out"]
+    shown = run("evaluate", "digits", *options)
     assert "compares with nothing but itself" in shown.output
     assert "warning: too-few-samples" in shown.stderr
     data = json.loads((tmp_path / "out" / "results.json").read_text())
