@@ -109,9 +109,14 @@ def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndar
     for name, array in zip(names, (codes, labels), strict=True):
         with atomic(directory / name) as temporary:
             np.save(temporary, array)
-    hashes = [sha256_file(directory / name) for name in names]
-    return Shard(codes=names[0], labels=names[1], n=len(codes),
-                 codes_sha256=hashes[0], labels_sha256=hashes[1])  # fmt: skip
+    codes_hash, labels_hash = (sha256_file(directory / name) for name in names)
+    return Shard(
+        codes=names[0],
+        labels=names[1],
+        n=len(codes),
+        codes_sha256=codes_hash,
+        labels_sha256=labels_hash,
+    )
 
 
 def sha256_file(path: Path) -> str:
@@ -202,9 +207,7 @@ class PackedCodes:
         """Compare all codes of a shard with the codebook, when it is first read."""
         if self._checked[number]:
             return
-        largest = max(
-            int(block.max()) for block in np.array_split(self._codes[number], 64) if len(block)
-        )
+        largest = int(self._codes[number].max())
         if largest >= self.codebook_size:
             raise ValueError(
                 f"'{self.directory}' has code {largest}: expected less than its codebook_size "
