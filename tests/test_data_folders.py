@@ -96,7 +96,7 @@ def test_what_is_not_read_is_counted_once(tmp_path: Path, capsys) -> None:
         open_images(tmp_path, split)
     assert len(open_images(tmp_path, "train", val_fraction=0)) == 8
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "4 files" in said
+    assert said.count("\n") == 1
     assert all(f"1 {kind}" in said for kind in (".txt", ".eps", "without a suffix", "image out"))
 
 

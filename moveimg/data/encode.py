@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from moveimg.config import ImagesConfig
 from moveimg.data import shards
 from moveimg.data.codes import (
-    MANIFEST,
     EncodeSettings,
     Manifest,
     PackedCodes,
@@ -26,7 +25,13 @@ from moveimg.data.codes import (
 )
 from moveimg.data.crops import Crops, count_views, crop_views, normalize, stack_views
 from moveimg.data.folders import report_classes
-from moveimg.data.images import ImageSource, Split, is_named_source, open_images
+from moveimg.data.images import (
+    ImageSource,
+    Split,
+    is_named_source,
+    open_images,
+    report_unreadable,
+)
 from moveimg.dist import all_ranks, print_rank0
 from moveimg.errors import validate
 from moveimg.files import lock
@@ -34,7 +39,6 @@ from moveimg.images import UnreadableImageError
 from moveimg.progress import progress_bar
 
 SPLITS: tuple[Split, Split] = ("train", "val")
-SKIPPED_SHOWN = 20
 SMALL_SOURCE = 2048  # images; below it, starting worker processes costs more than it saves
 MAX_WORKERS = 8
 # uint8 views [b * n_crops, 3, size, size], int32 labels [b], and the images left out
@@ -43,25 +47,9 @@ LoadedBatch = tuple[torch.Tensor, np.ndarray, list[Skipped]]
 Encoder = Callable[[torch.Tensor], np.ndarray]
 
 
-class Tokenizer(Protocol):
-    """What encoding needs of a tokenizer."""
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def downsample(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [B, 3, H, W] in [-1, 1] -> int64 [B, h*w]."""
-
-
 def encode_images(
     source: ImageSource,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     out: str | Path,
     *,
     size: int,
@@ -83,6 +71,7 @@ def encode_images(
     Unreadable images are left out and listed in the manifest.
 
     Args:
+        tokenizer: has encode(images), codebook_size, downsample and fingerprint.
         size: height and width encoded, in pixels; a multiple of tokenizer.downsample.
         crops, ranges: the views of an image, see `crop_views`.
         batch_size: views per call of the tokenizer; cut by image index, whatever the workers.
@@ -135,7 +124,7 @@ def encode_images(
 
 def encode_splits(
     images: ImagesConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     out: str | Path,
     data_root: Path | None = None,
     **options: Any,
@@ -166,10 +155,11 @@ def encode_splits(
     manifests: dict[str, Manifest] = {}
     for split, (crops, ranges) in views.items():
         n, n_views = len(sources[split]), count_views(crops, ranges)
+        plural = "s" if n_views > 1 else ""
         n_codes = (images.size // tokenizer.downsample) ** 2
         gigabytes = shards.codes_bytes(n, n_views, n_codes) / 1e9
         print_rank0(
-            f"{split}: {n:,} images x {n_views} views x {n_codes} codes, {gigabytes:.3g} GB"
+            f"{split}: {n:,} images x {n_views} view{plural} x {n_codes} codes, {gigabytes:.3g} GB"
         )
         with progress_bar(n, f"encode {split}", "image") as bar:
 
@@ -188,7 +178,8 @@ def encode_splits(
                 progress=advance,
                 **options,
             )
-        _report_skipped(Path(out) / split, manifests[split])
+        skipped = [f"{image.path}: {image.reason}" for image in manifests[split].skipped]
+        report_unreadable(skipped, n)
     return manifests
 
 
@@ -202,7 +193,7 @@ def default_batch_size(size: int, device: torch.device) -> int:
 
 
 def make_encoder(
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     settings: EncodeSettings,
     device: str | torch.device,
     dtype: torch.dtype | None,
@@ -252,18 +243,6 @@ def _open_splits(images: ImagesConfig, data_root: Path | None) -> dict[Split, Im
             if world.size > 1:  # the first process downloads
                 world.run_first(open_both)
     return open_both()
-
-
-def _report_skipped(out: Path, manifest: Manifest) -> None:
-    skipped = manifest.skipped
-    if skipped:
-        total = manifest.n_images + len(skipped)
-        print_rank0(
-            f"warning: {len(skipped)} of {total} images cannot be read and are left out "
-            f"(all are listed in {out / MANIFEST})"
-        )
-    for image in skipped[:SKIPPED_SHOWN]:
-        print_rank0(f"  {image.path}: {image.reason}")
 
 
 # --- shards --------------------------------------------------------------------------------

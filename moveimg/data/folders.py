@@ -165,7 +165,7 @@ def _open_part(root: Path, base: Path, classes: list[str]) -> ImageSource:
             others["image outside the class folders"] += 1
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
-        print_once(f"'{base}': {others.total()} files are not read: {kinds}")
+        print_once(f"not read in '{base}': {kinds}")
     if not any(by_class.values()):
         raise ValueError(f"'{base}' holds no images: expected .png, .jpeg, .webp and the like")
     if empty := [name for name in classes if not by_class[name]]:

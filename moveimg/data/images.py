@@ -115,8 +115,6 @@ def is_named_source(source: str | Path) -> bool:
 
 def drop_unreadable(source: ImageSource) -> ImageSource:
     """The source without the images that cannot be read; they are counted and named on stderr."""
-    if is_named_source(source.name.rpartition(" (")[0]):
-        return source  # its images come from one file, read already
     readable, unreadable = [], []
     for row in range(len(source)):
         try:
@@ -124,16 +122,18 @@ def drop_unreadable(source: ImageSource) -> ImageSource:
             readable.append(row)
         except UnreadableImageError as error:
             unreadable.append(str(error))
-    if not unreadable:
-        return source
-    print_rank0(
-        f"warning: {len(unreadable)} of {len(source)} images cannot be read and are left out"
-    )
-    for line in unreadable[:20]:
-        print_rank0(f"  {line}")
-    if not readable:
+    if unreadable and not readable:
         raise ValueError(f"{source.name}: none of {len(source)} images could be read")
-    return source.select(np.array(readable))
+    report_unreadable(unreadable, len(source))
+    return source.select(np.array(readable)) if unreadable else source
+
+
+def report_unreadable(images: Sequence[str], total: int) -> None:
+    """Print the number and the first twenty of the images that cannot be read on stderr."""
+    if images:
+        print_rank0(f"warning: {len(images)} of {total} images cannot be read and are left out:")
+    for line in images[:20]:
+        print_rank0(f"  {line}")
 
 
 # --- splits --------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from moveimg.data.codes import (
     Record,
     Shard,
     Skipped,
+    is_intact,
     read_record,
-    sha256_file,
     write_record,
 )
 from moveimg.data.images import ImageSource
@@ -114,13 +114,7 @@ def find_intact_shard(out: Path, number: int) -> FinishedShard | None:
     if not path.exists():
         return None
     entry = read_record(path, FinishedShard)
-    if (shard := entry.shard) is None:
-        return entry
-    with suppress(FileNotFoundError):
-        hashes = sha256_file(out / shard.codes), sha256_file(out / shard.labels)
-        if hashes == (shard.codes_sha256, shard.labels_sha256):
-            return entry
-    return None
+    return entry if entry.shard is None or is_intact(out, entry.shard) else None
 
 
 def write_manifest(
