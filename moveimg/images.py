@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from moveimg.files import atomic
 
 MAX_PIXELS = 2**26  # of an image that is read; Pillow itself warns at a third more
+# Formats that run Ghostscript, exist on Windows alone or are only identified by Pillow
+COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # these are tried first
+NOT_READ = {"EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR"}
 MAX_CAPTION = 200  # characters of a name that a grid tries to fit
 
 
@@ -86,6 +90,20 @@ class UnreadableImageError(ValueError):
         return type(self), (self.identifier, self.reason)  # it travels between processes
 
 
+@cache
+def image_formats() -> tuple[str, ...]:
+    """The names of the formats that are read: Pillow's, without those that need other programs."""
+    Image.init()
+    return tuple(kind for kind in dict.fromkeys((*COMMON, *Image.ID)) if kind not in NOT_READ)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes, lower case with a dot, of all image_formats."""
+    known, formats = Image.registered_extensions(), image_formats()
+    return frozenset(suffix for suffix, kind in known.items() if kind in (*formats, "MPO"))
+
+
 def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = False) -> Image.Image:
     """The RGB image of a file as a viewer shows it; see to_rgb.
 
@@ -97,7 +115,7 @@ def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = Fals
     Raises UnreadableImageError.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=image_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return to_rgb(image, as_published)
@@ -109,36 +127,32 @@ def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = Fals
 def to_rgb(image: Image.Image, as_published: bool = False) -> Image.Image:
     """An opened image as RGB: turned as EXIF says, in sRGB, transparent pixels on white.
 
-    | mode | 8-bit value |
-    | --- | --- |
-    | I;16 | value / 256, rounded down |
-    | I (32-bit integer) | the value up to 255; value / 256 up to 65,535; beyond, unreadable |
-    | F (float) | value * 255 within 0..1; the value within 0..255; beyond, unreadable |
-
-    Broken EXIF data and ICC profiles are ignored. Raises what Pillow's decoders raise.
+    docs/encoding.md has the rule of every mode. Broken EXIF data and ICC profiles are ignored.
+    Raises what Pillow's decoders raise.
     """
     image.load()
-    profile = image.info.get("icc_profile")
+    profile, deep = image.info.get("icc_profile"), image.format in ("PPM", "PNG")
     if not as_published:
         with suppress(Exception):  # broken EXIF data raises many kinds
             image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    if image.mode[0] in "IF":
+        deep = deep or image.mode.startswith("I;16")
+        image = Image.fromarray(_to_8_bit(np.asarray(image), deep))
     if as_published:
         return image.convert("RGB")
+    alpha = None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = image.convert("L") if image.mode in ("L", "LA") else rgba.convert("RGB")
     if profile:
         image = _to_srgb(image, profile)
-    if image.mode == "RGBA":
+    image = image.convert("RGB")
+    if alpha is not None:
         white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
-    return image.convert("RGB")
+        white.alpha_composite(Image.merge("RGBA", (*image.split(), alpha)))
+        image = white.convert("RGB")
+    return image
 
 
 def grey_to_rgb(pixels: np.ndarray) -> Image.Image:
@@ -146,15 +160,17 @@ def grey_to_rgb(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
+def _to_8_bit(values: np.ndarray, deep: bool) -> np.ndarray:
+    """uint8 pixels of wide ones; `deep`: they are known to use 16 bits, dark as they may be."""
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and np.isfinite(high)):
         raise ValueError(f"pixel values reach from {low:g} to {high:g}, expected 0 or more")
-    if values.dtype.kind == "f" and high <= 1:
+    is_float = values.dtype.kind == "f"
+    if is_float and high <= 1:
         return np.rint(values * 255).astype(np.uint8)
-    if high <= 255:
+    if high <= 255 and (is_float or not deep):
         return values.astype(np.uint8)
-    if values.dtype.kind != "f" and high <= 65535:
+    if high <= 65535 and not is_float:
         return (values >> 8).astype(np.uint8)
     raise ValueError(f"pixel values reach {high:g}, expected at most 255 (float) or 65535")
 
@@ -163,10 +179,11 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """The image in sRGB; unchanged where its profile is broken or of another colour space."""
     from PIL import ImageCms
 
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
     with suppress(Exception):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.createProfile("sRGB")
-        mode = image.mode if image.mode in ("RGB", "RGBA") else "RGB"
-        converted = ImageCms.profileToProfile(image, source, target, outputMode=mode)
+        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
         return converted if converted is not None else image
     return image

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -10,10 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from moveimg.data.codes import PackedCodes
-from moveimg.data.crops import crop_views, to_tensor
-from moveimg.data.encode import encode_images
-from moveimg.data.images import ImageSource, open_images
+from moveimg.config import ImagesConfig
+from moveimg.data import (
+    ChangedSettingsError,
+    ImageSource,
+    PackedCodes,
+    crop_views,
+    encode_images,
+    encode_splits,
+    open_images,
+    shards,
+    to_tensor,
+)
 
 
 class PatchTokenizer:
@@ -139,13 +151,20 @@ def test_a_finished_directory_is_left_or_refused(folder: Path, tmp_path: Path) -
     first = encode_images(source, PatchTokenizer(), out, **OPTIONS)
     before, again = contents(out), PatchTokenizer()
     assert encode_images(source, again, out, **OPTIONS) == first and again.calls == 0
-    with pytest.raises(ValueError, match="image_size is 8 there, 16 asked"):
+    with pytest.raises(ChangedSettingsError, match=r"image_size.*8.*16"):
         encode_images(source, again, out, **{**OPTIONS, "size": 16})
-    with pytest.raises(ValueError, match="tokenizer_fingerprint"):
+    with pytest.raises(ChangedSettingsError, match="tokenizer"):
         encode_images(source, PatchTokenizer(999), out, **OPTIONS)
-    assert contents(out) == before
     with pytest.raises(ValueError, match="not empty"):
         encode_images(source, again, folder, **OPTIONS)
+    shutil.copy(folder / "a" / "00.png", folder / "a" / "99.png")
+    with pytest.raises(ChangedSettingsError, match="1 image was added"):
+        encode_images(opened(folder), again, out, **OPTIONS)
+    for name in ("00", "04", "99"):
+        (folder / "a" / f"{name}.png").unlink()
+    with pytest.raises(ChangedSettingsError, match="2 images were removed"):
+        encode_images(opened(folder), again, out, **OPTIONS)
+    assert contents(out) == before and again.calls == 0
 
 
 def test_interrupted_run_of_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -155,31 +174,75 @@ def test_interrupted_run_of_other_settings_is_refused(folder: Path, tmp_path: Pa
     options = {**OPTIONS, "batch_size": 20}  # nothing is finished yet: a new start
     with pytest.raises(RuntimeError):
         encode_images(source, PatchTokenizer(fail_at=6), out, **options)
-    with pytest.raises(ValueError, match="batch_size is 20 there, 40 asked"):
+    with pytest.raises(ChangedSettingsError, match=r"batch_size.*20.*40"):
         encode_images(source, PatchTokenizer(), out, **OPTIONS)
 
 
-def test_a_source_without_readable_images_is_an_error(folder: Path, tmp_path: Path) -> None:
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"none of 13 images could be read: a/00\.png"):
+def test_a_second_process_is_refused(folder: Path, tmp_path: Path) -> None:
+    out, hold = tmp_path / "out", "with lock({!r}, 'a test'): print(flush=True); input()"
+    code = "from moveimg.files import lock\n" + hold.format(str(out))
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        with pytest.raises(ValueError, match=str(other.pid)):
+            encode_images(opened(folder), PatchTokenizer(), out, **OPTIONS)
+        other.communicate(b"\n")
+    encode_images(opened(folder), PatchTokenizer(), out, **OPTIONS)
+
+
+def test_no_manifest_without_every_shard(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "finish_shard", lambda *arguments: None)
+    with pytest.raises(ValueError, match="shard 0"):
         encode_images(opened(folder), PatchTokenizer(), tmp_path / "out", **OPTIONS)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("classes, kept", [("ab", False), ("b", True)])
+def test_a_class_without_a_readable_image_is_refused(
+    folder: Path, tmp_path: Path, classes: str, kept: bool
+) -> None:
+    for path in (path for name in classes for path in (folder / name).glob("*.png")):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=rf"{', '.join(classes)}\b.*/\d\d\.png"):
+        encode_images(opened(folder), PatchTokenizer(), tmp_path / "out", **OPTIONS)
+    assert (tmp_path / "out").exists() == kept
 
 
 def test_encoding_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
     source, out = opened(folder), tmp_path / "out"
-    with pytest.raises(ValueError, match="codebook_size is 65537"):
+    for bad in ({"size": 10}, {"crops": "nine"}, {"batch_size": 0}, {"dtype": torch.float64}):
+        with pytest.raises(ValueError, match=r"10|nine|batch_size|float64"):
+            encode_images(source, PatchTokenizer(), out, **{**OPTIONS, **bad})
+    with pytest.raises(ValueError, match="65537"):
         encode_images(source, PatchTokenizer(65537), out, **OPTIONS)
-    with pytest.raises(ValueError, match="size is 10"):
-        encode_images(source, PatchTokenizer(), out, **{**OPTIONS, "size": 10})
-    with pytest.raises(ValueError, match="unknown crops"):
-        encode_images(source, PatchTokenizer(), out, **{**OPTIONS, "crops": "nine"})
-    wrong = PatchTokenizer()
-    wrong.codebook_size = 3
+    wrong = PatchTokenizer(3)
     wrong.encode = lambda images: torch.full((len(images), 4), 3)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"codes 3\.\.3"):
         encode_images(source, wrong, out, **OPTIONS)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         encode_images(source, PatchTokenizer(), tmp_path / "file" / "out", **OPTIONS)
+
+
+def test_strips_end_no_run(folder: Path, tmp_path: Path) -> None:
+    Image.new("L", (60_000, 1)).save(folder / "a" / "98.png")
+    Image.new("1", (1, 30_000_000)).save(folder / "a" / "99.png")
+    manifest = encode_images(opened(folder), PatchTokenizer(), tmp_path / "out", **OPTIONS)
+    assert manifest.n_images == 13
+
+
+def test_splits_are_encoded_with_their_views(folder: Path, tmp_path: Path, capsys) -> None:
+    images = ImagesConfig(source=str(folder), size=8, crops="flip", ranges=(1.25, 1.0))
+    done = encode_splits(images, PatchTokenizer(), tmp_path / "out")
+    assert {split: manifest.settings.n_crops for split, manifest in done.items()} == {
+        "train": 4,
+        "val": 1,
+    }
+    assert all(manifest.settings.dtype == "unchanged" for manifest in done.values())
+    said = capsys.readouterr().err
+    assert "2 classes: a, b" in said and said.count("cannot be read") == 2
+    images = images.model_copy(update={"val_fraction": 0.5})
+    done = encode_splits(images, PatchTokenizer(), tmp_path / "half")
+    sizes = [manifest.n_images + len(manifest.skipped) for manifest in done.values()]
+    assert sizes == [6, 7] or sizes == [7, 6]
+    with pytest.raises(ValueError, match="inside"):
+        encode_splits(images, PatchTokenizer(), folder / "codes")

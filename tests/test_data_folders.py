@@ -1,8 +1,7 @@
-"""What counts as a class, a split, an image: the walker, modes and metadata, named data sets."""
+"""What is a class, a split, an image: the walker, and the modes and metadata of image files."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import unicodedata
@@ -12,196 +11,240 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from moveimg.data import datasets
-from moveimg.data.crops import center_crop
-from moveimg.data.folders import walk_images
-from moveimg.data.images import open_images
-from moveimg.images import UnreadableImageError, read_image, to_rgb
+from moveimg.data import open_images, walk_images
+from moveimg.images import UnreadableImageError, read_image
+from tests.test_data import noise
+
+NFC, NFD = "café", unicodedata.normalize("NFD", "café")
 
 
 def write_images(folder: Path, count: int, suffix: str = ".png", start: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(start, start + count):
-        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}{suffix}")
+        noise(8, 8, i).save(folder / f"{i}{suffix}")
+
+
+# --- classes and splits --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("train", "val"),
-    [("train", "valid"), ("Train", "Val"), ("training", "testing"), ("TRAIN", "validation")],
-)
-def test_usual_split_names_are_splits(tmp_path, train, val):
-    for number, split in enumerate((train, val)):
+    "names",
+    [["train", "valid"], ["Train", "Val"], ["training", "testing"], ["train", "validation"],
+     ["TRAIN", "dev", "Test"], ["train", "valid", "test"]],
+)  # fmt: skip
+def test_usual_split_names_are_splits(tmp_path: Path, names: list[str]) -> None:
+    for number, split in enumerate(names):
         for name in "ab":
-            write_images(tmp_path / split / name, 2 + number, start=10 * number)
-    sources = {split: open_images(tmp_path, split) for split in ("train", "val")}
-    assert [len(sources[split]) for split in ("train", "val")] == [4, 6]
-    assert sources["train"].class_names == sources["val"].class_names == ["a", "b"]
+            write_images(tmp_path / split / name, 2 + number)
+    for number, split in enumerate(("train", "val", "test")[: len(names)]):
+        source = open_images(tmp_path, split)  # type: ignore[arg-type]
+        assert len(source) == 2 * (2 + number) and source.class_names == ["a", "b"]
 
 
-@pytest.mark.parametrize("names", [["train"], ["train", "cats"], ["val", "test"]])
-def test_split_names_in_place_of_classes_are_refused(tmp_path, names):
+@pytest.mark.parametrize("names", [["train"], ["train", "cats"], ["val", "test"], ["cats", "Dev"]])
+def test_split_names_in_place_of_classes_are_refused(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         write_images(tmp_path / name / "a", 2)
-    with pytest.raises(ValueError, match=names[0]):
+    with pytest.raises(ValueError, match=names[-1]):
         open_images(tmp_path, "train")
+    assert open_images(tmp_path / names[0], "train").class_names == ["a"]
 
 
-def test_hidden_and_tool_entries_are_skipped_at_every_depth(tmp_path):
-    write_images(tmp_path / "a" / "deep", 2)
-    write_images(tmp_path / "b", 2)
+def test_a_flat_folder_of_test_images_is_no_split(tmp_path: Path) -> None:
+    for folder in ("train/a", "val/a", "test"):
+        write_images(tmp_path / folder, 2)
+    assert len(open_images(tmp_path, "train")) == 2
+    with pytest.raises(ValueError, match="test"):
+        open_images(tmp_path, "test")
+
+
+def test_hidden_and_tool_entries_are_skipped_at_every_depth(tmp_path: Path) -> None:
+    for name in "ab":
+        write_images(tmp_path / name / "deep", 2)
     for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
         write_images(tmp_path / folder, 1)
         write_images(tmp_path / "a" / "deep" / folder, 1)
-    write_images(tmp_path / "b" / "hidden", 1)
-    (tmp_path / "b" / "hidden" / "0.png").rename(tmp_path / "b" / "._0.png")
+    noise(8, 8).save(tmp_path / "b" / "._0.png")
+    (tmp_path / "b" / "Thumbs.db").write_text("")
+    (tmp_path / "b" / ".DS_Store").write_text("")
     source = open_images(tmp_path, "train", val_fraction=0)
     assert source.class_names == ["a", "b"] and len(source) == 4
 
 
-def test_each_real_file_is_walked_once(tmp_path):
-    write_images(tmp_path / "a", 3)
-    (tmp_path / "a" / "up").symlink_to(tmp_path)
-    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
-    (tmp_path / "a" / "copy.png").symlink_to(tmp_path / "a" / "0.png")
-    write_images(tmp_path / "elsewhere" / "b", 2, start=5)
-    (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere" / "b")
-    os.mkfifo(tmp_path / "a" / "pipe.png")
-    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nothing")
-    walk = walk_images(tmp_path / "a")
-    assert len({path.resolve() for path in walk.images}) == len(walk.images) == 5 + 0
-    assert walk.others["broken link"] == 1
+def test_names_of_classes_meet_in_nfc(tmp_path: Path) -> None:
+    for folder in (f"train/{NFD}", f"val/{NFC}", "train/b", "val/b"):
+        write_images(tmp_path / folder, 2)
+    for split in ("train", "val"):
+        source = open_images(tmp_path, split)
+        assert source.class_names == ["b", NFC] and source.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_formats_of_pillow_are_read_and_others_are_counted(tmp_path, capsys):
-    for suffix in (".png", ".jfif", ".tif", ".webp"):
+def test_a_wrapping_folder_is_pointed_out(tmp_path: Path, capsys) -> None:
+    for name in "ab":
+        write_images(tmp_path / "photos" / name, 2)
+    assert open_images(tmp_path, "train").class_names == ["photos"]
+    assert str(tmp_path / "photos") in capsys.readouterr().err
+
+
+def test_what_is_not_read_is_counted_once(tmp_path: Path, capsys) -> None:
+    for suffix in (".png", ".jfif", ".tif", ".webp", ".PNG", ".bmp", ".jp2", ".gif"):
         write_images(tmp_path / "a", 1, suffix)
-    (tmp_path / "a" / "notes.txt").write_text("")
-    assert len(open_images(tmp_path, "train", val_fraction=0)) == 4
-    assert "1 .txt" in capsys.readouterr().err
+    for name in ("a/notes.txt", "a/LICENSE", "a/scan.eps"):
+        (tmp_path / name).write_text("")
+    noise(8, 8).save(tmp_path / "stray.png")
+    for split in ("train", "val"):
+        open_images(tmp_path, split)
+    assert len(open_images(tmp_path, "train", val_fraction=0)) == 8
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(f"1 {kind}" in said for kind in (".txt", ".eps", "without a suffix", "image out"))
 
 
-def test_class_names_are_nfc(tmp_path):
-    write_images(tmp_path / unicodedata.normalize("NFD", "café"), 2)
-    assert open_images(tmp_path, "train").class_names == ["café"]
+# --- links ---------------------------------------------------------------------------------
 
 
-def test_an_image_edited_in_place_changes_the_digest(tmp_path):
+def test_each_real_file_is_walked_once(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_images(root / "a", 3)
+    write_images(root / "b", 1, start=7)
+    write_images(tmp_path / "elsewhere", 2, start=5)
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "again").symlink_to(root / "a")
+    (root / "a" / "copy.png").symlink_to(root / "a" / "0.png")
+    (root / "b" / "0.png").symlink_to(root / "a" / "1.png")  # listed before a/1.png is entered
+    (root / "loop").symlink_to(root)
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "gone.png").symlink_to(root / "nothing")
+    os.mkfifo(root / "a" / "pipe.png")
+    walk = walk_images(root)
+    names = [path.relative_to(root).as_posix() for path in walk.images]
+    assert names == ["a/0.png", "a/1.png", "a/2.png", "b/7.png", "c/5.png", "c/6.png"]
+    assert walk.others == {"broken link": 1, ".png": 1}
+    source = open_images(root, "train", val_fraction=0)
+    assert source.class_names == ["a", "b", "c"] and source.labels.tolist() == [0, 0, 0, 1, 2, 2]
+
+
+def test_the_digest_notices_every_change(tmp_path: Path) -> None:
+    def digest() -> str:
+        return open_images(tmp_path, "train", val_fraction=0).digest()
+
     write_images(tmp_path / "a", 2)
-    before = open_images(tmp_path, "train", val_fraction=0).digest()
-    path = tmp_path / "a" / "0.png"
-    os.utime(path, ns=(1, 1))
-    assert open_images(tmp_path, "train", val_fraction=0).digest() != before
+    digests = [digest()]
+    assert digest() == digests[0]
+    os.utime(tmp_path / "a" / "0.png", ns=(1, 1))  # edited in place, of the same size
+    digests.append(digest())
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "9.png")
+    digests.append(digest())
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({*digests, digest()}) == 4
 
 
 # --- one function reads an image -----------------------------------------------------------
 
 
-def reread(image: Image.Image, kind: str, **options) -> np.ndarray:
+def reread(image: Image.Image, kind: str, as_published: bool = False, **options) -> np.ndarray:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
-    return np.asarray(read_image(io.BytesIO(buffer.getvalue()), "x"))
+    return np.asarray(read_image(io.BytesIO(buffer.getvalue()), "x", as_published))
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    "kind, values, expected",
     [
-        (np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
-        (np.array([[0, 200]], np.int32), [0, 200]),
-        (np.array([[0, 65535]], np.int32), [0, 255]),
-        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
-        (np.array([[0, 255]], np.float32), [0, 255]),
+        ("png", np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
+        ("tiff", np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
+        ("ppm", np.array([[0, 256, 65535]], np.int32), [0, 1, 255]),  # 16-bit PGM
+        ("ppm", np.array([[0, 200]], np.int32), [0, 0]),  # dark, and still of 16 bits
+        ("tiff", np.array([[0, 200]], np.int32), [0, 200]),
+        ("tiff", np.array([[0, 65535]], np.int32), [0, 255]),
+        ("tiff", np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        ("tiff", np.array([[0, 200.7]], np.float32), [0, 200]),
+        ("tiff", np.array([[-5, 3]], np.int32), None),
+        ("tiff", np.array([[0, 65536]], np.int32), None),
+        ("tiff", np.array([[0, 256]], np.float32), None),
+        ("tiff", np.array([[0, np.nan]], np.float32), None),
     ],
 )
-def test_wide_modes_follow_the_stated_rule(values, expected):
-    assert reread(Image.fromarray(values), "tiff")[0, :, 0].tolist() == expected
+def test_wide_modes_follow_the_stated_rule(kind: str, values: np.ndarray, expected) -> None:
+    if expected is None:
+        with pytest.raises(UnreadableImageError, match="'x'"):
+            reread(Image.fromarray(values), kind)
+    else:
+        assert reread(Image.fromarray(values), kind)[0, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("values", [[[-5, 3]], [[0, 10**6]]])
-def test_values_beyond_the_rule_are_unreadable(values):
-    with pytest.raises(UnreadableImageError, match="x"):
-        reread(Image.fromarray(np.array(values, np.int32)), "tiff")
+def swapping_profile() -> bytes:
+    """An sRGB profile whose red and green primaries are exchanged."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"]
-)
-def test_every_mode_becomes_rgb(mode):
-    image = Image.new("RGB", (4, 4), (255, 255, 255)).convert("RGB")
-    image = image.convert(mode) if mode != "LAB" else Image.new("LAB", (4, 4))
-    assert to_rgb(image).mode == "RGB"
+RED = (200, 30, 60)
+MODES = {  # mode and format that holds it: the colour that (200, 30, 60) becomes
+    ("1", "png"): (0, 0, 0), ("L", "png"): (84, 84, 84), ("P", "png"): RED, ("RGB", "png"): RED,
+    ("LA", "png"): (84, 84, 84), ("RGBA", "png"): RED, ("RGB", "webp"): RED,
+    ("CMYK", "tiff"): RED, ("LAB", "tiff"): RED, ("RGBA", "tiff"): RED,
+    ("L", "jpeg"): (84, 84, 84), ("CMYK", "jpeg"): RED,
+}  # fmt: skip
 
 
-def test_profiles_are_honoured_and_broken_metadata_is_ignored():
-    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    red = Image.new("RGB", (8, 8), (200, 30, 30))
-    assert np.abs(reread(red, "png", icc_profile=swapped).astype(int) - np.asarray(red)).max() <= 2
-    assert (reread(red, "png", icc_profile=b"broken") == np.asarray(red)).all()
-    assert (reread(red, "png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff") == np.asarray(red)).all()
-    assert reread(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), "png").min() == 255
+@pytest.mark.parametrize("mode, kind", MODES)
+def test_every_mode_is_read_turned_in_srgb_and_on_white(mode: str, kind: str) -> None:
+    image = Image.new("RGB", (2, 4), RED)
+    if mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
+    elif mode == "P":
+        image = image.quantize(4)
+    else:
+        image = image.convert(mode, dither=Image.Dither.NONE)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = reread(image, kind, **({} if kind == "tiff" else {"exif": exif}))
+    assert pixels.shape == ((4, 2, 3) if kind == "tiff" else (2, 4, 3))
+    assert np.abs(pixels[0, 0].astype(int) - MODES[mode, kind]).max() <= 5
+    if mode in ("RGB", "RGBA", "P"):
+        options = {"lossless": True} if kind == "webp" else {}
+        swapped = reread(image, kind, icc_profile=swapping_profile(), **options)[0, 0]
+        assert swapped[1] > 150 and swapped[0] < 80  # green
+        published = reread(image, kind, True, icc_profile=swapping_profile(), **options)[0, 0]
+        assert published.tolist() == list(RED)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(0)
+        assert reread(image, kind).min() == 255
+        assert reread(image, kind, as_published=True).max() < 255
+    if mode in ("L", "P", "RGB") and kind == "png":
+        clear = {"L": 84, "P": image.getpixel((0, 0)), "RGB": RED}[mode]
+        assert reread(image, kind, transparency=clear).min() == 255
 
 
-def test_strips_and_bombs_end_no_run(tmp_path):
-    assert center_crop(Image.new("L", (60_000, 1)), 256).size == (256, 256)
-    bomb = Image.new("1", (1, 1))
-    bomb.save(tmp_path / "x.png")
+def test_broken_metadata_loses_no_image() -> None:
+    red = Image.new("RGB", (8, 8), RED)
+    for options in ({"icc_profile": b"broken"}, {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}):
+        assert (reread(red, "png", **options) == np.asarray(red)).all()
+
+
+def test_unreadable_images_say_why(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 3)
+    whole = (tmp_path / "a" / "1.png").read_bytes()
+    (tmp_path / "a" / "0.png").write_bytes(b"not an image")
+    (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
+    source = open_images(tmp_path, "train", val_fraction=0)
+    for i in range(2):
+        with pytest.raises(UnreadableImageError, match=f"'a/{i}.png'") as caught:
+            source[i]
+        assert str(tmp_path) not in str(caught.value)
+    assert source[2][0].size == (8, 8)
+
+
+def test_sizes_are_checked_before_decoding(tmp_path: Path) -> None:
+    Image.new("1", (1, 1)).save(tmp_path / "x.png")
     data = bytearray((tmp_path / "x.png").read_bytes())
     data[16:24] = (1).to_bytes(4, "big") + (2**30).to_bytes(4, "big")  # width and height
-    with pytest.raises(UnreadableImageError):
+    with pytest.raises(UnreadableImageError, match=r"x\.png"):
         read_image(io.BytesIO(bytes(data)), "x.png")
 
 
-# --- named data sets -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def fashion(tmp_path, monkeypatch) -> Path:
-    """Debian's four files, with a few images."""
-    rng = np.random.default_rng(0)
-    for prefix, n in (("train", 60), ("t10k", 20)):
-        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
-        header = b"".join(value.to_bytes(4, "big") for value in (2051, n, 28, 28))
-        labels = bytes(i % 10 for i in range(n))
-        with gzip.open(tmp_path / f"{prefix}-images-idx3-ubyte.gz", "wb") as file:
-            file.write(header + images)
-        with gzip.open(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", "wb") as file:
-            file.write((2049).to_bytes(4, "big") + n.to_bytes(4, "big") + labels)
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path)
-    return tmp_path
-
-
-def test_the_test_split_is_validation_unless_a_share_of_train_is(fashion):
-    assert [len(open_images("fashion-mnist", split)) for split in ("train", "val")] == [60, 20]
-    parts = {
-        split: open_images("fashion-mnist", split, 1 / 6) for split in ("train", "val", "test")
-    }
-    assert [len(part) for part in parts.values()] == [50, 10, 20]
-    assert not set(parts["train"].identifiers) & set(parts["val"].identifiers)
-    assert np.bincount(parts["val"].labels).tolist() == [1] * 10
-    assert parts["test"].class_names[9] == "Ankle boot"
-    assert parts["test"][0][0].size == (28, 28) and parts["test"][0][0].mode == "RGB"
-    assert parts["test"].identifiers[0] == "fashion-mnist/test/00000"
-
-
-def test_unknown_and_unsuitable_sets_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="fashion-mnist"):
-        open_images("fashion-mnst", "train")
-    with pytest.raises(ValueError, match="coco"):
-        open_images("coco", "train")
-
-
-def test_a_set_that_cannot_be_downloaded_says_where_its_files_belong(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
-    def fail(*args, **options):
-        raise OSError("no network")
-
-    monkeypatch.setattr(CIFAR10, "__init__", fail)
-    with pytest.raises(FileNotFoundError, match=r"cifar10.*no network"):
-        open_images("cifar10", "train", data_root=tmp_path)
-
-
-def test_every_named_set_is_one_of_torchvision():
-    from torchvision import datasets as available
-
-    assert all(hasattr(available, kind) for kind, _ in datasets.DATASETS.values())
+def test_postscript_is_not_run() -> None:
+    with pytest.raises(UnreadableImageError, match="identify"):
+        read_image(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "x.png")

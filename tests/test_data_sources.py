@@ -1,8 +1,10 @@
-"""Sources beside plain folders: ImageNet's archives, Parquet files; how a file becomes pixels."""
+"""Sources beside folders: ImageNet's archives, Parquet files, data sets by name."""
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import pickle
 import tarfile
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from moveimg.data.images import open_images
+from moveimg.data import datasets, open_images
 from moveimg.images import UnreadableImageError
 
 WNIDS = ["n01443537", "n01440764", "n02007558"]  # goldfish, tench, flamingo; not sorted
@@ -27,6 +29,9 @@ def jpeg(seed: int, orientation: int = 1) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", exif=exif)
     return buffer.getvalue()
+
+
+# --- ImageNet ------------------------------------------------------------------------------
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
@@ -90,13 +95,15 @@ def unpacked(archives: Path, out: Path) -> Path:
 def test_archives_equal_the_folder_that_torchvision_unpacks(archives: Path, tmp_path: Path) -> None:
     folder = unpacked(archives, tmp_path / "folder")
     for split, counts in (("train", [3, 2, 2]), ("val", [2, 2, 1])):
-        packed, loose = open_images(archives, split), open_images(folder, split)
+        packed, loose = (open_images(root, split) for root in (archives, folder))  # type: ignore
         assert np.bincount(packed.labels).tolist() == counts  # tench, goldfish, flamingo
         assert list(packed.identifiers) == list(loose.identifiers)
         assert packed.labels.tolist() == loose.labels.tolist()
         for i in range(len(packed)):
             assert packed.labels[i] == sorted(WNIDS).index(packed.identifiers[i].split("/")[1])
             assert np.array_equal(np.asarray(packed[i][0]), np.asarray(loose[i][0]))
+            assert packed[i][0].height < packed[i][0].width  # EXIF is ignored, as ADM does
+            assert packed.content(i) == (folder / packed.identifiers[i]).stat().st_size
     names = [name.split(",")[0] for name in packed.class_names]
     assert names == ["tench", "goldfish", "flamingo"] and packed.class_names == loose.class_names
     assert packed[0][0].size == pickle.loads(pickle.dumps(packed))[0][0].size  # for workers
@@ -107,93 +114,65 @@ def test_archives_that_are_missing_or_damaged(archives: Path) -> None:
     whole = train.read_bytes()
     with tarfile.open(train) as archive:
         last = archive.getmembers()[-1]
-    train.write_bytes(whole[: last.offset_data + 900])
-    with pytest.raises(ValueError, match=r"img_train\.tar' is damaged or no archive"):
-        open_images(archives, "train")
-    train.write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(ValueError, match="damaged or no archive"):
-        open_images(archives, "train")
-    train.write_bytes(whole)
+    for damaged in (whole[: last.offset_data + 900], b"nothing of the kind" * 100):
+        train.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"img_train\.tar"):
+            open_images(archives, "train")
+    train.write_bytes(whole.replace(jpeg(2), bytes(len(jpeg(2)))))
+    source = open_images(archives, "train")
+    row = next(i for i, name in enumerate(source.identifiers) if "n01443537_2" in name)
+    with pytest.raises(UnreadableImageError, match=r"train/n01443537/n01443537_2\.JPEG"):
+        source[row]
     (archives / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="no ILSVRC2012_devkit_t12"):
+    with pytest.raises(FileNotFoundError, match="ILSVRC2012_devkit_t12"):
         open_images(archives, "val")
 
 
-def test_a_damaged_image_in_an_archive_is_named(archives: Path) -> None:
-    source = open_images(archives, "train")
-    path = archives / "ILSVRC2012_img_train.tar"
-    data = path.read_bytes().replace(jpeg(2), bytes(len(jpeg(2))))  # n01443537_2
-    path.write_bytes(data)
-    bad = [i for i in range(len(source)) if "n01443537_2" in source.identifiers[i]]
-    with pytest.raises(UnreadableImageError, match=r"train/n01443537/n01443537_2\.JPEG' cannot"):
-        source[bad[0]]
+# --- Parquet -------------------------------------------------------------------------------
 
 
-def test_pictures_are_turned_and_put_on_white_but_not_imagenets(tmp_path: Path) -> None:
-    for name in ("cat", "n01440764"):
-        (tmp_path / name / name).mkdir(parents=True)
-        (tmp_path / name / name / "0.jpg").write_bytes(jpeg(0, orientation=6))
-        clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-        clear.putpixel((0, 0), (0, 255, 0, 255))
-        clear.save(tmp_path / name / name / "1.png")
-    turned, clear = (open_images(tmp_path / "cat", "train", 0)[i][0] for i in range(2))
-    stored = np.asarray(Image.open(io.BytesIO(jpeg(0))))
-    assert np.array_equal(np.asarray(turned), np.rot90(stored, -1))
-    assert clear.getpixel((0, 0)) == (0, 255, 0) and clear.getpixel((1, 1)) == (255, 255, 255)
-    plain, red = (open_images(tmp_path / "n01440764", "train", 0)[i][0] for i in range(2))
-    assert np.array_equal(np.asarray(plain), stored) and red.getpixel((1, 1)) == (255, 0, 0)
+def write_parquet(path: Path, images: list[bytes], labels: list[int], kind: dict) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    encoded = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [{"bytes": data, "path": None} for data in images]
+    table = pa.table({"image": pa.array(cells, encoded), "label": pa.array(labels, pa.int64())})
+    about = {"info": {"features": {"image": {"_type": "Image"}, "label": kind}}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pyarrow.parquet.write_table(table, path)
 
 
-@pytest.fixture
-def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"])
-    )
-    rows = [
-        {"image": {"bytes": jpeg(i) if i != 2 else b"broken", "path": None}, "label": i % 2}
-        for i in range(10)
-    ]
-    out = tmp_path / "set" / "data"
-    out.mkdir(parents=True)
-    made = datasets.Dataset.from_list(rows, features=features)
-    made.select(range(6)).to_parquet(out / "train-00000-of-00002.parquet")
-    made.select(range(6, 10)).to_parquet(out / "train-00001-of-00002.parquet")
-    return out.parent
-
-
-def test_parquet_files(parquet: Path) -> None:
-    train, val = open_images(parquet, "train"), open_images(parquet, "val")
+def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    images = [jpeg(i) if i != 2 else b"broken" for i in range(10)]
+    named = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    data = tmp_path / "set" / "data"
+    write_parquet(data / "train-0-of-2.parquet", images[:6], [0, 1] * 3, named)
+    write_parquet(data / "train-1-of-2.parquet", images[6:], [0, 1] * 2, named)
+    train, val = (open_images(tmp_path / "set", split) for split in ("train", "val"))
     assert train.class_names == ["cat", "dog"] and (len(train), len(val)) == (8, 2)
-    rows = sorted(int(name.split("/")[1]) for name in [*train.identifiers, *val.identifiers])
-    assert rows == list(range(10))
+    assert train.digest() == open_images(tmp_path / "set", "train").digest() != val.digest()
+    seen = []
     for source in (train, val):
         for i, name in enumerate(source.identifiers):
-            row = int(name.split("/")[1])
-            assert source.labels[i] == row % 2
+            seen.append(row := int(name.removeprefix("train/")))
+            assert source.labels[i] == row % 2 and source.content(i) == len(images[row])
             if row == 2:
                 with pytest.raises(UnreadableImageError, match="00000002"):
                     source[i]
-                continue
-            assert source.content(i) == len(jpeg(row))
-            expected = np.asarray(Image.open(io.BytesIO(jpeg(row))))
-            assert np.array_equal(np.asarray(source[i][0]), expected)
-    assert train.digest() == open_images(parquet, "train").digest() != val.digest()
-
-
-def test_parquet_files_with_a_split_and_without_class_names(parquet: Path) -> None:
-    import datasets
-
-    rows = [{"image": {"bytes": jpeg(i), "path": None}, "label": 7 + 2 * i} for i in range(2)]
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    made = datasets.Dataset.from_list(rows, features=features)
-    for path in (parquet / "data").glob("*"):
-        path.unlink()
-    made.to_parquet(parquet / "data" / "train-00000-of-00001.parquet")
-    made.select([1]).to_parquet(parquet / "data" / "validation-00000-of-00001.parquet")
-    assert open_images(parquet, "train").class_names == ["7", "9"]
-    val = open_images(parquet, "val")
+            else:
+                expected = np.asarray(Image.open(io.BytesIO(images[row])))
+                assert np.array_equal(np.asarray(source[i][0]), expected)
+    assert sorted(seen) == list(range(10))
+    plain = {"dtype": "int64", "_type": "Value"}
+    data = tmp_path / "plain" / "data"
+    write_parquet(data / "train-0-of-1.parquet", images[:2], [7, 9], plain)
+    write_parquet(data / "validation-0-of-1.parquet", images[:1], [9], plain)
+    assert open_images(tmp_path / "plain", "train").class_names == ["7", "9"]
+    val = open_images(tmp_path / "plain", "val")
     assert val.labels.tolist() == [1] and list(val.identifiers) == ["validation/00000000"]
 
 
@@ -202,3 +181,84 @@ def test_parquet_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "train.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pip install 'moveimg\[datasets\]'"):
         open_images(tmp_path, "train")
+
+
+# --- data sets by name ---------------------------------------------------------------------
+
+
+def write_idx(folder: Path, compressed: bool) -> Path:
+    """Fashion-MNIST's four files with a few images, packed as by Debian or unpacked."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", 60), ("t10k", 20)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
+        header = b"".join(value.to_bytes(4, "big") for value in (2051, n, 28, 28))
+        labels = (2049).to_bytes(4, "big") + n.to_bytes(4, "big") + bytes(i % 10 for i in range(n))
+        for name, data in (("images-idx3", header + images), ("labels-idx1", labels)):
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compressed else ''}"
+            path.write_bytes(gzip.compress(data) if compressed else data)
+    return folder
+
+
+def test_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", write_idx(tmp_path / "deb", True))
+    assert [len(open_images("fashion-mnist", split)) for split in ("train", "val")] == [60, 20]
+    parts = {s: open_images("fashion-mnist", s, 1 / 6) for s in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [50, 10, 20]
+    assert not set(parts["train"].identifiers) & set(parts["val"].identifiers)
+    assert np.bincount(parts["val"].labels).tolist() == [1] * 10
+    assert parts["test"].class_names[9] == "Ankle boot"
+    assert parts["test"][0][0].size == (28, 28) and parts["test"][0][0].mode == "RGB"
+    assert parts["test"].identifiers[0] == "fashion-mnist/test/00000"
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    write_idx(tmp_path / "root" / "FashionMNIST" / "raw", False)
+    monkeypatch.setenv("MOVEIMG_DATA", str(tmp_path / "root"))  # torchvision's own files
+    for split in ("train", "val", "test"):
+        assert open_images("fashion-mnist", split, 1 / 6).digest() == parts[split].digest()
+
+
+def test_sets_of_files_are_read_as_files_are(tmp_path: Path) -> None:
+    for part, wnid, n in (("train", "n01440764", 3), ("val", "n01440764", 2)):
+        folder = tmp_path / "imagenette2" / part / wnid
+        folder.mkdir(parents=True)
+        for i in range(n):
+            (folder / f"{i}.JPEG").write_bytes(jpeg(i, 6) if i else b"broken")
+    train = open_images("imagenette", "train", data_root=tmp_path)
+    assert train.class_names == ["tench, Tinca tinca"] and len(train) == 3
+    assert train[1][0].height > train[1][0].width  # turned as EXIF says
+    with pytest.raises(UnreadableImageError, match="imagenette/train/00000"):
+        train[0]
+    parts = [open_images("imagenette", s, 0.34, data_root=tmp_path) for s in ("val", "test")]
+    assert [part.identifiers[0].split("/")[1] for part in parts] == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    "name, nearest", [("fashion-mnst", "fashion-mnist"), ("CIFAR-10", "cifar10")]
+)
+def test_unknown_sets_name_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(FileNotFoundError, match=nearest):
+        open_images(name, "train")
+
+
+@pytest.mark.parametrize("name", ["coco", "celeba", "voc", "kitti", "omniglot"])
+def test_unsuitable_sets_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        open_images(name, "train")
+
+
+def test_a_set_without_network_says_where_its_files_belong(tmp_path: Path, monkeypatch) -> None:
+    import urllib.request
+
+    def fail(*args, **options):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz") as caught:
+        open_images("cifar10", "train", data_root=tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_named_set_is_one_of_torchvision() -> None:
+    from torchvision import datasets as available
+
+    assert all(hasattr(available, named.kind) for named in datasets.DATASETS.values())

@@ -10,8 +10,6 @@ from moveimg.data.codes import (
 )
 from moveimg.data.crops import center_crop, count_views, crop_views, normalize, to_tensor
 from moveimg.data.encode import (
-    ChangedSettingsError,
-    codes_bytes,
     default_batch_size,
     encode_images,
     encode_splits,
@@ -26,6 +24,7 @@ from moveimg.data.images import (
     is_named_source,
     open_images,
 )
+from moveimg.data.shards import ChangedSettingsError, codes_bytes
 
 __all__ = [
     "MANIFEST",

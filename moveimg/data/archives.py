@@ -1,7 +1,7 @@
-"""Images inside archives: ImageNet's tar files of 2012, and Parquet files of the Hub.
+"""Images inside archives: ImageNet's tar files of 2012, and tables of `datasets` (Parquet, Hub).
 
-ImageNet's archives carry the names that torchvision.datasets.ImageNet takes, are read in place, and
-give the same identifiers, order and labels as the folder that torchvision unpacks.
+ImageNet's archives have the names that torchvision.datasets.ImageNet expects and are read in place.
+They give the same identifiers, order and labels as the folder that torchvision unpacks.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import io
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Split, choose_split
+from moveimg.data.images import ImageSource, Parts
+from moveimg.errors import describe, shorten
 from moveimg.images import UnreadableImageError, read_image
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -38,64 +39,54 @@ class Member(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True)
-class _Members:
-    """Images inside an archive, by row number."""
-
-    archive: Path
-    names: list[str]
-    offsets: np.ndarray
-    sizes: np.ndarray
-
-    def load(self, row: int) -> Image.Image:
-        with open(self.archive, "rb") as file:  # per image: right in every worker process
-            file.seek(self.offsets[row])
-            data = file.read(self.sizes[row])
-        return read_image(io.BytesIO(data), self.names[row], as_published=True)
-
-    def content(self, row: int) -> int:
-        return int(self.sizes[row])
-
-
 def has_archives(root: Path) -> bool:
     """Whether one of ImageNet's image archives is in `root`."""
     return any((root / name).is_file() for name in (TRAIN, VAL))
 
 
-def open_archives(root: Path, split: Split) -> ImageSource:
-    """One split of ImageNet's archives in `root`; labels follow the WordNet ids, sorted.
+def find_imagenet(root: Path) -> Parts:
+    """The train and val split of ImageNet's archives in `root`; opening reads only their headers.
 
-    Raises FileNotFoundError for an archive that is missing, ValueError for one that is damaged
-    or has other members than ImageNet's.
+    Raises FileNotFoundError for an archive that is missing. Opening raises ValueError for one
+    that is damaged or has other members than ImageNet's.
     """
-    if split == "test":
-        raise ValueError(f"'{root}': ImageNet's test images have no labels: expected train or val")
     for name in (TRAIN, VAL, DEVKIT):
         if not (root / name).is_file():
             raise FileNotFoundError(
                 f"no {name} in '{root}': expected ImageNet's three archives {TRAIN}, {VAL} and "
                 f"{DEVKIT}, or train/ and val/ with class subfolders"
             )
+    return {split: partial(_open_imagenet, root, split) for split in ("train", "val")}
+
+
+def _open_imagenet(root: Path, split: str) -> ImageSource:
+    """A split of the archives; labels follow the WordNet ids, sorted."""
     with _open_tar(root / TRAIN) as archive:
         classes = sorted(_list_members(archive, ".tar"))
         wnids = [member.name.removesuffix(".tar") for member in classes]
         train = list(_train_images(archive, classes)) if split == "train" else []
     labelled = train if split == "train" else _val_images(root, wnids)
-    members = [member for _, member in labelled]
-    images = _Members(
-        archive=root / (TRAIN if split == "train" else VAL),
-        names=[f"{split}/{wnids[label]}/{member.name}" for label, member in labelled],
-        offsets=np.array([member.offset for member in members], np.int64),
-        sizes=np.array([member.size for member in members], np.int64),
-    )
+    names = [f"{split}/{wnids[label]}/{member.name}" for label, member in labelled]
+    offsets = np.array([member.offset for _, member in labelled], np.int64)
+    sizes = np.array([member.size for _, member in labelled], np.int64)
+    path = root / (TRAIN if split == "train" else VAL)
     return ImageSource(
-        name=f"{root} ({split})",
+        name=str(root),
         class_names=imagenet_names(wnids) or wnids,
-        identifiers=images.names,
+        identifiers=names,
         labels=np.array([label for label, _ in labelled], np.int32),
-        load=images.load,
-        content=images.content,
+        load=partial(_read_member, path, names, offsets, sizes),
+        content=sizes.item,
     )
+
+
+def _read_member(
+    path: Path, names: list[str], offsets: np.ndarray, sizes: np.ndarray, row: int
+) -> Image.Image:
+    with open(path, "rb") as file:  # per image: right in every worker process
+        file.seek(offsets[row])
+        data = file.read(sizes[row])
+    return read_image(io.BytesIO(data), names[row], as_published=True)
 
 
 def imagenet_names(folders: list[str]) -> list[str] | None:
@@ -181,28 +172,9 @@ def _list_members(archive: tarfile.TarFile, suffix: str) -> list[Member]:
     return members
 
 
-# --- Parquet and the Hub -------------------------------------------------------------------
+# --- tables of the library `datasets` ------------------------------------------------------
 
-_OWN_SPLITS = {"train": "train", "validation": "val", "val": "val", "valid": "val", "test": "test"}
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a split whose column `column` holds encoded images."""
-
-    table: Any
-    column: str
-    names: list[str]
-    sizes: np.ndarray
-
-    def load(self, row: int) -> Image.Image:
-        data = self.table[row][self.column]["bytes"]
-        if data is None:
-            raise UnreadableImageError(self.names[row], "the row holds no bytes, only a path")
-        return read_image(io.BytesIO(data), self.names[row])
-
-    def content(self, row: int) -> int:
-        return int(self.sizes[row])
+_PART_OF = {"train": "train", "test": "test", "validation": "val", "val": "val", "valid": "val"}
 
 
 def has_parquet(root: Path) -> bool:
@@ -210,42 +182,11 @@ def has_parquet(root: Path) -> bool:
     return any(any((root / folder).glob("*.parquet")) for folder in (".", "data"))
 
 
-def open_parquet(
-    source: Path | str, split: Split, val_fraction: float | None, seed: int
-) -> ImageSource:
-    """One split of a folder of Parquet files, or of a data set `owner/name` of the Hub.
+def find_tables(source: Path | str) -> Parts:
+    """The splits of a folder of Parquet files, or of a data set `owner/name` of the Hub.
 
     Raises ValueError where the library `datasets` is not installed, or columns are missing.
     """
-    tables = _load_tables(source)
-    known = {_OWN_SPLITS[name]: name for name in reversed(tables) if name in _OWN_SPLITS}
-    if "train" not in known:
-        raise ValueError(f"'{source}' has the splits {sorted(tables)}: expected `train`")
-    column, label_column, class_names = _find_columns(source, tables[known["train"]])
-    labels = {
-        part: _read_labels(source, tables[name], label_column, class_names)
-        for part, name in known.items()
-    }
-    part, rows = choose_split(labels, split, val_fraction, seed, str(source))
-    table = tables[known[part]]
-    kind = table.features[column].__class__(decode=False)  # images are read here, as files are
-    images = _Rows(
-        table=table.cast_column(column, kind).select(rows),
-        column=column,
-        names=[f"{part}/{row:08d}" for row in rows],
-        sizes=_image_sizes(table, column)[rows],
-    )
-    return ImageSource(
-        name=f"{source} ({split})",
-        class_names=[str(name) for name in class_names],
-        identifiers=images.names,
-        labels=labels[part][rows],
-        load=images.load,
-        content=images.content,
-    )
-
-
-def _load_tables(source: Path | str) -> Any:
     try:
         import datasets
     except ImportError:
@@ -253,14 +194,22 @@ def _load_tables(source: Path | str) -> Any:
             f"'{source}' is a data set of Parquet files: `pip install 'moveimg[datasets]'`"
         ) from None
     try:
-        return datasets.load_dataset(str(source))
+        tables = datasets.load_dataset(str(source))
     except Exception as error:  # its loaders raise many kinds for broken files
-        reason = " ".join(str(error.__cause__ or error)[:300].split())
+        reason = describe(error.__cause__ or error, 300)
         raise ValueError(f"'{source}' cannot be read as a data set: {reason}") from error
+    names = {_PART_OF[name]: name for name in reversed(tables) if name in _PART_OF}
+    if "train" not in names:
+        raise ValueError(f"'{source}' has the splits {sorted(tables)}: expected `train`")
+    columns = _find_columns(source, tables["train"])
+    return {
+        part: partial(_open_table, source, name, tables[name], *columns)
+        for part, name in names.items()
+    }
 
 
 def _find_columns(source: Path | str, train: Any) -> tuple[str, str, list[Any]]:
-    """The image column, the label column and the classes, as the labels' values or names."""
+    """The image column, the label column, and the classes as the labels' values or names."""
     import datasets
 
     features = train.features
@@ -271,29 +220,40 @@ def _find_columns(source: Path | str, train: Any) -> tuple[str, str, list[Any]]:
         raise ValueError(
             f"'{source}' has the columns {sorted(features)}: expected one of images and one `label`"
         )
-    kind = features[labels[0]]
-    if isinstance(kind, datasets.ClassLabel):
-        return images[0], labels[0], list(kind.names)
+    if hasattr(features[labels[0]], "names"):
+        return images[0], labels[0], list(features[labels[0]].names)
     values = train[labels[0]][:]
-    if any(isinstance(value, list) for value in values[:1]):
-        raise ValueError(f"'{source}' has several labels per image: expected one")
+    if not all(isinstance(value, str | int) for value in values):
+        raise ValueError(f"'{source}' has labels like {shorten(values[0])}: expected one per image")
     return images[0], labels[0], sorted(set(values))
 
 
-def _read_labels(source: Path | str, table: Any, column: str, classes: list[Any]) -> np.ndarray:
-    values = np.asarray(table[column][:])
-    if not hasattr(table.features[column], "names"):
-        values = np.searchsorted(np.asarray(classes), values)
-    if len(values) and not 0 <= values.min() <= values.max() < len(classes):
-        raise ValueError(
-            f"'{source}' has labels {values.min()}..{values.max()}: expected 0..{len(classes) - 1}"
-        )
-    return values.astype(np.int32)
-
-
-def _image_sizes(table: Any, column: str) -> np.ndarray:
-    """Bytes of every image, from the table's offsets, without reading the images."""
+def _open_table(
+    source: Path | str, split: str, table: Any, column: str, label_column: str, classes: list[Any]
+) -> ImageSource:
     import pyarrow.compute as pc
 
-    data = pc.struct_field(table.data.column(column), "bytes")
-    return pc.fill_null(pc.binary_length(data), 0).to_numpy()
+    labels = np.asarray(table[label_column][:])
+    if not hasattr(table.features[label_column], "names"):
+        labels = np.searchsorted(np.asarray(classes), labels)
+    if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < len(classes):
+        reach = f"{labels.min()}..{labels.max()}"
+        raise ValueError(f"'{source}' has labels {reach}: expected 0..{len(classes) - 1}")
+    kind = table.features[column].__class__(decode=False)  # images are read here, as files are
+    names = [f"{split}/{row:08d}" for row in range(len(table))]
+    data = pc.struct_field(table.data.column(column), "bytes")  # only their lengths are read
+    return ImageSource(
+        name=str(source),
+        class_names=[str(name) for name in classes],
+        identifiers=names,
+        labels=labels.astype(np.int32),
+        load=partial(_read_cell, table.cast_column(column, kind), column, names),
+        content=pc.fill_null(pc.binary_length(data), 0).to_numpy().item,
+    )
+
+
+def _read_cell(table: Any, column: str, names: list[str], row: int) -> Image.Image:
+    data = table[row][column]["bytes"]
+    if data is None:
+        raise UnreadableImageError(names[row], "the row holds no bytes, only a path")
+    return read_image(io.BytesIO(data), names[row])

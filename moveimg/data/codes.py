@@ -110,8 +110,17 @@ def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndar
         with atomic(directory / name) as temporary:
             np.save(temporary, array)
     hashes = [sha256_file(directory / name) for name in names]
-    return Shard(codes=names[0], labels=names[1], n=len(codes),
-                 codes_sha256=hashes[0], labels_sha256=hashes[1])  # fmt: skip
+    fields = ("codes", "labels", "codes_sha256", "labels_sha256")
+    return Shard(n=len(codes), **dict(zip(fields, (*names, *hashes), strict=True)))
+
+
+def is_intact(directory: Path, shard: Shard) -> bool:
+    """Whether both files of a shard are there, with the bytes that were written."""
+    try:
+        hashes = [sha256_file(directory / name) for name in (shard.codes, shard.labels)]
+    except FileNotFoundError:
+        return False
+    return hashes == [shard.codes_sha256, shard.labels_sha256]
 
 
 def sha256_file(path: Path) -> str:
@@ -187,24 +196,16 @@ class PackedCodes:
             )
 
     def verify(self) -> None:
-        """Read every file and raise ValueError for one whose sha256 is not the manifest's."""
+        """Read every file and raise ValueError for a shard whose sha256 is not the manifest's."""
         for shard in self.manifest.shards:
-            hashes = {shard.codes: shard.codes_sha256, shard.labels: shard.labels_sha256}
-            for name, expected in hashes.items():
-                actual = sha256_file(self.directory / name)
-                if actual != expected:
-                    raise ValueError(
-                        f"'{self.directory / name}' is corrupt: sha256 {actual[:12]}, expected "
-                        f"{expected[:12]}"
-                    )
+            if not is_intact(self.directory, shard):
+                raise ValueError(f"'{self.directory / shard.codes}' or its labels are corrupt")
 
     def _check_values(self, number: int) -> None:
         """Compare all codes of a shard with the codebook, when it is first read."""
         if self._checked[number]:
             return
-        largest = max(
-            int(block.max()) for block in np.array_split(self._codes[number], 64) if len(block)
-        )
+        largest = int(self._codes[number].max())
         if largest >= self.codebook_size:
             raise ValueError(
                 f"'{self.directory}' has code {largest}: expected less than its codebook_size "
@@ -228,15 +229,9 @@ class Batches:
 
     Every epoch has its own order and choice of crops. The last, partial batch of an epoch is
     dropped. With fewer images than `batch_size`, epochs are concatenated instead.
-
-    Raises ValueError for a batch_size below 1 or a negative seed.
     """
 
     def __init__(self, codes: PackedCodes, batch_size: int, seed: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: expected at least 0")
         self.codes, self.batch_size, self.seed = codes, batch_size, seed
         n = len(codes)
         self.images_per_epoch = n - n % batch_size if n >= batch_size else n

@@ -8,14 +8,14 @@ codes (Sun et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from PIL import Image
 from torchvision.transforms import functional
 
 Crops = Literal["center", "flip", "five", "ten"]
-MAX_ASPECT = 16
+MAX_ASPECT = 16  # of a strip, before it is enlarged
 VIEWS_PER_RANGE: dict[Crops, int] = {"center": 1, "flip": 2, "five": 5, "ten": 10}
 
 
@@ -50,10 +50,9 @@ def crop_views(
     of that takes
     center: its centre; flip: the centre and its mirror image; five: the corners (top left, top
     right, bottom left, bottom right) and the centre; ten: the five, then their mirror images.
-
-    Raises ValueError for an unknown `crops`, a range below 1, or no ranges.
+    Raises ValueError as count_views does.
     """
-    check_crops(crops, ranges)
+    count_views(crops, ranges)
     views: list[Image.Image] = []
     for ratio in ranges:
         square = center_crop(image, enlarged(size, ratio))
@@ -73,17 +72,15 @@ def enlarged(size: int, ratio: float) -> int:
 
 
 def count_views(crops: Crops, ranges: Sequence[float]) -> int:
-    """The number of views `crop_views` gives."""
-    check_crops(crops, ranges)
-    return VIEWS_PER_RANGE[crops] * len(ranges)
+    """The number of views that `crop_views` returns.
 
-
-def check_crops(crops: str, ranges: Sequence[float]) -> None:
-    """Raise ValueError for crops that do not exist or ranges that cannot be cropped."""
-    if crops not in get_args(Crops):
-        raise ValueError(f"unknown crops {crops!r}: expected one of {', '.join(get_args(Crops))}")
+    Raises ValueError for crops that do not exist or ranges that cannot be cropped.
+    """
+    if crops not in VIEWS_PER_RANGE:
+        raise ValueError(f"unknown crops {crops!r}: expected one of {', '.join(VIEWS_PER_RANGE)}")
     if not ranges or not all(1 <= ratio < float("inf") for ratio in ranges):
         raise ValueError(f"crop ranges are {list(ranges)}: expected one or more, each at least 1")
+    return VIEWS_PER_RANGE[crops] * len(ranges)
 
 
 def stack_views(images: Sequence[Image.Image]) -> torch.Tensor:

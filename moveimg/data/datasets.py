@@ -1,57 +1,80 @@
-"""Named data sets: torchvision's own classes, for sets with one label per image."""
+"""Data sets by name: torchvision's classes for sets with one label per image, and the Hub's ids."""
 
 from __future__ import annotations
 
+import gzip
+import inspect
 import os
+import sys
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Split, array_source, choose_split
-from moveimg.errors import shorten
-from moveimg.images import UnreadableImageError, to_rgb
+from moveimg.data.images import ImageSource, Parts, array_source
+from moveimg.dist import print_rank0
+from moveimg.errors import describe
+from moveimg.images import UnreadableImageError, read_image, to_rgb
 
-# name: torchvision class, and the arguments of its splits (its own test split is never trained on)
-_TRAIN_FLAG: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
-_SPLITS: dict[str, dict[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}
-_THREE = _SPLITS | {"val": {"split": "val"}}
-DATASETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "mnist": ("MNIST", _TRAIN_FLAG),
-    "fashion-mnist": ("FashionMNIST", _TRAIN_FLAG),
-    "kmnist": ("KMNIST", _TRAIN_FLAG),
-    "emnist": ("EMNIST", {part: {"split": "balanced"} | _TRAIN_FLAG[part] for part in _TRAIN_FLAG}),
-    "cifar10": ("CIFAR10", _TRAIN_FLAG),
-    "cifar100": ("CIFAR100", _TRAIN_FLAG),
-    "svhn": ("SVHN", _SPLITS),
-    "stl10": ("STL10", _SPLITS),
-    "food101": ("Food101", _SPLITS),
-    "gtsrb": ("GTSRB", _SPLITS),
-    "stanford-cars": ("StanfordCars", _SPLITS),
-    "flowers102": ("Flowers102", _THREE),
-    "fgvc-aircraft": ("FGVCAircraft", _THREE),
-    "dtd": ("DTD", _THREE),
-    "pcam": ("PCAM", _THREE),
-    "country211": (
-        "Country211",
-        {part: {"split": {"val": "valid"}.get(part, part)} for part in _THREE},
+Arguments = dict[str, dict[str, Any]]  # of torchvision's class, for each of the set's own splits
+TRAIN_FLAG: Arguments = {"train": {"train": True}, "test": {"train": False}}
+TWO_SPLITS: Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
+THREE_SPLITS: Arguments = TWO_SPLITS | {"val": {"split": "val"}}
+ONE_SPLIT: Arguments = {"train": {}}
+IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+
+
+class NamedSet(NamedTuple):
+    """torchvision's class, its arguments by split, and the files it needs below the data root."""
+
+    kind: str
+    parts: Arguments
+    files: str
+
+
+EMNIST: Arguments = {part: {"split": "balanced", **TRAIN_FLAG[part]} for part in TRAIN_FLAG}
+PETS: Arguments = {"train": {"split": "trainval"}, "test": {"split": "test"}}
+IMAGENETTE: Arguments = {part: {"split": part} for part in ("train", "val")}
+COUNTRY211: Arguments = THREE_SPLITS | {"val": {"split": "valid"}}
+DATASETS = {
+    "mnist": NamedSet("MNIST", TRAIN_FLAG, f"MNIST/raw/{IDX}"),
+    "fashion-mnist": NamedSet("FashionMNIST", TRAIN_FLAG, f"FashionMNIST/raw/{IDX}"),
+    "kmnist": NamedSet("KMNIST", TRAIN_FLAG, f"KMNIST/raw/{IDX}"),
+    "emnist": NamedSet("EMNIST", EMNIST, "EMNIST/raw/gzip.zip"),
+    "usps": NamedSet("USPS", TRAIN_FLAG, "usps.bz2 and usps.t.bz2"),
+    "semeion": NamedSet("SEMEION", ONE_SPLIT, "semeion.data"),
+    "cifar10": NamedSet("CIFAR10", TRAIN_FLAG, "cifar-10-python.tar.gz"),
+    "cifar100": NamedSet("CIFAR100", TRAIN_FLAG, "cifar-100-python.tar.gz"),
+    "svhn": NamedSet("SVHN", TWO_SPLITS, "train_32x32.mat and test_32x32.mat"),
+    "stl10": NamedSet("STL10", TWO_SPLITS, "stl10_binary.tar.gz"),
+    "food101": NamedSet("Food101", TWO_SPLITS, "food-101.tar.gz"),
+    "gtsrb": NamedSet("GTSRB", TWO_SPLITS, "gtsrb/GTSRB, unpacked, and gtsrb/GT-final_test.csv"),
+    "flowers102": NamedSet(
+        "Flowers102", THREE_SPLITS, "flowers-102/102flowers.tgz, imagelabels.mat and setid.mat"
     ),
-    "oxford-pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
-    "imagenette": ("Imagenette", {part: {"split": part} for part in ("train", "val")}),
-    "eurosat": ("EuroSAT", {"train": {}}),
-    "caltech101": ("Caltech101", {"train": {}}),
-    "caltech256": ("Caltech256", {"train": {}}),
+    "fgvc-aircraft": NamedSet("FGVCAircraft", THREE_SPLITS, "fgvc-aircraft-2013b.tar.gz"),
+    "dtd": NamedSet("DTD", THREE_SPLITS, "dtd/dtd-r1.0.1.tar.gz"),
+    "country211": NamedSet("Country211", COUNTRY211, "country211.tgz"),
+    "rendered-sst2": NamedSet("RenderedSST2", THREE_SPLITS, "rendered-sst2.tgz"),
+    "oxford-pets": NamedSet(
+        "OxfordIIITPet", PETS, "oxford-iiit-pet/images.tar.gz and annotations.tar.gz"
+    ),
+    "imagenette": NamedSet("Imagenette", IMAGENETTE, "imagenette2.tgz"),
+    "eurosat": NamedSet("EuroSAT", ONE_SPLIT, "eurosat/EuroSAT.zip"),
+    "caltech101": NamedSet("Caltech101", ONE_SPLIT, "caltech101/101_ObjectCategories, unpacked"),
+    "caltech256": NamedSet("Caltech256", ONE_SPLIT, "caltech256/256_ObjectCategories.tar"),
 }
+SEVERAL, UNLABELLED = "has several labels per image", "has no class label per image"
 REFUSED = {
-    "celeba": "has forty attributes per image",
-    "coco": "has several labels per image",
-    "voc": "has several labels per image",
-    "widerface": "has no class label",
-    "lfw": "has a person per image, most of them once",
+    **dict.fromkeys(("celeba", "coco", "voc", "inaturalist"), SEVERAL),
+    **dict.fromkeys(("kitti", "cityscapes", "widerface", "sbd", "lsun", "lfw"), UNLABELLED),
+    **dict.fromkeys(("flickr8k", "flickr30k", "sbu", "phototour", "moving-mnist"), UNLABELLED),
+    "omniglot": "has other classes in its test split",
 }
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
@@ -59,117 +82,115 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package data
 def is_named(source: str | Path) -> bool:
     """Whether a source is a named data set, or an id `owner/name` of the Hub that is no folder."""
     text = str(source)
-    return text in DATASETS or text in REFUSED or (_is_hub_id(text) and not Path(text).exists())
+    return text in DATASETS or text in REFUSED or _is_hub_id(text)
 
 
 def suggest_names(name: str) -> str:
     """The known names nearest to a name that is neither a data set nor a folder."""
-    nearest = get_close_matches(name.lower(), ["digits", *DATASETS], n=3, cutoff=0.5)
-    return f" (such as {', '.join(nearest or ['digits', 'fashion-mnist', 'cifar10'])})"
+    plain = {key.replace("-", ""): key for key in ("digits", *DATASETS)}
+    nearest = get_close_matches(name.lower().replace("-", ""), plain, n=3, cutoff=0.5)
+    names = [plain[key] for key in nearest] or ["digits", "fashion-mnist", "cifar10"]
+    hub = "" if name.count("/") != 1 else "; of the Hub by `pip install 'moveimg[datasets]'`"
+    return f" (such as {', '.join(names)}{hub})"
 
 
-def open_named(
-    name: str, split: Split, val_fraction: float | None, seed: int, data_root: Path | None = None
-) -> ImageSource:
-    """One split of a named data set, downloaded on first use.
+def find_parts(name: str, data_root: Path | None = None) -> Parts:
+    """The splits of a named data set, which is downloaded when the first of them is opened.
 
-    Raises ValueError for a set without one label per image, FileNotFoundError where its files are
-    missing and cannot be downloaded.
+    Raises ValueError for a set without exactly one label per image. Opening a split raises
+    FileNotFoundError where its files are missing and cannot be downloaded.
     """
     if name in REFUSED:
         raise ValueError(f"the data set {name} {REFUSED[name]}: expected one label per image")
     if name not in DATASETS:
-        from moveimg.data.archives import open_parquet
+        from moveimg.data.archives import find_tables
 
-        return open_parquet(name, split, val_fraction, seed)
-    root = data_root or default_root()
-    parts = DATASETS[name][1]
-    labels = {part: _labels(_open_part(name, part, root)) for part in parts}
-    part, rows = choose_split(labels, split, val_fraction, seed, name)
-    dataset = _open_part(name, part, root)
-    identifiers = [f"{name}/{part}/{row:05d}" for row in rows]
-    title, names = f"{name} ({split})", _class_names(dataset, labels["train"])
-    data = getattr(dataset, "data", None)
-    if data is not None and len(getattr(data, "shape", ())) in (3, 4):
-        images = np.asarray(data)
-        if images.ndim == 4 and images.shape[1] == 3:  # SVHN and STL10 keep channels first
-            images = images.transpose(0, 2, 3, 1)
-        return array_source(title, names, identifiers, images[rows], labels[part][rows])
-    load = partial(_load_row, dataset, rows, identifiers)
-    chosen = labels[part][rows].astype(np.int32)
-    return ImageSource(title, names, identifiers, chosen, load, content=int)
+        return find_tables(name)
+    if Path(name).is_dir():
+        print_rank0(f"'{name}' is read as the data set; the folder of that name is './{name}'")
+    root = data_root or Path(os.environ.get("MOVEIMG_DATA") or Path.home() / ".cache/moveimg/data")
+    return {part: partial(_open_part, name, part, root) for part in DATASETS[name].parts}
 
 
-def default_root() -> Path:
-    """The folder of downloaded data sets: $MOVEIMG_DATA, or ~/.cache/moveimg/data."""
-    return Path(os.environ.get("MOVEIMG_DATA") or Path.home() / ".cache/moveimg/data")
+def _open_part(name: str, part: str, root: Path) -> ImageSource:
+    dataset = _open_dataset(name, part, root)
+    labels, images = _read_labels(dataset), getattr(dataset, "data", None)
+    identifiers = [f"{name}/{part}/{row:05d}" for row in range(len(labels))]
+    names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
+    names = names or range(int(labels.max()) + 1)
+    names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+    if images is None:
+        load = partial(_read_row, dataset, identifiers)
+        return ImageSource(name, names, identifiers, labels.astype(np.int32), load, content=int)
+    images = np.asarray(images)
+    if images.ndim == 4 and images.shape[1] == 3:  # SVHN and STL10 keep channels first
+        images = images.transpose(0, 2, 3, 1)
+    if name == "emnist":  # stored column by column
+        images = images.transpose(0, 2, 1)
+    return array_source(names, identifiers, images, labels)
 
 
-def _open_part(name: str, part: str, root: Path) -> Any:
+def _open_dataset(name: str, part: str, root: Path) -> Any:
     from torchvision import datasets
 
-    kind, parts = DATASETS[name]
+    kind, parts, files = DATASETS[name]
     if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
         return _DebianFashionMNIST(**parts[part])
+    make = partial(getattr(datasets, kind), root=str(root), **parts[part])
+    if "loader" in inspect.signature(make).parameters:  # torchvision's own ignores EXIF
+        make.keywords["loader"] = _read_path
     try:
-        return getattr(datasets, kind)(root=root, download=True, **parts[part])
+        with redirect_stdout(sys.stderr):
+            try:
+                return make(download=False)
+            except Exception:  # each set has its own way to say that files are missing
+                root.mkdir(parents=True, exist_ok=True)
+                return make(download=True)
     except Exception as error:  # urllib, torchvision and the sets' own readers raise many kinds
-        reason = " ".join(str(error)[:200].split()) or type(error).__name__
+        debian = "; on Debian, `apt-get install dataset-fashion-mnist` brings it"
         raise FileNotFoundError(
-            f"the data set {name} is not in '{root}' and cannot be downloaded ({reason}): put its "
-            f"files there as torchvision.datasets.{kind} expects them, or name another folder by "
-            f"--data-root{_debian_hint(name)}"
+            f"the data set {name} cannot be downloaded ({describe(error, 150)}): put {files} "
+            f"into '{root}', or name another folder by --data-root or $MOVEIMG_DATA"
+            f"{debian if name == 'fashion-mnist' else ''}"
         ) from None
 
 
-def _debian_hint(name: str) -> str:
-    hint = "; on Debian, `apt-get install dataset-fashion-mnist` is enough"
-    return hint if name == "fashion-mnist" else ""
-
-
 class _DebianFashionMNIST:
-    """The four files of Debian's package, read as torchvision reads them unpacked."""
+    """The four files of Debian's package, which torchvision reads only from its own folders."""
 
     def __init__(self, train: bool) -> None:
-        import gzip
-
         from torchvision.datasets import FashionMNIST
 
         prefix = DEBIAN_FASHION_MNIST / ("train" if train else "t10k")
-        with gzip.open(f"{prefix}-images-idx3-ubyte.gz") as file:
-            self.data = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-        with gzip.open(f"{prefix}-labels-idx1-ubyte.gz") as file:
-            self.targets = np.frombuffer(file.read(), np.uint8, offset=8)
-        self.classes = list(FashionMNIST.classes)
+        images = gzip.decompress(Path(f"{prefix}-images-idx3-ubyte.gz").read_bytes())
+        labels = gzip.decompress(Path(f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
+        self.data = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+        self.targets = np.frombuffer(labels, np.uint8, offset=8)
+        self.classes = FashionMNIST.classes
 
 
-def _labels(dataset: Any) -> np.ndarray:
+def _read_labels(dataset: Any) -> np.ndarray:
     for key in ("targets", "labels", "_labels", "y"):
         if hasattr(dataset, key):
             return np.asarray(getattr(dataset, key)).astype(np.int64)
-    if hasattr(dataset, "_samples"):
-        return np.array([sample[1] for sample in dataset._samples], np.int64)
-    return np.array([dataset[row][1] for row in range(len(dataset))], np.int64)
+    return np.array([sample[1] for sample in dataset._samples], np.int64)
 
 
-def _class_names(dataset: Any, labels: np.ndarray) -> list[str]:
-    names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
-    if names is None:
-        names = [str(label) for label in range(int(labels.max()) + 1)]
-    return [name if isinstance(name, str) else ", ".join(name) for name in names]
+def _read_path(path: str | Path) -> Image.Image:
+    return read_image(Path(path), Path(path).name)
 
 
-def _load_row(dataset: Any, rows: np.ndarray, identifiers: list[str], row: int) -> Image.Image:
+def _read_row(dataset: Any, identifiers: list[str], row: int) -> Image.Image:
     try:
-        return to_rgb(dataset[int(rows[row])][0])
-    except Exception as error:
-        raise UnreadableImageError(identifiers[row], shorten(str(error), 200)) from error
+        return to_rgb(dataset[row][0])
+    except UnreadableImageError as error:
+        raise UnreadableImageError(identifiers[row], error.reason) from error
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UnreadableImageError(identifiers[row], reason) from error
 
 
 def _is_hub_id(text: str) -> bool:
-    if find_spec("datasets") is None:
-        return False
-    owner, slash, name = text.partition("/")
-    return bool(slash) and all(
-        part and "/" not in part and part[0] != "." for part in (owner, name)
-    )
+    parts = text.split("/")
+    plain = len(parts) == 2 and all(part and part[0] not in ".~" for part in parts)
+    return plain and not Path(text).exists() and find_spec("datasets") is not None

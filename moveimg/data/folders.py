@@ -1,83 +1,97 @@
-"""The one walker of image folders, and a folder with one subfolder of images per class."""
+"""The one walker of image folders, and folders with one subfolder of images per class."""
 
 from __future__ import annotations
 
 import os
-import sys
-import unicodedata
+import stat
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Split, choose_split
+from moveimg.data.images import ImageSource, Parts
 from moveimg.dist import print_rank0
 from moveimg.errors import list_names
-from moveimg.images import read_image
+from moveimg.images import image_suffixes, read_image
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-          "dev": "val", "eval": "val", "test": "test", "testing": "test"}  # fmt: skip
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 TOOL_ENTRIES = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin"}
+print_once = cache(print_rank0)  # a folder is opened once per split
 
 
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The suffixes, lower case with a dot, of every image format that Pillow reads."""
-    known = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN) - {".pdf"}
-
-
-@dataclass
+@dataclass(frozen=True)
 class FolderWalk:
     """The files below a folder: image paths in a fixed order, and how many others by suffix."""
 
-    images: list[Path] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    images: list[Path]
+    others: Counter[str]
 
 
 def walk_images(root: Path) -> FolderWalk:
-    """Every image file below `root`, each real file once, sorted by path.
+    """Every image file below `root`, each real file once, sorted by path; see list_images."""
+    names, others = list_images(root)
+    return FolderWalk([root / name for name in names], others)
+
+
+def list_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """Paths of image files below `root`, relative to it and sorted, and how many other files.
 
     Hidden entries and those of tools (`@eaDir`, `__MACOSX`, `._*`) are skipped at every depth, and
-    so is what is no regular file. Links are followed unless they lead to a folder or file that the
-    walk has already entered, or to one of its parents.
+    so is what is no regular file. Links are followed last, unless they lead to a file or folder
+    that the walk has already entered or to one of its parents.
     """
-    walk, seen = FolderWalk(), {(root.stat().st_dev, root.stat().st_ino)}
-    seen |= {(parent.stat().st_dev, parent.stat().st_ino) for parent in root.resolve().parents}
-    folders = [root]
-    while folders:
-        entries = sorted(os.scandir(folders.pop()), key=lambda entry: entry.name)
-        # Real entries first, so that a link never takes the place of what it leads to.
-        for entry in sorted(entries, key=lambda entry: entry.is_symlink()):
-            if _is_tool_entry(entry.name):
-                continue
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    entered = _enter(root)
+    folders: list[str] = [str(root)]
+    links: list[os.DirEntry[str]] = []
+    while folders or links:
+        if folders:
+            entries = _visible_entries(folders.pop())
+            links += [entry for entry in entries if entry.is_symlink()]
+            entries = [entry for entry in entries if not entry.is_symlink()]
+        else:
+            entries = [links.pop(0)]
+        for entry in entries:
             try:
-                status = entry.stat()
-                key = (status.st_dev, status.st_ino)
+                status = os.stat(entry.path)
             except OSError:
-                walk.others["broken link"] += 1
+                others["broken link"] += 1
                 continue
-            if key in seen and (entry.is_symlink() or entry.is_dir()):
+            key, is_folder = (status.st_dev, status.st_ino), stat.S_ISDIR(status.st_mode)
+            suffix = Path(entry.name).suffix.lower()
+            if key in entered and (is_folder or entry.is_symlink()):
                 continue
-            if entry.is_dir():
-                seen.add(key)
-                folders.append(Path(entry.path))
-            elif entry.is_file() and Path(entry.name).suffix.lower() in image_suffixes():
-                seen.add(key)
-                walk.images.append(Path(entry.path))
+            entered.add(key)
+            if is_folder:
+                folders.append(entry.path)
+            elif stat.S_ISREG(status.st_mode) and suffix in image_suffixes():
+                images.append(entry.path.removeprefix(os.path.join(root, "")))
             else:
-                walk.others[Path(entry.name).suffix.lower() or "no suffix"] += 1
-    walk.images.sort(key=lambda path: path.relative_to(root).parts)
-    return walk
+                others[suffix or "without a suffix"] += 1
+    images.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder, on any file system
+    return images, others
 
 
 def list_subfolders(folder: Path) -> list[str]:
-    """Names of the subfolders without hidden ones and those of tools, sorted."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    return sorted(name for name in names if not _is_tool_entry(name))
+    """Names of the subfolders, sorted; without those of tools and links to other listed ones."""
+    entered, names = _enter(folder), []
+    for entry in sorted(_visible_entries(folder), key=os.DirEntry.is_symlink):
+        if entry.is_dir():
+            status = os.stat(entry.path)
+            if (status.st_dev, status.st_ino) not in entered:
+                entered.add((status.st_dev, status.st_ino))
+                names.append(entry.name)
+    return sorted(names)
 
 
 def find_splits(root: Path) -> dict[str, Path]:
@@ -87,11 +101,15 @@ def find_splits(root: Path) -> dict[str, Path]:
     not be trained on the classes `train` and `test`.
     """
     names = list_subfolders(root)
-    kinds = {name: SPLITS.get(name.lower()) for name in names}
+    kinds = {name: SPLIT_OF.get(name.lower()) for name in names}
     if not any(kinds.values()):
         return {}
+    if "train" in kinds.values():  # a flat folder of unlabelled test images is left out
+        kinds = {
+            n: kind for n, kind in kinds.items() if kind != "test" or list_subfolders(root / n)
+        }
     splits = {kind: root / name for name, kind in kinds.items() if kind}
-    usable = "train" in splits and len(splits) >= 2 and len(splits) == len(names)
+    usable = "train" in splits and 2 <= len(splits) == len(kinds)
     if not usable or not all(list_subfolders(folder) for folder in splits.values()):
         raise ValueError(
             f"'{root}' has the subfolders {list_names(names)}: expected class folders alone, or "
@@ -100,45 +118,31 @@ def find_splits(root: Path) -> dict[str, Path]:
     return splits
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Files under `root`, by row number."""
-
-    root: Path
-    names: list[str]
-    as_published: bool
-
-    def load(self, row: int) -> Image.Image:
-        return read_image(self.root / self.names[row], self.names[row], self.as_published)
-
-    def content(self, row: int) -> tuple[int, int]:
-        try:
-            status = (self.root / self.names[row]).stat()
-        except FileNotFoundError:  # removed since: left out when it is to be read
-            return -1, -1
-        return status.st_size, status.st_mtime_ns
-
-
-def open_folder(root: Path, split: Split, val_fraction: float | None, seed: int) -> ImageSource:
-    """One split of a folder; see `moveimg.data.images.open_images`."""
-    from moveimg.data.archives import imagenet_names
-
+def find_parts(root: Path) -> Parts:
+    """The splits of a folder of class subfolders; see `moveimg.data.images.open_images`."""
     splits = find_splits(root) or {"train": root}
-    classes = _shared_classes(root, splits)
-    listed = {part: _list_images(root, folder, classes) for part, folder in splits.items()}
-    labels = {part: found[1] for part, found in listed.items()}
-    part, rows = choose_split(labels, split, val_fraction, seed, str(root))
-    names = [listed[part][0][row] for row in rows]
-    readable = imagenet_names(classes)
-    files = _Files(root, names, as_published=readable is not None)
-    return ImageSource(
-        name=f"{root} ({split})",
-        class_names=readable or [unicodedata.normalize("NFC", name) for name in classes],
-        identifiers=names,
-        labels=labels[part][rows],
-        load=files.load,
-        content=files.content,
-    )
+    classes = {part: _list_classes(folder) for part, folder in splits.items()}
+    train = classes["train"]
+    for part, names in classes.items():
+        if names != train:
+            only_train, only_other = (
+                sorted(set(train) - set(names)),
+                sorted(set(names) - set(train)),
+            )
+            raise ValueError(
+                f"'{root}' has different classes in {splits['train'].name}/ and "
+                f"{splits[part].name}/: expected the same, but only in the first: "
+                f"{list_names(only_train)}; only in the second: {list_names(only_other)}"
+            )
+    if not train:
+        raise ValueError(f"'{root}' has no subfolders: expected one subfolder per class")
+    if len(train) == 1:
+        inner = next(
+            path for path in splits["train"].iterdir() if normalize("NFC", path.name) == train[0]
+        )
+        if len(list_subfolders(inner)) > 1:
+            print_once(f"warning: '{root}' is one class, {train[0]!r}; did you mean '{inner}'?")
+    return {part: partial(_open_part, root, folder, train) for part, folder in splits.items()}
 
 
 def report_classes(source: ImageSource) -> None:
@@ -147,45 +151,62 @@ def report_classes(source: ImageSource) -> None:
     print_rank0(f"{source.name}: {len(names)} class{'es' * (len(names) > 1)}: {list_names(names)}")
 
 
-def _shared_classes(root: Path, splits: dict[str, Path]) -> list[str]:
-    of_split = {part: list_subfolders(folder) for part, folder in splits.items()}
-    train = of_split["train"]
-    for part, names in of_split.items():
-        if names != train:
-            only_train, only_other = set(train) - set(names), set(names) - set(train)
-            raise ValueError(
-                f"'{root}' has different classes in train/ and {splits[part].name}/: expected the "
-                f"same, but only in train: {list_names(sorted(only_train))}; only in {part}: "
-                f"{list_names(sorted(only_other))}"
-            )
-    if len(train) == 1 and len(list_subfolders(splits["train"] / train[0])) > 1:
-        inner = splits["train"] / train[0]
-        print_rank0(f"warning: '{root}' is one class, {train[0]!r}; did you mean '{inner}'?")
-    return train
+def _open_part(root: Path, base: Path, classes: list[str]) -> ImageSource:
+    from moveimg.data.archives import imagenet_names
 
-
-def _list_images(root: Path, base: Path, classes: list[str]) -> tuple[list[str], np.ndarray]:
-    """Paths relative to `root`, class after class, and labels int32 [N]."""
-    if not classes:
-        raise ValueError(f"'{base}' has no subfolders: expected one subfolder per class")
-    walk = walk_images(base)
+    paths, others = list_images(base)
     by_class: dict[str, list[str]] = {name: [] for name in classes}
-    for path in walk.images:
-        name = path.relative_to(base).parts[0]
-        if name in by_class:
-            by_class[name].append(path.relative_to(root).as_posix())
-    if walk.others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in walk.others.most_common(8))
-        print_rank0(f"'{base}': {walk.others.total()} files are no images: {kinds}")
-    empty = [name for name in classes if not by_class[name]]
-    if len(empty) == len(classes):
+    prefix = base.relative_to(root).as_posix() + "/" if base != root else ""
+    for path in paths:
+        folder, slash, _ = path.partition("/")
+        if slash:
+            by_class[normalize("NFC", folder)].append(prefix + path)
+        else:
+            others["image outside the class folders"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+        print_once(f"not read in '{base}': {kinds}")
+    if not any(by_class.values()):
         raise ValueError(f"'{base}' holds no images: expected .png, .jpeg, .webp and the like")
-    if empty:
+    if empty := [name for name in classes if not by_class[name]]:
         raise ValueError(f"'{base}' has class folders without images: {list_names(empty)}")
-    counts = [len(by_class[name]) for name in classes]
-    names = [sys.intern(name) for label in classes for name in by_class[label]]
-    return names, np.arange(len(classes), dtype=np.int32).repeat(counts)
+    names = [name for paths in by_class.values() for name in paths]
+    imagenet = imagenet_names(classes)
+    return ImageSource(
+        name=str(root),
+        class_names=imagenet or classes,
+        identifiers=names,
+        labels=np.arange(len(classes), dtype=np.int32).repeat([len(p) for p in by_class.values()]),
+        load=partial(_read_file, root, names, imagenet is not None),
+        content=partial(_file_status, root, names),
+    )
 
 
-def _is_tool_entry(name: str) -> bool:
-    return name.startswith(".") or name.lower() in TOOL_ENTRIES
+def _read_file(root: Path, names: list[str], as_published: bool, row: int) -> Image.Image:
+    return read_image(root / names[row], names[row], as_published)
+
+
+def _file_status(root: Path, names: list[str], row: int) -> tuple[int, int]:
+    try:
+        status = (root / names[row]).stat()
+    except FileNotFoundError:  # removed since: left out when it is to be read
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _list_classes(folder: Path) -> list[str]:
+    """Names of the class folders in NFC: macOS writes `é` as two characters."""
+    return sorted({normalize("NFC", name) for name in list_subfolders(folder)})
+
+
+def _enter(folder: Path) -> set[tuple[int, int]]:
+    """The identities of a folder and its parents, which a link must not lead back to."""
+    folder = folder.resolve()
+    return {(status.st_dev, status.st_ino) for status in map(os.stat, (folder, *folder.parents))}
+
+
+def _visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder by name, without hidden ones and those of tools."""
+    with os.scandir(folder) as entries:
+        kept = [entry for entry in entries if entry.name[0] != "."]
+    return sorted((e for e in kept if e.name.lower() not in TOOL_ENTRIES), key=lambda e: e.name)

@@ -1,9 +1,9 @@
-"""Image sources: `digits`, a named data set, a folder by class, ImageNet's archives, Parquet."""
+"""Image sources and their splits: data sets by name, folders by class, archives, Parquet files."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,12 +47,26 @@ class ImageSource(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.load(index), int(self.labels[index])
 
+    def select(self, rows: np.ndarray) -> ImageSource:
+        """The source of the images `rows` alone."""
+        return replace(
+            self,
+            identifiers=[self.identifiers[row] for row in rows],
+            labels=self.labels[rows],
+            load=partial(_call_at, self.load, rows),
+            content=partial(_call_at, self.content, rows),
+        )
+
     def digest(self) -> str:
         """sha256 over class names, identifiers, labels and `content`, without reading images."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for row, (identifier, label) in enumerate(zip(self.identifiers, self.labels, strict=True)):
             digest.update(repr((identifier, int(label), self.content(row))).encode())
         return digest.hexdigest()
+
+
+# A source's own splits (train, val, test), each with the function that opens it
+Parts = dict[str, Callable[[], ImageSource]]
 
 
 def open_images(
@@ -71,7 +85,7 @@ def open_images(
         source: `digits`, a name of moveimg.data.datasets, a Hub data set id, or a folder.
         split: train, val or test.
         val_fraction: share of each class of the training images that is `val`, drawn with `seed`;
-            the source's own validation or test split is then `test`. Left out: `val` is the
+            the source's own test (or else validation) split is then `test`. Left out: `val` is the
             source's own validation or test split, or a fifth of a source that has none.
         seed: of that draw.
         data_root: folder of downloaded data sets.
@@ -84,25 +98,12 @@ def open_images(
         raise ValueError(f"unknown split {split!r}: expected train, val or test")
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}: expected 0 <= val_fraction < 1")
-    if source == "digits":
-        return _open_digits(split)
-    from moveimg.data import archives, datasets, folders
-
-    root = Path(source)
-    if datasets.is_named(source):
-        return datasets.open_named(str(source), split, val_fraction, seed, data_root)
-    if not root.exists():
-        raise FileNotFoundError(
-            f"no image folder at '{source}': expected a folder with one subfolder per class, or a "
-            f"data set{datasets.suggest_names(str(source))}"
-        )
-    if not root.is_dir():
-        raise ValueError(f"'{source}' is not a folder: expected one with one subfolder per class")
-    if archives.has_archives(root) and not folders.find_splits(root):
-        return archives.open_archives(root, split)
-    if archives.has_parquet(root):
-        return archives.open_parquet(root, split, val_fraction, seed)
-    return folders.open_folder(root, split, val_fraction, seed)
+    parts = _find_parts(source, data_root)
+    part, drawn = choose_part(parts, split, val_fraction, str(source))
+    images = parts[part]()
+    if drawn is not None:
+        images = images.select(draw_split(images.labels, split, drawn, seed, str(source)))
+    return replace(images, name=f"{source} ({split})")
 
 
 def is_named_source(source: str | Path) -> bool:
@@ -114,8 +115,6 @@ def is_named_source(source: str | Path) -> bool:
 
 def drop_unreadable(source: ImageSource) -> ImageSource:
     """The source without the images that cannot be read; they are counted and named on stderr."""
-    if is_named_source(source.name.rpartition(" (")[0]):
-        return source  # its images come from one file, read already
     readable, unreadable = [], []
     for row in range(len(source)):
         try:
@@ -123,43 +122,36 @@ def drop_unreadable(source: ImageSource) -> ImageSource:
             readable.append(row)
         except UnreadableImageError as error:
             unreadable.append(str(error))
-    if not unreadable:
-        return source
-    print_rank0(
-        f"warning: {len(unreadable)} of {len(source)} images cannot be read and are left out"
-    )
-    for line in unreadable[:20]:
-        print_rank0(f"  {line}")
-    if not readable:
+    if unreadable and not readable:
         raise ValueError(f"{source.name}: none of {len(source)} images could be read")
-    rows = np.array(readable)
-    return replace(
-        source,
-        identifiers=[source.identifiers[row] for row in readable],
-        labels=source.labels[rows],
-        load=lambda row: source.load(readable[row]),
-        content=lambda row: source.content(readable[row]),
-    )
+    report_unreadable(unreadable, len(source))
+    return source.select(np.array(readable)) if unreadable else source
 
 
-def choose_split(
-    labels: dict[str, np.ndarray], split: Split, val_fraction: float | None, seed: int, name: str
-) -> tuple[str, np.ndarray]:
-    """Which of a source's own splits holds `split`, and its rows there, int64, sorted.
+def report_unreadable(images: Sequence[str], total: int) -> None:
+    """Print the number and the first twenty of the images that cannot be read on stderr."""
+    if images:
+        print_rank0(f"warning: {len(images)} of {total} images cannot be read and are left out:")
+    for line in images[:20]:
+        print_rank0(f"  {line}")
 
-    Args:
-        labels: int [N] of each split that the source has: train, and maybe val and test.
-    """
-    held_out = next((part for part in ("val", "test") if part in labels), None)
+
+# --- splits --------------------------------------------------------------------------------
+
+
+def choose_part(
+    parts: Collection[str], split: Split, val_fraction: float | None, name: str
+) -> tuple[str, float | None]:
+    """Which of a source's own splits holds `split`, and val_fraction where it has to be drawn."""
+    own_val = next((part for part in ("val", "test") if part in parts), None)
     if split == "test":
-        if "test" not in labels:
+        held_out = "test" if "test" in parts else own_val if val_fraction is not None else None
+        if held_out is None:
             raise ValueError(f"'{name}' has no test split: expected train or val")
-        return "test", np.arange(len(labels["test"]))
-    if held_out is not None and val_fraction is None:
-        part = "train" if split == "train" else held_out
-        return part, np.arange(len(labels[part]))
-    fraction = FOLDER_VAL_FRACTION if val_fraction is None else val_fraction
-    return "train", draw_split(labels["train"], split, fraction, seed, name)
+        return held_out, None
+    if own_val is not None and val_fraction is None:
+        return ("train" if split == "train" else own_val), None
+    return "train", FOLDER_VAL_FRACTION if val_fraction is None else val_fraction
 
 
 def draw_split(
@@ -189,17 +181,37 @@ def draw_split(
     return chosen
 
 
+def _find_parts(source: str | Path, data_root: Path | None) -> Parts:
+    from moveimg.data import archives, datasets, folders
+
+    if source == "digits":
+        return {"train": partial(_open_digits, "train"), "val": partial(_open_digits, "val")}
+    if datasets.is_named(source):
+        return datasets.find_parts(str(source), data_root)
+    root = Path(source)
+    if not root.exists():
+        raise FileNotFoundError(
+            f"no image folder at '{source}': expected a folder with one subfolder per class, or a "
+            f"data set{datasets.suggest_names(str(source))}"
+        )
+    if not root.is_dir():
+        raise ValueError(f"'{source}' is not a folder: expected one with one subfolder per class")
+    if archives.has_archives(root) and not folders.find_splits(root):
+        return archives.find_imagenet(root)
+    if archives.has_parquet(root):
+        return archives.find_tables(root)
+    return folders.find_parts(root)
+
+
+# --- images in memory ----------------------------------------------------------------------
+
+
 def array_source(
-    name: str,
-    class_names: Sequence[str],
-    identifiers: Sequence[str],
-    images: np.ndarray,
-    labels: np.ndarray,
+    class_names: Sequence[str], identifiers: Sequence[str], images: np.ndarray, labels: np.ndarray
 ) -> ImageSource:
     """A source of images held in memory: uint8 [N, H, W] or [N, H, W, 3]."""
     load, content = partial(_array_row, images), partial(_row_hex, images)
-    ids = list(identifiers)
-    return ImageSource(name, list(class_names), ids, labels.astype(np.int32), load, content)
+    return ImageSource("", list(class_names), identifiers, labels.astype(np.int32), load, content)
 
 
 def digits_arrays(split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -218,11 +230,8 @@ def digits_arrays(split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _open_digits(split: Split) -> ImageSource:
-    if split == "test":
-        raise ValueError("digits has no test split: expected train or val")
     images, labels, rows = digits_arrays(split)
-    identifiers = [f"digits/{row:04d}" for row in rows]
-    return array_source(f"digits ({split})", DIGITS, identifiers, images, labels)
+    return array_source(DIGITS, [f"digits/{row:04d}" for row in rows], images, labels)
 
 
 def _array_row(images: np.ndarray, row: int) -> Image.Image:
@@ -231,3 +240,7 @@ def _array_row(images: np.ndarray, row: int) -> Image.Image:
 
 def _row_hex(images: np.ndarray, row: int) -> str:
     return images[row].tobytes().hex()
+
+
+def _call_at(function: Callable[[int], Any], rows: np.ndarray, index: int) -> Any:
+    return function(int(rows[index]))
