@@ -1,15 +1,17 @@
-"""moveimg: images from class labels, one code after another, with a Mixture of Value Embeddings.
+"""moveimg: autoregressive image generation with a Mixture of Value Embeddings (MoVE).
 
 from moveimg import Pipeline
-images = Pipeline.from_pretrained("digits").sample(["seven", 3], seed=0)
+images = Pipeline.from_pretrained("fashion").sample(["sneaker", 3], seed=0)
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+__version__ = "0.2.0"
+__all__ = ["DEFAULT_MODEL", "Pipeline", "__version__"]
+
+DEFAULT_MODEL = "fashion"  # bundled
 
 if TYPE_CHECKING:
     from moveimg.pipeline import Pipeline

@@ -26,13 +26,12 @@ from moveimg.data import make_encoder, normalize
 from moveimg.device import peak_memory
 from moveimg.dist import World
 from moveimg.files import atomic
-from moveimg.model import Transformer, decoding_model, linear_kind
-from moveimg.model.cost import token_flops
+from moveimg.model import Transformer, decoding_model, linear_kind, token_flops
 from moveimg.sampling import image_rngs, iter_codes
 from moveimg.training.generator import GeneratorTask
 from moveimg.training.initial import freeze_backbone
 from moveimg.training.loop import Run
-from moveimg.training.parallel import plan
+from moveimg.training.parallel import choose_parallelism
 
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than any cache holds
 MAX_ROWS = 4096  # of a product whose rate is measured; more would give the same rate
@@ -95,7 +94,7 @@ def bench_sample(
     rows, length = batch_size * (1 if settings.cfg_scale == 1 else 2), config.seq_len
     context, dtype = (length + 1) / 2, model.head.weight.dtype
     shapes = linear_shapes(model, rows)
-    cached = sum(layer.numel_per_token() for layer in model.make_cache(1).layers)  # type: ignore[operator]
+    cached = sum(layer.numel_per_token() for layer in model.make_cache(1).layers)
     weight_bytes = sum(k * n for _, k, n in shapes) * (1 if quantize else dtype.itemsize)
     read = length * (weight_bytes + rows * context * cached * dtype.itemsize)
     flops = length * rows * token_flops(model, context, decoding=True)
@@ -172,7 +171,7 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> dict
     model = Transformer(config.model).to(device)
     if config.train == "memory":
         freeze_backbone(model)
-    parallel = plan(config, World(device=device))
+    parallel = choose_parallelism(config, World(device=device))
     codes: Any = RandomCodes(config.model, config.batch_size)
     tokenizer: Any = None  # previews alone need one
     task = GeneratorTask(config, model, tokenizer, codes, codes, parallel)

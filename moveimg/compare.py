@@ -28,7 +28,7 @@ from moveimg.config import TrainConfig, load_config, read_yaml
 from moveimg.device import hardware
 from moveimg.errors import shorten, validate
 from moveimg.files import parse_json, read_json, read_text, write_json, write_text
-from moveimg.model.cost import model_cost
+from moveimg.model import model_cost
 from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
 

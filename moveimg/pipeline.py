@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moveimg import DEFAULT_MODEL
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingOptions, SamplingSettings
@@ -24,7 +25,6 @@ from moveimg.sampling import image_rngs, iter_codes, sample_codes
 
 __all__ = ["DEFAULT_MODEL", "Pipeline", "find_label", "resolve", "search_names"]
 
-DEFAULT_MODEL = "digits"
 MAX_IMAGES = 2**20  # of one call
 Classes = Iterable[str | int] | str | int
 
@@ -32,8 +32,8 @@ Classes = Iterable[str | int] | str | int
 class Pipeline:
     """A generator with its tokenizer, class names and sampling settings.
 
-    >>> pipeline = Pipeline.from_pretrained("digits")
-    >>> images = pipeline.sample(["seven", 3], seed=0)
+    >>> pipeline = Pipeline.from_pretrained("fashion")
+    >>> images = pipeline.sample(["sneaker", 3], seed=0)
 
     Attributes: generator, tokenizer, class_names, sampling (the model's own settings), about (how
     the model was made), device, quantize and compile (see from_pretrained), name.

@@ -2,8 +2,8 @@
 
     B batch   T codes in an image   V codebook size
 
-Each image has a random generator of its own, and a code takes one uniform number from it. So an
-image's draws depend on its own seed alone: not on the batch, its neighbours or the device.
+Each image has its own random generator and uses one uniform number per code. So an image's draws
+depend on its own seed alone: not on the batch, its neighbours or the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
 
 
 def image_rngs(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU random generator for each image's seed. Raises ValueError beyond 0..2^32-1."""
+    """One CPU random generator per image's seed. Raises ValueError beyond 0..2^32-1."""
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED}")
@@ -35,16 +35,15 @@ def sample_codes(
     settings: SamplingSettings,
     rng: Sequence[torch.Generator],
 ) -> Tensor:
-    """Draw an image's codes for every label.
+    """Draw the codes of one image per label: int64 [B, T].
 
     Args:
         generator: the model, in eval mode.
         labels: int64 [B] in 0..C, where C is the null label.
         settings: guidance, temperature and filters.
-        rng: one CPU random generator for each image (see image_rngs).
+        rng: one CPU random generator per image (see image_rngs).
 
-    Returns:
-        codes int64 [B, T]. The same arguments give the same bits.
+    The same arguments give the same bits.
     """
     return torch.stack(list(iter_codes(generator, labels, settings, rng)), dim=1)
 
@@ -66,32 +65,29 @@ def iter_codes(
         labels = torch.cat([labels, torch.full_like(labels, generator.null_label)])
     elif scales[0] == 0:
         labels = torch.full_like(labels, generator.null_label)
-    # Explicit types: with another default dtype or device the same seed gives other numbers.
+    # dtype and device are explicit: with torch's defaults changed, a seed must give the same draws
     drawn = [torch.rand(length, generator=g, dtype=torch.float32, device=g.device) for g in rng]
     draws = torch.stack(drawn).to(labels.device)
-
-    def choose(logits: Tensor, uniforms: Tensor, scale: float) -> Tensor:
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, scale)
-        return draw(logits, uniforms, settings)
-
     cache = generator.make_cache(len(labels))
     with no_autocast(labels.device):
         logits = generator.start(labels, cache)
     for position, scale in enumerate(scales):
-        # At the first and last position alone: it waits for the device, and NaN stays in the cache.
+        # Checked at the first and last position alone: it waits for the device, and NaN stays in
+        # the cache.
         if position in (0, length - 1) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
-        codes = choose(logits, draws[:, position], scale)
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, scale)
+        codes = draw(logits, draws[:, position], settings)
         yield codes
         if position < length - 1:
-            with no_autocast(labels.device):  # not around the loop: the caller runs between steps
+            with no_autocast(labels.device):  # around each step: the caller's code runs in between
                 logits = generator.decode(codes.repeat(2) if guided else codes, cache)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which the caller's autocast is off, so that a model runs in its own dtype."""
+    """A context in which the model computes in its own number type, whatever the caller's."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
@@ -122,40 +118,37 @@ def guidance_scales(settings: SamplingSettings, length: int) -> list[float]:
     scales = []
     for position in range(length):
         p = (position / length - settings.cfg_start) / (1 - settings.cfg_start)
-        # Written so that a constant schedule gives cfg_scale itself, unrounded.
         weight = shape(p) if p >= 0 else 0.0
+        # in this form a constant schedule gives cfg_scale itself, unrounded
         scales.append(settings.cfg_scale * weight + (1.0 - weight))
     return scales
 
 
 def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
-    """One code for each row of logits [B, V], by inverting the cumulative distribution.
+    """Draw one code per row of logits by inverting the cumulative distribution: int64 [B].
 
     Args:
         logits: guided logits [B, V].
-        uniforms: random numbers [B] in [0, 1), one a row.
+        uniforms: one random number in [0, 1) per row, [B].
         settings: temperature (0: the likeliest code), top-k and top-p.
-
-    Returns:
-        codes int64 [B].
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     logits = keep_top(logits / settings.temperature, settings.top_k, settings.top_p)
-    cumulative = running_sums(logits.softmax(dim=-1))  # [B, V]
+    cumulative = cumulative_sums(logits.softmax(dim=-1))  # [B, V]
     # Strictly below the total even after rounding, so that no code of probability zero behind
     # the last possible one can be reached.
     total = cumulative[:, -1:] * (1 - torch.finfo(cumulative.dtype).eps)
     target = uniforms[:, None].to(cumulative.dtype) * total
     codes = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return codes.clamp(max=logits.shape[-1] - 1)  # a code even where logits are NaN
+    return codes.clamp(max=logits.shape[-1] - 1)  # NaN gives V, which is no code
 
 
 def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf every logit [B, V] outside the top k, then outside the nucleus of mass p.
 
     Ties with the k-th are kept. The nucleus (arXiv 1904.09751) is the smallest set of likeliest
-    codes whose probability reaches p; it holds at least one code.
+    codes whose probability reaches p; it holds one code at least.
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -163,17 +156,17 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
-        outside = running_sums(probabilities) - probabilities >= top_p
+        outside = cumulative_sums(probabilities) - probabilities >= top_p
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 
 
-def running_sums(probabilities: Tensor) -> Tensor:
+def cumulative_sums(probabilities: Tensor) -> Tensor:
     """Cumulative sums of probabilities [B, V] over the codes; on CUDA in float64.
 
-    A CPU adds up in float64 and in order. CUDA adds in parallel: in another order for one row than
-    for several, for one row not even the same each time, and what is added to may become less. In
-    float32 a draw near a border could fall on either side of it, and on a code of probability zero.
+    A CPU adds in float64 and in order. CUDA adds in parallel and in another order for one row than
+    for several, so that in float32 a draw near a border could fall on either side of it, and on a
+    code of probability zero.
     """
     wide = torch.float64 if probabilities.is_cuda else probabilities.dtype
     return probabilities.cumsum(dim=-1, dtype=wide)

@@ -6,6 +6,21 @@ N, M images   D features   K logits
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+class Tensors(Dataset):
+    """uint8 [3, H, W] images, the input of torch-fidelity."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
@@ -92,7 +107,6 @@ def kid(
 
 def spatial_features(network, images: np.ndarray) -> np.ndarray:
     """sFID's features by hand: the network's blocks in order up to mixed_6's first branch."""
-    import torch
     from torch_fidelity import interpolate_compat_tensorflow as tensorflow
 
     resize = tensorflow.interpolate_bilinear_2d_like_tensorflow1x
@@ -113,7 +127,6 @@ def random_inception(path, seed: int = 0) -> None:
     """Random weights in torch-fidelity's file layout, scaled so that every layer is alive."""
     from unittest.mock import patch
 
-    import torch
     from torch import nn
     from torch_fidelity import feature_extractor_inceptionv3 as module
 

@@ -74,28 +74,28 @@ def moe(weights, pre, config, spec, x):
     return out
 
 
-def looked_up(weights, pre, spec, x):
-    """(row, weight) of every look-up: all n^2 scores, sorted."""
-    found = []
+def look_up(weights, pre, spec, x):
+    """(row, weight) pairs of every look-up, from all n^2 scores, sorted."""
+    rows = []
     query = weights[pre + "query.weight"] @ x + weights[pre + "query.bias"]
     for head, q in enumerate(query.reshape(spec.key_heads, 2, -1)):
         first, second = (weights[pre + "keys"][head, half] @ q[half] for half in (0, 1))
         scores = (first[:, None] + second[None, :]).reshape(-1)
         best = np.argsort(-scores)[: spec.top_k]
-        found += list(zip(best, softmax(scores[best]), strict=True))
-    return found
+        rows += list(zip(best, softmax(scores[best]), strict=True))
+    return rows
 
 
 def product_key(weights, pre, config, spec, x):
     values = weights["shared_ffn.weight"]
-    memory = sum(w * values[row] for row, w in looked_up(weights, pre + "lookup.", spec, x))
+    memory = sum(w * values[row] for row, w in look_up(weights, pre + "lookup.", spec, x))
     gate = weights[pre + "gate.weight"] @ x + weights[pre + "gate.bias"]
     return weights[pre + "out.weight"] @ (memory * silu(gate)) + weights[pre + "out.bias"]
 
 
 def peer(weights, pre, config, spec, x):
     out = np.zeros_like(x)
-    for row, w in looked_up(weights, pre + "lookup.", spec, x):
+    for row, w in look_up(weights, pre + "lookup.", spec, x):
         u = weights[pre + "u.weight"][row] @ x
         gelu = u * (1 + math.erf(u / math.sqrt(2))) / 2
         out = out + w * gelu * weights[pre + "v.weight"][row]

@@ -49,7 +49,7 @@ def imported_rooms(path: Path) -> set[str]:
             modules |= {f"moveimg.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules.add(node.module)
-    return {room_of(module) for module in modules} - {"", "__version__"}
+    return {room_of(module) for module in modules} - {"", "__version__", "DEFAULT_MODEL"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

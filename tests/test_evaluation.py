@@ -14,16 +14,23 @@ from moveimg.config import SamplingSettings
 from moveimg.evaluation.guards import (
     check_allowed,
     check_labels,
+    check_metrics,
     check_set,
     check_size,
     check_split,
     enforce,
 )
-from moveimg.evaluation.results import markdown_table, read_results, write_results
+from moveimg.evaluation.results import read_results, results_table, write_results
 from moveimg.evaluation.sample import class_labels
-from moveimg.evaluation.scoring import check_metrics, match_labels
-from moveimg.evaluation.sets import ImageSet, array_set, open_set, scan_image_set
-from moveimg.evaluation.writing import write_npz, write_pngs
+from moveimg.evaluation.scoring import match_labels
+from moveimg.evaluation.sets import (
+    ImageSet,
+    array_set,
+    open_set,
+    scan_image_set,
+    write_npz,
+    write_pngs,
+)
 
 
 def pictures(count: int = 7, size: tuple[int, int] = (6, 5), seed: int = 0) -> np.ndarray:
@@ -104,13 +111,47 @@ def test_damaged_and_missing_sets_are_named(tmp_path):
         open_set(tmp_path / "nowhere.npz")
 
 
+def damaged_npz(path, entry: bytes, name: str = "arr_0.npy") -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, entry)
+
+
+HEADER = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        b"", b"PK\x03\x04", b"\x93NUMPY\x09\x00",
+        *(
+            b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+            for text in ("{'descr': (", "x" * 9, HEADER % "-1, 4, 4, 3", HEADER % "10**30, 4, 4, 3",
+                         HEADER % "9, 4, 4, 3")
+        ),
+    ],
+)  # fmt: skip
+def test_broken_headers_end_in_one_line(tmp_path, entry):
+    damaged_npz(tmp_path / "x.npz", entry)
+    with pytest.raises(ValueError, match=r"x.npz") as caught:
+        read_all(open_set(tmp_path / "x.npz"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [["a"] * 7, [0.5] * 7, [np.nan] * 7])
+def test_labels_that_are_not_whole_numbers_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "x.npz", pictures(), labels)
+    with pytest.raises(ValueError, match=r"x.npz: labels"):
+        open_set(tmp_path / "x.npz")
+
+
 def test_a_folder_of_pngs_comes_back(tmp_path):
     write_pngs(tmp_path / "set", parts_of(pictures()), np.arange(7))
     opened = open_set(tmp_path / "set")
     assert (read_all(opened) == pictures()).all() and (opened.labels == np.arange(7)).all()
     for text, part in {
-        "[1]": "list of 7 labels", "[0, 0, 0, 0, 0, 0, -1]": "of 0 or more",
-        '["a", 0, 0, 0, 0, 0, 0]': "of 0 or more", "[1": "labels.json: not valid JSON",
+        "[1]": "1 labels: expected a list of 7", "[0, 0, 0, 0, 0, 0, -1]": "labels.json: 6.*-1",
+        '["a", 0, 0, 0, 0, 0, 0]': "labels.json: 0.*'a'", "[1": "labels.json: not valid JSON",
+        "{}": "labels.json: .*list",
     }.items():  # fmt: skip
         (tmp_path / "set" / "labels.json").write_text(text)
         with pytest.raises(ValueError, match=part):
@@ -221,14 +262,15 @@ def test_labels_are_balanced_mixed_and_of_the_index_alone(n_classes):
 def result(name: str, space: str = "Inception", **metrics: float) -> dict:
     return {
         "name": name, "metrics": metrics, "samples": {"count": 50000},
-        "reference": {"name": "some/where/imagenet256"}, "extractor": {"space": space},
+        "reference": {"name": "some/where/imagenet256", "sha256": "r"},
+        "extractor": {"space": space, "sha256": "e"},
         "warnings": [],
     }  # fmt: skip
 
 
 def test_rows_lie_side_by_side_with_published_ones_marked(tmp_path):
     write_results(tmp_path / "r.json", result("mine", fid=3.456, sfid=5.0, precision=0.8123))
-    table = markdown_table([read_results(tmp_path / "r.json")], peers=True).splitlines()
+    table = results_table([read_results(tmp_path / "r.json")], published=True).splitlines()
     assert table[0].startswith("|  | images | FID | sFID | IS (ADM) | precision | recall |")
     assert table[2] == "| mine | 50,000 | 3.456 | 5.000 |  | 0.812 |  | imagenet256 |"
     rows = [row for row in table if "LlamaGen-L, 384" in row]
@@ -240,22 +282,28 @@ def test_rows_lie_side_by_side_with_published_ones_marked(tmp_path):
 
 
 def test_published_rows_stay_away_from_other_feature_spaces():
-    table = markdown_table([result("small", "a classifier", fid=1.0, accuracy=0.5)], peers=True)
+    table = results_table([result("small", "a classifier", fid=1.0, accuracy=0.5)], published=True)
     assert "published" not in table and "Feature space: a classifier." in table
-    mixed = markdown_table([result("a", "one", fid=1.0), result("b", "two", fid=1.0)])
+    mixed = results_table([result("a", "one", fid=1.0), result("b", "two", fid=1.0)])
     assert "feature space" in mixed and "| one |" in mixed and "| two |" in mixed
 
 
 def test_a_row_names_the_guidance_it_was_drawn_with():
     sampling = SamplingSettings(cfg_scale=1.75, top_k=50).model_dump()
     drawn = result("mine", fid=1.0, sfid=2.0) | {"plan": {"sampling": sampling}}
-    table = markdown_table([drawn, result("theirs", fid=1.0)], peers=True)
+    table = results_table([drawn, result("theirs", fid=1.0)], published=True)
     assert "| cfg_scale 1.75, top_k 50 | imagenet256 |" in table
     assert "| not known | imagenet256 |" in table and "| as published | imagenet256 |" in table
     assert len({row.count("|") for row in table.splitlines() if row.startswith("|")}) == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "metrics": {}}', '{"format": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", '{"format": 9, "metrics": {}}', '{"format": 1}',
+        json.dumps({"format": 1} | result("mine", fid=1.0) | {"samples": 3}),
+    ],
+)  # fmt: skip
 def test_files_that_are_no_results_are_named(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ValueError, match=r"r.json"):

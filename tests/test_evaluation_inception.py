@@ -17,7 +17,6 @@ from moveimg.evaluation.reference import open_reference, write_reference
 from moveimg.evaluation.scoring import score
 from moveimg.evaluation.sets import array_set, scan_image_set
 from tests import reference_metrics as plain
-from tests.evaluation_agreement import Tensors
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
 
@@ -63,7 +62,8 @@ def test_torch_fidelity_knows_the_layer_by_name(features, weights):
     found = extract_featuresdict_from_input_id(
         1, create_feature_extractor(NAME, [SPATIAL], cuda=False, verbose=False,
                                     feature_extractor_weights_path=str(weights)),
-        input1=Tensors(IMAGES[:2]), cuda=False, verbose=False, batch_size=2, save_cpu_ram=True,
+        input1=plain.Tensors(IMAGES[:2]), cuda=False, verbose=False, batch_size=2,
+        save_cpu_ram=True,
     )  # fmt: skip
     assert np.allclose(found[SPATIAL], features["sfid"][:2], atol=1e-5)
 
@@ -100,12 +100,29 @@ def test_every_number_comes_from_a_set_and_a_reference_file(
     ]  # fmt: skip
 
 
+class Marker:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weights_never_run_code(tmp_path):
+    torch.save({"fc.weight": Marker(tmp_path / "marker")}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"bad.pth") as caught:
+        load_inception(tmp_path / "bad.pth", torch.device("cpu"))
+    assert not (tmp_path / "marker").exists() and "weights_only" not in str(caught.value)
+
+
 def test_weights_that_are_none_are_named(tmp_path):
     where = torch.device("cpu")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_inception(tmp_path / "nowhere.pth", where)
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text.pth: no readable Inception weights"):
+    with pytest.raises(ValueError, match=r"text.pth: not a readable file"):
         load_inception(tmp_path / "text.pth", where)
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="torch-fidelity's layout"):

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from moveimg.evaluation import statistics
+from moveimg.evaluation import metrics
 from moveimg.evaluation.metrics import (
     frechet_distance,
     inception_scores,
     kernel_distance,
     precision_recall,
+    psnr,
+    ssim,
+    statistics_of,
 )
-from moveimg.evaluation.pixels import psnr, ssim
-from moveimg.evaluation.statistics import statistics_of
 from tests import reference_metrics as plain
 
 D = 12
@@ -66,7 +67,7 @@ def test_kernel_distance(pair):
 
 
 def test_both_inception_scores(monkeypatch):
-    monkeypatch.setattr("moveimg.evaluation.metrics.ADM_SPLIT", 40)
+    monkeypatch.setattr(metrics, "ADM_SPLIT", 40)
     logits = (3 * RNG.normal(size=(90, 7))).astype(np.float32)
     found = inception_scores(logits)
     shuffled, deviation = plain.scores_shuffled(logits)
@@ -76,7 +77,7 @@ def test_both_inception_scores(monkeypatch):
 
 
 def test_adms_score_suffers_from_class_sorted_images_and_the_shuffled_one_does_not(monkeypatch):
-    monkeypatch.setattr("moveimg.evaluation.metrics.ADM_SPLIT", 40)
+    monkeypatch.setattr(metrics, "ADM_SPLIT", 40)
     logits = (10 * np.eye(5)[np.arange(200) % 5]).astype(np.float32)
     mixed, classed = inception_scores(logits), inception_scores(np.sort(logits, axis=0))
     classed = inception_scores(logits[np.argsort(np.arange(200) % 5, kind="stable")])
@@ -86,7 +87,7 @@ def test_adms_score_suffers_from_class_sorted_images_and_the_shuffled_one_does_n
 
 
 def test_statistics_in_blocks_are_those_of_all(monkeypatch):
-    monkeypatch.setattr(statistics, "BLOCK", 32)
+    monkeypatch.setattr(metrics, "BLOCK", 32)
     features = (1e4 + RNG.normal(size=(150, D))).astype(np.float32)
     found = statistics_of(features)
     exact = features.astype(np.float64)

@@ -122,6 +122,9 @@ def test_another_plan_in_the_same_folder_is_refused(pipeline, tmp_path):
     sample_set(pipeline, plan_for(pipeline, num=1), tmp_path / "set")
     with pytest.raises(ValueError, match=r"another plan \(seed: 3, now 4\)"):
         sample_set(pipeline, plan_for(pipeline, num=1, seed=4), tmp_path / "set")
+    (tmp_path / "set" / "plan.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"plan.json: .*\[1\]"):
+        sample_set(pipeline, plan_for(pipeline, num=1), tmp_path / "set")
     with pytest.raises(ValueError, match="seed 4294967295"):
         plan_for(pipeline, seed=2**32 - 1)
 
@@ -152,8 +155,9 @@ def test_pictures_that_are_not_square_are_resized_where_one_side_fits(tmp_path):
         assert arrays["arr_0"].shape == (1, side, side, 3)
 
 
-def test_the_bundled_model_is_scored_without_any_download(tmp_path):
-    shown = run("evaluate", "--num-samples", 20, "--batch-size", 10, "--out", tmp_path / "out")
+def test_a_bundled_model_is_scored_without_any_download(tmp_path):
+    options = ["--num-samples", 20, "--batch-size", 10, "--out", tmp_path / "out"]
+    shown = run("evaluate", "digits", *options)
     assert "compares with nothing but itself" in shown.output
     assert "warning: too-few-samples" in shown.stderr
     data = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -178,10 +182,13 @@ def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
         assert plot.size[0] > 300
     assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| cfg_scale") == 2
     drawn = []
-    whole = evaluate._evaluate
+    evaluate_plan = evaluate._Evaluator.evaluate
     monkeypatch.setattr(
-        evaluate, "_evaluate", lambda *given: (drawn.append(given[3].name), whole(*given))[1]
-    )
+        evaluate._Evaluator, "evaluate",
+        lambda self, plan, folder, png: (
+            drawn.append(folder.name), evaluate_plan(self, plan, folder, png)
+        )[1],
+    )  # fmt: skip
     command[-3] = "cfg_scale=1:3:1"
     assert "| cfg_scale 3 | 5 |" in run(*command).output
     assert drawn == ["cfg_scale-3"]
@@ -311,6 +318,13 @@ def test_a_reference_of_statistics_alone_gives_fid_alone(tmp_path):
              about=json.dumps({"extractor": extractor.fingerprint}))  # fmt: skip
     known = open_reference(str(tmp_path / "VIRTUAL_imagenet128_labeled.npz"), extractor, tmp_path)
     assert known.size == (128, 128) and known.split == "train"
-    np.savez(tmp_path / "bad.npz", mu=np.zeros(64), sigma=np.eye(9), about=about)
-    with pytest.raises(ValueError, match=r"expected \[D\] and \[D, D\]"):
-        open_reference(str(tmp_path / "bad.npz"), extractor, tmp_path)
+    for arrays, part in (
+        ({"mu": np.zeros(64), "sigma": np.eye(9), "about": about}, r"expected \[D\] and \[D, D\]"),
+        ({"mu": np.zeros(64), "about": about}, "expected both"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1), "about": about}, "real numbers"),
+        ({"mu": np.zeros(64), "sigma": np.eye(64), "about": "{"}, "about: not valid JSON"),
+        ({"mu": np.zeros(64), "sigma": np.eye(64), "about": '{"size": 3}'}, "about: size"),
+    ):
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(ValueError, match=part):
+            open_reference(str(tmp_path / "bad.npz"), extractor, tmp_path)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moveimg.config import SamplingSettings
-from moveimg.model.inference import decoding_model
+from moveimg.model import decoding_model
 from moveimg.sampling import (
+    cumulative_sums,
     draw,
     guidance_scales,
     guide,
@@ -22,7 +23,7 @@ from moveimg.sampling import (
     keep_top,
     sample_codes,
 )
-from tests.conftest import VARIANTS, lively, tiny_config
+from tests.conftest import PAIRED, VARIANTS, lively, tiny_config
 
 SETTINGS = SamplingSettings(cfg_scale=2.0, temperature=0.9, top_k=8, top_p=0.95)
 
@@ -49,14 +50,15 @@ def recompute(model, label, chosen, seed):
     return codes[0]
 
 
-def test_sampling_with_the_cache_equals_recomputing_every_step(variant):
-    model = lively(variant)
+@pytest.mark.parametrize("name", PAIRED)
+def test_sampling_with_the_cache_equals_recomputing_every_step(name):
+    model = lively(tiny_config(**VARIANTS[name]))
     codes = sample(model, [0, 4, 2], seed=5)
     for i, label in enumerate([0, 4, 2]):
         assert torch.equal(codes[i], recompute(model, label, SETTINGS, 5 + i))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", PAIRED)
 def test_an_image_is_the_same_in_any_batch(name):
     model = lively(tiny_config(**VARIANTS[name]))
     labels = [0, 1, 2, 3, 4, 0, 1]
@@ -75,28 +77,25 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_global_rng_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_what_the_caller_has_set_for_torch_changes_nothing():
+def test_the_callers_autocast_and_default_types_change_nothing():
     model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
-    with torch.device("meta"):
-        made_ready = [decoding_model(model), decoding_model(model, "int8")]
-    for generator in (model, *made_ready):
-        wanted = sample(generator, [1, 2])
+    for generator in (model, decoding_model(model), decoding_model(model, "int8")):
+        expected = sample(generator, [1, 2])
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(sample(generator, [1, 2]), wanted)
+            assert torch.equal(sample(generator, [1, 2]), expected)
             for _ in iter_codes(generator, torch.tensor([1]), SETTINGS, image_rngs([0])):
-                assert torch.is_autocast_enabled("cpu")  # between codes it is the caller's
+                assert torch.is_autocast_enabled("cpu")  # the caller's own, between codes
         torch.set_default_dtype(torch.float64)
         try:
             with torch.device("meta"):
-                rngs = image_rngs(range(2))
-                labels = torch.tensor([1, 2], device="cpu")
-                assert torch.equal(sample_codes(generator, labels, SETTINGS, rngs), wanted)
+                labels, rngs = torch.tensor([1, 2], device="cpu"), image_rngs(range(2))
+                assert torch.equal(sample_codes(generator, labels, SETTINGS, rngs), expected)
         finally:
             torch.set_default_dtype(torch.float32)
 
 
-class Recorder(torch.nn.Module):
-    """A hand-written model: fixed logits, and a record of what it was asked."""
+class FixedLogits(torch.nn.Module):
+    """A hand-written model with fixed logits that keeps the labels of each pass."""
 
     def __init__(self, conditional, unconditional):
         super().__init__()
@@ -106,7 +105,7 @@ class Recorder(torch.nn.Module):
         self.asked = []
 
     def make_cache(self, batch):
-        return SimpleNamespace(recorded=lambda key, function: function)
+        return None
 
     def start(self, labels, cache):
         self.labels = labels
@@ -127,7 +126,7 @@ class Recorder(torch.nn.Module):
 )
 def test_guidance_makes_only_the_passes_it_needs(scale, batches, greedy):
     # cond likes code 0, uncond code 2, and doubling the difference makes code 1 win
-    model = Recorder([2.0, 1.9, 0.0], [1.0, 0.5, 3.0])
+    model = FixedLogits([2.0, 1.9, 0.0], [1.0, 0.5, 3.0])
     codes = sample(model, [2], SamplingSettings(cfg_scale=scale, temperature=0))
     expected = [model.null_label if b is None else b for b in batches]
     assert all(asked == expected for asked in model.asked)
@@ -154,7 +153,7 @@ def test_guidance_schedules():
 
 
 def test_scheduled_guidance_is_used_position_by_position():
-    model = Recorder([2.0, 1.9, 0.0], [1.0, 0.5, 3.0])
+    model = FixedLogits([2.0, 1.9, 0.0], [1.0, 0.5, 3.0])
     chosen = SamplingSettings(cfg_scale=2.0, cfg_start=0.5, temperature=0)
     assert sample(model, [2], chosen)[0].tolist() == [0] * 6 + [1] * 6
 
@@ -185,7 +184,7 @@ def test_filters_equal_their_definition(logits, top_k, top_p):
 
 @settings(deadline=None)
 @given(rows, st.floats(0, 1, exclude_max=True, width=32), st.sampled_from([0, 1, 3]))
-def test_draws_invert_the_distribution_and_never_take_an_excluded_code(logits, u, top_k):
+def test_draws_invert_the_distribution_and_never_return_an_excluded_code(logits, u, top_k):
     logits = torch.tensor(logits)
     chosen = SamplingSettings(top_k=top_k)
     codes = draw(logits, torch.full((len(logits),), u), chosen)
@@ -206,6 +205,18 @@ def test_draws_have_the_right_frequencies():
     assert frequencies[2] == 0
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA")
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 0.9)])
+def test_on_cuda_probabilities_add_up_in_float64_and_nothing_waits(top_k, top_p):
+    with FakeTensorMode():  # refuses operations that wait for a number
+        logits = torch.zeros(1, 50, device="cuda")
+        assert cumulative_sums(logits).dtype == torch.float64
+        settings = SamplingSettings(top_k=top_k, top_p=top_p)
+        codes = draw(logits, torch.zeros(1, device="cuda"), settings)
+    assert codes.device.type == "cuda" and codes.dtype == torch.int64
+    assert cumulative_sums(torch.zeros(1, 50)).dtype == torch.float32
+
+
 def test_temperature_zero_is_greedy_and_small_temperature_nearly_so():
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
     uniforms = torch.rand(50, generator=torch.Generator().manual_seed(2))
@@ -216,9 +227,9 @@ def test_temperature_zero_is_greedy_and_small_temperature_nearly_so():
 
 def test_bad_input_is_named():
     model = lively(tiny_config())
-    with pytest.raises(ValueError, match="2 random generators for 1 labels"):
+    with pytest.raises(ValueError, match=r"2 .*1 labels"):
         sample_codes(model, torch.tensor([0]), SETTINGS, image_rngs([0, 1]))
-    with pytest.raises(ValueError, match="seed -1: expected"):
+    with pytest.raises(ValueError, match="-1"):
         image_rngs([-1])
     for bad in ({"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"cfg_scale": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(bad))):
@@ -226,7 +237,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
-def test_damage_that_the_first_logits_do_not_show_is_told(top_p):
+def test_damage_that_the_first_logits_do_not_show_is_refused(top_p):
     model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
     with torch.no_grad():
         model.memory.bank.weight.fill_(math.nan)

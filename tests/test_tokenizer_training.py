@@ -13,7 +13,7 @@ from moveimg.data.codes import PackedCodes
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
 from moveimg.training.loop import Run
-from moveimg.training.parallel import Plan
+from moveimg.training.parallel import Parallelism
 from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
 from tests.test_cli import run
 from tests.test_training import die_at_step_5
@@ -54,7 +54,7 @@ def make_config(folder, out, quantizer=None, **changes) -> TokenizerTrainConfig:
 
 def make_task(config: TokenizerTrainConfig) -> TokenizerTask:
     torch.manual_seed(0)
-    return TokenizerTask(config, training.make_tokenizer(config), Plan())
+    return TokenizerTask(config, training.make_tokenizer(config), Parallelism())
 
 
 def train(config: TokenizerTrainConfig) -> str:

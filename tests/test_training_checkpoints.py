@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -15,23 +14,16 @@ from torch.distributed.checkpoint import filesystem
 from moveimg.checkpoint import load_generator, read_about
 from moveimg.training.checkpoints import read_index
 from moveimg.training.generator import train_generator
+from moveimg.training.logging import gate_statistics
 from moveimg.training.loop import Run
-from moveimg.training.watch import gate_statistics
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
-from tests.test_training import CPU, die_at_step_5, newest_state, train_config
+from tests.test_training import CPU, die_at_step_5, newest_state, same_end, train_config
 from tests.tools.kill_training import compare_killed, leftovers
 
 
 def kept(out) -> list[int]:
     names = (path.name for path in (out / "training/checkpoints").glob("step-*"))
     return sorted(int(name.split("-")[1]) for name in names if name[-1].isdigit())
-
-
-def same_end(one, other) -> bool:
-    states = [newest_state(one), newest_state(other)]
-    return states[0].keys() == states[1].keys() and all(
-        torch.equal(value, states[1][key]) for key, value in states[0].items()
-    )
 
 
 def test_killed_runs_end_with_the_same_bits(digits, tmp_path):
@@ -52,7 +44,7 @@ def test_the_newest_and_the_best_checkpoint_stay(digits, tmp_path, monkeypatch):
 
 
 def score_by(scores):
-    def validate(run, model, journal):
+    def validate(run, model, logger):
         run.held_out, run.validated = {"loss": next(scores)}, run.step
 
     return validate
@@ -114,27 +106,6 @@ def test_a_full_disk_leaves_the_one_before(digits, tmp_path, monkeypatch, capsys
         assert kept(tmp_path) == [6, 8]
     assert f"{message} {full_at - 2} stays" in capsys.readouterr().err
     assert not leftovers(tmp_path)
-
-
-def test_sigterm_keeps_the_step_and_the_run_goes_on(digits, tmp_path, monkeypatch):
-    whole, parted = (train_config(digits, tmp_path / name) for name in ("whole", "parted"))
-    train_generator(whole, CPU)
-    advance, handler = Run.advance, signal.getsignal(signal.SIGTERM)
-
-    def told(run):
-        if run.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return advance(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "advance", told)
-        with pytest.raises(SystemExit) as stop:
-            train_generator(parted, CPU)
-    assert stop.value.code == 143
-    assert kept(parted.out) == [4, 5]  # step 5 is no multiple of checkpoint_every
-    assert signal.getsignal(signal.SIGTERM) == handler
-    train_generator(parted, CPU)
-    assert same_end(whole.out, parted.out)
 
 
 def test_muon_resumes_to_the_same_bits_and_learns(digits, tmp_path):

@@ -12,16 +12,21 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from moveimg.config import OptimizerConfig
+from moveimg.data import sha256_file
 from moveimg.data.codes import PackedCodes
+from moveimg.dist import World
 from moveimg.model import Transformer
-from moveimg.training.checkpoints import damage, read_index, sealed
+from moveimg.training.checkpoints import Checkpoints, find_damage, read_index, sealed
 from moveimg.training.generator import GeneratorTask, train_generator
-from moveimg.training.loop import Run
+from moveimg.training.loop import Run, catch_stop
 from moveimg.training.optimizer import make_optimizers
 from tests.conftest import lively, tiny_config
-from tests.test_training import CPU, few_digits, newest_state, train_config, weights_of
+from tests.test_training import CPU, few_digits, same_end, train_config
 
 CONSTANT = {"lr": 3e-3, "schedule": "constant"}
 
@@ -32,9 +37,7 @@ def test_more_steps_continue_to_the_bits_of_a_longer_run(digits, tmp_path):
             train_generator(
                 train_config(digits, tmp_path / out, optimizer=CONSTANT, steps=steps), CPU
             )
-    expected = newest_state(tmp_path / "whole")
-    for key, value in newest_state(tmp_path / "longer").items():
-        assert torch.equal(value, expected[key]), key
+    assert same_end(tmp_path / "whole", tmp_path / "longer")
 
 
 def test_a_cosine_run_cannot_be_lengthened(digits, tmp_path):
@@ -67,6 +70,7 @@ def test_restart_makes_the_codes_of_the_run_anew(digits, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_stop_with_a_checkpoint(digits, tmp_path, monkeypatch, number):
     config, advance = train_config(digits, tmp_path, checkpoint_every=50), Run.advance
+    handler = signal.getsignal(number)
 
     def interrupted(run):
         if run.step == 4:
@@ -77,12 +81,19 @@ def test_signals_stop_with_a_checkpoint(digits, tmp_path, monkeypatch, number):
         patch.setattr(Run, "advance", interrupted)
         with pytest.raises(SystemExit) as caught:
             train_generator(config, CPU)
-    assert caught.value.code == 128 + number
+    assert caught.value.code == 128 + number and signal.getsignal(number) == handler
     assert (tmp_path / "training/checkpoints/step-0000005").is_dir()
     train_generator(config, CPU)
     train_generator(train_config(digits, tmp_path / "whole"), CPU)
-    expected = weights_of(tmp_path / "whole")
-    assert all(torch.equal(v, expected[k]) for k, v in weights_of(tmp_path).items())
+    assert same_end(tmp_path / "whole", tmp_path)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once():
+    with catch_stop() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_in_use_by_another_process_is_refused(digits, tmp_path):
@@ -110,33 +121,64 @@ class Bomb:
         return os.mkdir, (str(self.marker),)
 
 
+def seal(path, change=lambda index: None) -> None:
+    """Write a checkpoint's index again, with the digests of its files: as an attacker would."""
+    index = read_index(path)
+    for name in index["files"]:
+        index["files"][name] = [(path / name).stat().st_size, sha256_file(path / name)]
+    change(index)
+    (path / "checkpoint.json").write_text(sealed(index))
+
+
+def put_in_values(path, data: bytes) -> None:
+    """Let .metadata say that every value of a checkpoint that is no tensor is `data`."""
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    file = path / "__0_0.distcp"
+    start = file.stat().st_size
+    with file.open("ab") as out:
+        out.write(data)
+    count = 0
+    for index, about in metadata.state_dict_metadata.items():
+        if isinstance(about, BytesStorageMetadata):
+            place = metadata.storage_data[MetadataIndex(index)]
+            place.offset, place.length, count = start, len(data), count + 1
+    assert count
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 @pytest.mark.parametrize("name", [".metadata", "extra.pt", "__0_0.distcp"])
 def test_hostile_checkpoints_run_nothing(digits, tmp_path, name):
     config = train_config(digits, tmp_path / "run", optimizer=CONSTANT, steps=2)
     train_generator(config, CPU)
     path = next((tmp_path / "run/training/checkpoints").glob("step-*"))
-    marker, target = tmp_path / "marker", path / name
-    if name == "__0_0.distcp":  # every value in it, replaced in place by one of its length
+    marker = tmp_path / "marker"
+    if name == "__0_0.distcp":
         payload = io.BytesIO()
         torch.save(Bomb(marker), payload)
-        data = payload.getvalue()
-        target.write_bytes(data * (target.stat().st_size // len(data) + 1))
+        put_in_values(path, payload.getvalue())
     else:
-        target.write_bytes(pickle.dumps(Bomb(marker)))
-    index = read_index(path)
-    index["files"][name] = [target.stat().st_size, damage_digest(target)]
-    (path / "checkpoint.json").write_text(sealed(index))
-    assert damage(path) is None  # an attacker seals what they have changed
+        (path / name).write_bytes(pickle.dumps(Bomb(marker), protocol=2))
+    seal(path)
+    assert find_damage(path) is None
     longer = train_config(digits, tmp_path / "run", optimizer=CONSTANT, steps=4)
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises(ValueError, match=path.name):
         train_generator(longer, CPU)
     assert not marker.exists()
 
 
-def damage_digest(path) -> str:
-    from moveimg.data import sha256_file
-
-    return sha256_file(path)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "two"), ("step", 10**30), ("files", []), ("files", {".metadata": 3}), ("best", [1])],
+)
+def test_indices_of_wrong_types_are_damaged_checkpoints(tmp_path, key, value):
+    folder = tmp_path / "step-0000002"
+    folder.mkdir()
+    (folder / "checkpoint.json").write_text(
+        sealed({"step": 2, "files": {".metadata": [0, ""]}} | {key: value})
+    )
+    checkpoints = Checkpoints(tmp_path, 2, World())
+    with pytest.raises(ValueError, match=r"damaged checkpoint \(checkpoint.json"):
+        checkpoints.newest()
 
 
 # --- parts of the recipe that nothing else would miss --------------------------------------
@@ -197,8 +239,6 @@ def test_the_rate_of_each_step_reaches_the_optimizer(digits, tmp_path, monkeypat
 
 
 def test_betas_reach_adam():
-    from moveimg.config import OptimizerConfig
-
     model = lively(tiny_config(), dtype=torch.float32)
     (optimizer,) = make_optimizers(model, OptimizerConfig(betas=(0.7, 0.8)))
     assert {group["betas"] for group in optimizer.param_groups} == {(0.7, 0.8)}

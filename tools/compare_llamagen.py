@@ -191,6 +191,8 @@ def main(
             seconds = pipes[name].recv()
             if number:
                 times[name].append(seconds)
+    for pipe in pipes.values():
+        pipe.send(False)
     for name, seconds in times.items():
         ratio = statistics.median(a / b for a, b in zip(times[LLAMAGEN], seconds, strict=True))
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"

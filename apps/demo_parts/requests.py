@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -110,7 +110,7 @@ class _Generate(Memory):
 
 
 SETTINGS: dict[str, Any] = {
-    name: (Optional[field.annotation], Field(None, description=field.description))
+    name: (field.annotation | None, Field(None, description=field.description))  # type: ignore[operator]
     for name, field in SamplingSettings.model_fields.items()
 }
 Generate: Any = create_model("Generate", __base__=_Generate, __doc__=_Generate.__doc__, **SETTINGS)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moveimg import DEFAULT_MODEL
 from moveimg.commands.common import (
     BatchSize,
     Device,
@@ -38,7 +39,7 @@ Trace = Annotated[Path | None, typer.Option("--profile", help="Write a trace of 
 
 @bench.command("sample")
 def sample_speed(
-    model: Annotated[str, typer.Argument(help="A model, or a config (YAML).")] = "digits",
+    model: Annotated[str, typer.Argument(help="A model, or a config (YAML).")] = DEFAULT_MODEL,
     batch_size: BatchSize = 8,
     repeats: Repeats = 5,
     cfg_scale: Annotated[float, typer.Option(help="Guidance scale; 1 is no guidance.")] = 2.0,
@@ -82,7 +83,7 @@ def sample_speed(
 
 @bench.command("encode")
 def encode_speed(
-    tokenizer: Annotated[str, typer.Argument(help="A directory, or vq-16.")] = "digits",
+    tokenizer: Annotated[str, typer.Argument(help="A directory, or vq-16.")] = DEFAULT_MODEL,
     size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
     batch_size: Views = None,
     repeats: Repeats = 5,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moveimg import DEFAULT_MODEL
 from moveimg.commands.common import (
     MAX_IMAGES,
     MAX_SEED,
@@ -41,7 +42,9 @@ def sample(
     classes: Annotated[
         list[str] | None, typer.Argument(help="Class names or indices; default: the first 20.")
     ] = None,
-    model: Annotated[str, typer.Option(help="A name, a model directory or a Hub id.")] = "digits",
+    model: Annotated[
+        str, typer.Option(help="A name, a model directory or a Hub id.")
+    ] = DEFAULT_MODEL,
     num: Num = 2,
     seed: Seed = 0,
     settings: dict,
@@ -141,19 +144,19 @@ def info(
         if not is_yaml:
             raise ValueError(f"--train: expected a config (YAML), got '{model}'")
         run = load_config(model, TrainConfig, set or [])
-        from moveimg.training.budget import comment, describe_budget, train_budget
+        from moveimg.model import comment, describe_budget, train_budget
 
         passes = run.batch_size // (run.micro_batch or run.batch_size)
         budget = train_budget(run, gpus or math.gcd(8, passes), gpu)
         if as_json:
-            print_json(budget.as_dict() | {"epoch": budget.epoch()})
+            print_json(budget)
         else:
             print(describe_budget(budget), comment(budget), sep="\n\n")
         return
     config = load_config(model, ModelFile, set or []).model if is_yaml else None
     from moveimg.checkpoint import read_model_config
     from moveimg.device import DTYPES
-    from moveimg.model.cost import describe_cost, model_cost
+    from moveimg.model import describe_cost, model_cost
     from moveimg.pipeline import resolve
 
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""One pass of an extractor over a set; the features are kept by content hash.
+"""One pass of an extractor over a set of images, cached by content hash.
 
 N images   D features of a layer
 """
@@ -33,9 +33,9 @@ class Extractor:
         space: what its numbers may be compared with.
         fingerprint: sha256 of its weights.
         network: uint8 [B, 3, H, W] -> {layer: float32 [B, D]}.
-        layers: which layer serves: `fid` always, `sfid` and `logits` where there is one.
+        layers: the layer of each role: `fid` always, `sfid` and `logits` where there is one.
         device: where it runs.
-        class_names: of a classifier whose logits tell our own classes.
+        class_names: of a classifier whose logits are of the data set's own classes.
         held_out: that classifier's accuracy on held-out real images.
     """
 
@@ -61,13 +61,13 @@ def extract(
     """Features of every image by role (`fid`, `sfid`, `logits`): float32 [N, D] memory maps.
 
     One pass for all roles, written to `cache` under the content's and the extractor's hash; a set
-    that was seen before is not looked at again. Raises ValueError for features not finite.
+    whose features are there is not read again. Raises ValueError for features that are not finite.
     """
     folder = cache / f"{digest[:24]}-{extractor.fingerprint[:12]}-{extractor.device.type}"
     if not (folder / DONE).is_file():
         with atomic_directory(folder) as temporary:
             _extract_to(temporary, images, extractor, batch_size)
-    # copy-on-write: torch takes no read-only arrays without a warning
+    # copy-on-write: torch warns of read-only arrays
     return {role: np.load(folder / f"{role}.npy", mmap_mode="c") for role in extractor.layers}
 
 
@@ -76,8 +76,7 @@ def _extract_to(folder: Path, images: ImageSet, extractor: Extractor, batch_size
     start = 0
     with progress_bar(len(images), f"{extractor.name} on {images.name}", "image") as bar:
         for batch in images.read(batch_size):
-            found = run(extractor, batch)
-            for role, values in found.items():
+            for role, values in run(extractor, batch).items():
                 if not np.isfinite(values).all():
                     raise ValueError(
                         f"non-finite: the {role} features of {images.name} are not finite from "
@@ -91,7 +90,7 @@ def _extract_to(folder: Path, images: ImageSet, extractor: Extractor, batch_size
             start += len(batch)
             bar.update(len(batch))
     if start != len(images):
-        raise ValueError(f"{images.name}: {start} images came, {len(images)} were announced")
+        raise ValueError(f"{images.name}: {start} images came, expected {len(images)}")
     for output in outputs.values():
         output.flush()  # type: ignore[attr-defined]
     about = {"set": images.name, "extractor": extractor.name, "images": len(images)}
@@ -106,5 +105,5 @@ def run(extractor: Extractor, batch: np.ndarray) -> dict[str, np.ndarray]:
         images = torch.from_numpy(batch).to(extractor.device).permute(0, 3, 1, 2)
     # TF32 convolutions, torch's default on CUDA, would shift the score
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        found = extractor.network(images)
-    return {role: found[layer].float().cpu().numpy() for role, layer in extractor.layers.items()}
+        outputs = extractor.network(images)
+    return {role: outputs[layer].float().cpu().numpy() for role, layer in extractor.layers.items()}

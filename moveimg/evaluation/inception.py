@@ -1,9 +1,9 @@
-"""torch-fidelity's Inception with one layer more: the spatial features of sFID.
+"""torch-fidelity's Inception with one more layer: the spatial features of sFID.
 
 sFID (Nash et al. 2021) is the Fréchet distance of the first 7 channels of `mixed_6/conv` in the
 TensorFlow graph of 2015-12-05, 17 x 17 x 7 = 2023 numbers. torch-fidelity's conversion script maps
 the weights of `mixed_6/conv` to `Mixed_6d.branch1x1`; its output after batch norm and ReLU is the
-tensor. ADM flattens it channels last, and so is it here: the order must be that of mu_s, sigma_s.
+tensor. It is flattened channels last, as ADM does: the order must be that of mu_s and sigma_s.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.error import URLError
 
@@ -23,14 +24,16 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from moveimg.evaluation.features import Extractor
+from moveimg.files import require_weights
 
 POOL, SPATIAL, LOGITS = "2048", "mixed_6_spatial", "logits_unbiased"
 NAME = "inception-v3-compat-spatial"
 CHANNELS = 7
+PROBE = "Mixed_6d.branch1x1.conv.weight"
 
 
 class SpatialInception(FeatureExtractorInceptionV3):
-    """`inception-v3-compat` that also gives `mixed_6_spatial`, float32 [B, 2023]."""
+    """`inception-v3-compat` that also returns `mixed_6_spatial`, float32 [B, 2023]."""
 
     features_list: list[str]
 
@@ -48,12 +51,12 @@ class SpatialInception(FeatureExtractorInceptionV3):
         wanted = self.features_list
         self.features_list = [name for name in wanted if name != SPATIAL] or ["768"]
         try:  # the parent knows its own layers only
-            found = dict(zip(self.features_list, super().forward(x), strict=True))
+            outputs = dict(zip(self.features_list, super().forward(x), strict=True))
         finally:
             self.features_list = wanted
         assert self._spatial is not None
-        found[SPATIAL], self._spatial = self._spatial, None
-        return tuple(found[name] for name in wanted)
+        outputs[SPATIAL], self._spatial = self._spatial, None
+        return tuple(outputs[name] for name in wanted)
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         channels_last = output[:, :CHANNELS].permute(0, 2, 3, 1)  # [B, 17, 17, 7]
@@ -73,16 +76,18 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
         weights: a file in torch-fidelity's layout; None: its own, downloaded on first use.
         device: where to run it.
 
-    Raises FileNotFoundError where there are no weights, ValueError where they are others.
+    Raises FileNotFoundError without weights, ValueError for weights of another network.
     """
     path = weights or _download()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such Inception weights")
-    _check(path)
+    state = _read_state(path)
     register()
-    network = FEATURE_EXTRACTORS_REGISTRY[NAME](
-        NAME, [POOL, LOGITS, SPATIAL], feature_extractor_weights_path=str(path)
-    ).to(device)
+    with TemporaryDirectory() as folder:
+        # torch-fidelity reads with weights_only=False: it gets a copy of the tensors read safely
+        verified = Path(folder) / "weights.pth"
+        torch.save(state, verified)
+        network = FEATURE_EXTRACTORS_REGISTRY[NAME](
+            NAME, [POOL, LOGITS, SPATIAL], feature_extractor_weights_path=str(verified)
+        ).to(device)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Extractor(
         name="inception-v3-compat",
@@ -95,7 +100,7 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
 
 
 def _download() -> Path:
-    """torch-fidelity's weights where torch.hub keeps them, fetched if they are not there."""
+    """The path of torch-fidelity's weights in torch.hub's cache, downloaded on first use."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,22 +109,24 @@ def _download() -> Path:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=prefix)
         except (URLError, OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"no Inception weights here, and none to be had ({error}): bring "
-                f"{URL_INCEPTION_V3} and give it with --inception-weights FILE"
+                f"no Inception weights here, and no download ({error}): bring {URL_INCEPTION_V3} "
+                "and name it with --inception-weights FILE"
             ) from None
     return path
 
 
-def _check(path: Path) -> None:
-    """Refuse anything but weights of the right names: torch-fidelity unpickles freely."""
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file. ValueError unless it holds nothing but Inception's weights."""
+    require_weights(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: no readable Inception weights ({reason})") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError):
+        # torch's own message would advise weights_only=False
+        raise ValueError(f"{path}: not a readable file of weights alone") from None
     weight = state.get("fc.weight") if isinstance(state, dict) else None
-    if weight is None or "Mixed_6d.branch1x1.conv.weight" not in state or len(weight) != 1008:
+    if not isinstance(weight, Tensor) or weight.shape != (1008, 2048) or PROBE not in state:
         raise ValueError(
             f"{path}: not Inception weights in torch-fidelity's layout (fc.weight [1008, 2048], "
             "Mixed_6d..., as in weights-inception-2015-12-05-6726825d.pth)"
         )
+    return state

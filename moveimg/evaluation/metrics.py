@@ -1,12 +1,17 @@
-"""Numbers from features, each by torch-fidelity's own function.
+"""Metrics of features, by torch-fidelity's functions, and of image pairs.
 
-N images   D features   K logits; `samples` are generated, `reference` is real
+N images   D features   K logits; `samples` are generated images, `reference` real ones
+B image pairs   C channels   H height   W width, float in 0..1
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_isc import (
     KEY_METRIC_ISC_MEAN,
@@ -24,12 +29,43 @@ from torch_fidelity.metric_prc import (
     prc_features_to_metric,
 )
 
-from moveimg.evaluation.statistics import Statistics
-
 NEIGHBOURS = 3  # k of the manifolds of precision and recall (Kynkäänniemi et al. 2019; ADM)
 KID_SUBSET, KID_SUBSETS = 1000, 100  # torch-fidelity's defaults
 IS_SPLITS, ADM_SPLIT = 10, 5000
-PRC_BLOCK = 1000  # rows of a distance matrix held at a time: 0.2 GB beside 50,000 images
+PRC_BLOCK = 1000  # rows of a distance matrix in memory at once: 0.2 GB for 50,000 images
+BLOCK = 2048  # rows converted to float64 at once
+WINDOW, SIGMA = 11, 1.5  # of SSIM
+K1, K2 = 0.01, 0.03
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """mu float64 [D] and sigma float64 [D, D] of `count` images (None: unknown)."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    count: int | None = None
+
+
+def statistics_of(features: np.ndarray) -> Statistics:
+    """Mean and unbiased covariance of features [N, D], which may be a memory map.
+
+    Two passes in float64. torch-fidelity and ADM average float32 features in float32, which loses
+    digits where N is large. Raises ValueError for N < 2.
+    """
+    count = len(features)
+    if count < 2:
+        raise ValueError(f"too-few-samples: {count} images have no covariance: expected 2 or more")
+    blocks = [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
+    total = np.zeros(features.shape[1])
+    for block in blocks:
+        total += features[block].sum(axis=0, dtype=np.float64)
+    mu = total / count
+    scatter = np.zeros((len(mu), len(mu)))
+    for block in blocks:
+        centred = features[block].astype(np.float64) - mu
+        scatter += centred.T @ centred
+    return Statistics(mu, scatter / (count - 1), count)
 
 
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
@@ -39,11 +75,11 @@ def frechet_distance(samples: Statistics, reference: Statistics) -> float:
 
 
 def inception_scores(logits: np.ndarray) -> dict[str, float]:
-    """exp E KL(p(y|x) | p(y)) of bias-free logits [N, K] (Salimans et al. 2016), in two ways.
+    """exp E KL(p(y|x) | p(y)) of bias-free logits [N, K] (Salimans et al. 2016), computed two ways.
 
-    inception_score_shuffled: torch-fidelity's, 10 splits of shuffled images, with its deviation
-    over the splits. inception_score_adm: ADM's, mean over contiguous runs of 5,000 images as they
-    come; a class-sorted set gives a wrong one.
+    inception_score_shuffled: torch-fidelity's, 10 splits of shuffled images, with the standard
+    deviation over the splits. inception_score_adm: ADM's, the mean over contiguous runs of 5,000
+    images in file order; it is wrong for a class-sorted set.
     """
     features = torch.from_numpy(np.asarray(logits))
     shuffled = isc_features_to_metric(features, splits=min(IS_SPLITS, len(features)), shuffle=True)
@@ -59,9 +95,9 @@ def inception_scores(logits: np.ndarray) -> dict[str, float]:
 
 
 def precision_recall(samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Shares of samples in the reference's k-NN manifold and the other way round, k = 3.
+    """Share of samples [N, D] in the k-NN manifold of the reference [M, D], and the reverse; k = 3.
 
-    Features [N, D] and [M, D]; each set needs more than k images (ValueError).
+    Raises ValueError where a set has no more than k images.
     """
     fewest = min(len(samples), len(reference))
     if fewest <= NEIGHBOURS:
@@ -69,7 +105,7 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray) -> dict[str, fl
             f"too-few-samples: precision and recall of {fewest} images: expected more than "
             f"{NEIGHBOURS}"
         )
-    found = prc_features_to_metric(
+    metrics = prc_features_to_metric(
         torch.from_numpy(np.asarray(samples)),
         torch.from_numpy(np.asarray(reference)),
         prc_neighborhood=NEIGHBOURS,
@@ -77,16 +113,16 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray) -> dict[str, fl
         save_cpu_ram=True,
         verbose=False,
     )
-    return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
+    return {"precision": metrics[KEY_METRIC_PRECISION], "recall": metrics[KEY_METRIC_RECALL]}
 
 
 def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over 100 subsets.
 
-    Subsets hold 1,000 images, or as many as the smaller set has.
+    A subset has 1,000 images, or as many as the smaller set.
     """
     subset = min(KID_SUBSET, len(samples), len(reference))
-    found = kid_features_to_metric(
+    metrics = kid_features_to_metric(
         torch.from_numpy(np.asarray(samples)),
         torch.from_numpy(np.asarray(reference)),
         kid_subsets=KID_SUBSETS,
@@ -94,7 +130,40 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> dict[str, flo
         verbose=False,
     )
     return {
-        "kid": found[KEY_METRIC_KID_MEAN],
-        "kid_std": found[KEY_METRIC_KID_STD],
+        "kid": metrics[KEY_METRIC_KID_MEAN],
+        "kid_std": metrics[KEY_METRIC_KID_STD],
         "kid_subset_size": subset,
     }
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """10 log10(1 / mean squared error) of each pair [B, C, H, W], in dB; inf where equal."""
+    return -10 * (a - b).square().flatten(1).mean(1).log10()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each pair [B, C, H, W], mean over channels and pixels: [B].
+
+    Wang et al. 2004: Gaussian window of 11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, at the
+    positions where the window lies inside the image. Raises ValueError for smaller images.
+    """
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"images are {list(a.shape[-2:])}: SSIM needs {WINDOW} x {WINDOW} or more")
+    channels = a.shape[1]
+    offsets = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    window = (weights / weights.sum()).repeat(channels, 1, 1, 1)  # [C, 1, 1, 11]
+
+    def blur(images: Tensor) -> Tensor:
+        # rows, then columns: float64 convolutions on a CPU copy each window, 11 numbers and not 121
+        rows = F.conv2d(images, window, groups=channels)
+        return F.conv2d(rows, window.transpose(2, 3), groups=channels)
+
+    mean_a, mean_b = blur(a), blur(b)
+    variance_a = blur(a * a) - mean_a**2
+    variance_b = blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = K1**2, K2**2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (luminance * structure).flatten(1).mean(1)

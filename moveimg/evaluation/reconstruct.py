@@ -15,11 +15,9 @@ import tokenizer as vq
 from moveimg.data import ImageSource, crop_views, default_batch_size, to_tensor
 from moveimg.errors import list_names
 from moveimg.evaluation.features import Extractor, run
-from moveimg.evaluation.metrics import frechet_distance
-from moveimg.evaluation.pixels import WINDOW, psnr, ssim
+from moveimg.evaluation.metrics import WINDOW, frechet_distance, psnr, ssim, statistics_of
 from moveimg.evaluation.reference import Reference
 from moveimg.evaluation.scoring import check_pair
-from moveimg.evaluation.statistics import statistics_of
 from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_uint8
 from moveimg.progress import progress_bar
 
@@ -34,15 +32,15 @@ class Reconstruction:
         images: number of images read.
         mse: mean squared error, pixels in [-1, 1].
         psnr: 10 log10(2^2 / mse), in dB, of the mean error over all images.
-        psnr_of_images: the mean of the images' own PSNR, of pixels rounded to 0..255, in dB;
-            images given back without any error do not count.
-        ssim: structural similarity, a mean over the images; None below 11 pixels of a side.
-        usage: share of the codes that occurred.
-        perplexity: exp of the entropy of their frequencies, 1 to codebook_size.
+        psnr_of_images: the mean of the images' PSNR, of pixels rounded to 0..255, in dB; images
+            reconstructed without any error are left out.
+        ssim: structural similarity, a mean over the images; None below 11 x 11 pixels.
+        usage: share of the codebook that occurred.
+        perplexity: exp of the entropy of the codes' frequencies, 1 to codebook_size.
         rfid: Fréchet distance between reconstructions and the reference; None without extractor.
-        rfid_space: what rfid may be compared with.
-        rfid_reference: the images themselves, or the reference given.
-        warnings: guards that were overruled.
+        rfid_space: the feature space of rfid.
+        rfid_reference: name of the reference: the images themselves by default.
+        warnings: guards that were overruled, and images left out.
     """
 
     images: int
@@ -73,11 +71,11 @@ def reconstruct(
     """Encode and decode the centre `size` pixels of every image of `source`.
 
     Args:
-        source: the images, validation images for a number to publish.
-        tokenizer: what is measured.
-        size, ratio: the crop: `size` pixels, cut from size * ratio.
+        source: the images: validation images for a number to publish.
+        tokenizer: the tokenizer to measure.
+        size, ratio: the crop: `size` pixels of an image resized to size * ratio.
         extractor: for rFID; None leaves it out.
-        reference: what rFID is taken against; None: the images themselves.
+        reference: of rFID; None: the images themselves.
         allowed: guards that may be overruled, by name.
 
     Returns the figures, and a grid of images, spread over the source, above their reconstructions.

@@ -1,24 +1,33 @@
-"""What a set is compared with: statistics and images in an .npz, or a folder, or a known name."""
+"""References: statistics and images of real images, from an .npz, a folder or a known name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import URLError
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
+from moveimg.errors import validate
 from moveimg.evaluation.features import Extractor, extract
-from moveimg.evaluation.sets import ImageSet, npz_array, npz_entries, open_set, scan_image_set
-from moveimg.evaluation.statistics import Statistics, statistics_of
-from moveimg.evaluation.writing import write_array, write_images
-from moveimg.files import atomic
+from moveimg.evaluation.metrics import Statistics, statistics_of
+from moveimg.evaluation.sets import (
+    ImageSet,
+    npz_array,
+    npz_entries,
+    open_set,
+    scan_image_set,
+    write_array,
+    write_images,
+)
+from moveimg.files import atomic, parse_json
 
 KEPT_IMAGES = 10_000  # for precision, recall and KID, as in ADM's files
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
@@ -31,16 +40,25 @@ PUBLISHED = {
 KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # ADM's names
 
 
+class About(BaseModel):
+    """The part of the entry `about` that is read back; ADM's own files have none."""
+
+    split: Literal["train", "val"] | None = None
+    count: int | None = None
+    size: tuple[int, int] | None = None
+    extractor: str | None = None
+
+
 @dataclass(frozen=True)
 class Reference:
-    """The real side of a comparison.
+    """Statistics and features of real images.
 
     Attributes:
         name: the path or name given.
         digest: sha256 of the file; of a folder, of its pixels.
-        split: `train`, `val`, or None where nothing tells.
-        size: (H, W) of its images; None where it holds none and does not tell.
-        count: images behind the statistics; None where the file does not tell.
+        split: `train`, `val`, or None where it is unknown.
+        size: (H, W) of its images; None where it is unknown.
+        count: images behind the statistics; None where it is unknown.
         statistics: of `fid` and, with Inception, `sfid`.
         features: float32 [M, D] of its images, for precision, recall and KID; None without images.
     """
@@ -54,7 +72,7 @@ class Reference:
     features: np.ndarray | None
 
     def summary(self) -> dict[str, Any]:
-        """For results: what it is, and how many images stand behind each number."""
+        """For results: the reference's origin, and the images behind each number."""
         return {
             "name": self.name,
             "sha256": self.digest,
@@ -70,37 +88,40 @@ def open_reference(name: str, extractor: Extractor, cache: Path) -> Reference:
 
     Args:
         name: an .npz of ADM's layout (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; a
-            folder of pictures of the samples' size; or one of PUBLISHED, downloaded on first use.
-        extractor: what sees its images, and computes what statistics it lacks.
+            folder of images of the samples' size; or one of PUBLISHED, downloaded on first use.
+        extractor: computes features of its images, and the statistics it lacks.
         cache: where features and downloads are kept.
 
-    Raises FileNotFoundError, or ValueError where it is none or of another extractor.
+    Raises FileNotFoundError, or ValueError for other content or another extractor's statistics.
     """
     path = locate(name, cache)
     if path.is_dir():
         return reference_of(open_set(path), extractor, cache)
     entries = npz_entries(path)
-    about = json.loads(npz_array(path, "about").item()) if "about" in entries else {}
+    about = _read_about(path) if "about" in entries else About()
     for published, url in PUBLISHED.items():
         if path.name == url.rsplit("/", 1)[-1]:
             size = int(published.removeprefix("imagenet"))
-            about = {"split": "train", "size": (size, size)} | about
-    _require_extractor(path, about.get("extractor"), extractor, "mu" in entries)
+            about.split, about.size = about.split or "train", about.size or (size, size)
+    if "mu" in entries:
+        _require_extractor(path, about.extractor, extractor)
     images = open_set(path) if "arr_0" in entries else None
     if images is None and "mu" not in entries:
         raise ValueError(f"{path}: has neither images (arr_0) nor statistics (mu, sigma)")
-    found = _stored(path, entries, about.get("count"))
+    statistics = _read_statistics(path, entries, about.count)
     features = None
     if images is not None:
         features = extract(images, scan_image_set(images).digest, extractor, cache)
-        found = _statistics(features) | found
+        statistics = _statistics(features) | statistics
+    if "fid" not in statistics:
+        raise ValueError(f"{path}: has mu without sigma: expected both")
     return Reference(
         name=name,
         digest=digest_of(path),
-        split=about.get("split"),
-        size=images.size if images is not None else _size(about),
-        count=found["fid"].count,
-        statistics=found,
+        split=about.split,
+        size=about.size if images is None else images.size,
+        count=statistics["fid"].count,
+        statistics=statistics,
         features=None if features is None else features["fid"],
     )
 
@@ -127,9 +148,9 @@ def write_reference(
 ) -> dict[str, Any]:
     """Write an .npz that ADM's evaluator reads, too: statistics of all images, and 10,000 of them.
 
-    Returns what the file says of itself.
+    Returns the content of its entry `about`.
     """
-    made = reference_of(images, extractor, cache, split)
+    reference = reference_of(images, extractor, cache, split)
     rows = np.arange(len(images))
     if len(rows) > KEPT_IMAGES:
         rows = np.sort(np.random.default_rng(0).permutation(len(rows))[:KEPT_IMAGES])
@@ -138,16 +159,16 @@ def write_reference(
         "split": split,
         "count": len(images),
         "size": images.size,
-        "sha256_of_pixels": made.digest,
+        "sha256_of_pixels": reference.digest,
         "extractor": extractor.fingerprint,
         "extractor_name": extractor.name,
     }
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for role, (mu, sigma) in KEYS.items():
-            if role in made.statistics:
-                write_array(archive, mu, made.statistics[role].mu)
-                write_array(archive, sigma, made.statistics[role].sigma)
-        write_images(archive, _rows(images, rows), (len(rows), *images.size, 3))
+            if role in reference.statistics:
+                write_array(archive, mu, reference.statistics[role].mu)
+                write_array(archive, sigma, reference.statistics[role].sigma)
+        write_images(archive, _select(images, rows), (len(rows), *images.size, 3))
         write_array(archive, "about", np.array(json.dumps(about)))
     return about
 
@@ -161,7 +182,7 @@ def digest_of(path: Path) -> str:
 
 
 def locate(name: str, cache: Path) -> Path:
-    """The file or folder of a reference. FileNotFoundError or ValueError where there is none."""
+    """The file or folder of a reference. FileNotFoundError, or ValueError for another kind."""
     path = fetch(name, cache) if name in PUBLISHED else Path(name)
     if not path.exists():
         known = ", ".join(PUBLISHED)
@@ -172,7 +193,7 @@ def locate(name: str, cache: Path) -> Path:
 
 
 def fetch(name: str, cache: Path) -> Path:
-    """ADM's file of a published name, downloaded once; FileNotFoundError if it is not to be had."""
+    """ADM's file of a published name, downloaded once. Raises FileNotFoundError without network."""
     url = PUBLISHED[name]
     path = cache / "references" / url.rsplit("/", 1)[-1]
     if not path.is_file():
@@ -187,47 +208,46 @@ def fetch(name: str, cache: Path) -> Path:
     return path
 
 
-def _size(about: Mapping[str, Any]) -> tuple[int, int] | None:
-    """What a file says of the size of its images, where it holds none."""
-    size = about.get("size")
-    return (int(size[0]), int(size[1])) if size else None
+def _read_about(path: Path) -> About:
+    origin = f"{path}: about"
+    return validate(About, parse_json(str(npz_array(path, "about")), origin), origin)
 
 
 def _statistics(features: Mapping[str, np.ndarray]) -> dict[str, Statistics]:
     return {role: statistics_of(features[role]) for role in KEYS if role in features}
 
 
-def _stored(path: Path, entries: list[str], count: int | None) -> dict[str, Statistics]:
-    found = {}
-    for role, (mu, sigma) in KEYS.items():
-        if mu in entries and sigma in entries:
-            pair = [npz_array(path, key).astype(np.float64) for key in (mu, sigma)]
-            if pair[0].ndim != 1 or pair[1].shape != (len(pair[0]), len(pair[0])):
-                raise ValueError(
-                    f"{path}: {mu} {list(pair[0].shape)} and {sigma} {list(pair[1].shape)}: "
-                    "expected [D] and [D, D]"
-                )
-            if not all(np.isfinite(array).all() for array in pair):
-                raise ValueError(f"non-finite: {path}: {mu} or {sigma} is not finite")
-            found[role] = Statistics(pair[0], pair[1], count)
-    return found
+def _read_statistics(path: Path, entries: list[str], count: int | None) -> dict[str, Statistics]:
+    statistics = {}
+    for role, keys in KEYS.items():
+        if not set(keys) <= set(entries):
+            continue
+        mu, sigma = (npz_array(path, key) for key in keys)
+        where = f"{path}: {keys[0]} {mu.dtype} {list(mu.shape)}, {keys[1]} {list(sigma.shape)}"
+        if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
+            raise ValueError(f"{where}: expected real numbers")
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise ValueError(f"{where}: expected [D] and [D, D]")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError(f"non-finite: {where}: not all numbers are finite")
+        statistics[role] = Statistics(mu.astype(np.float64), sigma.astype(np.float64), count)
+    return statistics
 
 
-def _require_extractor(path: Path, stored: str | None, extractor: Extractor, has_mu: bool) -> None:
-    """Statistics of one network say nothing about features of another."""
-    own_classifier = extractor.class_names is not None
-    if has_mu and (stored or "") != extractor.fingerprint and (stored or own_classifier):
-        made_by = f"extractor {stored[:12]}" if stored else "Inception"
-        raise ValueError(
-            f"other-extractor: {path} holds statistics of {made_by}, the samples are seen by "
-            f"{extractor.name} ({extractor.fingerprint[:12]})"
-        )
+def _require_extractor(path: Path, stored: str | None, extractor: Extractor) -> None:
+    """Raise ValueError for statistics of another network: they say nothing about its features."""
+    if stored == extractor.fingerprint or (stored is None and extractor.class_names is None):
+        return  # a file of others is of Inception
+    made_by = f"extractor {stored[:12]}" if stored else "Inception"
+    raise ValueError(
+        f"other-extractor: {path} holds statistics of {made_by}, the samples' features are of "
+        f"{extractor.name} ({extractor.fingerprint[:12]})"
+    )
 
 
-def _rows(images: ImageSet, rows: np.ndarray) -> Any:
-    """The images of sorted row numbers, in parts."""
+def _select(images: ImageSet, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The images of sorted row numbers, in batches."""
     start = 0
     for batch in images.read(256):
-        chosen = rows[(rows >= start) & (rows < start + len(batch))] - start
-        yield batch[chosen]
+        yield batch[rows[(rows >= start) & (rows < start + len(batch))] - start]
         start += len(batch)

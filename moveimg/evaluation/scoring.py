@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +10,19 @@ from typing import Any
 import numpy as np
 
 from moveimg.errors import list_names
-from moveimg.evaluation.classifier import accuracy_by_class
 from moveimg.evaluation.features import Extractor, extract
-from moveimg.evaluation.guards import check_set, check_size, check_split, enforce
+from moveimg.evaluation.guards import check_metrics, check_set, check_size, check_split, enforce
 from moveimg.evaluation.metrics import (
     frechet_distance,
     inception_scores,
     kernel_distance,
     precision_recall,
+    statistics_of,
 )
 from moveimg.evaluation.reference import Reference
 from moveimg.evaluation.sets import ImageSet, scan_image_set
-from moveimg.evaluation.statistics import statistics_of
 
-LOW_RECALL = 0.1
+LEFT_OUT = "the share of images that show their class is left out"
 
 
 def score(
@@ -35,7 +33,7 @@ def score(
     n_classes: int | None = None,
     allowed: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Every number there is of generated images, with what they came from.
+    """All metrics of generated images, and what they were computed from.
 
     Args:
         images: the samples.
@@ -77,13 +75,13 @@ def check_pair(
 
     wanted: the split the reference should be of: train for a generator, val for a tokenizer.
     """
-    findings = check_split(wanted, reference.split, reference.name)
-    return enforce(findings + check_size(size, reference.size, reference.name), allowed)
+    problems = check_split(wanted, reference.split, reference.name)
+    return enforce(problems + check_size(size, reference.size, reference.name), allowed)
 
 
 def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, Any]:
-    """FID and, where the extractor has their layers, sFID and IS; with images of the reference
-    precision, recall and KID.
+    """FID; sFID and IS where the extractor has their layers; precision, recall and KID where the
+    reference has images.
 
     features: float32 [N, D] by role, of the samples.
     """
@@ -92,7 +90,7 @@ def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, 
         if role in features and role in reference.statistics:
             ours = statistics_of(features[role])
             metrics[role] = frechet_distance(ours, reference.statistics[role])
-    if "sfid" in features:  # Inception: its classes are not ours, and IS is made for it
+    if "sfid" in features:  # only Inception has sFID's layer, and IS is defined by its classes
         metrics |= inception_scores(features["logits"])
     if reference.features is not None:
         metrics |= precision_recall(features["fid"], reference.features)
@@ -101,58 +99,48 @@ def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, 
 
 
 def match_labels(images: ImageSet, extractor: Extractor) -> tuple[np.ndarray | None, str | None]:
-    """Labels [N] in the classifier's numbering, or None and why they cannot be had.
+    """Labels [N] in the classifier's numbering, or None and the reason why there are none.
 
     Class folders are matched by name; numbers count as the classifier's, in 0..C-1.
     """
     names, labels = extractor.class_names, images.labels
     if names is None or labels is None:
         return None, None
-    if images.class_names is not None:
-        index_of = {_key(name): index for index, name in enumerate(names)}
-        numbers = {_key(str(index)): index for index in range(len(names))}
-        keys = [_key(name) for name in images.class_names]
-        table = next((t for t in (index_of, numbers) if all(key in t for key in keys)), None)
-        if table is None:
-            unknown = [name for name in images.class_names if _key(name) not in index_of]
-            return None, (
-                f"unknown-classes: the classifier knows no class {list_names(unknown)}: the share "
-                "of images that show their class is left out"
-            )
-        return np.array([table[key] for key in keys])[labels], None
-    if labels.max() >= len(names):
-        begins = "; do they count from 1?" if labels.min() == 1 else ""
+    if images.class_names is None:
+        if labels.max() < len(names):
+            return labels, None
+        hint = "; do they count from 1?" if labels.min() == 1 else ""
         return None, (
             f"unknown-classes: labels reach {labels.max()}, the classifier has 0..{len(names) - 1}"
-            f"{begins}: the share of images that show their class is left out"
+            f"{hint}: {LEFT_OUT}"
         )
-    return labels, None
-
-
-def check_metrics(metrics: dict[str, Any]) -> list[str]:
-    """Warnings about numbers that mislead. Raises ValueError for one that is not finite."""
-    for key, value in metrics.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"non-finite: {key} is {value}: features or pixels are damaged")
-    if metrics.get("recall", 1) < LOW_RECALL < metrics.get("precision", 0):
-        return [
-            f"low-recall: precision {metrics['precision']:.2f}, recall {metrics['recall']:.3f}: "
-            "few kinds of samples, near a few real images; precision alone flatters"
-        ]
-    return []
-
-
-def _key(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold().strip()
+    index_of = {_normalize(name): index for index, name in enumerate(names)}
+    numbers = {str(index): index for index in range(len(names))}
+    keys = [_normalize(name) for name in images.class_names]
+    for table in (index_of, numbers):
+        if all(key in table for key in keys):
+            return np.array([table[key] for key in keys])[labels], None
+    unknown = [name for name in images.class_names if _normalize(name) not in index_of]
+    return None, f"unknown-classes: the classifier knows no class {list_names(unknown)}: {LEFT_OUT}"
 
 
 def condition(
     features: dict[str, np.ndarray], labels: np.ndarray | None, extractor: Extractor
 ) -> dict[str, Any]:
-    """The share of images that a classifier recognises as their label, in all and per class."""
+    """The share of images [N] that the classifier recognises as their label, in all and per class.
+
+    A class without images has None.
+    """
     names = extractor.class_names
     if names is None or labels is None or labels.max() >= len(names):
         return {}
-    by_class = accuracy_by_class(features["logits"], labels, len(names))
     right = features["logits"].argmax(1) == labels
+    by_class = [
+        float(right[labels == label].mean()) if (labels == label).any() else None
+        for label in range(len(names))
+    ]
     return {"accuracy": float(right.mean()), "accuracy_by_class": by_class}
+
+
+def _normalize(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().strip()

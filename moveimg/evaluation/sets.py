@@ -1,27 +1,33 @@
-"""Sets of images on disk, read in batches: ADM's .npz, or a folder of pictures.
+"""Sets of images on disk, read and written in batches: ADM's .npz, or a folder of images.
 
-N images   H height   W width, of all of them
+N images   H height   W width, equal for all images of a set
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, TypeAdapter
 
 from moveimg.data import walk_images
 from moveimg.dist import print_rank0
-from moveimg.files import read_json
+from moveimg.errors import describe, validate
+from moveimg.files import atomic, atomic_directory, read_json
 from moveimg.progress import progress_bar
 
 LABELS_FILE = "labels.json"  # in a folder of images: one label per image, in file order
 BATCH = 256
+_LABELS = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]])
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Content:
     """Facts about all pixels of a set.
 
     digest: sha256 over shape and pixels, in order.
-    duplicates: images whose pixels are those of an earlier one.
+    duplicates: images whose pixels equal an earlier image's.
     blank: images of a single colour (black ones among them).
     brightest: the largest pixel value.
     """
@@ -84,17 +90,17 @@ def scan_image_set(images: ImageSet) -> Content:
 
 
 def array_set(name: str, images: np.ndarray, labels: Sequence[int] | None = None) -> ImageSet:
-    """Images uint8 [N, H, W, 3] in memory as a set."""
+    """An ImageSet of uint8 [N, H, W, 3] in memory."""
     return ImageSet(
         name,
-        _checked_shape(images.shape, images.dtype, name),
+        _check_shape(images.shape, images.dtype, name),
         None if labels is None else np.asarray(labels, np.int64),
         lambda size: (images[i : i + size] for i in range(0, len(images), size)),
     )
 
 
 def open_set(path: str | Path) -> ImageSet:
-    """A set of any program: an .npz with `arr_0` (and labels in `arr_1`), or a folder.
+    """The set in an .npz with `arr_0` (and labels in `arr_1`), or in a folder.
 
     A folder is searched for images recursively, sorted by path; labels come from its
     `labels.json`, or from class subfolders, whose names are kept.
@@ -115,33 +121,37 @@ def open_set(path: str | Path) -> ImageSet:
 
 
 def npz_entries(path: Path) -> list[str]:
-    """Names of the arrays in an .npz. ValueError where it is damaged."""
+    """Names of the arrays in an .npz. Raises ValueError for a damaged file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npz ({error})") from None
+        raise ValueError(f"{path}: not a readable .npz ({describe(error)})") from None
+    return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
 
 def npz_array(path: Path, entry: str) -> np.ndarray:
-    """One small array of an .npz, checked by the archive's checksum."""
+    """One small array of an .npz, verified by the archive's checksum."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[entry]
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: cannot read {entry} ({error})") from None
+    except Exception as error:  # of a foreign header NumPy raises nearly any kind
+        raise ValueError(f"{path}: cannot read {entry} ({describe(error)})") from None
 
 
 def _open_npz(path: Path) -> ImageSet:
     entries = npz_entries(path)
     if "arr_0" not in entries:
         raise ValueError(f"{path}: has no images (arr_0), only {', '.join(entries) or 'nothing'}")
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-        full, dtype = _npy_header(stream, path)
-        shape = _checked_shape(full, dtype, str(path))
+    with _open_images(path) as (_, shape):
+        pass
     labels = None
     if "arr_1" in entries:
-        labels = npz_array(path, "arr_1").astype(np.int64).reshape(-1)
+        stored = npz_array(path, "arr_1").reshape(-1)
+        # whole numbers in a float array are accepted: other programs write them
+        if stored.dtype.kind not in "iuf" or not (stored == np.floor(stored)).all():
+            raise ValueError(f"{path}: labels (arr_1) are {stored.dtype}: expected whole numbers")
+        labels = stored.astype(np.int64)
         if len(labels) != shape[0]:
             raise ValueError(f"{path}: {len(labels)} labels for {shape[0]} images: expected equal")
         if labels.min() < 0:
@@ -151,37 +161,38 @@ def _open_npz(path: Path) -> ImageSet:
 
 def _read_npz(path: Path, size: int) -> Iterator[np.ndarray]:
     """Stream arr_0: np.load would hold all of it (9.8 GB for 50,000 images of 256 px)."""
+    with _open_images(path) as (stream, shape):
+        one = shape[1] * shape[2] * 3
+        for start in range(0, shape[0], size):
+            count = min(size, shape[0] - start)
+            raw = stream.read(count * one)
+            if len(raw) != count * one:
+                raise ValueError(f"{path}: truncated after {start} of {shape[0]} images")
+            yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:], 3)
+
+
+@contextmanager
+def _open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]:
+    """Yield the pixels of arr_0 as a stream, and (N, H, W); ValueError for a damaged file."""
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-            shape, _ = _npy_header(stream, path)
-            one = int(np.prod(shape[1:]))
-            for start in range(0, shape[0], size):
-                count = min(size, shape[0] - start)
-                raw = stream.read(count * one)
-                if len(raw) != count * one:
-                    raise ValueError(f"{path}: truncated after {start} of {shape[0]} images")
-                yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:])
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: damaged images ({error})") from None
+            try:
+                shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
+            except Exception as error:  # of a foreign header NumPy raises nearly any kind
+                raise ValueError(f"{path}: arr_0 is not an array ({describe(error)})") from None
+            if fortran:
+                raise ValueError(f"{path}: arr_0 is in Fortran order: expected C order")
+            yield stream, _check_shape(shape, dtype, str(path))
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{path}: damaged images ({describe(error)})") from None
 
 
-def _npy_header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(stream)
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: arr_0 is no plain array ({error})") from None
-    if fortran:
-        raise ValueError(f"{path}: arr_0 is in Fortran order: expected C order")
-    return shape, dtype
-
-
-def _checked_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> tuple[int, int, int]:
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+def _check_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> tuple[int, int, int]:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         raise ValueError(
             f"wrong-mode: {name}: images are {dtype} {list(shape)}: expected uint8 [N, H, W, 3] "
             "in 0..255"
@@ -189,7 +200,52 @@ def _checked_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> tuple[in
     return shape[0], shape[1], shape[2]
 
 
+def write_npz(
+    path: Path, batches: Iterable[np.ndarray], labels: np.ndarray, size: tuple[int, int]
+) -> None:
+    """Write `arr_0` uint8 [N, H, W, 3], batch by batch, and `arr_1` int64 [N].
+
+    Atomic, uncompressed, and without dates: the same pixels give the same file.
+    """
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        write_images(archive, batches, (len(labels), *size, 3))
+        write_array(archive, "arr_1", labels.astype(np.int64))
+
+
+def write_images(
+    archive: zipfile.ZipFile, batches: Iterable[np.ndarray], shape: tuple[int, ...]
+) -> None:
+    """Stream uint8 batches into the entry `arr_0` of an .npz. ValueError for another count."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    written = 0
+    with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for batch in batches:
+            stream.write(np.ascontiguousarray(batch).data)
+            written += len(batch)
+    if written != shape[0]:
+        raise ValueError(f"{written} images came for a set of {shape[0]}")
+
+
+def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Write a small array as the entry `name` of an .npz."""
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
+        np.lib.format.write_array(stream, np.asarray(array, order="C"), allow_pickle=False)
+
+
 # --- folders -------------------------------------------------------------------------------
+
+
+def write_pngs(folder: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """Write a folder of PNGs named by index, and labels.json; the folder appears whole."""
+    with atomic_directory(folder) as temporary:
+        index = 0
+        for batch in batches:
+            for pixels in batch:
+                Image.fromarray(pixels).save(temporary / f"{index:06d}.png")
+                index += 1
+        text = json.dumps(labels.tolist())
+        (temporary / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _open_folder(folder: Path) -> ImageSet:
@@ -197,11 +253,10 @@ def _open_folder(folder: Path) -> ImageSet:
     paths = walk.images
     others = {kind: n for kind, n in walk.others.items() if kind != ".json"}
     if others:
-        print_rank0(f"{folder}: {sum(others.values())} files are no images: {others}")
+        print_rank0(f"{folder}: {sum(others.values())} files are not images: {others}")
     if not paths:
         raise ValueError(f"{folder}: holds no images")
-    with Image.open(paths[0]) as first:
-        width, height = first.size
+    height, width = _read_sample(paths[0]).shape[:2]
     labels, names = _folder_labels(folder, paths)
 
     def read(size: int) -> Iterator[np.ndarray]:
@@ -212,18 +267,18 @@ def _open_folder(folder: Path) -> ImageSet:
     return ImageSet(str(folder), (len(paths), height, width), labels, read, names)
 
 
-def _read_sample(path: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_sample(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """uint8 [H, W, 3]. Nothing is converted or resized: that would change the score."""
     try:
         with Image.open(path) as image:
             if image.mode != "RGB":
                 raise ValueError(f"wrong-mode: {path} is {image.mode}: expected RGB")
-            if image.size != size:
-                found, wanted = ("x".join(map(str, s)) for s in (image.size, size))
-                raise ValueError(f"wrong-size: {path} is {found}: expected {wanted} as the first")
+            if size is not None and image.size != size:
+                actual, wanted = ("x".join(map(str, s)) for s in (image.size, size))
+                raise ValueError(f"wrong-size: {path} is {actual}: expected {wanted} as the first")
             return np.asarray(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read ({describe(error)})") from None
 
 
 def _folder_labels(
@@ -232,16 +287,14 @@ def _folder_labels(
     """Labels int64 [N] and, where they come from class folders, the names of those."""
     listed = folder / LABELS_FILE
     if listed.is_file():
-        labels = read_json(listed)
-        whole = isinstance(labels, list) and all(type(x) is int and x >= 0 for x in labels)
-        if not whole or len(labels) != len(paths):
-            raise ValueError(
-                f"{listed}: expected a list of {len(paths)} labels of 0 or more, one per image"
-            )
+        labels = validate(_LABELS, read_json(listed), str(listed))
+        if len(labels) != len(paths):
+            raise ValueError(f"{listed}: {len(labels)} labels: expected a list of {len(paths)}")
         return np.asarray(labels, np.int64), None
     parents = [path.parent for path in paths]
     if folder in parents:
         return None, None
     folders = sorted(set(parents))
-    rows = np.asarray([folders.index(parent) for parent in parents], np.int64)
+    row_of = {parent: row for row, parent in enumerate(folders)}
+    rows = np.asarray([row_of[parent] for parent in parents], np.int64)
     return rows, tuple(path.name for path in folders)

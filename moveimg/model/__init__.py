@@ -1,7 +1,10 @@
 """The generator: a class-conditional transformer with slots for attention, memory, feed-forward."""
 
-from moveimg.model.cross_entropy import CHUNK
-from moveimg.model.inference import StaticTransformer, decoding_model, linear_kind
+from moveimg.model.attention import rope_2d
+from moveimg.model.budget import DEVICES, comment, describe_budget, train_budget
+from moveimg.model.cost import describe_cost, model_cost, token_flops
+from moveimg.model.feedforward import MoE, ValueTable, swiglu_hidden
+from moveimg.model.inference import decoding_model, linear_kind
 from moveimg.model.memory import (
     NEAR_TWO,
     NEAR_ZERO,
@@ -11,30 +14,28 @@ from moveimg.model.memory import (
     mixers_by_layer,
     record_mixing,
 )
-from moveimg.model.moe import MoE, shares
-from moveimg.model.product_key import ValueTable
-from moveimg.model.rope import rope_2d
-from moveimg.model.swiglu import SwiGLU, swiglu_hidden
-from moveimg.model.transformer import Cache, Transformer
+from moveimg.model.transformer import Transformer
 
 __all__ = [
-    "CHUNK",
+    "DEVICES",
     "NEAR_TWO",
     "NEAR_ZERO",
-    "Cache",
     "GatedMixer",
     "Mixing",
     "MoE",
-    "StaticTransformer",
-    "SwiGLU",
     "Transformer",
     "ValueBank",
     "ValueTable",
+    "comment",
     "decoding_model",
+    "describe_budget",
+    "describe_cost",
     "linear_kind",
     "mixers_by_layer",
+    "model_cost",
     "record_mixing",
     "rope_2d",
-    "shares",
     "swiglu_hidden",
+    "token_flops",
+    "train_budget",
 ]

@@ -1,76 +1,101 @@
-"""Causal self-attention with 2D rotary positions, its value mixer and its cache.
+"""Causal self-attention: multi-head (MHA) and multi-head latent (MLA), 2D rotary positions, caches.
 
-    B batch   S positions in this call   T codes   D width   H heads   K width of a head
+    B batch   S positions in this call   L positions of a cache   T codes   D width   H heads
+    K width of a head   C width of MLA's latent (kv_rank)   R width of its rotary key (rope_dim)
 
-Position 0 is the class token, position t + 1 the code t.
+Position 0 is the class token, position t + 1 is code t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.config.model import MHAConfig, ModelConfig
-from moveimg.model.memory import Mixer, Rows
-from moveimg.model.mla import MultiHeadLatentAttention
-from moveimg.model.rope import rotate, visible_positions
+from moveimg.config.model import MHAConfig, MLAConfig, ModelConfig
+from moveimg.model.memory import Mixer, PassThrough, Rows
+
+Index = int | Tensor  # of the next entry of a cache; see LayerCache
 
 
-@contextmanager
-def without_cudnn_sdpa(device: torch.device) -> Iterator[None]:
-    """Disable cuDNN's attention on CUDA, which makes a new plan for each number of keys.
+def rope_2d(
+    grid: tuple[int, int], dim: int, base: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Rotation table [1 + T, dim / 2, 2] (cosine, sine) of a head's `dim` rotary dimensions.
 
-    torch prefers it on GPUs of capability 9 and 10, and every decoding step has one key more. The
-    switch is the process's: it applies to other threads meanwhile.
+    The first half of the pairs turns by the code's row, the second by its column, each with
+    frequencies base^(-2i / (dim / 2)), as in LlamaGen (arXiv 2406.06525). The class token's
+    entries are all zero, the cosine too: its queries and keys vanish, so its information leaves
+    position 0 through V alone.
     """
-    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
-        yield
-        return
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
+    half = dim // 2
+    frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).to(dtype) / half)
+    rows, columns = (torch.arange(n, device=device).to(dtype) for n in grid)
+    by_row = torch.outer(rows, frequencies)[:, None].expand(-1, grid[1], -1)  # [h, w, dim / 4]
+    by_column = torch.outer(columns, frequencies)[None].expand(grid[0], -1, -1)
+    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # [T, dim / 2]
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([torch.zeros_like(table[:1]), table])
 
 
-class KVCache(nn.Module):
-    """Keys and mixed values of one layer, [B, H, length, K], filled from the left.
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x [B, S, H, K] by rope [S, K / 2, 2], in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pairs = x.to(wide).view(*x.shape[:-1], -1, 2)  # [B, S, H, K / 2, 2]
+    rope = rope[:, None].to(wide)  # [S, 1, K / 2, 2]
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and _complex_aligned(pairs):
+        # One kernel instead of eight: a quarter of a small model's training step. Compilers fuse
+        # the real form below by themselves, and cannot generate code for complex numbers.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    else:
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
-    V is cached after the mix, so the memory costs its reads once per position.
 
-    With `position`, an int64 tensor [1] that all layers share, the cache is static: every step
-    reads its full length under a mask, so that all steps have the same shapes.
+def _complex_aligned(pairs: Tensor) -> bool:
+    """Whether pairs [..., 2] can be viewed as complex numbers: no odd offset or stride."""
+    return not any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1]))
+
+
+class LayerCache:
+    """Tensors of one layer, [..., L, width] each, with an entry per position.
+
+    Values are cached after the mix, so the memory is read once per position. An index that is an
+    int makes the cache grow: attention sees the entries written so far. An index that is a tensor
+    [1] makes it static: shapes stay the same at every step, and a mask hides later entries.
     """
 
-    def __init__(
-        self, batch: int, length: int, config: ModelConfig, like: Tensor,
-        position: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        shape = (batch, config.n_head, length, config.head_dim)
-        self.k = nn.Buffer(like.new_zeros(shape))
-        self.v = nn.Buffer(like.new_zeros(shape))
-        self.filled, self.position = 0, position
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.tensors = tensors
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write k, v [B, H, S, K] after the filled part; return keys, values and their mask."""
-        if self.position is not None:
-            self.k.index_copy_(2, self.position, k)
-            self.v.index_copy_(2, self.position, v)
-            return self.k, self.v, visible_positions(self.position, self.k.shape[2])
-        begin, self.filled = self.filled, self.filled + k.shape[2]
-        self.k[:, :, begin : self.filled] = k
-        self.v[:, :, begin : self.filled] = v
-        return self.k[:, :, : self.filled], self.v[:, :, : self.filled], None
+    def update(self, index: Index, *new: Tensor | None) -> list[Any]:
+        """Write the entries [..., 1, width] at `index`; return all entries to attend to."""
+        out: list[Tensor | None] = []
+        for tensor, entry in zip(self.tensors, new, strict=True):
+            if tensor is None or entry is None:
+                out.append(None)
+            elif isinstance(index, Tensor):
+                out.append(tensor.index_copy_(-2, index, entry.to(tensor.dtype)))
+            else:
+                tensor[..., index : index + 1, :] = entry
+                out.append(tensor[..., : index + 1, :])
+        return out
+
+    def mask(self, index: Index) -> Tensor | None:
+        """Which entries of a static cache are written, bool [1, L]; None for a growing one."""
+        if not isinstance(index, Tensor):
+            return None
+        length = next(t.shape[-2] for t in self.tensors if t is not None)
+        return torch.arange(length, device=index.device)[None] <= index
 
     def numel_per_token(self) -> int:
         """Numbers kept per position of one sequence."""
-        return 2 * self.k.shape[1] * self.k.shape[3]
+        return sum(t.numel() // (t.shape[0] * t.shape[-2]) for t in self.tensors if t is not None)
 
 
 class MultiHeadAttention(nn.Module):
@@ -79,8 +104,10 @@ class MultiHeadAttention(nn.Module):
     Args:
         config: the transformer's config.
         spec: no settings.
-        mixers: by site, those of `sites`; what is mixed into the values.
+        mixers: by site (see `sites`), the mixer of value memory.
     """
+
+    joined: list[int] | None = None  # inference: output widths of wqkv with the router's rows added
 
     def __init__(self, config: ModelConfig, spec: MHAConfig, mixers: dict[str, Mixer]) -> None:
         super().__init__()
@@ -91,43 +118,184 @@ class MultiHeadAttention(nn.Module):
 
     @staticmethod
     def sites(config: ModelConfig) -> dict[str, int]:
-        """The sites where memory can be mixed in, with their widths."""
+        """Where memory can be mixed in, and the width of the values there."""
         return {"value": config.width}
 
     @staticmethod
     def rope_dim(config: ModelConfig) -> int:
-        """Rotary dimensions per head."""
+        """Rotary dimensions of a head."""
         return config.head_dim
 
     def own_flops(self, context: float) -> float:
-        """Scores and weighted sums over `context` positions, beside the projections."""
+        """Scores and weighted sums over `context` positions, without the projections."""
         return 4 * context * self.config.width
 
-    def make_cache(
-        self, batch: int, length: int, like: Tensor, position: Tensor | None = None
-    ) -> KVCache:
-        return KVCache(batch, length, self.config, like, position)
+    def make_cache(self, batch: int, length: int, like: Tensor) -> LayerCache:
+        """A cache of keys and mixed values, [B, H, length, K] each."""
+        shape = (batch, self.config.n_head, length, self.config.head_dim)
+        return LayerCache(like.new_zeros(shape), like.new_zeros(shape))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> queries, keys and values [B, S, 3 D], and the router's input."""
-        return self.wqkv(x), x
+        """x [B, S, D] -> queries, keys and values [B, S, 3 D], and the input of the mixer."""
+        if self.joined is None:
+            return self.wqkv(x), x
+        qkv, gate_logits, _ = self.wqkv(x).split(self.joined, dim=-1)
+        return qkv, gate_logits
 
-    def forward(self, x: Tensor, rows: Rows, rope: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x [B, S, D], rows [B, S, H, M, K], rope [S, K / 2, 2] -> [B, S, D].
-
-        With a cache, S is 1, or the cache is empty.
-        """
-        heads = self.config.n_head
-        qkv, routed = self.project(x)
+    def forward(
+        self, x: Tensor, rows: Rows, rope: Tensor, cache: LayerCache | None = None, index: Index = 0
+    ) -> Tensor:
+        """x, rows [B, S, H, M, K], rope [S, K / 2, 2] -> [B, S, D]; with a cache, S = 1."""
+        heads, mask = self.config.n_head, None
+        qkv, x = self.project(x)
         qk, v = qkv.unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), dim=2)
-        v = self.mixer(routed, v, rows)  # [B, S, H, K]
+        v = self.mixer(x, v, rows)  # [B, S, H, K]
         q, k = rotate(qk, rope).chunk(2, dim=2)  # both in one kernel
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K]
-        mask = None
         if cache is not None:
-            k, v, mask = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=q.shape[2] > 1)
+            k, v = cache.update(index, k, v)  # [B, H, L, K]
+            mask = cache.mask(index)
+        causal = cache is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.wo(out.transpose(1, 2).flatten(-2))
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Attention with keys and values unfolded from a latent (DeepSeek-V2, arXiv 2405.04434).
+
+    All heads share one latent, c = norm(x W_DKV), and one rotary key k_R = rope(x W_KR): the score
+    of head h is (q_h . W_UK_h c + q_R,h . k_R) / sqrt(K + R). MoVE is mixed into c, in H chunks,
+    after its norm and before the up-projection (arXiv 2601.22887 says "before the up-projection";
+    "after the norm" is inferred: gates of 1 then leave DeepSeek's latent as it was, and the rows'
+    scale needs no training of the norm). So memory changes keys and values but not the rotary key,
+    and the cache holds c' = mix(c) and k_R.
+
+    Teacher forcing unfolds keys and values. Decoding does not: W_UK is absorbed into the query, and
+    W_UV is applied to the weighted sum of latents, the same sum in another order.
+
+    Args:
+        config: the transformer's config.
+        spec: ranks.
+        mixers: by site: latent (before the up-projection) or value (after it).
+    """
+
+    joined: list[int] | None = None  # inference: output widths of one product for all projections
+    unpacked = ("wkv_up",)  # decoding multiplies queries and sums by its halves
+
+    def __init__(self, config: ModelConfig, spec: MLAConfig, mixers: dict[str, Mixer]) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        query_width = config.n_head * (config.head_dim + spec.rope_dim)
+        self.wq: nn.Module = nn.Linear(config.width, query_width, bias=False)
+        if spec.q_rank is not None:
+            low_rank = OrderedDict[str, nn.Module](
+                down=nn.Linear(config.width, spec.q_rank, bias=False),
+                norm=nn.RMSNorm(spec.q_rank, eps=config.norm_eps),
+                up=nn.Linear(spec.q_rank, query_width, bias=False),
+            )
+            self.wq = nn.Sequential(low_rank)
+        self.wkv_down = nn.Linear(config.width, spec.kv_rank + spec.rope_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(spec.kv_rank, eps=config.norm_eps)
+        self.wkv_up = nn.Linear(spec.kv_rank, 2 * config.width, bias=False)  # heads of (key, value)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.latent_mixer = mixers.get("latent", PassThrough())
+        self.value_mixer = mixers.get("value", PassThrough())
+
+    @staticmethod
+    def sites(config: ModelConfig) -> dict[str, int]:
+        """Where memory can be mixed in, and the width of the values there."""
+        return {"latent": config.attention.kv_rank, "value": config.width}  # type: ignore[union-attr]
+
+    @staticmethod
+    def rope_dim(config: ModelConfig) -> int:
+        """Width of the rotary part of a query, and of the one rotary key."""
+        return config.attention.rope_dim  # type: ignore[union-attr]
+
+    def own_flops(self, context: float) -> float:
+        """Scores and weighted sums over `context` positions, heads unfolded."""
+        return 2 * context * (2 * self.config.width + self.config.n_head * self.spec.rope_dim)
+
+    def decoding_flops(self, context: float) -> float:
+        """The same in the latent, as decoding computes it."""
+        latent = self.config.n_head * (2 * self.spec.kv_rank + self.spec.rope_dim)
+        return 2 * context * (latent + self.value_mixer.value_width)
+
+    def make_cache(self, batch: int, length: int, like: Tensor) -> LayerCache:
+        """A cache of latent and rotary key [B, length, C + R].
+
+        A layer with memory at its values (LaVE) also caches the memory's sum [B, H, length, K] and
+        g_0 [B, H, length, 1], because neither can be computed from the latent.
+        """
+        heads, mixer = self.config.n_head, self.value_mixer
+        joint = like.new_zeros(batch, length, self.spec.kv_rank + self.spec.rope_dim)
+        memory = g_0 = None
+        if mixer.value_width:
+            memory = like.new_zeros(batch, heads, length, mixer.value_width // heads)
+        if mixer.gate_standard:
+            g_0 = like.new_zeros(batch, heads, length, 1)
+        return LayerCache(joint, g_0, memory)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> queries [B, S, H (K + R)], latent and rotary key, input of the mixer."""
+        if self.joined is None:
+            return self.wq(x), self.wkv_down(x), x
+        q, joint, gate_logits, _ = self.wkv_down(x).split(self.joined, dim=-1)
+        return self.wq(q), joint, gate_logits
+
+    def forward(
+        self, x: Tensor, rows: Rows, rope: Tensor, cache: LayerCache | None = None, index: Index = 0
+    ) -> Tensor:
+        """As MultiHeadAttention.forward; rope [S, R / 2, 2], rows in chunks of C / H or K."""
+        heads, spec = self.config.n_head, self.spec
+        q, joint, x = self.project(x)
+        q = q.unflatten(-1, (heads, -1))  # [B, S, H, K + R]
+        q, q_rope = q.split([self.config.head_dim, spec.rope_dim], dim=-1)
+        latent, key = joint.split([spec.kv_rank, spec.rope_dim], dim=-1)
+        latent = self.kv_norm(latent)  # [B, S, C]
+        if not isinstance(self.latent_mixer, PassThrough):
+            chunks = latent.unflatten(-1, (heads, -1))  # [B, S, H, C / H]
+            latent = self.latent_mixer(x, chunks, rows).flatten(-2)
+        q_rope, key = rotate(q_rope, rope), rotate(key[:, :, None], rope)  # key [B, S, 1, R]
+        if cache is None:
+            out = self._unfolded(x, rows, torch.cat([q, q_rope], dim=-1), latent, key)
+        else:
+            joint = torch.cat([latent, key[:, :, 0]], dim=-1)
+            g_0, memory = (
+                None if part is None else part.transpose(1, 2)
+                for part in self.value_mixer.gate_and_memory(x, rows)
+            )
+            entries = cache.update(index, joint, g_0, memory)
+            out = self._absorbed(q, q_rope, cache.mask(index), *entries)
+        return self.wo(out.flatten(-2))
+
+    def _unfolded(self, x: Tensor, rows: Rows, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
+        """Keys and values of every head: q [B, S, H, K + R], latent [B, S, C] -> [B, S, H, K]."""
+        k, v = self.wkv_up(latent).unflatten(-1, (self.config.n_head, 2, -1)).unbind(-2)
+        v = self.value_mixer(x, v, rows)
+        k = torch.cat([k, key.to(k.dtype).expand(-1, -1, self.config.n_head, -1)], dim=-1)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K + R or K]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    def _absorbed(
+        self, q: Tensor, q_rope: Tensor, mask: Tensor | None,
+        joint: Tensor, g_0: Tensor | None, memory: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """q [B, 1, H, K], q_rope [B, 1, H, R] and the cache's entries -> [B, 1, H, K]."""
+        up = self.wkv_up.weight.unflatten(0, (self.config.n_head, 2, -1))  # [H, 2, K, C]
+        up_k, up_v = up.unbind(1)
+        q = torch.cat([torch.einsum("bshk,hkc->bshc", q, up_k), q_rope], dim=-1)
+        scores = torch.einsum("bshc,blc->bhsl", q, joint)
+        scores = scores / math.sqrt(self.config.head_dim + self.spec.rope_dim)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=wide).to(joint.dtype)  # [B, H, 1, L]
+        gated = weights if g_0 is None else weights * g_0.transpose(-2, -1)
+        latent = torch.einsum("bhsl,blc->bshc", gated, joint[..., : self.spec.kv_rank])
+        out = torch.einsum("bshc,hkc->bshk", latent, up_v)
+        if memory is not None:
+            out = out + torch.einsum("bhsl,bhlk->bshk", weights, memory)
+        return out
 
 
 ATTENTIONS: dict[str, Any] = {"mha": MultiHeadAttention, "mla": MultiHeadLatentAttention}

@@ -20,23 +20,22 @@ from moveimg.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs.
+    """The cost of one model; bytes are those of the cache's and the bank's number type.
 
     Attributes:
         parameters: all of them; backbone, embeddings, router and bank add up to it.
-        active: those that a code's position uses: a row of each table looked up by code, the
-            chosen experts, the rows that product keys find.
+        active: those used per code: a row of each table looked up by code, the chosen experts,
+            the rows that product keys find.
         backbone, embeddings, router, bank: blocks, norms and head; label and code tables;
             gates' W_G; value memory.
         flops_per_token: of a forward pass, averaged over the T positions of an image.
-        router_share: part of those spent on gates (MoVE's and LaVE's routers), 2 D H (gates a
-            head) a token and layer.
+        router_share: the gates' share of it, 2 D H (gates per head) per token and layer.
         flops_per_image: of generating T codes with the cache, without guidance, which doubles it.
-        cache_bytes_per_token: kept for a position while generating, all layers.
-        mha_cache_bytes_per_token: the same for plain multi-head attention of the same size.
-        bank_bytes_per_token: of the value memory, looked up for a position, once for all layers.
-        bank_bytes_per_layer: of those, read for a position by each layer, first to last: its slots.
-        table_bytes_per_layer: read for a position by each layer: the rows its product keys find.
+        cache_bytes_per_token: kept per position while generating, all layers.
+        mha_cache_bytes_per_token: the same for multi-head attention of the same size.
+        bank_bytes_per_token: of value memory gathered per position, once for all layers.
+        bank_bytes_per_layer: of those, the bytes that each layer reads.
+        table_bytes_per_layer: read per position by each layer from rows that product keys find.
         seq_len: T.
     """
 
@@ -69,72 +68,38 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
 
 def cost_of(model: Transformer, dtype: torch.dtype = torch.float32) -> Cost:
     """The cost of a model, which may be on the meta device."""
-    config, length = model.config, model.config.seq_len
-    parts = count_parameters(model)
+    config, length, memory = model.config, model.config.seq_len, model.memory
     context = (length + 1) / 2  # position t attends to t + 1
     flops = token_flops(model, context)
-    mixers = [m for m in model.modules() if isinstance(m, GatedMixer)]
-    router = sum(token_flops(mixer.router, 0) for mixer in mixers)
-    bank = model.memory
-    bank_width = bank.slots * bank.value_width if isinstance(bank, ValueBank) else 0
+    router = sum(token_flops(m.router, 0) for m in model.modules() if isinstance(m, GatedMixer))
+    bank = memory.slots * memory.value_width if isinstance(memory, ValueBank) else 0
     caches = [layer.make_cache(1, length, model.norm.weight) for layer in model.attentions()]
-    cached = sum(cache.numel_per_token() for cache in caches)
-    reads = [table_reads(layer) for layer in model.layers]
-    slots = [mixer_reads(layer) for layer in model.layers]
+    bank_reads, table_reads = [], []
+    for layer in model.layers:
+        readers: list[Any] = [m for m in layer.modules() if hasattr(m, "table_reads")]
+        mixers = [m for m in readers if isinstance(m, GatedMixer)]
+        bank_reads.append(sum(m.table_reads() for m in mixers) * dtype.itemsize)
+        all_reads = sum(m.table_reads() for m in readers) * dtype.itemsize
+        table_reads.append(all_reads - bank_reads[-1])
     return Cost(
-        parameters=sum(parts.values()),
+        parameters=sum(p.numel() for p in model.parameters()),
         active=active_parameters(model),
-        **parts,
+        **count_parameters(model),
         flops_per_token=flops,
         router_share=router / flops,
         flops_per_image=token_flops(model, context, decoding=True) * length,
-        cache_bytes_per_token=cached * dtype.itemsize,
+        cache_bytes_per_token=sum(c.numel_per_token() for c in caches) * dtype.itemsize,
         mha_cache_bytes_per_token=2 * config.n_layer * config.width * dtype.itemsize,
-        bank_bytes_per_token=bank_width * dtype.itemsize,
-        bank_bytes_per_layer=tuple(n * dtype.itemsize for n in slots),
-        table_bytes_per_layer=tuple(
-            (both - n) * dtype.itemsize for both, n in zip(reads, slots, strict=True)
-        ),
+        bank_bytes_per_token=bank * dtype.itemsize,
+        bank_bytes_per_layer=tuple(bank_reads),
+        table_bytes_per_layer=tuple(table_reads),
         seq_len=length,
     )
 
 
-def describe_cost(cost: Cost, dtype: str) -> str:
-    """The cost as lines for people."""
-    parts = {key: getattr(cost, key) for key in ("backbone", "embeddings", "router", "bank")}
-    lines = [f"parameters            {cost.parameters:>15,}"]
-    lines += [f"  {part:<20}{count:>15,}" for part, count in parts.items()]
-    lines.append(f"  active a token      {cost.active:>15,}")
-    cache = dtype
-    if cost.cache_bytes_per_token != cost.mha_cache_bytes_per_token:
-        cache = f"{dtype}; with MHA {cost.mha_cache_bytes_per_token:,}"
-    router = f"router {cost.router_share:.2%} of FLOPs"
-    lines += [
-        f"FLOPs a token         {cost.flops_per_token:>15,.0f}  ({router})",
-        f"FLOPs an image        {cost.flops_per_image:>15,.0f}  ({cost.seq_len} codes, unguided)",
-        f"cache bytes a token   {cost.cache_bytes_per_token:>15,}  ({cache})",
-        f"bank bytes a token    {cost.bank_bytes_per_token:>15,}  ({dtype}, one look-up a pass)",
-        f"  read by a layer     {max(cost.bank_bytes_per_layer):>15,}  "
-        f"({_readers(cost.bank_bytes_per_layer)})",
-    ]
-    if any(cost.table_bytes_per_layer):
-        lines += [
-            f"product-key bytes     {sum(cost.table_bytes_per_layer):>15,}  "
-            f"({dtype}, rows that a token finds)",
-            f"  read by a layer     {max(cost.table_bytes_per_layer):>15,}  "
-            f"({_readers(cost.table_bytes_per_layer)})",
-        ]
-    return "\n".join(lines)
-
-
-def _readers(by_layer: tuple[int, ...]) -> str:
-    """`6 of 12 layers`: those that read anything."""
-    return f"{sum(size > 0 for size in by_layer)} of {len(by_layer)} layers"
-
-
 def count_parameters(model: Transformer) -> dict[str, int]:
-    """Parameters by part."""
-    parts = {"backbone": 0, "embeddings": 0, "router": 0, "bank": 0}
+    """The number of parameters by part (see Cost)."""
+    counts = {"backbone": 0, "embeddings": 0, "router": 0, "bank": 0}
     for name, parameter in model.named_parameters():
         part = "backbone"
         if name.startswith("memory."):
@@ -143,49 +108,66 @@ def count_parameters(model: Transformer) -> dict[str, int]:
             part = "router"
         elif name.startswith(("label_embedding.", "code_embedding.")):
             part = "embeddings"
-        parts[part] += parameter.numel()
-    return parts
+        counts[part] += parameter.numel()
+    return counts
 
 
 def active_parameters(model: Transformer) -> int:
-    """Parameters that a code's position uses (see Cost.active).
+    """Parameters used per code (see Cost.active).
 
-    A module that uses only some of its own says how many in a method `active_own()`.
+    A module that uses only some of its own returns their number from a method `active_own()`.
     """
-    unread = {id(model.label_embedding), id(getattr(model.memory, "class_bank", None))}
 
     def active(module: nn.Module) -> int:
-        if id(module) in unread:  # rows of labels, which stand at no code's position
-            return 0
+        if module in (model.label_embedding, getattr(model.memory, "class_bank", None)):
+            return 0  # no code reads them
         if isinstance(module, nn.Embedding):
             return module.embedding_dim
         own = sum(p.numel() for p in module.parameters(recurse=False))
-        own = getattr(module, "active_own", lambda: own)()
-        return own + sum(active(child) for child in module.children())
+        return getattr(module, "active_own", lambda: own)()
 
-    return active(model)
-
-
-def table_reads(module: nn.Module) -> int:
-    """Numbers read from tables for a token, by every module that says so in `table_reads()`."""
-    own = getattr(module, "table_reads", lambda: 0)()
-    return own + sum(table_reads(child) for child in module.children())
-
-
-def mixer_reads(module: nn.Module) -> int:
-    """Those of them that are slots of the value memory."""
-    return sum(m.table_reads() for m in module.modules() if isinstance(m, GatedMixer))
+    return sum(active(module) for module in model.modules())
 
 
 def token_flops(module: nn.Module, context: float, decoding: bool = False) -> float:
-    """FLOPs of a token through `module` when attention sees `context` positions on average.
+    """FLOPs per token through `module` when attention sees `context` positions on average.
 
-    A linear layer takes 2 FLOPs a weight. A module whose own products are not linear layers says
-    so in a method `own_flops(context)`, or, where decoding with the cache takes another way, for
-    that in `decoding_flops(context)`.
+    A linear layer takes 2 FLOPs per weight. A module with other products returns their FLOPs from a
+    method `own_flops(context)`, or, where cached decoding differs, `decoding_flops(context)`.
     """
-    own_flops = getattr(module, "own_flops", lambda _: 0.0)
-    own = (getattr(module, "decoding_flops", own_flops) if decoding else own_flops)(context)
-    if isinstance(module, nn.Linear):
-        own += 2.0 * module.weight.numel()
-    return own + sum(token_flops(child, context, decoding) for child in module.children())
+
+    def own(module: nn.Module) -> float:
+        if isinstance(module, nn.Linear):
+            return 2.0 * module.weight.numel()
+        flops = getattr(module, "own_flops", lambda _: 0.0)
+        return (getattr(module, "decoding_flops", flops) if decoding else flops)(context)
+
+    return sum(own(m) for m in module.modules())
+
+
+def describe_cost(cost: Cost, dtype: str) -> str:
+    """The cost as text for people."""
+    cache = dtype
+    if cost.cache_bytes_per_token != cost.mha_cache_bytes_per_token:
+        cache = f"{dtype}; with MHA {cost.mha_cache_bytes_per_token:,}"
+    rows: list[tuple[str, float, str]] = [("parameters", cost.parameters, "")]
+    rows += [(f"  {p}", getattr(cost, p), "") for p in ("backbone", "embeddings", "router", "bank")]
+    rows += [
+        ("  active per token", cost.active, ""),
+        ("FLOPs per token", cost.flops_per_token, f"router {cost.router_share:.2%} of FLOPs"),
+        ("FLOPs per image", cost.flops_per_image, f"{cost.seq_len} codes, unguided"),
+        ("cache bytes per token", cost.cache_bytes_per_token, cache),
+        ("bank bytes per token", cost.bank_bytes_per_token, f"{dtype}, gathered once per pass"),
+        ("  read by a layer", *_layers(cost.bank_bytes_per_layer)),
+    ]
+    if any(cost.table_bytes_per_layer):
+        total = sum(cost.table_bytes_per_layer)
+        rows.append(("product-key bytes", total, f"{dtype}, rows found per token"))
+        rows.append(("  read by a layer", *_layers(cost.table_bytes_per_layer)))
+    return "\n".join(
+        f"{name:<22}{value:>15,.0f}" + (f"  ({note})" if note else "") for name, value, note in rows
+    )
+
+
+def _layers(by_layer: tuple[int, ...]) -> tuple[int, str]:
+    return max(by_layer), f"{sum(size > 0 for size in by_layer)} of {len(by_layer)} layers"

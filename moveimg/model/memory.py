@@ -2,15 +2,14 @@
 
     B batch   S positions   D width   H heads   K width of a head   M slots   V codebook size
 
-The transformer owns one memory and gathers its rows once per forward pass; each attention layer
-holds a mixer made by that memory and calls `v = mixer(x, v, rows)`. Where the memory is mixed in
-depends on the attention: a memory names the `sites` it can be injected at, best first, and the
-first that the attention offers is used. MHA offers its values; MLA its compressed latent as well,
-where v [B, S, H, K] is the latent cut into H chunks. Rows are [B, S, H, M, K]: contiguous per head.
+The transformer owns one memory and gathers its rows once per forward pass, [B, S, H, M, K], for
+all layers. Each attention layer holds a mixer made by the memory: `v = mixer(x, v, rows)`. A memory
+lists the `sites` where it can be mixed in, best first; the attention offers some of them. MHA has
+its values; MLA also its compressed latent, where v [B, S, H, K] is the latent in H chunks.
 
 MoVE (arXiv 2601.22887): M_t = E[w_t], gates g = 2 sigmoid(x W_G) in (0, 2), and for head h
 V = g_0 V + sum_i g_i M_i. W_G starts at zero, where every gate is 1. LaVE is the same sum with
-a table per chosen layer, one slot, and by default no g_0.
+one slot of its own for each chosen layer and, by default, no g_0.
 """
 
 from __future__ import annotations
@@ -25,20 +24,19 @@ from torch import Tensor, nn
 
 from moveimg.config.model import LaVEConfig, ModelConfig, MoVEConfig, NoMemoryConfig, pick_layers
 
-# Gates below the first count as closed, gates above the second as fully open.
+# A gate below the first counts as closed, one above the second as fully open.
 NEAR_ZERO, NEAR_TWO = 0.1, 1.9
 
 Rows = Tensor | None
 
 
 class PassThrough(nn.Module):
-    """The mixer of a layer without memory: it returns v unchanged."""
+    """The mixer of a layer without memory: returns v."""
 
     value_width = 0
     gate_standard = False
 
-    def parts(self, x: Tensor, rows: Rows) -> tuple[None, None]:
-        """No gate and no rows."""
+    def gate_and_memory(self, x: Tensor, rows: Rows) -> tuple[None, None]:
         return None, None
 
     def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
@@ -50,8 +48,8 @@ class GatedMixer(nn.Module):
 
     Args:
         config: the transformer's config; gates are computed from its hidden state, for H heads.
-        value_width: H * K, of v and of the rows, which are cut into H chunks.
-        slots: which slots of the looked-up rows this layer reads.
+        value_width: H * K, the width of v and of a row.
+        slots: the slots of the gathered rows that this layer reads.
         gate_standard: whether v has a gate (g_0) of its own.
     """
 
@@ -64,16 +62,9 @@ class GatedMixer(nn.Module):
         n_gates = config.n_head * (len(slots) + gate_standard)
         self.router = nn.Linear(config.width, n_gates, bias=False)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x [B, S, D] -> x W_G [B, S, H, M], or [B, S, H, 1 + M] with g_0 first if v is gated."""
-        return self.router(x).unflatten(-1, (self.n_head, -1))
-
-    def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """x [B, S, D] -> g_0 [B, S, H, 1] (None where ungated) and g_1.. [B, S, H, M]."""
-        gates = 2 * torch.sigmoid(self.logits(x))
-        if not self.gate_standard:
-            return None, gates
-        return gates[..., :1], gates[..., 1:]
+    def init_weights(self) -> None:
+        """W_G = 0: every gate starts at 1 (the paper)."""
+        nn.init.zeros_(self.router.weight)
 
     def own_flops(self, context: float) -> float:
         """The weighted sum of M rows of `value_width`."""
@@ -83,28 +74,24 @@ class GatedMixer(nn.Module):
         """Numbers of the memory read per token."""
         return len(self.slots) * self.value_width
 
-    def init_weights(self) -> None:
-        """W_G = 0: every gate starts at 1 (the paper)."""
-        nn.init.zeros_(self.router.weight)
+    def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """x [B, S, D] -> g_0 [B, S, H, 1] (None where ungated) and g_1.. [B, S, H, M]."""
+        gates = 2 * torch.sigmoid(self.router(x).unflatten(-1, (self.n_head, -1)))
+        return (gates[..., :1], gates[..., 1:]) if self.gate_standard else (None, gates)
 
-    def parts(self, x: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor]:
-        """The factor of v and the term added to it, which do not depend on v.
-
-        x [B, S, D], rows [B, S, H, all slots, K] -> g_0 [B, S, H, 1] or None, and the weighted sum
-        of this layer's rows [B, S, H, K].
-        """
+    def gate_and_memory(self, x: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor]:
+        """g_0 [B, S, H, 1] or None, and the weighted sum of this layer's rows [B, S, H, K]."""
         if rows is None:
-            raise ValueError("this layer mixes value memory into V and got no rows")
-        g_0, g_i = self.gates(x)  # [B, S, H, 1], [B, S, H, M]
+            raise ValueError("this layer mixes value memory into V and received no rows")
+        g_0, g_i = self.gates(x)
         if rows.shape[-2] != len(self.slots):
             rows = rows[..., self.slots.start : self.slots.stop, :]
-        rows = rows.to(g_i.dtype)  # [B, S, H, M, K]
-        # Not a matrix product: with one row a head, that takes several times as long.
-        return g_0, (g_i[..., None] * rows).sum(dim=-2)
+        # Not a matrix product, which takes twice as long at one position.
+        return g_0, (g_i[..., None] * rows.to(g_i.dtype)).sum(dim=-2)
 
     def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """x [B, S, D], v [B, S, H, K], rows [B, S, H, all slots, K] -> v [B, S, H, K]."""
-        g_0, memory = self.parts(x, rows)
+        g_0, memory = self.gate_and_memory(x, rows)
         memory = memory.to(v.dtype)
         return memory + v if g_0 is None else torch.addcmul(memory, g_0.to(v.dtype), v)
 
@@ -113,32 +100,31 @@ Mixer = PassThrough | GatedMixer
 
 
 class NoMemory(nn.Module):
-    """No table and no rows."""
+    """The memory of the standard transformer: no table and no rows."""
 
     sites = ("value",)
 
     def __init__(self, config: ModelConfig, spec: NoMemoryConfig, value_width: int) -> None:
         super().__init__()
-        self.n_layer = config.n_layer
 
     def mixer(self, layer: int) -> Mixer:
         return PassThrough()
 
-    def rows(self, labels: Tensor | None, codes: Tensor | None) -> None:
-        """No rows."""
+    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Rows:
+        return None
 
 
 class ValueBank(nn.Module):
-    """A table of `slots` value vectors per code, and optionally as many per class.
+    """A table of `slots` value vectors per code and, optionally, as many per class.
 
-    Row c of the table belongs to code c: inspection and upcycling count on it.
+    Row c of the table belongs to code c: inspection and upcycling rely on it.
 
     Args:
         config: the transformer's config.
-        spec: the memory's; with `class_rows`, classes (the null label included) have rows as
-            codes do; without, the class token's rows are zero, since it has no code.
-        reads: of each layer, the slots it reads, or None.
-        slots: value vectors of `value_width` per code, over all layers.
+        spec: the memory's settings. With `class_rows`, classes (the null label included) have rows
+            as codes do; without, the rows of the class token are zero.
+        reads: for each layer, the slots it reads, or None.
+        slots: value vectors of `value_width` per code.
         value_width: H * K, the width of the values mixed into.
 
     Raises ValueError where `value_width` cannot be cut into H heads.
@@ -153,7 +139,7 @@ class ValueBank(nn.Module):
         super().__init__()
         if value_width % config.n_head:
             raise ValueError(
-                f"value memory of width {value_width} over {config.n_head} heads: must be a "
+                f"value memory of width {value_width} over {config.n_head} heads: expected a "
                 "multiple of n_head (each head mixes its own chunk)"
             )
         self.config, self.spec, self.reads = config, spec, reads
@@ -164,44 +150,36 @@ class ValueBank(nn.Module):
         )
 
     def mixer(self, layer: int) -> Mixer:
+        """The mixer of a layer, which reads the layer's slots."""
         slots = self.reads[layer]
         if slots is None:
             return PassThrough()
         return GatedMixer(self.config, self.value_width, slots, self.spec.gate_standard)
 
     def rows(self, labels: Tensor | None, codes: Tensor | None) -> Tensor:
-        """The rows of every position, [B, S or 1 + S, H, slots, K], gathered once for all layers.
+        """Gather the rows of all layers, [B, S or 1 + S, H, slots, K]; M_t = E[w_t].
 
-        labels [B] for the class token's position, codes [B, S] for those after it; either can be
-        left out.
+        labels [B] for the position of the class token, codes [B, S] for those after it; one of the
+        two may be None. Under autocast the rows are cast here, once for all layers, and the layers'
+        gradients add up in that type.
         """
-        rows = [] if labels is None else [self.class_rows(labels)]
-        rows += [] if codes is None else [self.code_rows(codes)]
-        device = self.bank.weight.device.type
-        if torch.is_autocast_enabled(device):  # once here: a cast per layer would be kept per layer
-            rows = [part.to(torch.get_autocast_dtype(device)) for part in rows]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-
-    def class_rows(self, labels: Tensor) -> Tensor:
-        """labels [B] -> rows of the class token [B, 1, H, slots, K]."""
-        if self.class_bank is None:
-            heads = self.config.n_head
-            shape = (len(labels), 1, heads, self.slots, self.value_width // heads)
-            return torch.zeros(shape, dtype=self.bank.weight.dtype, device=labels.device)
-        return self._by_head(self.class_bank(labels)[:, None])
-
-    def code_rows(self, codes: Tensor) -> Tensor:
-        """codes [B, S] -> rows [B, S, H, slots, K]: M_t = E[w_t]."""
-        return self._by_head(self.bank(codes))
-
-    def _by_head(self, rows: Tensor) -> Tensor:
-        """Stored order [B, S, slots * H * K] -> [B, S, H, slots, K]."""
-        rows = rows.unflatten(-1, (self.slots, self.config.n_head, -1))
-        return rows.transpose(2, 3).contiguous()
+        rows = []
+        if labels is not None and self.class_bank is not None:
+            rows.append(self.class_bank(labels)[:, None])
+        elif labels is not None:
+            rows.append(self.bank.weight.new_zeros(len(labels), 1, self.bank.embedding_dim))
+        if codes is not None:
+            rows.append(self.bank(codes))
+        gathered = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        device = gathered.device.type
+        if torch.is_autocast_enabled(device) and gathered.dtype == torch.float32:
+            gathered = gathered.to(torch.get_autocast_dtype(device))
+        heads = gathered.unflatten(-1, (self.slots, self.config.n_head, -1))
+        return heads.transpose(2, 3).contiguous()  # once, so that no layer has to
 
 
 class LaVE(ValueBank):
-    """A table for each chosen layer, concatenated, so that one lookup serves all.
+    """A table for each chosen layer; all are slots of one bank, gathered together.
 
     On MLA it is added to the values after their up-projection (inferred; the paper is silent).
     """
@@ -236,13 +214,11 @@ MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}
 class Mixing:
     """What one layer mixes into its values, without the class token's position.
 
-    B batch   S positions   H heads   M slots   K width of a head
-
     Attributes:
         g_0: gate of the standard values [B, S, H, 1]; None where the layer has none.
         g_i: gates of the slots [B, S, H, M].
         values: the standard values before the gate [B, S, H, K].
-        rows: bank rows of the slots [B, S, H, M, K].
+        rows: bank rows of the layer's slots [B, S, H, M, K].
     """
 
     g_0: Tensor | None
@@ -253,28 +229,29 @@ class Mixing:
 
 def mixers_by_layer(model: nn.Module) -> dict[int, GatedMixer]:
     """The mixer of each layer that has value memory, by layer index (from 0)."""
-    found = {}
-    for layer, block in enumerate(model.layers):  # type: ignore[arg-type]
-        for module in block.modules():
-            if isinstance(module, GatedMixer):
-                found[layer] = module
-    return found
+    layers: Any = model.layers
+    return {
+        layer: module
+        for layer, block in enumerate(layers)
+        for module in block.modules()
+        if isinstance(module, GatedMixer)
+    }
 
 
 @contextmanager
 def record_mixing(model: nn.Module, record: Callable[[int, Mixing], None]) -> Iterator[None]:
     """Call `record(layer, mixing)` for each layer with memory, at every forward pass inside."""
 
-    def hook(layer: int) -> Callable[..., None]:
-        def gather(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
+    def make_hook(layer: int) -> Callable[..., None]:
+        def hook(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, v, rows = (part[:, 1:] for part in args)
             rows = rows[..., mixer.slots.start : mixer.slots.stop, :]
             record(layer, Mixing(*mixer.gates(x), v, rows))
 
-        return gather
+        return hook
 
     mixers = mixers_by_layer(model)
-    handles = [mixer.register_forward_pre_hook(hook(layer)) for layer, mixer in mixers.items()]
+    handles = [m.register_forward_pre_hook(make_hook(layer)) for layer, m in mixers.items()]
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """The class-conditional transformer (LlamaGen's decoder, arXiv 2406.06525) with value memory.
 
-B batch   S positions in this call   T codes in an image   D width   V codebook size
+B batch   S positions in this call   T codes in an image   D width   V codebook size   N rows
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from moveimg.config.model import ModelConfig, SlotConfig
-from moveimg.model.attention import ATTENTIONS, without_cudnn_sdpa
-from moveimg.model.cross_entropy import linear_cross_entropy
+from moveimg.model.attention import ATTENTIONS, Index, LayerCache, rope_2d
 from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
 from moveimg.model.memory import MEMORIES, Mixer, Rows
-from moveimg.model.rope import rope_2d
+
+CHUNK = 2**24  # logits computed at a time by the loss (64 MiB in float32), but at least one row
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind an RMS norm and added to the stream.
+    """Attention and feed-forward, each after an RMS norm and added to the residual stream.
 
     Args:
         config: the transformer's config.
@@ -42,52 +43,53 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, shared: nn.Module | None,
-        cache: Any = None,
+        cache: LayerCache | None = None, index: Index = 0,
     ) -> Tensor:  # fmt: skip
-        """x [B, S, D] -> [B, S, D]; `shared` is what the feed-forwards of all layers share."""
-        attended = self.attention(self.attention_norm(x), rows, rope, cache)
+        """x [B, S, D] -> [B, S, D]; `shared` is the module that the feed-forwards share."""
+        attended = self.attention(self.attention_norm(x), rows, rope, cache, index)
         x = x + self.resid_dropout(attended)
         return x + self.ffn_dropout(self.ffn(self.ffn_norm(x), shared))
 
 
-class Cache(nn.Module):
-    """State of decoding: each layer's cache, the rotation table, and the position.
+class Cache:
+    """The state of a decoding: the cache of each layer, rotations, and the position.
 
-    A static cache has its position in a tensor [1], too, which the layers index with.
+    Attributes:
+        position: of the next decoding step, 0..T-1.
+        index: the same for the layers' caches; a tensor [1] for static caches (see LayerCache).
     """
 
     def __init__(self, model: Transformer, batch: int, static: bool = False) -> None:
-        super().__init__()
         length = model.config.seq_len  # the class token and every code but the last
-        self.batch, self.position = batch, 0
         like = model.norm.weight  # the residual stream has its dtype and device
-        index = torch.zeros(1, dtype=torch.int64, device=like.device) if static else None
-        self.index = None if index is None else nn.Buffer(index)
-        self.layers = nn.ModuleList(
-            layer.make_cache(batch, length, like, self.index) for layer in model.attentions()
-        )
-        self.rope = nn.Buffer(model.rope()[:length])
+        self.batch, self.position = batch, 0
+        self.index: Index = torch.zeros(1, dtype=torch.int64, device=like.device) if static else 0
+        self.layers = [layer.make_cache(batch, length, like) for layer in model.attentions()]
+        self.rope = model.rope()[:length]
 
-    def reset(self) -> None:
-        """Empty the cache."""
-        self.position = 0
-        if self.index is not None:
-            self.index.zero_()
-        for layer in self.layers:
-            layer.filled = 0  # type: ignore[assignment]
+    def advance(self) -> None:
+        """Go to the next position."""
+        self.position += 1
+        self.index += 1  # in place where it is a tensor
+
+    def rope_at_index(self) -> Tensor:
+        """The rotation of the current position, [1, pairs, 2]."""
+        if isinstance(self.index, Tensor):
+            return self.rope.index_select(0, self.index)
+        return self.rope[self.index : self.index + 1]
 
 
 class Transformer(nn.Module):
     """logits = generator(codes, labels): the distribution of every code given those before it.
 
-    The class token comes before the first code, so T inputs (label, codes 0..T-2) predict
-    T codes. Dropout is all that differs between train and eval mode.
+    The class token stands before the first code, so T inputs (label, codes 0..T-2) predict
+    T codes. Train and eval mode differ in dropout alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # training: blocks keep their input, not their activations
+        self.checkpointing = False  # training: keep each block's input, recompute its activations
         sites = ATTENTIONS[config.attention.kind].sites(config)
         memory, ffn = MEMORIES[config.memory.kind], FEEDFORWARDS[config.ffn.kind]
         site = next(site for site in memory.sites if site in sites)
@@ -106,9 +108,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """LlamaGen's initialisation: matrices and tables N(0, 0.02), head and routers zero.
+        """LlamaGen's start: matrices and tables N(0, 0.02), the head zero; routers zero (MoVE).
 
-        Modules with weights of another kind set them in `init_weights`.
+        Modules with other initial values set them in `init_weights`.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -126,9 +128,9 @@ class Transformer(nn.Module):
         return [block.ffn for block in self.layers]  # type: ignore[misc]
 
     def auxiliary_loss(self) -> Tensor:
-        """The sum of the layers' auxiliary losses in the last pass in train mode, a scalar.
+        """The sum of the layers' auxiliary losses in the last forward pass in train mode, a scalar.
 
-        Zero where no layer has one. It can be read once, so that the model keeps no graph.
+        Zero where no layer has one. Each is returned once, so that no graph stays in the model.
         """
         total = torch.zeros((), device=self.norm.weight.device)
         for ffn in self.feedforwards():
@@ -143,7 +145,7 @@ class Transformer(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label of unconditional generation: C, after the classes 0..C-1."""
+        """The label of guidance's unconditional pass (C, after the classes 0..C-1)."""
         return self.config.n_classes
 
     def rope(self) -> Tensor:
@@ -158,11 +160,11 @@ class Transformer(nn.Module):
         """Teacher forcing: codes int64 [B, T], labels int64 [B] -> logits [B, T, V].
 
         `logits[:, t]` predicts `codes[:, t]` from the label and `codes[:, :t]`; the last code
-        is not looked at. Raises ValueError for other shapes.
+        is not read. Raises ValueError for other shapes.
 
-        With `loss`: (mean cross-entropy in nats a code, share of codes that are the likeliest),
-        scalars, without ever holding all logits. It is here and not in a method of its own because
-        DDP and FSDP2 gather weights and gradients around this call alone.
+        With `loss`: (mean cross-entropy in nats per code, share of codes that are the likeliest),
+        scalars, without all logits in memory at once. This is not a method of its own because
+        DDP and FSDP2 gather weights and gradients around `forward` alone.
         """
         config = self.config
         if codes.shape != (len(labels), config.seq_len):
@@ -176,72 +178,145 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     def hidden(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """The normed stream before the output head, [B, T, D] (arguments as of forward)."""
+        """The normed residual stream before the output head, [B, T, D]."""
         before = codes[:, :-1]
         x = torch.cat([self.label_embedding(labels)[:, None], self.code_embedding(before)], dim=1)
-        return self.blocks(x, self.memory.rows(labels, before), self.rope()[: x.shape[1]])
-
-    def make_cache(self, batch: int) -> Cache:
-        """An empty cache for decoding `batch` sequences at once."""
-        return Cache(self, batch)
-
-    def start(self, labels: Tensor, cache: Cache) -> Tensor:
-        """First step of decoding: labels [B] -> logits of the first code [B, V]."""
-        if cache.position or cache.batch != len(labels):
-            raise ValueError(
-                f"start takes an empty cache for {len(labels)} labels, got one for "
-                f"{cache.batch} at position {cache.position}"
-            )
-        x = self.label_embedding(labels)[:, None]
-        return self._step(x, self.memory.rows(labels, None), cache)
-
-    def decode(self, codes: Tensor, cache: Cache) -> Tensor:
-        """Next step of decoding: the codes just drawn [B] -> logits of the next ones [B, V]."""
-        if not 0 < cache.position < self.config.seq_len:
-            raise ValueError(
-                f"decode at position {cache.position}: expected 1..{self.config.seq_len - 1}, "
-                "after start and before the last code"
-            )
-        x = self.code_embedding(codes[:, None])
-        return self._step(x, self.memory.rows(None, codes[:, None]), cache)
-
-    def _step(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
-        rope = cache.rope[cache.position : cache.position + 1]
-        with without_cudnn_sdpa(x.device):
-            x = self.blocks(x, rows, rope, cache)
-        cache.position += 1
-        return self.logits(x)[:, 0]
-
-    def blocks(self, x: Tensor, rows: Rows, rope: Tensor, cache: Cache | None = None) -> Tensor:
-        """Embedded inputs x [B, S, D] -> the normed residual stream [B, S, D]."""
-        x = self.token_dropout(x)
-        for index, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[index]
-            inputs = (x, rows, rope, self.shared_ffn, layer_cache)
-            if self.checkpointing and self.training:
-                context = _drop_recomputed_loss(block.ffn)
-                x = checkpoint(block, *inputs, use_reentrant=False, context_fn=context)
-            else:
-                x = block(*inputs)
-        return self.norm(x)
+        return self._blocks(x, self.memory.rows(labels, before), self.rope()[: x.shape[1]])
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed stream [B, S, D] -> logits [B, S, V], float32 (float64 in a float64 model)."""
         out = self.head(x)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
+    def make_cache(self, batch: int) -> Cache:
+        """An empty cache for decoding `batch` sequences together."""
+        return Cache(self, batch)
 
-def _drop_recomputed_loss(ffn: Any) -> Callable[[], tuple[Any, Any]]:
-    """For checkpoint: discard the auxiliary loss that a recomputed block leaves behind.
+    def start(self, labels: Tensor, cache: Cache) -> Tensor:
+        """First decoding step: labels [B] -> logits of the first code [B, V]."""
+        if cache.position or cache.batch != len(labels):
+            raise ValueError(
+                f"start expects an empty cache for {len(labels)} labels, got one for "
+                f"{cache.batch} at position {cache.position}"
+            )
+        x = self.label_embedding(labels)[:, None]
+        logits = self._step(x, self.memory.rows(labels, None), cache)
+        cache.advance()
+        return logits
 
-    Its graph would keep the recomputed activations until the next step.
+    def decode(self, codes: Tensor, cache: Cache) -> Tensor:
+        """Next decoding step: the codes just drawn [B] -> logits of the next ones [B, V]."""
+        if not 0 < cache.position < self.config.seq_len:
+            raise ValueError(
+                f"decode at position {cache.position}: expected 1..{self.config.seq_len - 1}, "
+                "after start and before the last code"
+            )
+        logits = self.decoding_step(codes, cache)
+        cache.advance()
+        return logits
+
+    def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
+        """`decode` without the check and without advancing the cache: tensor operations alone."""
+        x = self.code_embedding(codes[:, None])
+        return self._step(x, self.memory.rows(None, codes[:, None]), cache)
+
+    def _step(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
+        return self.logits(self._blocks(x, rows, cache.rope_at_index(), cache))[:, 0]
+
+    def _blocks(self, x: Tensor, rows: Rows, rope: Tensor, cache: Cache | None = None) -> Tensor:
+        x = self.token_dropout(x)
+        for layer, block in enumerate(self.layers):
+            if cache is not None:
+                x = block(x, rows, rope, self.shared_ffn, cache.layers[layer], cache.index)
+            elif self.checkpointing and self.training:
+                drop = _drop_recomputed_auxiliary(block.ffn)
+                inputs = (x, rows, rope, self.shared_ffn)
+                x = checkpoint(block, *inputs, use_reentrant=False, context_fn=drop)
+            else:
+                x = block(x, rows, rope, self.shared_ffn)
+        return self.norm(x)
+
+
+def _drop_recomputed_auxiliary(ffn: Any) -> Callable[[], tuple[Any, Any]]:
+    """For checkpoint: drop the auxiliary loss that recomputing a block in the backward pass makes.
+
+    Its graph would keep the block's recomputed activations until the next step: over all blocks, as
+    much memory as checkpointing saves.
     """
 
     @contextmanager
-    def recompute() -> Iterator[None]:
+    def recomputing() -> Iterator[None]:
         try:
             yield
         finally:
             ffn.auxiliary = None
 
-    return lambda: (nullcontext(), recompute())
+    return lambda: (nullcontext(), recomputing())
+
+
+# --- the loss, without all logits at once ----------------------------------------------------
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy in nats of the logits x W^T, and how often the target is likeliest.
+
+    Logits are the largest tensor of a training step. Here they are computed for CHUNK / V rows at a
+    time, together with the gradients of x and W, so the head still costs three matrix products.
+    Products use autocast's type where autocast is on; softmax, loss and the sum of W's gradient use
+    float32 (float64 for float64). The accuracy has no gradient, the loss no second derivative.
+
+    Args:
+        x: [N, D]; N at least 1.
+        weight: the head's [V, D].
+        targets: int64 [N] in 0..V-1.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    return _LinearCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """With p the softmax of a row and e its target's unit vector: dL/dlogits = (p - e) / N."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, train: bool
+    ) -> tuple[Tensor, Tensor]:
+        low, wide = weight.to(dtype), torch.promote_types(dtype, torch.float32)
+        for_x, for_weight = (train and needed for needed in ctx.needs_input_grad[:2])
+        grad_x = torch.empty_like(x) if for_x else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
+        loss, hits = (torch.zeros((), dtype=wide, device=x.device) for _ in range(2))
+        size = max(1, CHUNK // len(weight))
+        for rows, target, start in zip(
+            x.split(size), targets[:, None].split(size), range(0, len(x), size), strict=True
+        ):
+            rows = rows.to(dtype)
+            logits = (rows @ low.T).to(wide)
+            hits += (logits.argmax(dim=1, keepdim=True) == target).sum()
+            logits = logits.log_softmax(dim=1)
+            loss -= logits.gather(1, target).sum()
+            if for_x or for_weight:
+                ones = logits.new_ones(target.shape)
+                error = logits.exp_().scatter_add_(1, target, -ones).to(dtype)  # p - e
+                if grad_x is not None:
+                    grad_x[start : start + size] = error @ low
+                if grad_weight is not None:
+                    grad_weight += error.T @ rows
+                del error
+            del logits  # before those of the next chunk
+        accuracy = hits / len(x)
+        ctx.rows = len(x)
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.mark_non_differentiable(accuracy)
+        return loss / len(x), accuracy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad / ctx.rows
+        grad_x, grad_weight = (
+            None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors
+        )
+        return grad_x, grad_weight, None, None, None

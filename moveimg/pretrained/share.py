@@ -9,7 +9,7 @@ from typing import Any
 from moveimg.checkpoint import read_class_names, read_description, read_sampling
 from moveimg.errors import list_names
 from moveimg.files import read_json, read_text, write_json, write_text
-from moveimg.model.cost import model_cost
+from moveimg.model import model_cost
 from moveimg.pretrained.hub import MODEL_FILES, PUBLISHED, first_line
 
 CARD = "README.md"
@@ -18,7 +18,7 @@ LOCAL = {
     "out", "codes", "source", "tokenizer", "init_from",
     "reference", "extractor", "inception_weights",
 }  # fmt: skip
-PUBLIC = (None, "digits", *PUBLISHED)
+PUBLIC = (None, "digits", "fashion", *PUBLISHED)
 CARD_TEXT = """
 A class-conditional generator of images by discrete codes, for `moveimg`.
 

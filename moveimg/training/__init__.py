@@ -1,13 +1,11 @@
 """Training: one loop, a task for the generator and one for the tokenizer.
 
-loop.py         steps, schedule, EMA, validation, previews, resume; task.py: what it asks of a task
-distributed.py  processes, how a batch is cut and seeded, DDP and FSDP2
-checkpoints.py  what is kept of a run, written whole or not at all; record.py: what run it is
+loop.py         steps, schedule, EMA, validation, previews, resume; task.py: its interface to a task
+parallel.py     micro-batches and their seeds, DDP, FSDP2
+checkpoints.py  writing, verifying and pruning checkpoints; settings.py: refusing another run's
 optimizer.py    parameter groups, AdamW, Muon, the learning rate of a step
-watch.py        TensorBoard, Weights & Biases, the progress bar, gates, MFU
-generator.py    codes + labels -> cross-entropy; initial.py: what it starts from
-scoring.py      FID and its company of a few samples, now and then
+logging.py      TensorBoard, Weights & Biases, progress bar, gates, MFU
+generator.py    codes + labels -> cross-entropy; initial.py: the model at step 0
+scoring.py      FID and other scores of a few samples during training
 tokenizer.py    images -> reconstruction and codebook losses; adversary.py: the discriminator
-compare.py      several configs, several seeds -> runs; comparison*.py -> a table and plots
-budget.py       what a run will take: memory, hours, disk
 """

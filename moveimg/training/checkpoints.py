@@ -1,12 +1,12 @@
-"""Checkpoints of a run: written beside the training, whole or not at all, and checked when read.
+"""Checkpoints of a run: written in the background, complete or not at all, verified when read.
 
 training/checkpoints/step-0000500/
     .metadata, __0_0.distcp, ...   weights, average and optimizer (torch.distributed.checkpoint)
-    extra.pt                       what the task keeps beside them
+    extra.pt                       other state of the task, such as a discriminator
     checkpoint.json                step, times, scores; size and sha256 of every file; written last
 
 A checkpoint is written into a hidden folder and renamed, so a folder of that name is complete.
-It can be read by any number of processes, and by DDP what FSDP2 has written, and the reverse.
+Any number of processes can read it, with DDP or FSDP2 whichever wrote it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, Field
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
@@ -36,7 +37,7 @@ from moveimg.dist import World, print_rank0
 INDEX, EXTRA = "checkpoint.json", "extra.pt"
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
-# What torch's .metadata is made of; nothing here runs code of the file.
+# The names in torch's .metadata; none of them runs code of the file.
 ALLOWED_NAMES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
@@ -51,17 +52,18 @@ ALLOWED_NAMES = {
     "pathlib._local": {"PosixPath", "WindowsPath"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
+# Errors of torch's reader for a checkpoint of other tensors, or for a forged one.
+UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
 
-# of torch, about one process: it means what it says, and that is what is wanted
+# torch warns of a single process, which is intended here
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the newest `keep` and the best stay.
+    """Writes and reads the checkpoints in a folder; the newest `keep` and the best are kept.
 
-    Every process of a run makes one and calls its methods in the same order. What fails while a
-    checkpoint is written does not stop the training: it is told, and `finish` raises it if it was
-    the last one.
+    Every process of a run makes one and calls its methods in the same order. A checkpoint that
+    cannot be written gives a warning, and `finish` raises an error if it was the last one.
     """
 
     def __init__(self, directory: Path, keep: int, world: World) -> None:
@@ -84,13 +86,13 @@ class Checkpoints:
     def save(
         self, step: int, state: dict[str, Any], extra: dict[str, Any], about: dict[str, Any]
     ) -> None:
-        """Take a copy of the state and write it in the background.
+        """Copy the state, and write it in the background.
 
         Args:
             step: steps taken.
             state: nested dicts of tensors and DTensors, of torch's get_*_state_dict.
             extra: small plain data and tensors, the same in all processes.
-            about: plain data for checkpoint.json; `score`, if any, is what the best has least of.
+            about: plain data for checkpoint.json; the best checkpoint has the least `score`.
         """
         self.wait()
         self.failure = None
@@ -120,7 +122,7 @@ class Checkpoints:
         self.pending = self.writer.submit(self._seal, written, temporary, final, step, about)
 
     def wait(self) -> None:
-        """Until the checkpoint under way, if there is one, is written or has failed."""
+        """Wait until the current checkpoint, if any, is written or has failed."""
         if self.pending is not None:
             self.pending.result()
             self.pending = None
@@ -135,7 +137,7 @@ class Checkpoints:
     def _seal(
         self, written: Future, temporary: Path, final: Path, step: int, about: dict[str, Any]
     ) -> None:
-        """When the data is there: describe it, give it its name, remove what is not kept."""
+        """Add the index to the written data, rename the folder, remove old checkpoints."""
         try:
             written.result()
             if self.world.main:
@@ -174,60 +176,58 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the least score, if any checkpoint has one."""
-        scores = {}
-        for step, path in self.steps().items():
-            score = read_index(path).get("score")
-            if score is not None:
-                scores[step] = score
-        return min(scores, key=lambda step: scores[step]) if scores else None
+        indices = (read_index(path) for path in self.steps().values())
+        scored = [
+            (index["score"], index["step"]) for index in indices if index.get("score") is not None
+        ]
+        return min(scored)[1] if scored else None
 
     # --- reading ---------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Remove what a run that was killed has left half written."""
+        """Remove checkpoints that a killed run has left incomplete."""
         if self.world.main:
             for path in self.directory.glob(f".step-*{PARTIAL}"):
                 shutil.rmtree(path, ignore_errors=True)
         self.world.wait()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is intact; None where there is none at all.
+        """The newest intact checkpoint; None if there is no checkpoint.
 
-        Damaged ones are set aside under another name, and that is told. Raises ValueError where
-        all are damaged.
+        Damaged ones are renamed to step-N.damaged, with a warning. Raises ValueError if all are
+        damaged.
         """
-        found = None
-        if self.world.main:
-            found = self._newest()
-        chosen = self.world.from_main(found)
-        if isinstance(chosen, str):
-            raise ValueError(chosen)
+        intact: list[Path | None] = []
+        self.world.run_first(lambda: intact.append(self._newest()))
+        chosen = self.world.from_main(intact[0] if intact else None)
         assert chosen is None or isinstance(chosen, Path)
         return chosen
 
-    def _newest(self) -> Path | str | None:
-        """As newest, but for the error, which is returned as its message."""
-        problems: list[tuple[Path, str]] = []
+    def _newest(self) -> Path | None:
+        damaged: list[tuple[Path, str]] = []
         for path in reversed(self.steps().values()):
-            if (problem := damage(path)) is None:
-                for number, (bad, what) in enumerate(problems):
-                    aside = bad.with_name(f"{bad.name}.damaged")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    bad.rename(aside)
-                    before = path if number == len(problems) - 1 else problems[number + 1][0]
-                    print_rank0(f"warning: {bad}: {what}; set aside, going back to {before.name}")
-                return path
-            problems.append((path, problem))
-        if problems:
-            path, problem = problems[0]
-            many = f" (and {len(problems) - 1} before it)" if len(problems) > 1 else ""
-            return f"{path}{many}: damaged checkpoint ({problem}); start again with --restart"
+            if (problem := find_damage(path)) is not None:
+                damaged.append((path, problem))
+                continue
+            for bad, what in damaged:
+                aside = bad.with_name(f"{bad.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+                print_rank0(f"warning: {bad}: {what}; set aside, going back to {path.name}")
+            return path
+        if damaged:
+            path, problem = damaged[0]
+            more = f" (and {len(damaged) - 1} before it)" if len(damaged) > 1 else ""
+            raise ValueError(
+                f"{path}{more}: damaged checkpoint ({problem}); start again with --restart"
+            )
         return None
 
     def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Fill `state` from an intact checkpoint; return its extra data and its index.
 
-        Raises ValueError where it holds other tensors than `state`.
+        Raises ValueError for a checkpoint of other tensors, or with more than tensors and plain
+        data.
         """
         try:
             dcp.load(
@@ -237,17 +237,17 @@ class Checkpoints:
                 process_group=self.group,
                 no_dist=self.group is None,
             )
-            # Optimizers keep their counts of steps on the CPU, the others are moved by who reads.
+            # Optimizers keep their step counts on the CPU; the task moves its tensors itself.
             extra = torch.load(path / EXTRA, map_location="cpu", weights_only=True)
-        except (dcp.CheckpointException, RuntimeError, KeyError) as error:
-            raise ValueError(f"{path}: does not fit this run ({reason(error)})") from None
         except pickle.UnpicklingError:
             raise ValueError(f"{path}: holds more than tensors and plain data; refused") from None
+        except (dcp.CheckpointException, *UNFIT) as error:
+            raise ValueError(f"{path}: does not fit this run ({reason(error)})") from None
         return extra, read_index(path)
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Reads a checkpoint's .metadata, which torch unpickles freely, by an allow-list."""
+    """Unpickles a checkpoint's .metadata by an allow-list; torch's reader would run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class or function of an allowed name. Raises UnpicklingError for others."""
@@ -257,7 +257,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 class RestrictedReader(dcp.FileSystemReader):
-    """A reader of distributed checkpoints that runs nothing of what they hold."""
+    """Reads a distributed checkpoint without running code of its .metadata."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         """The checkpoint's metadata, as FileSystemReader.read_metadata returns it."""
@@ -272,7 +272,7 @@ class RestrictedReader(dcp.FileSystemReader):
 
 
 class RestrictedPlanner(dcp.DefaultLoadPlanner):
-    """A planner that reads what is no tensor (rates, counts) with weights_only."""
+    """Reads the values of a checkpoint that are no tensors (rates, counts) by weights_only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put a value read from the checkpoint into the state."""
@@ -284,12 +284,25 @@ class RestrictedPlanner(dcp.DefaultLoadPlanner):
             self.state_dict[fqn] = loaded
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if they are what was written."""
+class Index(BaseModel):
+    """The contents of checkpoint.json."""
+
+    step: int = Field(ge=0, le=10**12)
+    seconds: float = 0.0
+    held_out: dict[str, float] = {}
+    validated: int | None = None
+    score: float | None = None
+    best: float | None = None
+    processes: int = 1
+    files: dict[str, tuple[int, str]] = Field(min_length=1)  # name -> bytes, sha256
+
+
+def find_damage(path: Path) -> str | None:
+    """The first difference of a checkpoint's files from those written; None if there is none."""
     index = read_index(path)
-    if not isinstance(files := index.get("files"), dict) or not files:
+    if not index or path.name != f"step-{index['step']:07d}":
         return f"{INDEX} cannot be read"
-    for name, (size, digest) in files.items():
+    for name, (size, digest) in index["files"].items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
@@ -307,23 +320,23 @@ def sealed(index: dict[str, Any]) -> str:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """What checkpoint.json of a checkpoint says; empty if it is not what was written."""
+    """The contents of a checkpoint's checkpoint.json; empty if it is damaged or ill-typed."""
     try:
         text = (path / INDEX).read_text(encoding="utf-8")
         index = json.loads(text)["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return Index.model_validate(index).model_dump() if sealed(index) == text else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return index if isinstance(index, dict) and sealed(index) == text else {}
 
 
 def reason(error: BaseException) -> str:
-    """The cause of an error on one line; of a CheckpointException, its first process's."""
+    """The cause of an error on one line; of a CheckpointException, that of its first process."""
     if isinstance(error, dcp.CheckpointException):
         return reason(next(iter(error.failures.values()))[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error.__context__, OSError):  # which torch's writer of archives buries
+    if isinstance(error.__context__, OSError):  # hidden by torch.save's writer of archives
         return reason(error.__context__)
     text = " ".join(str(error).split())[:200] or type(error).__name__
-    # of another process there is the text alone: that writer's, who missed bytes
+    # another process sends only the text of that writer's error
     return "not all bytes could be written: is the disk full?" if "unexpected pos" in text else text

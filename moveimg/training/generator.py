@@ -1,4 +1,4 @@
-"""Training a generator on packed codes: the cross-entropy of each code given those before it."""
+"""Training a generator on packed codes, by the cross-entropy of each code given earlier ones."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from moveimg.data import MANIFEST, Batches, PackedCodes, sha256_file
 from moveimg.dist import World
 from moveimg.files import lock
 from moveimg.images import labelled_grid, to_pil
-from moveimg.model import Transformer
-from moveimg.model.cost import model_cost
+from moveimg.model import Transformer, model_cost
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.initial import initial_model
+from moveimg.training.logging import gate_statistics, peak_flops
 from moveimg.training.loop import fit
-from moveimg.training.parallel import Plan, plan
-from moveimg.training.watch import gate_statistics, peak_flops
+from moveimg.training.parallel import Parallelism, choose_parallelism
 
 if TYPE_CHECKING:
     from moveimg.training.scoring import Scorer
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 10, 6
-WATCHED = 8  # images whose gates are looked at for a log line
+GATE_IMAGES = 8  # held-out images whose gates are logged
 
 
 class GeneratorTask:
@@ -44,10 +43,11 @@ class GeneratorTask:
         tokenizer: vq.AutoencoderTokenizer,
         train: PackedCodes,
         val: PackedCodes,
-        plan: Plan,
+        parallel: Parallelism,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.plan = config, model, tokenizer, plan
-        self.device = plan.world.device
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.parallel, self.world = parallel, parallel.world
+        self.device = self.world.device
         self.forward: nn.Module = model
         self.codes, self.val = train, val
         self.class_names = train.class_names
@@ -56,8 +56,8 @@ class GeneratorTask:
         self.scorer = self._scorer()
 
     def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        step, part = divmod(index, self.plan.parts)
-        codes, labels, _ = self.batches.batch(step, part, self.plan.parts)
+        step, part = divmod(index, self.parallel.parts)
+        codes, labels, _ = self.batches.batch(step, part, self.parallel.parts)
         codes, labels = codes.to(self.device), labels.to(self.device)
         dropped = torch.rand(len(labels), device=self.device) < self.config.class_dropout
         labels = labels.masked_fill(dropped, self.config_of_model.n_classes)
@@ -70,11 +70,11 @@ class GeneratorTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out loss in nats a code, over every image's first view, and accuracy.
+        """Held-out loss in nats per code and accuracy, over every image's first view.
 
-        The processes share the batches; all get the same numbers.
+        The processes share the batches; all return the same numbers.
         """
-        world, size, n = self.plan.world, self.config.batch_size, len(self.val)
+        world, size, n = self.world, self.config.batch_size, len(self.val)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(world.rank * size, n, world.size * size):
             indices = torch.arange(start, min(start + size, n))
@@ -86,7 +86,7 @@ class GeneratorTask:
         return {"loss": loss, "accuracy": accuracy}
 
     def preview(self, model: nn.Module) -> Image.Image:
-        """A grid of samples, a class a row, always from the same seeds."""
+        """A grid of samples, one row per class, always from the same seeds."""
         assert isinstance(model, Transformer)
         classes = list(range(min(PREVIEW_CLASSES, len(self.class_names))))
         labels = torch.tensor(classes, device=self.device).repeat_interleave(PREVIEW_COLUMNS)
@@ -97,7 +97,7 @@ class GeneratorTask:
         return labelled_grid(rows, [self.class_names[i] for i in classes])
 
     def scores(self, model: nn.Module) -> dict[str, float]:
-        """FID and its company of a few samples, by moveimg.evaluation."""
+        """FID and other scores of a few samples, by moveimg.evaluation."""
         assert self.scorer is not None and isinstance(model, Transformer)
         return self.scorer(model)
 
@@ -124,15 +124,15 @@ class GeneratorTask:
         return self.batches.batch(step)[2].tolist()
 
     def watch(self, images_per_second: float) -> dict[str, dict[str, float]]:
-        """Codes a second, the share of the device's peak that they take, and the gates.
+        """Tokens per second, MFU and gate statistics.
 
-        A trained code takes three forward passes' products: one, and two of the way back.
+        Training costs three times the matrix products of a forward pass: the backward pass has two.
         """
-        rate = images_per_second * codes_an_image(self.codes)
+        rate = images_per_second * self.config_of_model.seq_len
         flops = 3 * model_cost(self.config_of_model).flops_per_token * rate
-        peak = peak_flops(self.device, self.plan.dtype) * self.plan.world.size
+        peak = peak_flops(self.device, self.parallel.dtype) * self.world.size
         assert isinstance(self.model, Transformer)
-        gates = gate_statistics(self.model.eval(), self._read_some)
+        gates = gate_statistics(self.model.eval(), self._forward_some)
         return {"train": {"tokens_per_second": rate, "mfu": flops / peak}, "gates": gates}
 
     def _scorer(self) -> Scorer | None:
@@ -145,12 +145,12 @@ class GeneratorTask:
             self.config.sampling,
             self.tokenizer,
             self.config_of_model.grid,
-            self.plan.world,
+            self.world,
         )
 
-    def _read_some(self) -> None:
-        """A forward pass over some held-out images."""
-        count = min(len(self.val), WATCHED)  # spread over the split, whose images are by class
+    def _forward_some(self) -> None:
+        """Run the model over held-out images spread over the split, and so over its classes."""
+        count = min(len(self.val), GATE_IMAGES)
         indices = torch.linspace(0, len(self.val) - 1, count).round().long().numpy()
         codes, labels = self.val.get(indices, 0 * indices)
         self._loss(self.model, codes.to(self.device), labels.to(self.device))
@@ -161,27 +161,27 @@ class GeneratorTask:
         return self.model.config
 
     def _loss(self, model: nn.Module, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Nats a code and the share of codes foretold, both means over the batch."""
-        low = self.plan.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=self.plan.dtype, enabled=low):
+        """The mean loss in nats per code, and the share of codes predicted right."""
+        low = self.parallel.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=self.parallel.dtype, enabled=low):
             return model(codes, labels, loss=True)
 
 
 def train_generator(
     config: TrainConfig, world: World | torch.device, restart: bool = False
 ) -> dict:
-    """`moveimg train`: make a model directory at config.out. Returns the held-out scalars.
+    """Train a generator into a model directory at config.out; return the held-out scalars.
 
     Args:
         config: the run's settings.
-        world: the processes that share it, or the device of the only one.
-        restart: throw an earlier run in config.out away first.
+        world: the processes, or the device of a single one.
+        restart: delete an earlier run in config.out first, with the codes that it made.
 
-    Raises ValueError or FileNotFoundError for codes, a tokenizer or a model to start from that
-    are missing or do not belong together, or for a batch that the processes cannot share.
+    Raises ValueError or FileNotFoundError for codes, a tokenizer or an init_from that are missing
+    or do not belong together, or for a batch that the processes cannot share.
     """
     world = World(device=world) if isinstance(world, torch.device) else world
-    spreading = plan(config, world)
+    parallel = choose_parallelism(config, world)
     tokenizer = load_tokenizer(config.data.tokenizer, world.device)
     train, val = _open_codes(config, tokenizer, world, restart)
     for codes in (train, val):
@@ -189,31 +189,31 @@ def train_generator(
     torch.manual_seed(config.seed)
     settings = fit_to_codes(config.model, train)
     model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
-    task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, spreading)
-    return fit(task, config, world.device, restart, spreading)
+    task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
+    return fit(task, config, world.device, restart, parallel)
 
 
 def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
-    """Fill the codebook size, class count and grid that were left out of the config.
+    """The config with codebook size, class count and grid of the codes.
 
-    Raises ValueError where one was given and differs from the codes.
+    Raises ValueError if the config sets one of them to another value.
     """
-    found = {
+    needed = {
         "codebook_size": codes.codebook_size,
         "n_classes": len(codes.class_names),
         "grid": tuple(codes.grid),
     }
-    for key, value in found.items():
-        given = getattr(config, key)
-        if key in config.model_fields_set and given != value:
-            raise ValueError(f"model.{key} is {given}, but {codes.directory} has {value}")
-    return config.model_copy(update=found)
+    for key, value in needed.items():
+        chosen = getattr(config, key)
+        if key in config.model_fields_set and chosen != value:
+            raise ValueError(f"model.{key} is {chosen}, but {codes.directory} has {value}")
+    return config.model_copy(update=needed)
 
 
 def _open_codes(
     config: TrainConfig, tokenizer: vq.AutoencoderTokenizer, world: World, restart: bool
 ) -> tuple[PackedCodes, PackedCodes]:
-    """The train and val codes; made first, or anew, where the config names images."""
+    """The train and val codes; encoded first if the config names images."""
     directory = config.data.codes
     if directory is None:
         from moveimg.data import ChangedSettingsError, encode_splits
@@ -232,7 +232,3 @@ def _open_codes(
                 "--restart"
             ) from None
     return PackedCodes(directory / "train"), PackedCodes(directory / "val")
-
-
-def codes_an_image(codes: PackedCodes) -> int:
-    return codes.grid[0] * codes.grid[1]

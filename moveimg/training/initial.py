@@ -1,4 +1,4 @@
-"""The model a run starts from: a new one, or another model's weights."""
+"""The model at the start of a run: a new one, or one with another model's weights."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from moveimg.files import read_json
 from moveimg.model import GatedMixer, Transformer, ValueBank
 from moveimg.pipeline import resolve
 
-# Settings that hold no weights: a run has its own.
+# Settings that a run chooses itself: no shape depends on them but that of the label tables.
 FREE = ("token_dropout", "resid_dropout", "ffn_dropout", "n_classes")
-# Tables with a row a class, the null label's last.
+# Tables with one row per class; the last row is the null label's.
 LABEL_TABLES = ("label_embedding.weight", "memory.class_bank.weight")
 
 
 def initial_model(
     config: TrainConfig, model: ModelConfig, class_names: list[str], fingerprint: str
 ) -> Transformer:
-    """The model at step 0, with what does not learn frozen.
+    """The model at step 0; with `train: memory`, all but the memory is frozen.
 
     Args:
         config: the run's settings; config.init_from names the model to start from, if any.
-        model: config.model with what the codes say filled in.
+        model: config.model, completed by the codes.
         class_names: of the codes.
         fingerprint: of the tokenizer that made the codes.
 
     Raises:
         FileNotFoundError: there is no model at config.init_from.
-        ValueError: it has other settings than `model`, or another tokenizer; both are named. Or
-            only the memory is to learn and there is none, or the label table is new.
+        ValueError: its settings or tokenizer differ, or `train: memory` is impossible because there
+            is no memory or the label table is new.
     """
     if config.init_from is None:
         return Transformer(model)
@@ -68,9 +68,9 @@ def initial_model(
 def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> Transformer:
     """A model of `config` with the weights of a model directory.
 
-    Settings that `config` leaves out are the directory's. With another number of classes the
-    label table starts anew, N(0, 0.02), but for the null label's row; a message says so.
-    Raises ValueError naming both values where anything else differs.
+    Settings that `config` leaves out are adopted. For another number of classes a message says
+    that the label table is drawn from N(0, 0.02), except the null label's row.
+    Raises ValueError naming both values if another setting differs.
     """
     source = load_generator(directory)
     config = adopt(config, source.config, directory)
@@ -85,18 +85,18 @@ def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> 
         print_rank0(f"{directory} has {before} classes, the codes {now}: new label table")
     elif read_json(directory / "classes.json") != class_names:
         print_rank0(f"{directory} has classes of other names than the codes: label table kept")
-    expected, found = (
+    expected, actual = (
         {key: tuple(value.shape) for key, value in weights.items()}
         for weights in (model.state_dict(), state)
     )
-    check_shapes(expected, found, str(directory))
+    check_shapes(expected, actual, str(directory))
     model.load_state_dict(state, assign=True)
     break_symmetry(model)
     return model
 
 
 def adopt(config: ModelConfig, source: ModelConfig, directory: Path) -> ModelConfig:
-    """`config` with what it leaves out taken from `source`. ValueError where they differ."""
+    """`config` completed by the settings of `source`. Raises ValueError if they differ."""
     left_out = {
         key: getattr(source, key)
         for key in ModelConfig.model_fields
@@ -118,7 +118,7 @@ def adopt(config: ModelConfig, source: ModelConfig, directory: Path) -> ModelCon
 
 
 def freeze_backbone(model: Transformer) -> None:
-    """Leave gradients to the bank and the routers alone."""
+    """Switch off the gradients of all parameters except the bank and the routers."""
     model.requires_grad_(False)
     model.memory.requires_grad_(True)
     for module in model.modules():
@@ -128,11 +128,11 @@ def freeze_backbone(model: Transformer) -> None:
 
 @torch.no_grad()
 def break_symmetry(model: Transformer) -> None:
-    """Set the slots of a zero memory apart; the logits do not change in any bit.
+    """Initialise the routers of a zero-initialised value memory, without a change of the logits.
 
-    With a zero bank behind zero routers all slots of a code are one and the same: they get the
-    same gradient at every step, and M slots would learn what one can. So the routers' rows for
-    g_1.. start at N(0, 0.02), which no one hears while the bank is zero; those for g_0 stay zero.
+    With zero bank and routers, all slots of a code would get equal gradients at every step, and M
+    slots would learn no more than one. So the routers' rows for g_1.. are drawn from N(0, 0.02),
+    which has no effect while the bank is zero; those for g_0 stay zero.
     """
     memory = model.memory
     if not isinstance(memory, ValueBank) or memory.bank.weight.any():
@@ -147,7 +147,7 @@ def break_symmetry(model: Transformer) -> None:
 
 def _new_rows(table: Tensor, n_classes: int) -> Tensor:
     rows = torch.empty(n_classes + 1, table.shape[1], dtype=table.dtype).normal_(std=0.02)
-    rows[-1] = table[-1]  # the null label's: what no class says, which guidance starts from
+    rows[-1] = table[-1]  # the null label's, which does not depend on the classes
     return rows
 
 

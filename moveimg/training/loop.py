@@ -1,11 +1,12 @@
 """The training loop, the same for every task and any number of processes.
 
-A step is a function of (seed, step): its batch, its dropout and its learning rate follow from
-those two, so a run that was stopped and resumed computes what an uninterrupted one would have.
+The batch, the dropout and the learning rate of a step follow from (seed, step) alone, so a resumed
+run computes the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -29,15 +30,22 @@ from torch.distributed.checkpoint.state_dict import (
 from moveimg.config import RunConfig
 from moveimg.device import has_bfloat16, peak_memory
 from moveimg.dist import World, print_rank0
-from moveimg.files import lock, remove_temporaries
+from moveimg.files import lock, remove_temporaries, write_text
 from moveimg.training.checkpoints import Checkpoints, reason
+from moveimg.training.logging import RunLogger
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
-from moveimg.training.parallel import Plan, averaging, part_seed, spread, whole
-from moveimg.training.record import keep_record, non_finite
-from moveimg.training.task import Scored, Task, Watched
-from moveimg.training.watch import Journal
+from moveimg.training.parallel import (
+    Parallelism,
+    gather_full_model,
+    micro_batch_seed,
+    parallelize,
+    sync_gradients,
+)
+from moveimg.training.settings import check_or_write_settings
+from moveimg.training.task import Monitored, Task
 
-AGREE_EVERY = 10  # steps between questions whether to stop, where asking costs a synchronisation
+STOP_CHECK_EVERY = 10  # steps, where the ranks' check for a signal synchronises the GPUs
+SHOWN = 8  # image indices in an error line
 
 
 def fit(
@@ -45,55 +53,57 @@ def fit(
     config: RunConfig,
     device: torch.device,
     restart: bool = False,
-    plan: Plan | None = None,
+    parallel: Parallelism | None = None,
 ) -> dict:
-    """Train `task` for config.steps steps in config.out; continue there if a run was stopped.
+    """Train `task` up to config.steps steps in config.out, from its newest checkpoint if any.
 
-    SIGTERM and SIGINT (Ctrl-C) end it after the step under way, with a checkpoint and exit code 143
-    or 130; a second SIGINT ends it at once.
+    SIGTERM and SIGINT (Ctrl-C) end the run after the current step, with a checkpoint and exit code
+    143 or 130; a second SIGINT ends it at once.
 
     Args:
-        task: model (on `device`), loss and outputs.
+        task: the model (on `device`), its loss and its outputs.
         config: the run's settings.
-        device: where the model is.
-        restart: throw an earlier run in config.out away first.
-        plan: how it is spread over processes; left out: one process, one batch a step.
+        device: of the model.
+        restart: delete an earlier run in config.out first.
+        parallel: processes and micro-batches; by default one of each.
 
     Returns:
-        the last held-out scalars, with `seconds` of training so far.
+        the last held-out scalars, with `seconds` of training in all.
 
     Raises:
-        ValueError: config.out holds a run with other settings or other data, or damaged
-            checkpoints alone, or the loss is not finite.
+        ValueError: config.out holds a run of other settings or data, or only damaged checkpoints,
+            or is in use, or the loss is not finite.
         OSError: the last checkpoint could not be written.
     """
     with lock(config.out, "a training"):
-        run = Run(task, config, device, plan or Plan(World(device=device)))
+        run = Run(task, config, device, parallel or Parallelism(World(device=device)))
         run.open(restart)
-        with Journal(run.logs, config, run.step, run.world.main) as journal, catch_stop() as asked:
+        with RunLogger(run.logs, config, run.step, run.world.main) as logger, catch_stop() as asked:
             while run.step < config.steps:
                 scalars = run.advance()
-                journal.bar.update()
-                run.report(scalars, journal)
+                logger.bar.update()
+                run.report(scalars, logger)
                 if run.must_stop(bool(asked)):
                     number = asked[0] if asked else signal.SIGTERM
-                    run.stop(signal.Signals(number).name, journal)
+                    run.stop(signal.Signals(number).name, logger)
                     raise SystemExit(128 + number)
         return run.finish()
 
 
 class Run:
-    """A run's state: step, weights, their average, optimizers, and the files they live in."""
+    """The state of a run: step, weights, average, optimizers, checkpoints, held-out scores."""
 
-    def __init__(self, task: Task, config: RunConfig, device: torch.device, plan: Plan) -> None:
-        if plan.dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
+    def __init__(
+        self, task: Task, config: RunConfig, device: torch.device, parallel: Parallelism
+    ) -> None:
+        if parallel.dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
             print_rank0("warning: bfloat16 is slow on this CPU: --set dtype=float32 is faster")
         self.task, self.config, self.device = task, config, device
-        self.plan, self.world = plan, plan.world
+        self.parallel, self.world = parallel, parallel.world
         self.logs = config.out / "training"
         self.ema = ModelEmaV3(task.model, decay=config.ema, use_warmup=True) if config.ema else None
-        self.called = spread(task.model, None if self.ema is None else self.ema.module, plan)
-        task.forward = self.called
+        average = None if self.ema is None else self.ema.module
+        task.forward = parallelize(task.model, average, parallel)
         self.optimizers = make_optimizers(task.model, config.optimizer)
         self.checkpoints = Checkpoints(
             self.logs / "checkpoints", config.keep_checkpoints, self.world
@@ -101,7 +111,7 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         self.held_out: dict[str, float] = {}
-        self.validated: int | None = None  # the step that held_out is of
+        self.validated: int | None = None  # the step of held_out
         self.best: float | None = None
         self.saved: int | None = None
         self.logged = (0, 0.0)  # step and seconds of the last log line
@@ -110,77 +120,76 @@ class Run:
 
     @property
     def averaged(self) -> nn.Module:
-        """The weights that are validated, shown and exported."""
+        """The model that is validated and exported: the average, if there is one."""
         return self.task.model if self.ema is None else self.ema.module
 
     def advance(self) -> dict[str, Tensor]:
-        """One optimizer step; returns its scalars, still on the device."""
+        """Do one optimizer step; return its scalars, on the device."""
         begun = time.perf_counter()
-        config, model, mine = self.config, self.task.model, self.plan.mine
+        config, model, mine = self.config, self.task.model, self.parallel.mine
         model.train()
         rate = learning_rate(config.optimizer, self.step, config.steps)
         set_rate(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        found: list[dict[str, Tensor]] = []
+        scalars: list[dict[str, Tensor]] = []
         for part in mine:
-            torch.manual_seed(part_seed(config.seed, self.step, part))
-            with averaging(self.called, last=part == mine[-1]):
-                loss, scalars = self.task.loss(self.step * self.plan.parts + part)
+            torch.manual_seed(micro_batch_seed(config.seed, self.step, part))
+            with sync_gradients(self.task.forward, last=part == mine[-1]):
+                loss, more = self.task.loss(self.step * self.parallel.parts + part)
                 (loss / len(mine)).backward()
-            found.append({"loss": loss.detach(), **scalars})
+            scalars.append({"loss": loss.detach(), **more})
         norm = clip_gradients(self.optimizers, config.optimizer)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         if self.ema is not None:
             self.ema.update(model, step=self.step)
-        means = {key: torch.stack([x[key].float() for x in found]).mean() for key in found[0]}
-        # A gradient that is not finite has spoilt the weights already: no checkpoint may follow.
+        means = {key: torch.stack([x[key].float() for x in scalars]).mean() for key in scalars[0]}
+        # After a gradient that is not finite the weights are not, too: no checkpoint may follow.
         self.recent.append(torch.where(norm.isfinite(), means["loss"], torch.nan))
         self.seconds += time.perf_counter() - begun
         return {**means, "grad_norm": norm, "lr": torch.tensor(rate)}
 
-    def report(self, scalars: dict[str, Tensor], journal: Journal) -> None:
-        """Log, validate, preview and checkpoint, each when it is due."""
-        config = self.config
+    def report(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
+        """Log, validate, preview, score and checkpoint, each when it is due."""
+        config, task = self.config, self.task
         if self._due(config.log_every):
-            self._log(scalars, journal)
+            self._log(scalars, logger)
         every = (config.validate_every, config.preview_every, config.checkpoint_every)
         validate, preview, save = (self._due(steps) for steps in every)
-        often = self.task.score_every if isinstance(self.task, Scored) else 0
-        score = bool(often) and self._due(often)
+        score = isinstance(task, Monitored) and task.score_every and self._due(task.score_every)
         if not (validate or preview or save or score):
             return
-        model = whole(self.averaged)
+        model = gather_full_model(self.averaged)
         if validate:
-            self._validate(model, journal)
+            self._validate(model, logger)
         if preview:
-            self._preview(model, journal)
-        if score and isinstance(self.task, Scored):
-            journal.scalars("eval", self.task.scores(model), self.step)
+            self._preview(model, logger)
+        if score and isinstance(task, Monitored):
+            logger.scalars("eval", task.scores(model), self.step)
         if save:
             self.require_finite()
             self.save(model)
 
     def must_stop(self, asked: bool) -> bool:
-        """Whether any process was asked to stop; all get the same answer at the same step."""
-        if self.device.type == "cuda" and self.world.size > 1 and self.step % AGREE_EVERY:
+        """Whether any process has received a signal; the same in all processes at each step."""
+        if self.device.type == "cuda" and self.world.size > 1 and self.step % STOP_CHECK_EVERY:
             return False
         return self.world.any(asked)
 
-    def stop(self, reason: str, journal: Journal) -> None:
-        """Write a checkpoint of the step that was just done."""
+    def stop(self, signal_name: str, logger: RunLogger) -> None:
+        """Write a checkpoint of the current step."""
         self.require_finite()
-        self.save(whole(self.averaged))
+        self.save(gather_full_model(self.averaged))
         self.checkpoints.finish()
-        journal.message(f"stopped by {reason} at step {self.step}; the same command continues")
+        logger.message(f"stopped by {signal_name} at step {self.step}; the same command continues")
 
     def save(self, model: nn.Module) -> None:
-        """Export what the run makes so far, and begin to write a checkpoint.
+        """Export the model, and begin to write a checkpoint.
 
-        A full disk, or anything else that keeps them from being written, does not end the run:
-        what was there before stays, and `finish` raises if that is still so at the last step.
+        A failure to write, such as a full disk, does not end the run: earlier files stay, and
+        `finish` raises if the last write has failed.
         """
         if self.saved == self.step:
             return
@@ -198,11 +207,11 @@ class Run:
             "best": self.best,
             "processes": self.world.size,
         }
-        # After the model, so that a run never counts as finished before what it makes is there.
+        # After the model, so that a run with its last checkpoint always has its model.
         self.checkpoints.save(self.step, self.state(), self.task.extra_state(), about)
 
     def state(self) -> dict[str, Any]:
-        """Weights, average and optimizers, by the names of the parameters."""
+        """Weights, average and optimizer states, by parameter name."""
         model = self.task.model
         state: dict[str, Any] = {
             "model": get_model_state_dict(model),
@@ -213,12 +222,12 @@ class Run:
         return state
 
     def open(self, restart: bool) -> None:
-        """Make the run's directory, or load the newest intact checkpoint that is in it."""
+        """Create the run's directory, or load its newest intact checkpoint."""
         if self.world.main:
             if restart and self.logs.exists():
                 shutil.rmtree(self.logs)
-            identity = self.task.identity() if isinstance(self.task, Watched) else {}
-            keep_record(self.logs, self.config, identity)
+            identity = self.task.identity() if isinstance(self.task, Monitored) else {}
+            check_or_write_settings(self.logs, self.config, identity)
             for directory in (self.config.out, self.logs, self.logs / "best"):
                 remove_temporaries(directory)
         self.checkpoints.sweep()
@@ -226,7 +235,7 @@ class Run:
             self._load(path)
 
     def finish(self) -> dict:
-        """Wait for the last checkpoint; OSError if it, or the model, could not be written."""
+        """Wait for the last checkpoint. Raises OSError if it or the model was not written."""
         self.checkpoints.finish()
         if self.failure is not None:
             raise self.failure
@@ -260,54 +269,66 @@ class Run:
         self.best, self.saved = index["best"], self.step
         self.logged = (self.step, self.seconds)
 
-    def _validate(self, model: nn.Module, journal: Journal) -> None:
+    def _validate(self, model: nn.Module, logger: RunLogger) -> None:
         self.held_out, self.validated = self.task.validate(model), self.step
-        journal.scalars("val", self.held_out, self.step)
+        logger.scalars("val", self.held_out, self.step)
         spent = {"seconds": round(self.seconds, 2), "peak_memory": peak_memory(self.device)}
-        journal.line({"step": self.step, **spent, **self.held_out})
+        logger.line({"step": self.step, **spent, **self.held_out})
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in self.held_out.items())
-        journal.message(f"step {self.step}: {numbers}")
+        logger.message(f"step {self.step}: {numbers}")
 
-    def _preview(self, model: nn.Module, journal: Journal) -> None:
-        """Pictures by the average and by the weights themselves."""
-        raw = None if self.ema is None else whole(self.task.model)
+    def _preview(self, model: nn.Module, logger: RunLogger) -> None:
+        """Preview images by the average and by the raw weights."""
+        raw = None if self.ema is None else gather_full_model(self.task.model)
         if self.world.main:
-            journal.picture("", self.task.preview(model), self.step)
+            logger.image("", self.task.preview(model), self.step)
             if raw is not None:
-                journal.picture("raw", self.task.preview(raw), self.step)
+                logger.image("raw", self.task.preview(raw), self.step)
 
-    def _log(self, scalars: dict[str, Tensor], journal: Journal) -> None:
+    def _log(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
         begun = time.perf_counter()
         loss = self.require_finite()
         values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
-        self.seconds += time.perf_counter() - begun  # where steps run ahead, they end here
+        self.seconds += time.perf_counter() - begun  # the device's queued steps end here
         step, seconds = self.logged
         rate = (self.step - step) * self.config.batch_size / max(self.seconds - seconds, 1e-9)
         self.logged = (self.step, self.seconds)
         means = dict(zip(scalars, values.tolist(), strict=True))
-        journal.scalars("train", means | {"images_per_second": rate}, self.step)
-        if isinstance(self.task, Watched):
+        logger.scalars("train", means | {"images_per_second": rate}, self.step)
+        if isinstance(self.task, Monitored):
             for prefix, more in self.task.watch(rate).items():
-                journal.scalars(prefix, more, self.step)
-        journal.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+                logger.scalars(prefix, more, self.step)
+        logger.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
 
     def require_finite(self) -> float:
-        """The mean of the recent losses; ValueError if one, or its gradient, is not finite."""
+        """The mean of the recent losses. Raises ValueError if a loss or gradient is not finite.
+
+        The error names the step (from 0) and its images; training/non-finite.json has all of them.
+        """
         losses = self.world.mean(torch.stack(list(self.recent)))
-        if not losses.isfinite().all():
-            first = self.step - len(losses) + int((~losses.isfinite()).nonzero()[0])
-            indices = self.task.indices(first) if isinstance(self.task, Watched) else []
-            raise non_finite(
-                self.logs if self.world.main else None, self.config, first, losses, indices
-            )
-        return losses.mean().item()
+        bad = (~losses.isfinite()).nonzero()
+        if not len(bad):
+            return losses.mean().item()
+        step = self.step - len(losses) + int(bad[0])
+        images = self.task.indices(step) if isinstance(self.task, Monitored) else []
+        path = self.logs / "non-finite.json"
+        if self.world.main:
+            details = {"step": step, "losses": [str(x) for x in losses.tolist()], "images": images}
+            write_text(path, json.dumps(details) + "\n")
+        more = ", ..." if len(images) > SHOWN else ""
+        of = f" on images {', '.join(map(str, images[:SHOWN]))}{more}" if images else ""
+        raise ValueError(
+            f"loss {losses[bad[0]].item()} at step {step}{of}: not finite (all in {path}); try a "
+            f"lower optimizer.lr (now {self.config.optimizer.lr}), a longer optimizer.warmup or a "
+            "smaller optimizer.clip, and --restart; checkpoints are of earlier steps"
+        )
 
 
 @contextmanager
 def catch_stop() -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGTERM or SIGINT.
+    """A list that receives the numbers of SIGTERM and SIGINT, which do not end the process.
 
-    Neither ends the process by itself, but for a second SIGINT, which raises KeyboardInterrupt.
+    A SIGINT after another signal raises KeyboardInterrupt.
     """
     received: list[int] = []
 

@@ -16,10 +16,10 @@ from moveimg.model import ValueTable
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """The optimizers of a model's parameters that learn, each parameter in one of them.
+    """The optimizers of a model; each trainable parameter is in one of them.
 
     AdamW; weight decay on tensors of two or more dimensions only (LlamaGen's recipe). Product-key
-    value tables, where there are any, are a group of their own, with a higher rate. With kind muon
+    value tables have their own rate, table_lr, under the same schedule. With kind muon
     the blocks' matrices go to Muon instead, its updates scaled to AdamW's size
     (arXiv 2502.16982), so that rate and decay mean the same for both.
     """
@@ -48,7 +48,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
 
 
 def block_matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of the blocks' linear layers, but for those that route (gates, experts)."""
+    """The weights of the blocks' linear layers, except routers (of gates and experts)."""
     return [
         module.weight
         for name, module in model.named_modules()
@@ -57,16 +57,16 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
 
 
 def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
-    """Give every group its rate: `rate` times its own factor."""
+    """Set the learning rate of every group to `rate` times the group's factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
 def clip_gradients(optimizers: Sequence[Optimizer], config: OptimizerConfig) -> Tensor:
-    """Clip all gradients together, those of value tables apart.
+    """Clip the gradients of value tables and those of all other parameters, each by its norm.
 
-    Returns the norm [] of the former, or that of the tables where that one is not finite.
+    Returns the norm [] of the others, or that of the tables if it is not finite.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     tables = [p for group in groups if "lr_factor" in group for p in group["params"]]
@@ -84,10 +84,9 @@ def _clip(parameters: list[Tensor], most: float) -> Tensor:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step, a function of the step alone, so that resuming needs no state.
+    """The learning rate of a step.
 
-    Linear warm-up, then constant or half a cosine from lr to lr * final_lr, which the step after
-    the last would have.
+    Linear warm-up, then constant, or half a cosine from lr to lr * final_lr (at step `steps`).
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup

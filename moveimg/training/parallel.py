@@ -1,8 +1,8 @@
-"""Processes that share a training: who is who, what they tell each other, and how work is cut.
+"""How a generator's training is divided among processes: micro-batches, DDP and FSDP2.
 
-A step's batch is cut into micro-batches, the same ones however many processes there are; each has
-random numbers of its own. A process takes some of them, gradients are added up, and then averaged
-by PyTorch's DistributedDataParallel or FSDP2. One process is the same code with nothing to average.
+A step's batch is cut into the same micro-batches however many processes there are, and each has
+random numbers of its own. A process computes some of them and accumulates their gradients, which
+DistributedDataParallel or FSDP2 then averages. One process runs the same code without averaging.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from moveimg.device import pick_dtype, shapes_only
 from moveimg.dist import World
 from moveimg.model import Transformer
 
-# --- cutting the batch ---------------------------------------------------------------------
+# --- micro-batches -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a training is spread: processes, micro-batches of a step, and what holds the weights.
+class Parallelism:
+    """Processes, micro-batches and the form of the weights in a training.
 
     Attributes:
         world: the processes.
-        parts: micro-batches of a step, over all processes.
-        sharded: FSDP2 (weights cut over the processes) instead of DDP (whole in each).
+        parts: micro-batches per step, over all processes.
+        sharded: FSDP2 (each process holds a shard of the weights) instead of DDP (a replica).
         dtype: of the forward pass.
-        checkpointing: compute a block's activations again in the backward pass, keep none.
-        compiled: run each block through torch.compile.
+        checkpointing: whether a block's activations are recomputed in the backward pass.
+        compiled: whether each block is run through torch.compile.
     """
 
     world: World = field(default_factory=World)
@@ -54,28 +54,26 @@ class Plan:
         return range(self.world.rank * share, (self.world.rank + 1) * share)
 
 
-def plan(config: TrainConfig, world: World) -> Plan:
-    """The plan of a generator's run. Raises ValueError where the batch cannot be cut so."""
-    micro = config.micro_batch or config.batch_size
-    if config.batch_size % micro:
-        raise ValueError(
-            f"micro_batch {micro}: expected a divisor of batch_size ({config.batch_size})"
-        )
-    parts = config.batch_size // micro
+def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
+    """The Parallelism of a generator's run. Raises ValueError for a batch that cannot be cut so."""
+    size, micro = config.batch_size, config.micro_batch or config.batch_size
+    if size % micro:
+        raise ValueError(f"micro_batch {micro}: expected a divisor of batch_size ({size})")
+    parts = size // micro
     if parts % world.size:
-        fits = config.batch_size % world.size == 0
-        advice = f"set micro_batch to {config.batch_size // world.size} or a divisor of it"
+        advice = f"expected a batch_size that {world.size} divides"
+        if size % world.size == 0:
+            advice = f"set micro_batch to {size // world.size} or a divisor of it"
         raise ValueError(
-            f"micro_batch {micro} cuts batch_size {config.batch_size} into {parts}, which "
-            f"{world.size} processes cannot share: "
-            + (advice if fits else f"expected a batch_size that {world.size} divides")
+            f"micro_batch {micro} cuts batch_size {size} into {parts}, which {world.size} "
+            f"processes cannot share: {advice}"
         )
     if config.distributed == "fsdp" and config.optimizer.kind == "muon":
         raise ValueError(
             "optimizer.kind muon needs whole matrices, and `distributed: fsdp` cuts them: expected "
             "`distributed: ddp`, or optimizer.kind adamw"
         )
-    return Plan(
+    return Parallelism(
         world,
         parts,
         sharded=config.distributed == "fsdp" and world.size > 1,
@@ -85,7 +83,7 @@ def plan(config: TrainConfig, world: World) -> Plan:
     )
 
 
-def part_seed(seed: int, step: int, part: int) -> int:
+def micro_batch_seed(seed: int, step: int, part: int) -> int:
     """The seed of a micro-batch's random numbers (dropout, dropped labels)."""
     if part == 0:
         return seed * 1_000_003 + step
@@ -95,44 +93,44 @@ def part_seed(seed: int, step: int, part: int) -> int:
 # --- the model -----------------------------------------------------------------------------
 
 
-def spread(model: nn.Module, average: nn.Module | None, plan: Plan) -> nn.Module:
-    """Make `model` and its average ready for the plan; return what a step is to call.
+def parallelize(model: nn.Module, average: nn.Module | None, parallel: Parallelism) -> nn.Module:
+    """Wrap or shard `model`, and shard its average; return the module that a step calls.
 
-    In place: FSDP2 turns the parameters of both into shards (DTensor), each block a unit of its
-    own, the tables and the head another; the float32 shards are what the optimizer sees, the
-    forward pass gathers them in plan.dtype, gradients are added up in float32.
+    FSDP2 works in place: parameters of both become shards (DTensor), a unit per block and one for
+    the tables and the head. The optimizer updates float32 shards, forward passes gather them in
+    parallel.dtype, gradients are reduced in float32.
     """
     if isinstance(model, Transformer):
-        model.checkpointing = plan.checkpointing
-        if plan.compiled:
-            allow_graphs(len(model.layers))
+        model.checkpointing = parallel.checkpointing
+        if parallel.compiled:
+            raise_recompile_limit(len(model.layers))
             for block in model.layers:
                 compile_training(block)
-    if plan.world.size == 1:
+    device, size = parallel.world.device, parallel.world.size
+    if size == 1:
         return model
-    if not plan.sharded:
-        ids = [plan.world.device] if plan.world.device.type == "cuda" else None
+    if not parallel.sharded:
+        ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(plan.world.device.type, (plan.world.size,))
+    mesh = init_device_mesh(device.type, (size,))
     policy = MixedPrecisionPolicy(
-        param_dtype=None if plan.dtype == torch.float32 else plan.dtype,
+        param_dtype=None if parallel.dtype == torch.float32 else parallel.dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # or the rotations would be rounded, too
+        cast_forward_inputs=False,  # the rotations stay float32
     )
     for module in (model, average):
         if module is not None:
             assert isinstance(module, Transformer)
-            for block in module.layers:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            for unit in (*module.layers, module):
+                fully_shard(unit, mesh=mesh, mp_policy=policy)
     return model
 
 
-def allow_graphs(n: int) -> None:
-    """Let blocks be compiled to n graphs and some more.
+def raise_recompile_limit(n: int) -> None:
+    """Let torch compile n graphs of a block, and some more.
 
-    They share their code, and like ones share a graph; but every layer of LaVE reads another slot,
-    and beyond torch's limit of 8 graphs the later layers would stay eager, with a warning.
+    Blocks share their code, but every layer of LaVE reads another slot and needs its own graph.
+    Past torch's limit of 8 graphs, the later layers would stay eager, with a warning.
     """
     import torch._dynamo
 
@@ -141,7 +139,7 @@ def allow_graphs(n: int) -> None:
 
 
 def compile_training(block: nn.Module) -> None:
-    """Compile a block's forward pass in train mode; decoding, with its growing cache, stays."""
+    """Compile a block's forward pass in train mode only: in eval mode the cache grows."""
     eager = block.forward
     compiled = torch.compile(eager)
 
@@ -152,8 +150,8 @@ def compile_training(block: nn.Module) -> None:
 
 
 @contextmanager
-def averaging(called: nn.Module, last: bool) -> Iterator[None]:
-    """Around a micro-batch's passes: processes exchange gradients in the last one alone."""
+def sync_gradients(called: nn.Module, last: bool) -> Iterator[None]:
+    """Around a micro-batch's passes: processes exchange gradients in the last one only."""
     if isinstance(called, DistributedDataParallel) and not last:
         with called.no_sync():
             yield
@@ -163,8 +161,8 @@ def averaging(called: nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
-def whole(model: nn.Module) -> nn.Module:
-    """The model with all its weights here, to validate, show and export: a copy if it is cut.
+def gather_full_model(model: nn.Module) -> nn.Module:
+    """The model in eval mode with all its weights: a copy if it is sharded.
 
     Every process must call it.
     """

@@ -1,4 +1,4 @@
-"""The numbers of `moveimg evaluate` inside training: a small set, drawn and scored now and then."""
+"""FID and the other scores of `moveimg evaluate` during training, of a small sample set."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from moveimg.images import to_uint8
 from moveimg.model import Transformer
 from moveimg.sampling import image_rngs, sample_codes
 
-BATCH = 50  # images a process draws side by side
+BATCH = 50  # images that a process samples at once
 
 
 class Scorer:
-    """Draws the same images by index each time, shared by the processes, and scores them.
+    """Samples the same images by index each time, divided among the ranks, and scores them.
 
-    The extractor and, in the first process, the reference are opened at once, so that what is
-    missing or does not fit ends the run before it begins (errors as of `moveimg evaluate`).
+    Opens the extractor and, on rank 0, the reference before training begins, so that missing or
+    unfit ones end the run at once (with the errors of `moveimg evaluate`).
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, model: Transformer) -> dict[str, float]:
-        """FID and what else there is, of `images` samples; empty in processes but the first.
+        """FID and other scores of `images` samples on rank 0; empty on other ranks.
 
-        FID of few images is far above that of 50,000: it serves to compare steps of a run.
+        FID of few images is far above that of 50,000; use it to compare steps of a run only.
         """
         count, world = self.config.images, self.world
         labels = class_labels(np.arange(count), model.config.n_classes)
@@ -62,7 +62,7 @@ class Scorer:
                 if role not in found:
                     found[role] = torch.zeros(count, values.shape[1], dtype=torch.float64)
                 found[role][rows] = torch.from_numpy(values).double()
-        # rows of other processes are zero here, so that the sum has them all
+        # rows of other ranks are zero here, so the sum over ranks has all of them
         features = {
             role: (world.mean(found[role]) * world.size).float().numpy() for role in sorted(found)
         }

@@ -1,4 +1,4 @@
-"""What the loop asks of what it trains."""
+"""The interface between the training loop and a model that it trains."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from torch import Tensor, nn
 
 
 class Task(Protocol):
-    """What is trained: a model, its loss, and what to show and keep of it."""
+    """A model, its loss, its validation, and what to keep of it."""
 
     model: nn.Module
-    forward: nn.Module  # what loss is to call in the place of the model; set by the loop
+    forward: nn.Module  # called by `loss`: the model, or DDP around it; set by the loop
 
     def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's loss with its graph, and scalars to log.
+        """The loss of a micro-batch with its graph, and scalars to log.
 
-        `index` counts micro-batches from the start of the run; with one a step it is the step.
+        `index` counts micro-batches from the start of the run.
         """
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out scalars; the first is what the run is judged by: less is better."""
+        """Held-out scalars; the checkpoint with the smallest first one is the best."""
 
     def preview(self, model: nn.Module) -> Image.Image:
-        """A picture of what the model can do."""
+        """An image of samples or reconstructions."""
 
     def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
-        """Write what the run makes into its directory."""
+        """Write the model into a directory."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside weights and optimizer: plain data and tensors."""
+        """Plain data and tensors that a checkpoint needs besides weights and optimizer."""
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what extra_state gave."""
+        """Restore the result of extra_state."""
 
 
 @runtime_checkable
-class Watched(Protocol):
-    """What a task may have beside that: more to log, and names for what it is trained on."""
+class Monitored(Protocol):
+    """What a task may offer besides: the identity of its data, more scalars, scores of samples."""
+
+    score_every: int  # steps between scores; 0 is never
 
     def identity(self) -> dict[str, str]:
-        """What the run's data is; a run on other data is another run."""
+        """Digests of the run's data by name; a run on other data is another run."""
 
     def indices(self, step: int) -> list[int]:
         """The images of a step's batch."""
@@ -50,12 +52,5 @@ class Watched(Protocol):
     def watch(self, images_per_second: float) -> dict[str, dict[str, float]]:
         """More scalars of a log line, by prefix; every process calls it."""
 
-
-@runtime_checkable
-class Scored(Protocol):
-    """What a task may have to be scored now and then by more than a loss."""
-
-    score_every: int  # steps; 0 is never
-
     def scores(self, model: nn.Module) -> dict[str, float]:
-        """Numbers for TensorBoard; every process calls it."""
+        """Scores of samples for TensorBoard; every process calls it."""

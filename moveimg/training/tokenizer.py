@@ -29,7 +29,7 @@ from moveimg.dist import World, print_rank0, reduce_mean
 from moveimg.images import UnreadableImageError, labelled_grid, to_pil
 from moveimg.training.loop import fit
 from moveimg.training.optimizer import learning_rate
-from moveimg.training.parallel import Plan
+from moveimg.training.parallel import Parallelism
 from tokenizer import losses as vq_losses
 
 PREVIEW_COLUMNS = 8
@@ -124,7 +124,7 @@ class TokenizerTask:
     model: nn.Module
 
     def __init__(
-        self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Plan
+        self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Parallelism
     ) -> None:
         self.config, self.model, self.plan = config, model, plan
         self.tokenizer = model
@@ -269,7 +269,7 @@ def train_tokenizer(
     world = World(device=world) if isinstance(world, torch.device) else world
     if config.batch_size % world.size:
         raise ValueError(f"batch_size {config.batch_size}: expected a multiple of {world.size}")
-    plan = Plan(world, parts=world.size, dtype=pick_dtype(config.dtype, world.device))
+    plan = Parallelism(world, parts=world.size, dtype=pick_dtype(config.dtype, world.device))
     with torch.random.fork_rng(devices=[]):  # a caller's own draws stay what they are
         torch.manual_seed(config.seed)
         model = make_tokenizer(config).to(world.device)

@@ -1,9 +1,9 @@
-"""How far the evaluation is from torch-fidelity called directly, and from plain float64 NumPy.
+"""Print how far the evaluation is from torch-fidelity called directly, and from float64 NumPy.
 
 Prints the tables of docs/evaluation.md: random Inception weights in torch-fidelity's file layout,
 real images of digits, and three sets against them.
 
-    python -m tests.evaluation_agreement --images 32
+    python -m tools.evaluation_agreement --images 32
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch_fidelity
-from torch.utils.data import Dataset
 
-from moveimg.data.images import open_images
+from moveimg.data import open_images
 from moveimg.evaluation.features import Extractor, extract
 from moveimg.evaluation.inception import NAME, SPATIAL, load_inception
 from moveimg.evaluation.metrics import KID_SUBSET
@@ -32,24 +32,11 @@ Scores = dict[str, float]
 
 
 def constructed_sets(images: int) -> dict[str, np.ndarray]:
-    """Digits, and what is compared with them: themselves, themselves brighter, noise."""
+    """Real digits, and three sets to compare with them: the same, brighter ones, and noise."""
     real = next(iter(source_images(open_images("digits", "train"), 32).read(images)))
     bright = (real.astype(np.int64) + 40).clip(0, 255).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, real.shape, dtype=np.uint8)
     return {"real": real, "identical": real, "shifted": bright, "disjoint": noise}
-
-
-class Tensors(Dataset):
-    """uint8 [3, H, W] images, as torch-fidelity takes them."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 def ours(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cache: Path) -> Scores:
@@ -60,9 +47,10 @@ def ours(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cache: Pat
 
 
 def theirs(name: str, samples: np.ndarray, real: np.ndarray, weights: Path) -> Scores:
-    """torch_fidelity.calculate_metrics, twice: as it comes, and FID of the registered layer."""
+    """torch_fidelity.calculate_metrics, twice: by default, and FID of the registered layer."""
     common = {
-        "input1": Tensors(samples), "input2": Tensors(real), "cuda": False, "verbose": False,
+        "input1": plain.Tensors(samples), "input2": plain.Tensors(real),
+        "cuda": False, "verbose": False,
         "feature_extractor_weights_path": str(weights), "save_cpu_ram": True,
         "cache_root": str(weights.parent), "input2_cache_name": "real",
         "input1_cache_name": "real" if name == "identical" else name,
@@ -110,7 +98,7 @@ def in_float64(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cach
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=32, help="of each set")
+    parser.add_argument("--images", type=int, default=32, help="of each set, 10 or more")
     count = parser.parse_args().images
     with tempfile.TemporaryDirectory() as folder:
         weights, cache = Path(folder) / "inception.pth", Path(folder)
@@ -121,8 +109,8 @@ def main() -> None:
         for name, samples in sets.items():
             mine = ours(samples, real, extractor, cache)
             others: list[tuple[str, Callable[[], Scores]]] = [
-                ("torch-fidelity", lambda n=name, s=samples: theirs(n, s, real, weights)),
-                ("float64 NumPy", lambda s=samples: in_float64(s, real, extractor, cache)),
+                ("torch-fidelity", partial(theirs, name, samples, real, weights)),
+                ("float64 NumPy", partial(in_float64, samples, real, extractor, cache)),
             ]
             found = {label: call() for label, call in others}
             print(f"\n{name}, {count} images\n")

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: TensorBoard, Weights & Biases, the bar, metrics.jsonl."""
+"""Logging of a run: TensorBoard, Weights & Biases, progress bar, metrics.jsonl, gates, MFU."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from tqdm import tqdm
 
 from moveimg.config import RunConfig
 from moveimg.files import atomic, write_text
-from moveimg.model import NEAR_TWO, NEAR_ZERO, GatedMixer, Transformer
+from moveimg.model import (
+    DEVICES,
+    NEAR_TWO,
+    NEAR_ZERO,
+    Mixing,
+    Transformer,
+    mixers_by_layer,
+    record_mixing,
+)
 from moveimg.progress import progress_bar
 
-# Dense bfloat16 FLOP/s of the vendor's data sheets, by a part of the device's name; the first wins.
-PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
+class RunLogger:
+    """Writes the logs of a run, on rank 0 only.
 
-class Journal:
-    """The files and the bar of a run; in processes other than the first, nothing happens.
-
-    Raises ValueError where Weights & Biases is asked for and not installed.
+    Raises ValueError if Weights & Biases is wanted and not installed.
     """
 
     def __init__(self, logs: Path, config: RunConfig, step: int, main: bool) -> None:
@@ -48,16 +50,16 @@ class Journal:
         if config.wandb:
             self.wandb = start_wandb(logs, config)
         self.hook = threading.excepthook
-        threading.excepthook = self._quiet
+        threading.excepthook = self._hide_writer_errors
         self.writer = SummaryWriter(str(logs), purge_step=step)
         self.bar = progress_bar(config.steps, "train", "step", step)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        self._events(SummaryWriter.close)
+        self._write_event(SummaryWriter.close)
         if self.main:
             threading.excepthook = self.hook
         if self.wandb is not None:
@@ -66,30 +68,30 @@ class Journal:
     def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
         """Add numbers to TensorBoard as `prefix/key`."""
         for key, value in values.items():
-            self._events(SummaryWriter.add_scalar, f"{prefix}/{key}", value, step)
+            self._write_event(SummaryWriter.add_scalar, f"{prefix}/{key}", value, step)
 
-    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+    def image(self, name: str, image: Image.Image, step: int) -> None:
         """Write preview-STEP[-NAME].png, and add it to TensorBoard."""
         if not self.main:
             return
         ending = f"-{name}" if name else ""
         path = self.logs / f"preview-{step:06d}{ending}.png"
-        with self._spared(f"the preview of step {step}"), atomic(path) as temporary:
-            picture.save(temporary)
-        self._events(SummaryWriter.add_image, f"preview{ending}", pil_to_tensor(picture), step)
+        with self._survive_full_disk(path.name), atomic(path) as temporary:
+            image.save(temporary)
+        self._write_event(SummaryWriter.add_image, f"preview{ending}", pil_to_tensor(image), step)
 
     def line(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl, dropping lines of steps that a crash undid."""
+        """Add a line to metrics.jsonl, dropping lines of steps after the last checkpoint."""
         if not self.main:
             return
         path = self.logs / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [text for text in lines if json.loads(text)["step"] < line["step"]]
-        with self._spared(path.name):
+        with self._survive_full_disk(path.name):
             write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
 
-    def _events(self, call: Callable[..., None], *values: Any) -> None:
-        """call(writer, *values), until a full disk ends the writer's thread: that is told once."""
+    def _write_event(self, call: Callable[..., None], *values: Any) -> None:
+        """call(writer, *values), until a full disk ends the writer's thread, with a warning."""
         if self.writer is None:
             return
         try:
@@ -99,30 +101,29 @@ class Journal:
             why = error.strerror or error
             self.message(f"warning: TensorBoard gets nothing more ({why}); training continues")
 
-    def _quiet(self, failure: threading.ExceptHookArgs) -> None:
-        """No traceback of that thread: what ended it is raised again by the writer's next call."""
+    def _hide_writer_errors(self, failure: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's thread, whose error its next call raises again."""
         events = type(failure.thread).__module__.startswith("tensorboard.")
         if not (events and isinstance(failure.exc_value, OSError)):
             self.hook(failure)
 
     @contextmanager
-    def _spared(self, what: str) -> Iterator[None]:
-        """A full disk costs what is shown of a run, not the run."""
+    def _survive_full_disk(self, name: str) -> Iterator[None]:
+        """Turn an OSError into a warning."""
         try:
             yield
         except OSError as error:
-            self.message(
-                f"warning: {what} not written ({error.strerror or error}); training goes on"
-            )
+            why = error.strerror or error
+            self.message(f"warning: {name} not written ({why}); training continues")
 
     def message(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the progress bar."""
         if self.main:
             self.bar.write(text)
 
 
 def start_wandb(logs: Path, config: RunConfig) -> Any:
-    """A Weights & Biases run that mirrors TensorBoard; a resumed training goes on in its own."""
+    """The Weights & Biases run of this training, new or resumed; it mirrors TensorBoard."""
     try:
         import wandb
     except ImportError:
@@ -146,10 +147,7 @@ def start_wandb(logs: Path, config: RunConfig) -> Any:
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that the device could do in `dtype`: its data sheet's, or a matrix product's.
-
-    What no table here knows is measured once: the best of some products of square matrices.
-    """
+    """Peak FLOP/s of a device in `dtype`: by its data sheet, or measured by matrix products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = data_sheet_peak(torch.cuda.get_device_name(device))
         if known is not None:
@@ -165,45 +163,37 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def data_sheet_peak(name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name; None where the table lacks it."""
-    found = (peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name))
-    return next(found, None)
+    """Dense bfloat16 FLOP/s of a device by its name; None if it is not in DEVICES."""
+    peaks = (device.flops for key, device in DEVICES.items() if re.search(rf"\b{key}\b", name))
+    return next(peaks, None)
 
 
 # --- gates ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def gate_statistics(model: Transformer, read: Callable[[], object]) -> dict[str, float]:
+def gate_statistics(model: Transformer, forward: Callable[[], object]) -> dict[str, float]:
     """Means of the gates over layers, heads and positions, and their shares near 0 and 2.
 
-    g_0 is the gate of the standard values, g_i those of the memory. Empty without memory.
-
-    Args:
-        model: whose gates.
-        read: runs it over some codes.
+    g_0 gates the standard values, g_i the slots. `forward` runs the model over some codes. Without
+    value memory, nothing is run and the result is empty.
     """
-    seen: dict[str, list[Tensor]] = {"g_0": [], "g_i": []}
+    if not mixers_by_layer(model):
+        return {}
+    gates: dict[str, list[Tensor]] = {"g_0": [], "g_i": []}
 
-    def hook(mixer: GatedMixer, args: tuple[Tensor, ...]) -> None:
-        x = args[0][:, 1:]  # no code stands at the class token's place
-        for name, gates in zip(seen, mixer.gates(x), strict=True):
-            if gates is not None:
-                seen[name].append(gates.float().flatten())
+    def record(layer: int, mixing: Mixing) -> None:
+        for name, seen in gates.items():
+            if (values := getattr(mixing, name)) is not None:
+                seen.append(values.float().flatten())
 
-    mixers = [module for module in model.modules() if isinstance(module, GatedMixer)]
-    handles = [mixer.register_forward_pre_hook(hook) for mixer in mixers]
-    try:
-        if mixers:
-            read()
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {}
-    for name, parts in seen.items():
-        if parts:
-            gates = torch.cat(parts)
-            found[name] = gates.mean().item()
-            found[f"{name}_near_0"] = (gates < NEAR_ZERO).float().mean().item()
-            found[f"{name}_near_2"] = (gates > NEAR_TWO).float().mean().item()
-    return found
+    with record_mixing(model, record):
+        forward()
+    scalars = {}
+    for name, seen in gates.items():
+        if seen:
+            values = torch.cat(seen)
+            scalars[name] = values.mean().item()
+            scalars[f"{name}_near_0"] = (values < NEAR_ZERO).float().mean().item()
+            scalars[f"{name}_near_2"] = (values > NEAR_TWO).float().mean().item()
+    return scalars

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from moveimg.training import watch
+from moveimg.training import logging as run_logging
 from moveimg.training.checkpoints import reason
 
 
@@ -26,14 +26,14 @@ def test_a_full_disk_costs_what_is_shown_and_not_the_run(tmp_path, monkeypatch, 
         yield
 
     config: Any = SimpleNamespace(wandb=False, steps=3)
-    with watch.Journal(tmp_path, config, 0, main=True) as journal:
-        journal.line({"step": 1, "loss": 2.0})
+    with run_logging.RunLogger(tmp_path, config, 0, main=True) as logger:
+        logger.line({"step": 1, "loss": 2.0})
         with monkeypatch.context() as patch:
-            patch.setattr(watch, "atomic", full)
-            patch.setattr(watch, "write_text", lambda path, text: full(path).__enter__())
-            journal.picture("", Image.new("RGB", (8, 8)), 2)
-            journal.line({"step": 2, "loss": 1.0})
-        journal.line({"step": 3, "loss": 0.5})
+            patch.setattr(run_logging, "atomic", full)
+            patch.setattr(run_logging, "write_text", lambda path, text: full(path).__enter__())
+            logger.image("", Image.new("RGB", (8, 8)), 2)
+            logger.line({"step": 2, "loss": 1.0})
+        logger.line({"step": 3, "loss": 0.5})
     told = capsys.readouterr()
     assert (told.out + told.err).count("No space left on device") == 2
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -47,17 +47,17 @@ def test_a_full_disk_ends_tensorboard_with_one_line(tmp_path, monkeypatch, capsy
     shown: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", shown.append)
     config: Any = SimpleNamespace(wandb=False, steps=9)
-    with watch.Journal(tmp_path, config, 0, main=True) as journal:
-        journal.scalars("train", {"loss": 1.0}, 1)
+    with run_logging.RunLogger(tmp_path, config, 0, main=True) as logger:
+        logger.scalars("train", {"loss": 1.0}, 1)
         monkeypatch.setattr(RecordWriter, "write", full)
         for step in range(2, 9):
-            journal.scalars("train", {"loss": 1.0, "lr": 0.1}, step)
-        journal.picture("", Image.new("RGB", (8, 8)), 9)
+            logger.scalars("train", {"loss": 1.0, "lr": 0.1}, step)
+        logger.image("", Image.new("RGB", (8, 8)), 9)
         thread = threading.Thread(target=full, args=(None, b""))  # another's errors are shown
         thread.start()
         thread.join()
     told = capsys.readouterr()
-    assert (told.out + told.err).count("TensorBoard gets no more of this run") == 1
+    assert (told.out + told.err).count("TensorBoard gets nothing more") == 1
     assert len(shown) == 1 and shown[0].thread is thread
     assert (tmp_path / "preview-000009.png").is_file()
 
@@ -92,4 +92,4 @@ def test_a_full_disk_is_named_as_the_system_does():
     ],
 )
 def test_the_peak_is_that_of_the_data_sheet(name, peak):
-    assert watch.data_sheet_peak(name) == peak
+    assert run_logging.data_sheet_peak(name) == peak

@@ -1,0 +1,310 @@
+"""`moveimg info`: FLOPs against torch's counter, bytes against autograd's, budgets by hand."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from moveimg.config import SIZES, ModelConfig, TrainConfig, load_config
+from moveimg.model import (
+    GatedMixer,
+    MoE,
+    Transformer,
+    comment,
+    describe_budget,
+    describe_cost,
+    model_cost,
+    token_flops,
+    train_budget,
+)
+from moveimg.model.attention import MultiHeadLatentAttention
+from moveimg.model.budget import FAST, SLOW, block_activations, head_bytes
+from moveimg.model.cost import active_parameters, count_parameters
+from moveimg.model.feedforward import PEER, ProductKeyMemory, block_shape
+from moveimg.model.transformer import linear_cross_entropy
+from tests.conftest import MORE, PAIRED, VARIANTS, lively, random_inputs, tiny_config
+from tests.test_model import decode_all
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+IMAGENET = sorted(CONFIGS.glob("imagenet-*-*-*.yaml"))
+B_MOVE = CONFIGS / "imagenet-b-256-move-x1.yaml"
+counted = pytest.mark.parametrize("name", [*PAIRED, *MORE])
+
+
+# --- parameters and FLOPs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411), ("3B", 3097)]
+)
+def test_dense_sizes_have_the_published_parameter_counts(size, millions):
+    # arXiv 2406.06525, table 1: 111M, 343M, 775M, 1.4B, 3.1B
+    cost = model_cost(ModelConfig.model_validate({"size": size}))
+    assert size in SIZES and round(cost.parameters / 1e6) == millions
+
+
+@pytest.mark.parametrize(("size", "slots", "millions"), [("B", 6, 75.5), ("L", 12, 201.3)])
+def test_the_bank_of_x1_has_the_papers_size(size, slots, millions):
+    move, lave = (
+        model_cost(ModelConfig.model_validate({"size": size, "memory": memory}))
+        for memory in ({"kind": "move", "slots": slots}, {"kind": "lave"})
+    )
+    assert round(move.bank / 1e6, 1) == millions
+    assert lave.bank == move.bank  # equal budgets, as the paper compares them
+
+
+def test_router_overhead_is_the_papers_formula():
+    config = ModelConfig.model_validate({"size": "B", "memory": {"kind": "move", "slots": 6}})
+    cost = model_cost(config)
+    per_layer = 2 * config.width * config.n_head * (6 + 1)  # 2 d H (M + 1)
+    assert cost.router_share * cost.flops_per_token == pytest.approx(config.n_layer * per_layer)
+
+
+@contextmanager
+def count_flops():
+    """Torch's FLOP counter, with attention as matrix products, which all its versions count."""
+    math_attention = sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, math_attention, torch.no_grad():
+        yield counter
+
+
+def uncounted(model):
+    """FLOPs per token that torch's counter leaves out."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, GatedMixer):
+            total += module.own_flops(0)  # products by elements
+        elif isinstance(module, ProductKeyMemory):
+            total += 2 * module.table_reads()  # a weighted sum by embedding_bag
+        elif isinstance(module, PEER):
+            total += module.table_reads()  # the same for v, half of the numbers read
+    return total
+
+
+def padding(model, tokens):
+    """FLOPs of the rows that pad the experts' blocks."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, MoE):
+            rows = tokens * module.spec.top_k
+            size, count = block_shape(rows, module.spec.n_experts)
+            total += (size * count - rows) * 6 * module.width * module.spec.hidden
+    return total
+
+
+@counted
+def test_flops_agree_with_torchs_counter(name):
+    model = lively(tiny_config(**VARIANTS[name]), dtype=torch.float32)
+    length = model.config.seq_len
+    with count_flops() as counter:
+        model(*random_inputs(model.config, batch=2))
+    # the counter counts attention over all T positions for each of the T tokens
+    expected = 2 * length * (token_flops(model, context=length) - uncounted(model))
+    assert counter.get_total_flops() == expected + padding(model, 2 * length)
+    # decoding, on a smaller grid, since counting a product takes milliseconds
+    model = lively(tiny_config(**VARIANTS[name], grid=[2, 2]), dtype=torch.float32)
+    with count_flops() as counter:
+        decode_all(model, *random_inputs(model.config, batch=2))
+    per_token = token_flops(model, (4 + 1) / 2, decoding=True) - uncounted(model)
+    expected = 4 * (2 * per_token + padding(model, 2))
+    # a sum over one position, the first, is a product by elements
+    latent = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
+    first = [2 * m.spec.kv_rank * 2 + 2 * m.value_mixer.value_width for m in latent]
+    assert counter.get_total_flops() == pytest.approx(expected - 2 * sum(first), rel=1e-12)
+
+
+@counted
+def test_parameters_add_up(name):
+    model = Transformer(tiny_config(**VARIANTS[name]))
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(count_parameters(model).values()) == total
+    tables = model.code_embedding.weight.numel() + model.label_embedding.weight.numel()
+    memory = sum(p.numel() for p in model.memory.parameters())
+    active = total - tables + 16 - memory
+    active += model.memory.bank.embedding_dim if memory else 0
+    for ffn in model.feedforwards():
+        if isinstance(ffn, MoE):  # two of four experts are idle
+            active -= 2 * 3 * 16 * 8
+        elif isinstance(ffn, ProductKeyMemory):  # 2 look-ups of 3 values
+            active += 2 * 3 * ffn.row_width
+        elif isinstance(ffn, PEER):  # of 16 experts
+            active += (2 * 3 - 16) * 2 * 16
+    if model.shared_ffn is not None:
+        active -= model.shared_ffn.weight.numel()
+    assert active_parameters(model) == active
+
+
+def test_cache_and_table_bytes_of_each_layer():
+    def cost(name):
+        return model_cost(tiny_config(**VARIANTS[name]), torch.bfloat16)
+
+    mha, mla = cost("mha-none-swiglu"), cost("mla-move-3-class-rows-product_key")
+    assert mha.cache_bytes_per_token == mha.mha_cache_bytes_per_token == 2 * 2 * 16 * 2
+    assert mla.cache_bytes_per_token == 2 * (12 + 4) * 2
+    assert mla.mha_cache_bytes_per_token == mha.cache_bytes_per_token
+    assert mla.bank_bytes_per_token == 3 * 12 * 2
+    assert mla.bank_bytes_per_layer == (3 * 12 * 2,) * 2
+    assert mla.table_bytes_per_layer == (2 * 3 * 16 * 2,) * 2  # 2 look-ups of 3 rows
+    text = describe_cost(mla, "bfloat16")
+    assert "64  (bfloat16; with MHA 128)" in text and "384  (bfloat16" in text
+    lave = cost("mla-lave-x1-swiglu")
+    assert lave.bank_bytes_per_layer == (0, 16 * 2) and not any(lave.table_bytes_per_layer)
+    assert "32  (1 of 2 layers)" in describe_cost(lave, "bfloat16")
+
+
+# --- memory while training -----------------------------------------------------------------------
+
+
+def kept_bytes(n_layer: int, memory: dict) -> float:
+    """Bytes per token that the blocks keep in bfloat16 autocast, counted tensor by tensor."""
+    ffn = {"kind": "swiglu", "hidden": 96}
+    config = tiny_config(n_layer=n_layer, n_head=4, width=64, grid=[7, 11], memory=memory, ffn=ffn)
+    model, images = Transformer(config).train(), 3
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {tuple(p.shape) for p in model.parameters()}
+    shapes |= {shape[::-1] for shape in shapes}  # and their bfloat16 copies, counted as `copies`
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    codes = torch.randint(config.codebook_size, (images, config.seq_len))
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        model.hidden(codes, torch.zeros(images, dtype=torch.long))
+    return sum(storage.nbytes() for storage in kept.values()) / (images * config.seq_len)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"kind": "none"},
+        {"kind": "move", "slots": 6},
+        {"kind": "move", "slots": 1, "gate_standard": False},
+        {"kind": "lave", "layers": "all"},
+    ],
+)
+def test_activations_are_those_that_autograd_keeps(memory):
+    # per block, by the difference of two depths: the rest of the model cancels out
+    bytes_per_block = (kept_bytes(4, memory) - kept_bytes(2, memory)) / 2
+    if memory["kind"] == "lave":  # whose gathered rows grow with the layers
+        bytes_per_block -= 64 * 2
+    ffn = {"kind": "swiglu", "hidden": 96}
+    config = tiny_config(n_head=4, width=64, memory=memory, ffn=ffn)
+    expected = block_activations(config, Transformer(config).layers[1])
+    assert bytes_per_block == pytest.approx(expected, rel=3e-3)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all live tensors that operations inside have made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is None or storage in inputs or storage in self.known:
+                continue
+            self.known[storage] = True
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.freed, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def freed(self, size: int) -> None:
+        self.now -= size
+
+
+def test_the_loss_holds_a_chunk_of_logits_at_a_time(monkeypatch):
+    monkeypatch.setattr("moveimg.model.transformer.CHUNK", 2**16)
+    config = tiny_config(codebook_size=1024, width=32, grid=[16, 16])
+    x = torch.randn(256, 32, requires_grad=True)
+    weight = torch.randn(1024, 32, requires_grad=True)
+    targets = torch.randint(1024, (256,))
+    with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(x, weight, targets)[0].backward()
+    expected = head_bytes(config, 256)
+    assert 8 * 2**16 < expected < 0.25 * 14 * 256 * 1024  # of all logits at once
+    assert live.most == pytest.approx(expected, rel=0.02)
+    with LiveBytes() as live, torch.no_grad():  # also without gradients
+        linear_cross_entropy(x, weight, targets)
+    assert live.most < 1.1 * 8 * 2**16
+
+
+# --- the budget of a run -------------------------------------------------------------------------
+
+
+def test_bytes_and_hours_of_a_run_by_hand():
+    overrides = ["micro_batch=32", "distributed=ddp", "activation_checkpointing=false"]
+    budget = train_budget(load_config(B_MOVE, TrainConfig, overrides), gpus=8, gpu="A100")
+    d, layers, vocabulary, tokens = 768, 12, 16384, 32 * 256
+    block = 4 * d * d + 3 * d * 2048 + 2 * d + d * 12 * 7
+    total = layers * block + 2 * vocabulary * d + 1001 * d + d + vocabulary * 6 * d
+    assert budget["parameters"] == total
+    assert budget["state"] == 20 * total
+    assert budget["head"] == 8 * 2**24 + 6 * vocabulary * d + 4 * tokens * d
+    rows = 2 * 2 * 6 * d  # in bfloat16, and their gradient
+    per_block = 38 * d + 8 * 2048 + 4 * 12 + 8 + 4 * d + 4 * 12 * 7
+    assert budget["activations"] == tokens * (layers * per_block + rows)
+    linear = layers * (block - 2 * d) + vocabulary * d
+    attention, mixing = 4 * layers * d * 257 / 2, 2 * layers * 6 * d
+    assert budget["flops_per_step"] == 3 * (2 * linear + attention + mixing) * 256 * 256
+    assert budget["codes"] == 1_281_167 * (20 * 256 * 2 + 4)
+    assert budget["network_per_step"] == 2 * 7 / 8 * 4 * total
+    # gradients written, clipping, AdamW, EMA; then the bfloat16 copy, made and read twice
+    assert budget["update_per_step"] == (8 + 12 + 28 + 12 + 6 + 4) * total
+    flops = budget["flops_per_step"] / 8 / 312e12
+    moved, sent = budget["update_per_step"] / 2e12, budget["network_per_step"] / 300e9
+    fast = max(flops / 0.5, sent / 0.8) + moved / 0.9
+    slow = flops / 0.25 + sent / 0.4 + moved / 0.6
+    hours = [budget["steps"] * seconds / 3600 for seconds in (fast, slow)]
+    assert budget["hours"] == pytest.approx(hours)
+    assert budget["epoch"]["steps"] == 5004
+    text = describe_budget(budget)
+    assert f"{FAST[0]:.0%}" in text and f"{SLOW[0]:.0%}" in text and "312 TFLOP/s" in text
+
+
+def test_sharding_and_checkpointing_save_memory():
+    def budget(*overrides):
+        return train_budget(load_config(B_MOVE, TrainConfig, overrides))
+
+    plain, sharded = budget(), budget("distributed=fsdp")
+    recomputed = budget("activation_checkpointing=true")
+    assert sharded["state"] == plain["state"] // 8
+    assert sharded["activations"] == plain["activations"]
+    assert sharded["update_per_step"] < plain["update_per_step"] / 2
+    assert recomputed["activations"] < plain["activations"] / 3
+    assert recomputed["state"] == plain["state"]
+    assert recomputed["flops_per_step"] == pytest.approx(plain["flops_per_step"] * 4 / 3)
+
+
+def test_batches_that_gpus_cannot_share_and_unknown_gpus_are_refused():
+    config = load_config(B_MOVE, TrainConfig)
+    with pytest.raises(ValueError, match="3 GPUs"):
+        train_budget(config, gpus=3)
+    with pytest.raises(ValueError, match="'Z80'"):
+        train_budget(config, gpu="Z80")
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
+def test_a_config_states_its_budget(path):
+    """The comment is the last lines of `moveimg info CONFIG --train`."""
+    expected = comment(train_budget(load_config(path, TrainConfig)))
+    assert expected in path.read_text(encoding="utf-8")
