@@ -197,7 +197,8 @@ def find_tables(source: Path | str) -> Parts:
         tables = datasets.load_dataset(str(source))
     except Exception as error:  # its loaders raise many kinds for broken files
         reason = describe(error.__cause__ or error, 300)
-        raise ValueError(f"'{source}' cannot be read as a data set: {reason}") from error
+        what = "no folder, and not" if isinstance(source, str) else "not"
+        raise ValueError(f"'{source}' is {what} readable as a data set: {reason}") from error
     names = {_PART_OF[name]: name for name in reversed(tables) if name in _PART_OF}
     if "train" not in names:
         raise ValueError(f"'{source}' has the splits {sorted(tables)}: expected `train`")
