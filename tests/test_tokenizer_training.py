@@ -9,6 +9,7 @@ from PIL import Image
 
 import tokenizer as tok
 from moveimg.config import TokenizerTrainConfig
+from moveimg.data import open_images
 from moveimg.data.codes import PackedCodes
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
@@ -223,3 +224,12 @@ def test_codes_of_every_quantizer_are_packed_and_decoded(folder, tmp_path, kind)
     images = torch.stack([task.train[index, 0] for index in range(len(packed))])
     assert torch.equal(tokenizer.encode(images), codes) and codes.shape == (len(packed), 16)
     assert tokenizer.decode(codes).shape == (len(packed), 3, 16, 16)
+
+
+def test_a_share_of_the_training_images_is_held_out(tmp_path):
+    """images.val_fraction reaches both splits: held-out images must not be trained on."""
+    images = {"source": "digits", "size": 16, "val_fraction": 0.25}
+    task = make_task(make_config("digits", tmp_path, images=images))
+    expected = {split: open_images("digits", split, 0.25) for split in ("train", "val")}
+    assert task.train.source.identifiers == expected["train"].identifiers
+    assert len(task.val) == len(expected["val"]) != 360

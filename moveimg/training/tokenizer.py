@@ -130,8 +130,10 @@ class TokenizerTask:
         self.tokenizer = model
         self.forward: nn.Module = model
         self.device = device = plan.world.device
-        self.train = RandomViews(open_images(config.images.source, "train"), config)
-        val = RandomViews(open_images(config.images.source, "val"), config)
+        source, fraction = config.images.source, config.images.val_fraction
+        with plan.world.first_alone():  # a named data set is downloaded once
+            self.train = RandomViews(open_images(source, "train", fraction), config)
+            val = RandomViews(open_images(source, "val", fraction), config)
         size, ranges = config.images.size, config.images.ranges[:1]
         images = map(val.image, spread_indices(len(val), MAX_VALIDATION))
         self.val = to_tensor([crop_views(image, size, "center", ranges)[0] for image in images])
