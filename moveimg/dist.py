@@ -103,7 +103,9 @@ def processes(device: str | None) -> Iterator[World]:
         chosen = pick_device(own_device(device))
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        # The first rank scores samples while the others wait, longer than the default ten minutes.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
         yield World(rank, size, chosen)
         dist.destroy_process_group()
     except (ValueError, OSError) as error:

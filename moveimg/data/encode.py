@@ -37,6 +37,7 @@ from moveimg.errors import validate
 from moveimg.files import lock
 from moveimg.images import UnreadableImageError
 from moveimg.progress import progress_bar
+from moveimg.tables import format_bytes
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 SMALL_SOURCE = 2048  # images; below it, starting worker processes costs more than it saves
@@ -157,10 +158,8 @@ def encode_splits(
         n, n_views = len(sources[split]), count_views(crops, ranges)
         plural = "s" if n_views > 1 else ""
         n_codes = (images.size // tokenizer.downsample) ** 2
-        gigabytes = shards.codes_bytes(n, n_views, n_codes) / 1e9
-        print_rank0(
-            f"{split}: {n:,} images x {n_views} view{plural} x {n_codes} codes, {gigabytes:.3g} GB"
-        )
+        size = format_bytes(shards.codes_bytes(n, n_views, n_codes))
+        print_rank0(f"{split}: {n:,} images x {n_views} view{plural} x {n_codes} codes, {size}")
         with progress_bar(n, f"encode {split}", "image") as bar:
 
             def advance(done: int, total: int, bar: Any = bar) -> None:

@@ -26,6 +26,7 @@ from moveimg.data.codes import (
 )
 from moveimg.data.images import ImageSource
 from moveimg.errors import list_names, shorten
+from moveimg.tables import format_bytes
 
 PROGRESS = "progress.json"
 
@@ -98,7 +99,7 @@ def prepare_directory(out: Path, settings: EncodeSettings, n_images: int) -> Non
     free = shutil.disk_usage(out).free
     if needed > free:
         raise ValueError(
-            f"'{out}' needs {needed / 1e9:.3g} GB for the codes: its disk has {free / 1e9:.3g} GB"
+            f"'{out}' needs {format_bytes(needed)} for the codes: its disk has {format_bytes(free)}"
         )
 
 
@@ -166,7 +167,9 @@ def _remove_progress(out: Path) -> None:
 def _require_same(out: Path, present: EncodeSettings, asked: EncodeSettings, added: int) -> None:
     """Raise ChangedSettingsError that names, in the user's words, the settings that differ."""
     change = f"{abs(added)} image{'s were' if abs(added) > 1 else ' was'}"
-    images = f"{change} {'added' if added > 0 else 'removed'}" if added else "images have changed"
+    images = (
+        f"{change} {'added' if added > 0 else 'removed'}" if added else "the images have changed"
+    )
     words = {"source_digest": images, "tokenizer_fingerprint": "another tokenizer made them"}
     differences = [
         words.get(name)

@@ -17,6 +17,7 @@ from moveimg.model.cost import cost_of
 from moveimg.model.feedforward import SwiGLU, swiglu_hidden
 from moveimg.model.memory import GatedMixer
 from moveimg.model.transformer import Transformer
+from moveimg.tables import format_bytes
 
 
 class Device(NamedTuple):
@@ -190,27 +191,31 @@ def describe_budget(budget: dict[str, Any]) -> str:
     """The budget as text for people, with its assumptions."""
     b, epoch, device = budget, budget["epoch"], DEVICES[budget["gpu"]]
     rows = [
-        ("memory per GPU", _gb(b["memory"]), f"{b['tokens']:,} codes per pass"),
-        ("  weights, AdamW, EMA", _gb(b["state"]), ""),
-        ("  copies, gathered", _gb(b["copies"]), ""),
-        ("  activations", _gb(b["activations"]), ""),
-        ("  logits and loss", _gb(b["head"]), ""),
+        ("memory per GPU", format_bytes(b["memory"]), f"{b['tokens']:,} codes per pass"),
+        ("  weights, AdamW, EMA", format_bytes(b["state"]), ""),
+        ("  copies, gathered", format_bytes(b["copies"]), ""),
+        ("  activations", format_bytes(b["activations"]), ""),
+        ("  logits and loss", format_bytes(b["head"]), ""),
         ("FLOPs per step", f"{b['flops_per_step']:.3g}", f"{b['batch_size']} images"),
         ("hours", _hours(b["hours"]), f"{b['steps']:,} steps"),
-        ("sent per step and GPU", _gb(b["network_per_step"]), ""),
-        ("updates per step, GPU", _gb(b["update_per_step"]), "weights, gradients, AdamW, EMA"),
-        ("checkpoints on disk", _gb(b["checkpoints"]), ""),
+        ("sent per step and GPU", format_bytes(b["network_per_step"]), ""),
+        (
+            "updates per step, GPU",
+            format_bytes(b["update_per_step"]),
+            "weights, gradients, AdamW, EMA",
+        ),
+        ("checkpoints on disk", format_bytes(b["checkpoints"]), ""),
     ]
     if epoch:
         rows += [
-            ("codes on disk", _gb(b["codes"]), f"{IMAGENET_VIEWS} views"),
+            ("codes on disk", format_bytes(b["codes"]), f"{IMAGENET_VIEWS} views"),
             ("an epoch", f"{epoch['steps']:,}", "steps"),
             ("  FLOPs", f"{epoch['flops']:.3g}", ""),
             ("  hours", _hours(epoch["hours"]), ""),
-            ("  codes read", _gb(epoch["codes_read"]), ""),
-            ("  bank gathered", _gb(epoch["bank_looked_up"]), ""),
-            ("  updates", _gb(epoch["updates"]), ""),
-            ("  sent", _gb(epoch["network"]), ""),
+            ("  codes read", format_bytes(epoch["codes_read"]), ""),
+            ("  bank gathered", format_bytes(epoch["bank_looked_up"]), ""),
+            ("  updates", format_bytes(epoch["updates"]), ""),
+            ("  sent", format_bytes(epoch["network"]), ""),
         ]
     lines = [f"{k:<22}{v:>15}" + (f"  ({note})" if note else "") for k, v, note in rows]
     fast, slow = (f"{s[0]:.0%}, {s[1]:.0%} and {s[2]:.0%}" for s in (FAST, SLOW))
@@ -228,17 +233,14 @@ def describe_budget(budget: dict[str, Any]) -> str:
 
 def comment(budget: dict[str, Any]) -> str:
     """The budget as the comment of a config."""
-    disk = f"{_gb(budget['checkpoints'])} of checkpoints"
+    disk = f"{format_bytes(budget['checkpoints'])} of checkpoints"
     if budget["codes"] is not None:
-        disk = f"{_gb(budget['codes'])} of codes, {disk}"
+        disk = f"{format_bytes(budget['codes'])} of codes, {disk}"
+    memory = format_bytes(budget["memory"])
     return (
         f"# {budget['gpus']} x {budget['gpu']}, estimated (moveimg info --train): "
-        f"{_gb(budget['memory'])} per GPU, {_hours(budget['hours'])} hours;\n# on disk {disk}."
+        f"{memory} per GPU, {_hours(budget['hours'])} hours;\n# on disk {disk}."
     )
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e12:.3g} TB" if size >= 1e12 else f"{size / 1e9:.3g} GB"
 
 
 def _hours(hours: tuple[float, float]) -> str:
