@@ -118,6 +118,9 @@ Num = Annotated[
     int,
     typer.Option("--num", "--num-samples", min=1, max=MAX_IMAGES, help="Images (per class)."),
 ]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="The model, in place of the argument.")
+]
 Views = Annotated[
     int | None, typer.Option(min=1, max=65536, help="Views per batch; default: by device.")
 ]
@@ -223,6 +226,17 @@ def check_images(source: str) -> None:
     """
     if Path(source).is_absolute() and not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such folder of images")
+
+
+def one_model(argument: str | None, option: str | None) -> str:
+    """The model of a command that takes it as its argument or as --model.
+
+    Raises ValueError unless exactly one of the two is given.
+    """
+    if (argument is None) == (option is None):
+        given = "both" if argument else "neither"
+        raise ValueError(f"expected a model, as the argument or as --model (got {given})")
+    return str(argument or option)
 
 
 def device_of(name: str | None) -> Any:

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from moveimg import DEFAULT_MODEL
-from moveimg.commands.common import MAX_SEED, Device, Dtype, command, device_of, print_json
+from moveimg.commands.common import (
+    MAX_SEED,
+    Device,
+    Dtype,
+    ModelOption,
+    command,
+    device_of,
+    print_json,
+)
 
 
 class Split(StrEnum):
@@ -72,6 +80,7 @@ Size = Annotated[int, typer.Option(min=8, max=4096, help="Pixels of a side (--ma
 @command
 def evaluate(
     names: Names = None,
+    model: ModelOption = None,
     reference: Reference = None,
     samples: Samples = None,
     num: Num = None,
@@ -94,7 +103,7 @@ def evaluate(
     dtype: Dtype = None,
 ) -> None:
     """Checkpoint, or a set of samples -> FID, sFID, IS, precision, recall, KID."""
-    names = names or []
+    names = [*([model] if model else []), *(names or [])]
     if show:
         _show(names)
         return

@@ -17,6 +17,7 @@ from moveimg.commands.common import (
     Compile,
     Device,
     Dtype,
+    ModelOption,
     Num,
     Quantize,
     Seed,
@@ -27,6 +28,7 @@ from moveimg.commands.common import (
     count,
     device_of,
     numbers,
+    one_model,
     print_json,
     refuse_overrides,
     sampling_options,
@@ -119,7 +121,11 @@ def _slug(name: str) -> str:
 
 @command
 def info(
-    model: Annotated[str, typer.Argument(help="A config (YAML), a name or a model directory.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A config (YAML), a name or a model directory."),
+    ] = None,
+    model_option: ModelOption = None,
     set: Set = None,
     dtype: Annotated[str, typer.Option(help="The dtype of the cache and the bank.")] = "bfloat16",
     train: Annotated[
@@ -136,6 +142,7 @@ def info(
     """Show the parameters, FLOPs and cache size of a model, or what its training needs."""
     from moveimg.config import ModelFile, TrainConfig, load_config
 
+    model = one_model(name, model_option)
     is_yaml = model.endswith((".yaml", ".yml"))
     if not is_yaml:
         refuse_overrides(set)
@@ -170,7 +177,10 @@ def info(
 
 @command
 def inspect(
-    model: Annotated[str, typer.Argument(help="A bundled name or a model directory.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A bundled name or a model directory.")
+    ] = None,
+    model_option: ModelOption = None,
     codes: Annotated[
         Path | None, typer.Option(help="Packed codes to read; default: the model's own samples.")
     ] = None,
@@ -181,6 +191,7 @@ def inspect(
     device: Device = None,
 ) -> None:
     """Report gates, memory, gradients and experts of a model as JSON, plots and warnings."""
+    model = one_model(name, model_option)
     check_model_name(model)
     if codes is not None:
         check_source(codes, "codes")
