@@ -19,7 +19,7 @@ HEADER = """\
 
 Made by `moveimg config-reference` from moveimg/config/. A key of a nested group is written
 `group.key` on the command line: `--set optimizer.lr=1e-3`. A file may name another as its `base:`;
-its own keys win. `model.size` (B, L, XL, XXL, 3B, digits) stands for `n_layer`, `n_head` and
+its own keys win. `model.size` (B, L, XL, XXL, 3B, digits) sets `n_layer`, `n_head` and
 `width`. A group with a `kind` takes the keys of that kind."""
 LIMITS = {
     "minimum": "at least",
