@@ -8,9 +8,12 @@ from moveimg.config.run import (
     ModelFile,
     OptimizerConfig,
     RunConfig,
+    Size,
     TokenizerTrainConfig,
     TrainConfig,
+    as_pair,
     load_config,
+    parse_size,
 )
 from moveimg.config.sampling import SamplingOptions, SamplingSettings
 
@@ -25,9 +28,12 @@ __all__ = [
     "RunConfig",
     "SamplingOptions",
     "SamplingSettings",
+    "Size",
     "SwiGLUConfig",
     "TokenizerTrainConfig",
     "TrainConfig",
+    "as_pair",
     "load_config",
+    "parse_size",
     "read_yaml",
 ]
