@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from moveimg.config import SamplingSettings
 from moveimg.likelihood import code_log_probs
 from moveimg.model import Transformer
-from moveimg.sampling import UNKNOWN, guidance_scales, sample_codes
+from moveimg.progress import progress_bar
+from moveimg.sampling import UNKNOWN, guidance_scales, image_rngs, sample_codes
 
 HALVES = ("top", "bottom", "left", "right")
 BLOCK = 4  # codes proposed together by `resample`; longer blocks are accepted too rarely
@@ -92,6 +93,40 @@ def blend(original: Tensor, decoded: Tensor, hole: Tensor, downsample: int) -> T
         padded = F.pad(mask, (reach,) * 4, mode="replicate")
         mask = F.avg_pool2d(padded, 2 * reach + 1, stride=1)
     return torch.where(mask > 0, torch.lerp(original, decoded, mask), original)
+
+
+def redraw(
+    generator: Transformer,
+    labels: Tensor,
+    known: Tensor,
+    settings: SamplingSettings,
+    seed: int = 0,
+    passes: int = 0,
+    batch_size: int = 32,
+) -> Tensor:
+    """Codes int64 [B, T] with the known codes of one image, int64 [T], and the others drawn.
+
+    Args:
+        generator, labels, settings: as of sample_codes.
+        known: UNKNOWN where a code is drawn.
+        seed: image i is drawn with seed + i.
+        passes: resampling passes after the first drawing.
+        batch_size: images drawn at once.
+    """
+    hole, batches = known == UNKNOWN, []
+    rngs = image_rngs(range(seed, seed + len(labels)))
+    total = len(labels) * (1 + passes)
+    with progress_bar(total, "draw", "image", delay=2) as bar:
+        for first in range(0, len(labels), batch_size):
+            chosen, rng = labels[first : first + batch_size], rngs[first : first + batch_size]
+            codes = known.expand(len(chosen), -1)
+            codes = sample_codes(generator, chosen, settings, rng, codes)
+            bar.update(len(chosen))
+            for _ in range(passes if hole.any() else 0):
+                codes = resample(generator, chosen, codes, hole, settings, rng)[0]
+                bar.update(len(chosen))
+            batches.append(codes)
+    return torch.cat(batches)
 
 
 @torch.inference_mode()

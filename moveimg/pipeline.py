@@ -19,7 +19,7 @@ from moveimg.config import SamplingOptions, SamplingSettings
 from moveimg.data.crops import center_crop, to_tensor
 from moveimg.device import pick_device, pick_dtype
 from moveimg.dist import print_rank0
-from moveimg.editing import Area, area_pixels, blend, hole_codes, resample
+from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw
 from moveimg.errors import validate
 from moveimg.images import to_pil, to_rgb
 from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
@@ -253,10 +253,6 @@ class Pipeline:
         pixels = area_pixels(area, self.image_size, downsample, crop)
         return hole_codes(~pixels if kept else pixels, downsample).to(self.device)
 
-    def known_codes(self, image: Image.Image, hole: Tensor) -> Tensor:
-        """The codes of an image, int64 [1, T], UNKNOWN in the hole (bool [T])."""
-        return self.encode([image]).masked_fill(hole, UNKNOWN)
-
     def _redraw(
         self,
         image: Image.Image,
@@ -269,13 +265,9 @@ class Pipeline:
     ) -> Tensor:
         """Codes [B, T] of an image with those in the hole drawn, `num` per class."""
         settings, labels = self.settings(**options), self._repeat(classes, num)
-        known = self.known_codes(image, hole).expand(len(labels), -1)
+        known = self.encode([image])[0].masked_fill(hole, UNKNOWN)
         self._check_guidance(settings)
-        rngs = image_rngs(range(seed, seed + len(labels)))
-        codes = sample_codes(self.decoder, labels, settings, rngs, known)
-        for _ in range(passes if hole.any() else 0):
-            codes = resample(self.decoder, labels, codes, hole, settings, rngs)[0]
-        return codes
+        return redraw(self.decoder, labels, known, settings, seed, passes)
 
     def sample_codes(
         self, classes: Classes, settings: SamplingSettings, *, seed: int = 0, batch_size: int = 32
@@ -301,7 +293,7 @@ class Pipeline:
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
         if known is not None:
             known = known.expand(len(labels), -1)
-            codes.copy_(known.clamp(min=0))
+            codes = known.clamp(min=0)
         rngs = image_rngs(range(seed, seed + len(labels)))
         for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs, known)):
             codes[:, position] = drawn
