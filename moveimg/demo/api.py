@@ -12,11 +12,11 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from apps.demo_parts import analysis, html, jobs
-from apps.demo_parts.handlers import Handlers, explain, once
-from apps.demo_parts.jobs import Row
-from apps.demo_parts.queue import Job, Waiting
-from apps.demo_parts.requests import ENDPOINTS, Search, parse_call
+from moveimg.demo import analysis, html, jobs
+from moveimg.demo.handlers import Handlers, explain, once
+from moveimg.demo.jobs import Row
+from moveimg.demo.queue import Job, Waiting
+from moveimg.demo.requests import ENDPOINTS, Search, parse_call
 from moveimg.pipeline import search_names
 
 MAX_CLASSES = 1000  # in one answer of /classes

@@ -16,11 +16,11 @@ from typing import Any
 import gradio as gr
 from gradio.context import LocalContext
 
-from apps.demo_parts import analysis, html, jobs
-from apps.demo_parts.jobs import Frame, Row
-from apps.demo_parts.models import LOG, Models
-from apps.demo_parts.queue import Job, JobQueue, Visitor, Waiting, run_in_turn
-from apps.demo_parts.requests import SETTINGS, Generate, parse_call
+from moveimg.demo import analysis, html, jobs
+from moveimg.demo.jobs import Frame, Row
+from moveimg.demo.models import LOG, Models
+from moveimg.demo.queue import Job, JobQueue, Visitor, Waiting, run_in_turn
+from moveimg.demo.requests import SETTINGS, Generate, parse_call
 from moveimg.errors import describe, validate
 
 SKIP: Any = gr.skip()

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from pydantic import Field, NonNegativeInt, TypeAdapter
 
-from apps.demo_parts.models import ModelInfo, Models
-from apps.demo_parts.requests import FRESH_SEEDS, MAX_IMAGES, MAX_SCALES, MAX_STRIP, Generate
 from moveimg.config import SamplingSettings
 from moveimg.config.model import Config
+from moveimg.demo.models import ModelInfo, Models
+from moveimg.demo.requests import FRESH_SEEDS, MAX_IMAGES, MAX_SCALES, MAX_STRIP, Generate
 from moveimg.errors import validate
 from moveimg.pipeline import find_label
 from moveimg.sampling import MAX_SEED

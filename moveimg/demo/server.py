@@ -10,11 +10,11 @@ from pathlib import Path
 
 import uvicorn
 
-from apps.demo_parts.guard import Guard
-from apps.demo_parts.handlers import Handlers
-from apps.demo_parts.models import Models
-from apps.demo_parts.page import build_app
-from apps.demo_parts.queue import JobQueue
+from moveimg.demo.guard import Guard
+from moveimg.demo.handlers import Handlers
+from moveimg.demo.models import Models
+from moveimg.demo.page import build_app
+from moveimg.demo.queue import JobQueue
 
 FIRST_PORT = 7860
 

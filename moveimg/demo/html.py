@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from apps.demo_parts.analysis import Reconstruction, heat_map
-from apps.demo_parts.jobs import Frame, Row
-from apps.demo_parts.models import ModelInfo, Models
+from moveimg.demo.analysis import Reconstruction, heat_map
+from moveimg.demo.jobs import Frame, Row
+from moveimg.demo.models import ModelInfo, Models
 from moveimg.errors import list_names
 from moveimg.images import png_bytes
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from apps.demo_parts.jobs import Row
-from apps.demo_parts.models import Models
-from apps.demo_parts.requests import MAX_UPLOAD
 from moveimg.data import center_crop, to_tensor
+from moveimg.demo.jobs import Row
+from moveimg.demo.models import Models
+from moveimg.demo.requests import MAX_UPLOAD
 from moveimg.images import to_pil, to_rgb
 from moveimg.inspect import bank_maps
 from moveimg.pipeline import Pipeline

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
-from apps.demo_parts.requests import ENDPOINTS, MAX_BODY, parse_call
+from moveimg.demo.requests import ENDPOINTS, MAX_BODY, parse_call
 
 # Gradio's routes for files, uploads and its own tools. The page needs none of them: images travel
 # inside the messages, in both directions.

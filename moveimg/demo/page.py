@@ -8,11 +8,12 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
-from apps.demo_parts import html
-from apps.demo_parts.api import Api
-from apps.demo_parts.handlers import SKIP, Handlers
-from apps.demo_parts.models import ModelInfo
-from apps.demo_parts.requests import (
+from moveimg.config import SamplingSettings
+from moveimg.demo import html
+from moveimg.demo.api import Api
+from moveimg.demo.handlers import SKIP, Handlers
+from moveimg.demo.models import ModelInfo
+from moveimg.demo.requests import (
     ENDPOINTS,
     MAX_BODY,
     MAX_IMAGES,
@@ -20,7 +21,6 @@ from apps.demo_parts.requests import (
     SETTINGS,
     endpoint_table,
 )  # fmt: skip
-from moveimg.config import SamplingSettings
 
 HERE = Path(__file__).parent
 PICK = "show where each layer used the bank"
