@@ -1,6 +1,6 @@
 """Every setting of the program, with its default, its range and its help text."""
 
-from moveimg.config.files import read_yaml
+from moveimg.config.files import SUFFIXES, is_recipe, read_yaml, yaml_of
 from moveimg.config.model import SIZES, Config, ModelConfig, SwiGLUConfig
 from moveimg.config.run import (
     EvaluationConfig,
@@ -16,6 +16,7 @@ from moveimg.config.sampling import SamplingOptions, SamplingSettings
 
 __all__ = [
     "SIZES",
+    "SUFFIXES",
     "Config",
     "EvaluationConfig",
     "ImagesConfig",
@@ -28,6 +29,8 @@ __all__ = [
     "SwiGLUConfig",
     "TokenizerTrainConfig",
     "TrainConfig",
+    "is_recipe",
     "load_config",
     "read_yaml",
+    "yaml_of",
 ]
