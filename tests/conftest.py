@@ -93,13 +93,13 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A running demo with three models: two of them alike, one with names of ImageNet's kind."""
-    from apps import demo
+    from moveimg.demo import configure_gradio
 
-    folder = demo.configure_gradio()
-    from apps.demo_parts.models import Models
-    from apps.demo_parts.queue import JobQueue
-    from apps.demo_parts.server import Server
+    folder = configure_gradio()
     from moveimg.checkpoint import BUNDLED
+    from moveimg.demo.models import Models
+    from moveimg.demo.queue import JobQueue
+    from moveimg.demo.server import Server
 
     other = tmp_path_factory.mktemp("models") / "gallery"
     shutil.copytree(BUNDLED / "digits", other)

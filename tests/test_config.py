@@ -18,11 +18,14 @@ from moveimg.config import (
     TokenizerTrainConfig,
     TrainConfig,
     load_config,
+    yaml_of,
 )
+from moveimg.config.recipes import list_recipes
 from moveimg.errors import validate
 from moveimg.model import Transformer
 
-SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 BASE = """
 out: runs/x
 data: {codes: c, tokenizer: t}
@@ -140,16 +143,72 @@ def test_configs_are_frozen_and_survive_json():
     assert validate(SamplingSettings, settings.model_dump(), "") == settings
 
 
-# The large ones are built by the tests of training budgets.
+def test_names_put_recipes_together():
+    def model(name):
+        return load_config(name, TrainConfig).model
+
+    assert model("fashion") == model("fashion-move") == load_config(
+        CONFIGS / "fashion-move.yaml", TrainConfig).model  # fmt: skip
+    assert model("fashion-move-x2") == model("fashion") and model("fashion-move").memory.slots == 6
+    assert model("digits").memory.slots == 3 and model("digits-mla-move-x2").memory.slots == 12
+    assert model("digits-moe-lave-x2").memory.layers == "all"
+    large = load_config("imagenet-3b-384-mla-move-x2", TrainConfig)
+    assert large.model.width == 3200 and large.model.grid == (24, 24) and large.batch_size == 256
+    assert large.distributed == "fsdp" and large.out == Path("runs/imagenet-3b-384-mla-move-x2")
+    assert large.model.attention.kv_rank == 800 and large.model.memory.slots == 96
+    small = load_config("imagenet-l-256-standard", TrainConfig)
+    assert small.distributed == "ddp" and small.model.memory.kind == "none"
+
+
+def test_a_file_may_have_a_recipe_as_its_base(tmp_path):
+    config = load(tmp_path, "steps: 7", base="base: digits-move-x2\n")
+    assert config.steps == 7 and config.model.memory.slots == 6
+
+
 @pytest.mark.parametrize(
-    "path",
-    [path for path in SHIPPED if not path.match("imagenet-*-*-*.yaml")],
-    ids=lambda path: path.stem,
+    ("name", "value"),
+    [
+        ("digits-mov", "digits-mov"),
+        ("../fashion-move", "fashion-move"),
+        ("digits-tokenizer-move", "digits-tokenizer"),
+        ("digits-lave-x3", "x3"),
+        ("digits-mla-x2", "digits-mla-x2"),
+        ("digits-move-x999", "2997"),
+        ("digits-move-x0", "x0"),
+        ("imagenet-b-512-move-x1", "imagenet-b-512"),
+    ],
 )
+def test_unknown_recipes_are_named(name, value):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load_config(name, TrainConfig)
+    assert value in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_builds(path):
+    assert list_recipes()[path.stem].endswith(".")  # its first line stands alone
+    assert yaml_of(path.stem) == path.read_text(encoding="utf-8")
     with torch.device("meta"):
         if "tokenizer" in (yaml.safe_load(path.read_text()) or {}):
             settings = {"kind": "vq"} | load_config(path, TokenizerTrainConfig).tokenizer
             assert sum(p.numel() for p in vq.build(vq.parse_config(settings, "")).parameters())
         else:
             Transformer(load_config(path, TrainConfig).model)
+
+
+def test_a_printed_recipe_is_the_recipe(tmp_path):
+    (tmp_path / "printed.yaml").write_text(yaml_of("imagenet-l-256-mla-move-x2"))
+    printed = load_config(tmp_path / "printed.yaml", TrainConfig)
+    assert printed == load_config("imagenet-l-256-mla-move-x2", TrainConfig)
+
+
+def test_the_wheel_holds_all_that_the_program_reads():
+    """Hatchling's own list of files: models, recipes, the demo's page, and the marker of types."""
+    builder = pytest.importorskip("hatchling.builders.wheel", reason="hatchling builds the wheel")
+    wheel = builder.WheelBuilder(str(CONFIGS.parent))
+    files = {file.distribution_path for file in wheel.recurse_included_files()}
+    root, names = CONFIGS.parent, {f"moveimg/configs/{path.name}" for path in SHIPPED}
+    for package in ("moveimg", "tokenizer"):
+        names |= {path.relative_to(root).as_posix() for path in (root / package).rglob("*.*")}
+    assert {"moveimg/py.typed", "moveimg/demo/page.css", "moveimg/configs/digits-mla.yaml"} <= names
+    assert {name for name in names if not name.endswith(".pyc")} <= files

@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.demo_parts import analysis, html, jobs
-from apps.demo_parts.handlers import Handlers
-from apps.demo_parts.models import Models
-from apps.demo_parts.queue import JobQueue, QueueFullError, Visitor, Waiting, run_in_turn
-from apps.demo_parts.requests import MAX_UPLOAD, Generate, parse_call
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
+from moveimg.demo import analysis, html, jobs
+from moveimg.demo.handlers import Handlers
+from moveimg.demo.models import Models
+from moveimg.demo.queue import JobQueue, QueueFullError, Visitor, Waiting, run_in_turn
+from moveimg.demo.requests import MAX_UPLOAD, Generate, parse_call
 
 ANN, BOB = Visitor("ann", "10.0.0.1"), Visitor("bob", "10.0.0.2")
 

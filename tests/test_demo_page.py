@@ -14,8 +14,8 @@ import zipfile
 import pytest
 from PIL import Image
 
-from apps.demo_parts import analysis
 from moveimg import Pipeline
+from moveimg.demo import analysis
 from tests.test_demo_server import image_of, wait_until
 
 CHROMIUM = shutil.which("chromium")

@@ -20,14 +20,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from apps import demo
-from apps.demo_parts import page
-from apps.demo_parts.guard import FREE_LOGINS
-from apps.demo_parts.queue import JobQueue, Visitor
-from apps.demo_parts.requests import MAX_BODY
-from apps.demo_parts.server import Server, read_auth
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
+from moveimg.cli import app
+from moveimg.demo import page
+from moveimg.demo.guard import FREE_LOGINS
+from moveimg.demo.queue import JobQueue, Visitor
+from moveimg.demo.requests import MAX_BODY
+from moveimg.demo.server import Server, read_auth
 
 CALL = "/gradio_api/call/v2"
 
@@ -256,7 +256,7 @@ def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm():
 def test_the_command_names_what_it_cannot_serve(reason, tmp_path, monkeypatch):
     shutil.copytree(BUNDLED / "digits", tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
-    monkeypatch.setattr(demo.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         options, value = {
@@ -266,5 +266,5 @@ def test_the_command_names_what_it_cannot_serve(reason, tmp_path, monkeypatch):
             "dtype": (["--dtype", "int8"], "int8"),
             "option": (["--queue", "0"], "--queue"),
         }[reason]
-        result = CliRunner().invoke(demo.app, options)
+        result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 2 and value in result.stderr and "Traceback" not in result.stderr

@@ -27,13 +27,13 @@ import httpx
 import typer
 from PIL import Image
 
-DEMO = Path(__file__).parents[1] / "apps" / "demo.py"
-
 
 def start(port: int) -> tuple[subprocess.Popen[bytes], str]:
     """Start a demo; prints how long its page took to answer."""
     url, begin = f"http://127.0.0.1:{port}", time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(DEMO), "--port", str(port), "--queue", "128"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moveimg", "demo", "--port", str(port), "--queue", "128"]
+    )
     while process.poll() is None:
         try:
             httpx.get(url, timeout=5).raise_for_status()

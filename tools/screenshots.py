@@ -1,6 +1,6 @@
 """Make the screenshots of docs/demo.md from a running demo, on an idle machine.
 
-    python apps/demo.py --port 7860 &
+    moveimg demo --port 7860 &
     python tools/screenshots.py http://127.0.0.1:7860 docs/images
 
 Needs playwright and Debian's chromium.

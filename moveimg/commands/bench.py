@@ -20,6 +20,7 @@ from moveimg.commands.common import (
     check_model_name,
     check_source,
     device_of,
+    is_config,
     refuse_overrides,
 )
 
@@ -39,7 +40,9 @@ Trace = Annotated[Path | None, typer.Option("--profile", help="Write a trace of 
 
 @bench.command("sample")
 def sample_speed(
-    model: Annotated[str, typer.Argument(help="A model, or a config (YAML).")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Argument(help="A model, or a config (YAML file or recipe).")
+    ] = DEFAULT_MODEL,
     batch_size: BatchSize = 8,
     repeats: Repeats = 5,
     cfg_scale: Annotated[float, typer.Option(help="Guidance scale; 1 is no guidance.")] = 2.0,
@@ -56,7 +59,7 @@ def sample_speed(
 
     settings = validate(SamplingSettings, {"cfg_scale": cfg_scale}, "sampling settings")
     config = None
-    if model.endswith((".yaml", ".yml")):
+    if is_config(model):
         config = load_config(model, ModelFile, set or []).model
     else:
         refuse_overrides(set)
@@ -120,7 +123,9 @@ def encode_speed(
 
 @bench.command("train")
 def train_speed(
-    config: Annotated[Path, typer.Argument(help="A config (YAML) of `moveimg train`.")],
+    config: Annotated[
+        Path, typer.Argument(help="A config of `moveimg train`: a YAML file or a recipe.")
+    ],
     batch_size: BatchSize = 8,
     repeats: Repeats = 5,
     set: Set = None,

@@ -25,8 +25,8 @@ MAX_SEED = 2**32 - 1
 MAX_IMAGES = 10_000  # of one call
 # The help lists the commands in this order.
 PANELS = {
-    "Use": ("sample", "edit", "score", "info", "inspect", "bench"),
-    "Train": ("encode", "train-tokenizer", "train", "compare", "config-reference"),
+    "Use": ("sample", "edit", "score", "demo", "info", "inspect", "bench"),
+    "Train": ("encode", "train-tokenizer", "train", "compare", "configs", "config-reference"),
     "Evaluate": ("evaluate", "reconstruct"),
     "Convert": ("convert", "push"),
 }
@@ -93,7 +93,6 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help: rich would take a quarter of a second to load
     pretty_exceptions_enable=False,
     help="Generate images from class labels, one discrete code after another, with MoVE.",
@@ -210,10 +209,22 @@ def check_model_name(name: str) -> None:
         )
 
 
+def is_config(name: str) -> bool:
+    """Whether an argument that may be a model or a config is a config.
+
+    It is where the name ends as a YAML file's does, or is a recipe's and no model's.
+    """
+    from moveimg.config import SUFFIXES, is_recipe
+
+    if name.endswith(SUFFIXES):
+        return True
+    return not (Path(name).is_dir() or (BUNDLED / name).is_dir()) and is_recipe(name)
+
+
 def refuse_overrides(overrides: list[str] | None) -> None:
     """Raise ValueError for --set beside a model, whose settings cannot change."""
     if overrides:
-        raise ValueError(f"--set {overrides[0]}: expected a config (YAML), whose keys it overrides")
+        raise ValueError(f"--set {overrides[0]}: expected a config, whose keys it overrides")
 
 
 def check_source(path: str | Path, what: str) -> None:

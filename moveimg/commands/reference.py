@@ -18,9 +18,9 @@ HEADER = """\
 # All keys of the configs
 
 Made by `moveimg config-reference` from moveimg/config/. A key of a nested group is written
-`group.key` on the command line: `--set optimizer.lr=1e-3`. A file may name another as its `base:`;
-its own keys win. `model.size` (B, L, XL, XXL, 3B, digits) sets `n_layer`, `n_head` and
-`width`. A group with a `kind` takes the keys of that kind."""
+`group.key` on the command line: `--set optimizer.lr=1e-3`. A file may name another file or a recipe
+(`moveimg configs`) as its `base:`; its own keys win. `model.size` (B, L, XL, XXL, 3B, digits) sets
+`n_layer`, `n_head` and `width`. A group with a `kind` takes the keys of that kind."""
 LIMITS = {
     "minimum": "at least",
     "exclusiveMinimum": "above",

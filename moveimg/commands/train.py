@@ -1,4 +1,4 @@
-"""`moveimg encode`, `train-tokenizer`, `train`, `compare` and `config-reference`."""
+"""`moveimg encode`, `train-tokenizer`, `train`, `compare` `configs` and `config-reference`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moveimg.commands.common import (
     processes_of,
 )
 
-Config = Annotated[Path, typer.Argument(help="A YAML file, as in configs/.")]
+Config = Annotated[Path, typer.Argument(help="A YAML file or a recipe: see `moveimg configs`.")]
 
 
 @command
@@ -151,7 +151,7 @@ def train(
 
 @command
 def compare(
-    configs: Annotated[list[Path], typer.Argument(help="YAML files, as for `train`.")],
+    configs: Annotated[list[Path], typer.Argument(help="YAML files or recipes, as for `train`.")],
     out: Annotated[Path, typer.Option(help="The folder for the runs and the table.")],
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
     jobs: Annotated[int, typer.Option(min=1, max=256, help="Trainings at the same time.")] = 1,
@@ -182,3 +182,19 @@ def config_reference() -> None:
     from moveimg.commands.reference import config_reference
 
     print(config_reference())
+
+
+@command
+def configs(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe; default: list all.")
+    ] = None,
+) -> None:
+    """List the recipes that `train` and others take by name, or print one as YAML."""
+    from moveimg.config import recipes, yaml_of
+
+    if name is not None:
+        print(yaml_of(name), end="")
+        return
+    for recipe, about in recipes.list_recipes().items():
+        print(f"{recipe:<36}{about}")

@@ -27,6 +27,7 @@ from moveimg.commands.common import (
     command,
     count,
     device_of,
+    is_config,
     numbers,
     one_model,
     print_json,
@@ -123,7 +124,9 @@ def _slug(name: str) -> str:
 def info(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A config (YAML), a name or a model directory."),
+        typer.Argument(
+            metavar="MODEL", help="A config (YAML file or recipe), or a model's name or directory."
+        ),
     ] = None,
     model_option: ModelOption = None,
     set: Set = None,
@@ -140,16 +143,16 @@ def info(
     ] = False,
 ) -> None:
     """Show the parameters, FLOPs and cache size of a model, or what its training needs."""
-    from moveimg.config import ModelFile, TrainConfig, load_config
+    from moveimg.config import ModelFile, TrainConfig, is_recipe, load_config
 
     model = one_model(name, model_option)
-    is_yaml = model.endswith((".yaml", ".yml"))
+    is_yaml = is_config(model) or (train and is_recipe(model))
     if not is_yaml:
         refuse_overrides(set)
         check_model_name(model)
     if train:
         if not is_yaml:
-            raise ValueError(f"--train: expected a config (YAML), got '{model}'")
+            raise ValueError(f"--train: expected a config (YAML file or recipe), got '{model}'")
         run = load_config(model, TrainConfig, set or [])
         from moveimg.model import comment, describe_budget, train_budget
 

@@ -1,6 +1,6 @@
 """Every setting of the program, with its default, its range and its help text."""
 
-from moveimg.config.files import read_yaml
+from moveimg.config.files import SUFFIXES, is_recipe, read_yaml, yaml_of
 from moveimg.config.model import SIZES, Config, ModelConfig, SwiGLUConfig
 from moveimg.config.run import (
     EvaluationConfig,
@@ -19,6 +19,7 @@ from moveimg.config.sampling import SamplingOptions, SamplingSettings
 
 __all__ = [
     "SIZES",
+    "SUFFIXES",
     "Config",
     "EvaluationConfig",
     "ImagesConfig",
@@ -33,7 +34,9 @@ __all__ = [
     "TokenizerTrainConfig",
     "TrainConfig",
     "as_pair",
+    "is_recipe",
     "load_config",
     "parse_size",
     "read_yaml",
+    "yaml_of",
 ]

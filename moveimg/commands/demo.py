@@ -1,0 +1,72 @@
+"""`moveimg demo`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from moveimg import DEFAULT_MODEL
+from moveimg.commands.common import Device, Dtype, check_model_name, command
+
+
+@command
+def demo(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A name, a model directory or a Hub id; repeatable."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: a free one from 7860.")
+    ] = None,
+    auth: Annotated[
+        str | None, typer.Option(metavar="USER:PASSWORD", help="Or a file of such lines.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name that visitors use; repeatable.")
+    ] = None,
+    trust_proxy: Annotated[
+        bool, typer.Option("--trust-proxy", help="Believe X-Forwarded-For.")
+    ] = False,
+    queue: Annotated[int, typer.Option(min=1, help="Jobs that may wait.")] = 64,
+    per_visitor: Annotated[int, typer.Option(min=1, help="Jobs of one visitor.")] = 2,
+    max_models: Annotated[int, typer.Option(min=1, help="Models kept in memory.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Serve the web demo until it is interrupted: choose a class, see it drawn code by code."""
+    for name in model or []:
+        check_model_name(name)
+    from moveimg.demo import configure_gradio
+
+    folder = configure_gradio()
+    from moveimg.demo.models import Models
+    from moveimg.demo.queue import JobQueue
+    from moveimg.demo.server import Server, read_auth
+    from moveimg.device import pick_device, pick_dtype
+
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    accounts = read_auth(auth)
+    pick_dtype(dtype, pick_device(device))  # refuses what the machine does not have
+    models = Models(model or [DEFAULT_MODEL], max_models, device, dtype)
+    server = Server(
+        models, JobQueue(queue, per_visitor), host=host, port=port, auth=accounts,
+        allow_hosts=tuple(allow_host or ()), trust_proxy=trust_proxy,
+    )  # fmt: skip
+    print(f"moveimg demo: {server.url}", flush=True)
+    if host not in ("127.0.0.1", "localhost", "::1") and accounts is None:
+        print("anyone who can reach this address can use it; --auth asks for a password")
+    models.get()  # while the first visitor looks at the page
+    with suppress(KeyboardInterrupt, SystemExit):
+        threading.Event().wait()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)  # at once: a thread may be in the middle of a matrix product
