@@ -16,7 +16,6 @@ from moveimg import DEFAULT_MODEL
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingOptions, SamplingSettings
-from moveimg.data.crops import center_crop, to_tensor
 from moveimg.device import pick_device, pick_dtype
 from moveimg.dist import print_rank0
 from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw
@@ -186,6 +185,8 @@ class Pipeline:
         Pixels outside the hole are the image's own, blended over the seam. Arguments as of
         complete, but `hole` is the area to draw.
         """
+        from moveimg.data import to_tensor
+
         drawn = self.hole(hole)
         codes = self._redraw(image, classes, drawn, num, seed, passes, options)
         grid, downsample = self.generator.config.grid, self.tokenizer.downsample
@@ -228,10 +229,14 @@ class Pipeline:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """An image as RGB of the model's size: resized, and cropped around its centre."""
+        from moveimg.data import center_crop
+
         return center_crop(to_rgb(image), self.image_size)
 
     def encode(self, images: Iterable[Image.Image], *, batch_size: int = 32) -> Tensor:
         """Codes int64 [B, T] of images, cropped to the model's size."""
+        from moveimg.data import to_tensor
+
         cropped = [self.crop(image) for image in images]
         if not cropped:
             raise ValueError("no images: expected at least one")
@@ -245,6 +250,8 @@ class Pipeline:
 
     def hole(self, area: Area, kept: bool = False) -> Tensor:
         """The codes to draw, bool [T]: those that touch an area, or its outside if it is kept."""
+        from moveimg.data import center_crop
+
         downsample = self.tokenizer.downsample
 
         def crop(mask: Image.Image) -> Image.Image:

@@ -78,9 +78,9 @@ def iter_codes(
     drawn = [torch.rand(length, generator=g, dtype=torch.float32, device=g.device) for g in rng]
     draws = torch.stack(drawn).to(labels.device)
     cache = generator.make_cache(len(labels))
-    prefix = known[:, :first].repeat(1 + guided, 1)
+    prefix = [known[:, :first].repeat(1 + guided, 1)] if first else []
     with no_autocast(labels.device):
-        logits = generator.start(labels, cache, prefix if first else None)
+        logits = generator.start(labels, cache, *prefix)
     for position in range(first, length):
         codes = known[:, position]
         # Checked at the first and last position alone: it waits for the device, and NaN stays in

@@ -300,6 +300,5 @@ class StaticDecoder(Transformer):
 
 
 def _pad(inputs: Tensor, size: int) -> Tensor:
-    """inputs [B, ...] with zeros up to `size` entries."""
-    missing = max(0, size - len(inputs))
-    return torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])]) if missing else inputs
+    """A copy of inputs [B, ...] with zeros up to `size` entries."""
+    return torch.cat([inputs, inputs.new_zeros(max(0, size - len(inputs)), *inputs.shape[1:])])
