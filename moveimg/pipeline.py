@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,13 +16,16 @@ from moveimg import DEFAULT_MODEL
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingOptions, SamplingSettings
+from moveimg.data.crops import center_crop, to_tensor
 from moveimg.device import pick_device, pick_dtype
 from moveimg.dist import print_rank0
+from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw
 from moveimg.errors import validate
-from moveimg.images import to_pil
+from moveimg.images import to_pil, to_rgb
+from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
 from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import resolve
-from moveimg.sampling import image_rngs, iter_codes, sample_codes
+from moveimg.sampling import UNKNOWN, image_rngs, iter_codes, sample_codes
 
 __all__ = ["DEFAULT_MODEL", "Pipeline", "find_label", "resolve", "search_names"]
 
@@ -109,10 +113,6 @@ class Pipeline:
         """The label of a class by its index, name, synonym or unambiguous part (see find_label)."""
         return find_label(self.class_names, name_or_index)
 
-    def search_classes(self, part: str) -> list[int]:
-        """Labels of the classes whose name contains `part`, without regard to case."""
-        return search_names(self.class_names, part)
-
     def settings(self, **options: Unpack[SamplingOptions]) -> SamplingSettings:
         """The model's sampling settings with the options that are not None. ValueError if bad."""
         changes = {key: value for key, value in options.items() if value is not None}
@@ -137,11 +137,137 @@ class Pipeline:
             batch_size: images generated at once; more is faster and needs more memory.
             options: fields of SamplingSettings; those left out are the model's own.
         """
-        settings, labels = self.settings(**options), self._labels(classes)
-        if not 1 <= num <= MAX_IMAGES // len(labels):
-            raise ValueError(f"num {num}: expected 1..{MAX_IMAGES // len(labels)}")
-        batches = self._batches(labels.repeat_interleave(num), settings, seed, batch_size)
+        settings, labels = self.settings(**options), self._repeat(classes, num)
+        batches = self._batches(labels, settings, seed, batch_size)
         return [image for codes in batches for image in self.decode(codes)]
+
+    def complete(
+        self,
+        image: Image.Image,
+        classes: Classes,
+        *,
+        keep: Area = "top",
+        num: int = 1,
+        seed: int = 0,
+        passes: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Image.Image]:
+        """Completions of an image: the codes of an area are kept, the others are drawn.
+
+        Kept pixels are decoded from their codes; with everything kept, the result is the image's
+        reconstruction, with nothing kept (keep=0), it is `sample`.
+
+        Args:
+            image: cropped to the model's size around its centre.
+            classes: as of sample.
+            keep: top, bottom, left or right (half); a number of rows of codes from the top; a box
+                (left, top, right, bottom) of pixels; or a mask, light where the image is kept.
+            num: completions per class; completion i is drawn with seed + i.
+            seed: see num.
+            passes: resampling passes, where kept codes come after drawn ones (see moveimg.editing).
+            options: fields of SamplingSettings; those left out are the model's own.
+        """
+        hole = self.hole(keep, kept=True)
+        return self.decode(self._redraw(image, classes, hole, num, seed, passes, options))
+
+    def edit(
+        self,
+        image: Image.Image,
+        classes: Classes,
+        *,
+        hole: Area,
+        num: int = 1,
+        seed: int = 0,
+        passes: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Image.Image]:
+        """Versions of an image with the area `hole` drawn anew, as one of its own class or another.
+
+        Pixels outside the hole are the image's own, blended over the seam. Arguments as of
+        complete, but `hole` is the area to draw.
+        """
+        drawn = self.hole(hole)
+        codes = self._redraw(image, classes, drawn, num, seed, passes, options)
+        grid, downsample = self.generator.config.grid, self.tokenizer.downsample
+        original = to_tensor([self.crop(image)]).to(self.device).expand(len(codes), -1, -1, -1)
+        decoded = self._decode(codes, grid)
+        return to_pil(blend(original, decoded, drawn.view(grid), downsample))
+
+    def log_likelihood(
+        self, images: Iterable[Image.Image], classes: Classes, *, batch_size: int = 32
+    ) -> Likelihood:
+        """log p(codes | class) of images, each with its class, or all with the same one."""
+        codes, labels = self.encode(images, batch_size=batch_size), self._labels(classes)
+        if len(labels) not in (1, len(codes)):
+            raise ValueError(f"{len(labels)} classes for {len(codes)} images: expected 1 or equal")
+        labels = labels.expand(len(codes))
+        parts = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
+        log_probs = torch.cat([code_log_probs(self.decoder, *part) for part in parts])
+        return Likelihood(log_probs, math.prod(self.image_size))
+
+    def classify(
+        self, images: Iterable[Image.Image], *, top_k: int = 5, batch_size: int = 32
+    ) -> list[list[tuple[str, float]]]:
+        """The likeliest classes of each image and their probabilities.
+
+        By Bayes' rule with equal priors: p(class | codes) = p(codes | class) / sum over classes.
+        """
+        codes = self.encode(images, batch_size=batch_size)
+        probabilities = class_log_likelihoods(self.decoder, codes, batch_size).softmax(dim=1)
+        best = probabilities.topk(min(top_k, len(self.class_names)), dim=1)
+        return [
+            [(self.class_names[label], share) for label, share in zip(*row, strict=True)]
+            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the model's images in pixels."""
+        height, width = self.generator.config.grid
+        return height * self.tokenizer.downsample, width * self.tokenizer.downsample
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """An image as RGB of the model's size: resized, and cropped around its centre."""
+        return center_crop(to_rgb(image), self.image_size)
+
+    def encode(self, images: Iterable[Image.Image], *, batch_size: int = 32) -> Tensor:
+        """Codes int64 [B, T] of images, cropped to the model's size."""
+        cropped = [self.crop(image) for image in images]
+        if not cropped:
+            raise ValueError("no images: expected at least one")
+        starts = range(0, len(cropped), batch_size)
+        with torch.autocast(self.device.type, enabled=False):
+            batches = [
+                self.tokenizer.encode(to_tensor(cropped[i : i + batch_size]).to(self.device))
+                for i in starts
+            ]
+        return torch.cat(batches)
+
+    def hole(self, area: Area, kept: bool = False) -> Tensor:
+        """The codes to draw, bool [T]: those that touch an area, or its outside if it is kept."""
+        downsample = self.tokenizer.downsample
+
+        def crop(mask: Image.Image) -> Image.Image:
+            return center_crop(mask, self.image_size)
+
+        pixels = area_pixels(area, self.image_size, downsample, crop)
+        return hole_codes(~pixels if kept else pixels, downsample).to(self.device)
+
+    def _redraw(
+        self,
+        image: Image.Image,
+        classes: Classes,
+        hole: Tensor,
+        num: int,
+        seed: int,
+        passes: int,
+        options: SamplingOptions,
+    ) -> Tensor:
+        """Codes [B, T] of an image with those in the hole drawn, `num` per class."""
+        settings, labels = self.settings(**options), self._repeat(classes, num)
+        known = self.encode([image])[0].masked_fill(hole, UNKNOWN)
+        self._check_guidance(settings)
+        return redraw(self.decoder, labels, known, settings, seed, passes)
 
     def sample_codes(
         self, classes: Classes, settings: SamplingSettings, *, seed: int = 0, batch_size: int = 32
@@ -150,48 +276,50 @@ class Pipeline:
         return torch.cat([*self._batches(self._labels(classes), settings, seed, batch_size)])
 
     def iter_codes(
-        self, classes: Classes, settings: SamplingSettings, *, seed: int = 0
+        self,
+        classes: Classes,
+        settings: SamplingSettings,
+        *,
+        seed: int = 0,
+        known: Tensor | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """As sample_codes in one batch, but after every code: (codes drawn so far, codes [B, T]).
+        """As sample_codes in one batch, but after every code: (codes so far, codes [B, T]).
 
-        The tensor is the same each time, and is filled from the left.
+        The tensor is the same each time, and is filled from the left. known: see
+        moveimg.sampling.sample_codes.
         """
         self._check_guidance(settings)
         labels, length = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
+        if known is not None:
+            known = known.expand(len(labels), -1)
+            codes = known.clamp(min=0)
         rngs = image_rngs(range(seed, seed + len(labels)))
-        for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs)):
+        for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs, known)):
             codes[:, position] = drawn
             yield position + 1, codes
-
-    def stream(
-        self, classes: Classes, settings: SamplingSettings, *, seed: int = 0, every: int = 0
-    ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Growing images: (codes drawn so far, images) after every `every` codes (0: a row).
-
-        Codes still to come are shown as mid-grey. To stop early, stop iterating.
-        """
-        every = every or self.generator.config.grid[1]
-        for done, codes in self.iter_codes(classes, settings, seed=seed):
-            if done % every == 0 or done == codes.shape[1]:
-                yield done, self.decode_partial(codes, done)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Images of codes int64 [B, T]."""
         return to_pil(self._decode(codes, self.generator.config.grid))
 
-    def decode_partial(self, codes: Tensor, done: int) -> list[Image.Image]:
-        """Images of the first `done` codes of codes int64 [B, T]; the rest is mid-grey.
+    def decode_partial(
+        self, codes: Tensor, done: int, hole: Tensor | None = None
+    ) -> list[Image.Image]:
+        """Images of the first `done` codes of codes int64 [B, T]; those to come are mid-grey.
 
-        Rows without codes are not decoded, so the lower edge still changes with the next row.
+        hole: the codes that are drawn, bool [T]; the others are shown from the start. Left out, all
+        are drawn, and rows without codes are not decoded, so the lower edge still changes with the
+        next row.
         """
-        height, width = self.generator.config.grid
-        rows, missing = -(-done // width), -done % width
+        (height, width), pixels = self.generator.config.grid, self.tokenizer.downsample
+        rows = height if hole is not None else -(-done // width)
         images = self._decode(codes[:, : rows * width], (rows, width))  # [B, 3, h, W]
-        pixels = self.tokenizer.downsample
-        if missing:
-            images[:, :, -pixels:, -missing * pixels :] = 0
-        return to_pil(pad(images, (0, 0, 0, (height - rows) * pixels)))
+        images = pad(images, (0, 0, 0, (height - rows) * pixels))
+        grey = torch.ones(height * width, dtype=torch.bool) if hole is None else hole.clone()
+        grey[:done] = False
+        blocks = grey.view(height, width).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
+        return to_pil(images.masked_fill(blocks.to(images.device), 0))
 
     def _decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # the caller's would change pixels
@@ -203,6 +331,13 @@ class Pipeline:
         if not labels:
             raise ValueError("no classes: expected at least one index or name")
         return torch.tensor(labels, dtype=torch.int64, device=self.device)
+
+    def _repeat(self, classes: Classes, num: int) -> Tensor:
+        """Labels [B] of classes, each `num` times in a row."""
+        labels = self._labels(classes)
+        if not 1 <= num <= MAX_IMAGES // len(labels):
+            raise ValueError(f"num {num}: expected 1..{MAX_IMAGES // len(labels)}")
+        return labels.repeat_interleave(num)
 
     def _batches(
         self, labels: Tensor, settings: SamplingSettings, seed: int, batch_size: int

@@ -19,6 +19,7 @@ from moveimg.config import SamplingSettings
 from moveimg.model import Transformer
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
+UNKNOWN = -1  # a code that is to be drawn
 
 
 def image_rngs(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -34,6 +35,7 @@ def sample_codes(
     labels: Tensor,
     settings: SamplingSettings,
     rng: Sequence[torch.Generator],
+    known: Tensor | None = None,
 ) -> Tensor:
     """Draw the codes of one image per label: int64 [B, T].
 
@@ -42,10 +44,13 @@ def sample_codes(
         labels: int64 [B] in 0..C, where C is the null label.
         settings: guidance, temperature and filters.
         rng: one CPU random generator per image (see image_rngs).
+        known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn. Each code is drawn
+            given the codes before it, kept or drawn; where all known codes come first, that is
+            exact sampling of the others given them.
 
     The same arguments give the same bits.
     """
-    return torch.stack(list(iter_codes(generator, labels, settings, rng)), dim=1)
+    return torch.stack(list(iter_codes(generator, labels, settings, rng, known)), dim=1)
 
 
 @torch.inference_mode()
@@ -54,36 +59,56 @@ def iter_codes(
     labels: Tensor,
     settings: SamplingSettings,
     rng: Sequence[torch.Generator],
+    known: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """As sample_codes, but yields the codes [B] position by position, in raster order."""
     if len(rng) != len(labels):
         raise ValueError(f"{len(rng)} random generators for {len(labels)} labels: expected equal")
     length = generator.config.seq_len
+    if known is None:
+        known = torch.full((len(labels), length), UNKNOWN, device=labels.device)
+    missing = set((known == UNKNOWN).any(dim=0).nonzero()[:, 0].tolist())  # positions to draw
+    first, last = min(missing, default=length), max(missing, default=length)
+    yield from known[:, :first].unbind(1)
+    if not missing:
+        return
     scales = guidance_scales(settings, length)
-    guided = any(scale not in (0.0, 1.0) for scale in scales) or len(set(scales)) > 1
-    if guided:  # one doubled batch: with the class, and without
-        labels = torch.cat([labels, torch.full_like(labels, generator.null_label)])
-    elif scales[0] == 0:
-        labels = torch.full_like(labels, generator.null_label)
+    labels, guided = guided_labels(generator, labels, scales)
     # dtype and device are explicit: with torch's defaults changed, a seed must give the same draws
     drawn = [torch.rand(length, generator=g, dtype=torch.float32, device=g.device) for g in rng]
     draws = torch.stack(drawn).to(labels.device)
     cache = generator.make_cache(len(labels))
+    prefix = known[:, :first].repeat(1 + guided, 1)
     with no_autocast(labels.device):
-        logits = generator.start(labels, cache)
-    for position, scale in enumerate(scales):
+        logits = generator.start(labels, cache, prefix if first else None)
+    for position in range(first, length):
+        codes = known[:, position]
         # Checked at the first and last position alone: it waits for the device, and NaN stays in
         # the cache.
-        if position in (0, length - 1) and not torch.isfinite(logits).all():
+        if position in (first, last) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, scale)
-        codes = draw(logits, draws[:, position], settings)
+        if position in missing:
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = guide(conditional, unconditional, scales[position])
+            new = draw(logits, draws[:, position], settings)
+            codes = torch.where(codes == UNKNOWN, new, codes)
         yield codes
-        if position < length - 1:
+        if position < last:
             with no_autocast(labels.device):  # around each step: the caller's code runs in between
-                logits = generator.decode(codes.repeat(2) if guided else codes, cache)
+                logits = generator.decode(codes.repeat(1 + guided), cache)
+
+
+def guided_labels(
+    generator: Transformer, labels: Tensor, scales: Sequence[float]
+) -> tuple[Tensor, bool]:
+    """The labels [B or 2 B] of the batch that guidance needs, and whether it is doubled.
+
+    Doubled, its second half is without class. `scales` are those of guidance_scales.
+    """
+    if any(scale not in (0.0, 1.0) for scale in scales) or len(set(scales)) > 1:
+        return torch.cat([labels, torch.full_like(labels, generator.null_label)]), True
+    return (torch.full_like(labels, generator.null_label) if scales[0] == 0 else labels), False
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

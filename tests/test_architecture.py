@@ -22,7 +22,9 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "data": {"config"},
     "checkpoint": {"config", "model", "tokenizer"},
     "pretrained": {"config", "model", "checkpoint", "tokenizer"},
-    "pipeline": CORE,
+    "likelihood": {"model", "sampling"},
+    "editing": {"config", "model", "sampling", "likelihood"},
+    "pipeline": CORE | {"data", "likelihood", "editing"},
     "evaluation": CORE | {"data", "pipeline"},
     "training": CORE | {"data", "pipeline", "evaluation"},
 }

@@ -121,11 +121,14 @@ def test_bad_arguments_are_named(pipeline, classes, options, value):
         pipeline.sample(classes, **options)
 
 
-def test_streaming_ends_with_the_sampled_images(pipeline):
-    steps = list(pipeline.stream([0, 1], pipeline.settings(), seed=2))
-    assert [done for done, _ in steps] == [4, 8, 12]
+def test_partial_images_end_with_the_sampled_ones(pipeline):
+    steps = [
+        (done, pipeline.decode_partial(codes, done))
+        for done, codes in pipeline.iter_codes([0, 1], pipeline.settings(), seed=2)
+    ]
+    assert [done for done, _ in steps] == list(range(1, 13))
     assert pixels(steps[-1][1]) == pixels(pipeline.sample([0, 1], seed=2))
-    first = np.asarray(steps[0][1][0])
+    first = np.asarray(steps[3][1][0])
     assert (first[4:] == 128).all() and not (first[:4] == 128).all()  # rows to come are grey
 
 

@@ -25,7 +25,7 @@ MAX_SEED = 2**32 - 1
 MAX_IMAGES = 10_000  # of one call
 # The help lists the commands in this order.
 PANELS = {
-    "Use": ("sample", "demo", "info", "inspect", "bench"),
+    "Use": ("sample", "edit", "score", "demo", "info", "inspect", "bench"),
     "Train": ("encode", "train-tokenizer", "train", "compare", "configs", "config-reference"),
     "Evaluate": ("evaluate", "reconstruct"),
     "Convert": ("convert", "push"),
@@ -122,6 +122,9 @@ ModelOption = Annotated[
 ]
 Views = Annotated[
     int | None, typer.Option(min=1, max=65536, help="Views per batch; default: by device.")
+]
+ImageSize = Annotated[
+    str, typer.Option("--size", help="Pixels of a square's side, or HEIGHTxWIDTH.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=65536, help="Images in one batch.")]
 Quantize = Annotated[

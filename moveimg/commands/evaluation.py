@@ -15,6 +15,7 @@ from moveimg.commands.common import (
     MAX_SEED,
     Device,
     Dtype,
+    ImageSize,
     ModelOption,
     command,
     device_of,
@@ -74,7 +75,6 @@ MakeReference = Annotated[
 MakeExtractor = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Train a classifier on a data set or folder.")
 ]
-Size = Annotated[int, typer.Option(min=8, max=4096, help="Pixels of a side (--make-...).")]
 
 
 @command
@@ -98,7 +98,7 @@ def evaluate(
     make_reference: MakeReference = None,
     make_extractor: MakeExtractor = None,
     split: Annotated[Split, typer.Option(help="Of the images (--make-reference).")] = Split.train,
-    size: Size = 256,
+    size: ImageSize = "256",
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -107,19 +107,20 @@ def evaluate(
     if show:
         _show(names)
         return
+    from moveimg.config import as_pair, parse_size
     from moveimg.evaluation import run as runner
     from moveimg.evaluation.guards import check_allowed
 
     check_allowed(allow or [])
+    pixels = as_pair(parse_size(size))
     comparison = runner.Comparison(reference, extractor, inception_weights, allow or [])
     if make_extractor is not None:
-        accuracy = runner.make_extractor(_one(names), size, device_of(device), make_extractor)
+        accuracy = runner.make_extractor(_one(names), pixels, device_of(device), make_extractor)
         print(f"{make_extractor}: {accuracy:.1%} of held-out real images recognised")
     elif make_reference is not None:
         where = device_of(device)
-        print_json(
-            runner.make_reference(_one(names), split.value, size, comparison, where, make_reference)
-        )
+        out = make_reference
+        print_json(runner.make_reference(_one(names), split.value, pixels, comparison, where, out))
     elif samples is not None:
         _report([runner.score_files(samples, comparison, device_of(device), out)])
     else:
@@ -142,7 +143,7 @@ def evaluate(
 def reconstruct(
     images: Annotated[str, typer.Argument(help="a data set's name, or a folder")],
     tokenizer: Annotated[Path, typer.Option(help="Directory of a tokenizer or model, or digits.")],
-    size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels of a side.")] = 256,
+    size: ImageSize = "256",
     ratio: Annotated[float, typer.Option("--range", help="Crop from size * range pixels.")] = 1.0,
     split: Annotated[Split, typer.Option(help="Of the images.")] = Split.val,
     out: Annotated[Path | None, typer.Option(help="A PNG of images and reconstructions.")] = None,
@@ -157,6 +158,7 @@ def reconstruct(
 ) -> None:
     """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
     from moveimg.checkpoint import load_tokenizer
+    from moveimg.config import as_pair, parse_size
     from moveimg.data import open_images
     from moveimg.evaluation import run as runner
     from moveimg.evaluation.guards import check_allowed
@@ -167,6 +169,7 @@ def reconstruct(
     check_allowed(allow or [])
     if out is not None:
         require_file_name(out)
+    pixels = as_pair(parse_size(size))
     vq = load_tokenizer(tokenizer, where := device_of(device))
     source = open_images(images, split.value)
     comparison = runner.Comparison(reference or images, extractor, inception_weights, allow or [])
@@ -179,14 +182,14 @@ def reconstruct(
                 raise
             print(f"rFID left out: {error}", file=sys.stderr)  # nobody asked for Inception
     if network is not None and reference is not None:
-        real = runner.load_reference(comparison, (size, size), network, runner.features_cache())
+        real = runner.load_reference(comparison, pixels, network, runner.features_cache())
     if split is Split.train and rfid and reference is None:
         print(
             "warning: the tokenizer may have been trained on these images: rFID is published on "
             "validation images (--split val)",
             file=sys.stderr,
         )
-    figures, grid = reconstruct(source, vq, size, ratio, network, real, allow or [])
+    figures, grid = reconstruct(source, vq, pixels, ratio, network, real, allow or [])
     if out is not None:
         save_png(grid, out, figures.as_dict())
     print_json(figures.as_dict())

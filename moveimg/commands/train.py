@@ -11,6 +11,7 @@ import typer
 from moveimg.commands.common import (
     Device,
     Dtype,
+    ImageSize,
     Restart,
     Set,
     Views,
@@ -36,7 +37,7 @@ def encode(
         Path, typer.Option(help="A tokenizer or model directory, or a bundled name.")
     ],
     out: Annotated[Path, typer.Option(help="The folder for train/ and val/ codes.")],
-    size: Annotated[int, typer.Option(min=1, max=8192, help="Pixels per side.")] = 256,
+    size: ImageSize = "256",
     crops: Annotated[str, typer.Option(help="Views: center, flip, five or ten.")] = "center",
     ranges: Annotated[
         list[float], typer.Option("--range", help="Cut from size * range pixels; repeatable.")
@@ -57,10 +58,15 @@ def encode(
     The same command continues a run that was stopped. On several devices:
     torchrun --nproc-per-node N -m moveimg encode ...
     """
-    from moveimg.config import ImagesConfig
+    from moveimg.config import ImagesConfig, parse_size
     from moveimg.errors import validate
 
-    data = {"source": images, "size": size, "crops": crops, "ranges": ranges}
+    data: dict[str, Any] = {
+        "source": images,
+        "size": parse_size(size),
+        "crops": crops,
+        "ranges": ranges,
+    }
     data["val_fraction"] = val_fraction
     check_images(images)
     settings = validate(ImagesConfig, data, "encode")

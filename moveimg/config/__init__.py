@@ -8,9 +8,12 @@ from moveimg.config.run import (
     ModelFile,
     OptimizerConfig,
     RunConfig,
+    Size,
     TokenizerTrainConfig,
     TrainConfig,
+    as_pair,
     load_config,
+    parse_size,
 )
 from moveimg.config.sampling import SamplingOptions, SamplingSettings
 
@@ -26,11 +29,14 @@ __all__ = [
     "RunConfig",
     "SamplingOptions",
     "SamplingSettings",
+    "Size",
     "SwiGLUConfig",
     "TokenizerTrainConfig",
     "TrainConfig",
+    "as_pair",
     "is_recipe",
     "load_config",
+    "parse_size",
     "read_yaml",
     "yaml_of",
 ]

@@ -29,14 +29,29 @@ GradientNorm = Annotated[float, Field(gt=0, le=1e9)]
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 StepsFromZero = Annotated[int, Field(ge=0, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=10**6)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Size = Side | tuple[Side, Side]  # of a square, or (height, width), in pixels
 Crops = Literal["center", "flip", "five", "ten"]
+
+
+def as_pair(size: Size) -> tuple[int, int]:
+    """(height, width) of a size."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def parse_size(text: str) -> Size:
+    """The size of `256`, or of `HEIGHTxWIDTH` such as `192x256`. Raises ValueError for others."""
+    sides = text.lower().split("x")
+    if not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides) or len(sides) > 2:
+        raise ValueError(f"size {text!r}: expected 1..4096 pixels, or HEIGHTxWIDTH")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 class ImagesConfig(Config):
     """Where images come from and how they are cropped."""
 
     source: Text = Field(description="a folder of class subfolders, or a data set")
-    size: int = Field(256, ge=1, le=4096, description="pixels of a side")
+    size: Size = Field(256, description="pixels of a square's side, or [height, width]")
     crops: Crops = Field("center", description="views of an image: center, flip, five or ten crops")
     ranges: tuple[Annotated[float, Field(ge=1, le=16)], ...] = Field(
         (1.0,), min_length=1, max_length=64, description="each view is cut from size * range pixels"

@@ -10,12 +10,13 @@ from moveimg.data.codes import (
 )
 from moveimg.data.crops import center_crop, count_views, crop_views, normalize, to_tensor
 from moveimg.data.encode import (
+    code_grid,
     default_batch_size,
     encode_images,
     encode_splits,
     make_encoder,
 )
-from moveimg.data.folders import walk_images
+from moveimg.data.folders import find_splits, open_flat_folder, walk_images
 from moveimg.data.images import (
     ImageSource,
     Split,
@@ -23,6 +24,7 @@ from moveimg.data.images import (
     drop_unreadable,
     is_named_source,
     open_images,
+    report_unreadable,
 )
 from moveimg.data.shards import ChangedSettingsError, codes_bytes
 
@@ -34,6 +36,7 @@ __all__ = [
     "PackedCodes",
     "Split",
     "center_crop",
+    "code_grid",
     "codes_bytes",
     "count_views",
     "crop_choice",
@@ -44,10 +47,13 @@ __all__ = [
     "encode_images",
     "encode_splits",
     "epoch_order",
+    "find_splits",
     "is_named_source",
     "make_encoder",
     "normalize",
+    "open_flat_folder",
     "open_images",
+    "report_unreadable",
     "sha256_file",
     "to_tensor",
     "walk_images",

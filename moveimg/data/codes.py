@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from moveimg.config import Size
 from moveimg.data.crops import Crops
 from moveimg.errors import validate
 from moveimg.files import atomic, parse_json, read_text, write_text
@@ -54,7 +55,7 @@ class EncodeSettings(Record):
     tokenizer_fingerprint: str
     codebook_size: Annotated[int, Field(ge=1, le=MAX_CODEBOOK_SIZE)]
     grid: tuple[PositiveInt, PositiveInt] = Field(description="h and w of an image's codes")
-    image_size: PositiveInt = Field(description="height and width encoded, in pixels")
+    image_size: Size = Field(description="pixels of a square's side, or (height, width)")
     crops: Crops
     ranges: tuple[float, ...] = Field(min_length=1, description="enlargements before cropping")
     n_crops: PositiveInt = Field(description="views of an image, over all ranges")

@@ -1,4 +1,4 @@
-"""Square views of images, and their tensors.
+"""Views of images, and their tensors.
 
 The centre crop is that of ADM (Dhariwal and Nichol 2021, `center_crop_arr` in
 openai/guided-diffusion); ten crops from an enlarged square are LlamaGen's augmentation of
@@ -14,54 +14,57 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
+from moveimg.config import Size, as_pair
+
 Crops = Literal["center", "flip", "five", "ten"]
 MAX_ASPECT = 16  # of a strip, before it is enlarged
 VIEWS_PER_RANGE: dict[Crops, int] = {"center": 1, "flip": 2, "five": 5, "ten": 10}
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central size x size square of `image`, after its short side is resized to `size`.
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """The central part of `image` with (height, width) `size`, after a resize that just covers it.
 
-    Halves by a box filter while the short side is at least twice `size`, then resizes
-    bicubically. Smaller images are enlarged by the bicubic step. A strip is cut to its central
-    part first: enlarged whole, 60,000 x 1 pixels would take gigabytes.
+    Halves by a box filter while the image is at least twice as large, then resizes bicubically.
+    Smaller images are enlarged by the bicubic step. A strip is cut to its central part first:
+    enlarged whole, 60,000 x 1 pixels would take gigabytes.
     """
+    height, width = as_pair(size)
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
-        width, height = (min(side, MAX_ASPECT * short) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    while min(image.size) >= 2 * size:
+        across, down = (min(side, MAX_ASPECT * short) for side in image.size)
+        left, top = (image.width - across) // 2, (image.height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    scale = max(width / image.width, height / image.height)
+    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
     # Rounded down as in ADM; torchvision's center_crop rounds halves to even.
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def crop_views(
-    image: Image.Image, size: int, crops: Crops = "center", ranges: Sequence[float] = (1.0,)
+    image: Image.Image, size: Size, crops: Crops = "center", ranges: Sequence[float] = (1.0,)
 ) -> list[Image.Image]:
-    """size x size views of `image`, `count_views(crops, ranges)` of them, range after range.
+    """Views of `image` of (height, width) `size`, `count_views(crops, ranges)` of them.
 
-    Each range r centre-crops to a square of size * r pixels (rounded down, as in LlamaGen), and
-    of that takes
+    Each range r centre-crops to size * r pixels (rounded down, as in LlamaGen), and of that takes
     center: its centre; flip: the centre and its mirror image; five: the corners (top left, top
     right, bottom left, bottom right) and the centre; ten: the five, then their mirror images.
     Raises ValueError as count_views does.
     """
     count_views(crops, ranges)
+    height, width = as_pair(size)
     views: list[Image.Image] = []
     for ratio in ranges:
-        square = center_crop(image, enlarged(size, ratio))
+        larger = center_crop(image, (enlarged(height, ratio), enlarged(width, ratio)))
         if crops == "five":
-            views += functional.five_crop(square, [size, size])
+            views += functional.five_crop(larger, [height, width])
         elif crops == "ten":
-            views += functional.ten_crop(square, [size, size])
+            views += functional.ten_crop(larger, [height, width])
         else:
-            centre = functional.center_crop(square, [size, size])
+            centre = functional.center_crop(larger, [height, width])
             views += [centre] if crops == "center" else [centre, functional.hflip(centre)]
     return views
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moveimg.config import ImagesConfig
+from moveimg.config import ImagesConfig, Size, as_pair
 from moveimg.data import shards
 from moveimg.data.codes import (
     EncodeSettings,
@@ -42,7 +43,7 @@ from moveimg.tables import format_bytes
 SPLITS: tuple[Split, Split] = ("train", "val")
 SMALL_SOURCE = 2048  # images; below it, starting worker processes costs more than it saves
 MAX_WORKERS = 8
-# uint8 views [b * n_crops, 3, size, size], int32 labels [b], and the images left out
+# uint8 views [b * n_crops, 3, H, W], int32 labels [b], and the images left out
 LoadedBatch = tuple[torch.Tensor, np.ndarray, list[Skipped]]
 # uint8 views [b * n_crops, 3, H, W] -> codes uint16 [b, n_crops, T]
 Encoder = Callable[[torch.Tensor], np.ndarray]
@@ -53,7 +54,7 @@ def encode_images(
     tokenizer: Any,
     out: str | Path,
     *,
-    size: int,
+    size: Size,
     crops: Crops = "center",
     ranges: Sequence[float] = (1.0,),
     batch_size: int = 64,
@@ -73,7 +74,7 @@ def encode_images(
 
     Args:
         tokenizer: has encode(images), codebook_size, downsample and fingerprint.
-        size: height and width encoded, in pixels; a multiple of tokenizer.downsample.
+        size: pixels of a square's side, or (height, width); multiples of tokenizer.downsample.
         crops, ranges: the views of an image, see `crop_views`.
         batch_size: views per call of the tokenizer; cut by image index, whatever the workers.
         shard_size: images per shard.
@@ -89,16 +90,11 @@ def encode_images(
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    if size < 1 or size % tokenizer.downsample:
-        raise ValueError(
-            f"size is {size}: expected a multiple of the tokenizer's downsample "
-            f"{tokenizer.downsample}"
-        )
-    side = size // tokenizer.downsample
+    grid = code_grid(size, tokenizer.downsample)
     values = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "codebook_size": tokenizer.codebook_size,
-        "grid": (side, side),
+        "grid": grid,
         "image_size": size,
         "crops": crops,
         "ranges": tuple(ranges),
@@ -157,7 +153,7 @@ def encode_splits(
     for split, (crops, ranges) in views.items():
         n, n_views = len(sources[split]), count_views(crops, ranges)
         plural = "s" if n_views > 1 else ""
-        n_codes = (images.size // tokenizer.downsample) ** 2
+        n_codes = math.prod(code_grid(images.size, tokenizer.downsample))
         size = format_bytes(shards.codes_bytes(n, n_views, n_codes))
         print_rank0(f"{split}: {n:,} images x {n_views} view{plural} x {n_codes} codes, {size}")
         with progress_bar(n, f"encode {split}", "image") as bar:
@@ -182,13 +178,22 @@ def encode_splits(
     return manifests
 
 
-def default_batch_size(size: int, device: torch.device) -> int:
-    """The number of views of `size` x `size` pixels per call of the tokenizer.
+def code_grid(size: Size, downsample: int) -> tuple[int, int]:
+    """The grid (h, w) of an image's codes. Raises ValueError for a size that cannot be cut so."""
+    height, width = as_pair(size)
+    if min(height, width) < 1 or height % downsample or width % downsample:
+        raise ValueError(f"size is {size}: expected a multiple of the tokenizer's {downsample}")
+    return height // downsample, width // downsample
+
+
+def default_batch_size(size: Size, device: torch.device) -> int:
+    """The number of views of `size` pixels per call of the tokenizer.
 
     An accelerator wants many. What a CPU computes should stay near its caches: two views at 256
     pixels were measured no slower than eight.
     """
-    return 64 if device.type != "cpu" else max(1, min(64, 2 * 256**2 // size**2))
+    pixels = math.prod(as_pair(size))
+    return 64 if device.type != "cpu" else max(1, min(64, 2 * 256**2 // pixels))
 
 
 def make_encoder(
@@ -285,7 +290,7 @@ def _encode_shards(
 
 
 class _Views(Dataset):
-    """Image index -> (uint8 views [n_crops, 3, size, size], label), or why it is left out."""
+    """Image index -> (uint8 views [n_crops, 3, H, W], label), or why it is left out."""
 
     def __init__(self, source: ImageSource, settings: EncodeSettings) -> None:
         self.source, self.settings = source, settings

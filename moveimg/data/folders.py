@@ -145,6 +145,24 @@ def find_parts(root: Path) -> Parts:
     return {part: partial(_open_part, root, folder, train) for part, folder in splits.items()}
 
 
+def open_flat_folder(root: Path) -> ImageSource:
+    """All images below a folder, without classes: every label is 0, of the class ''.
+
+    Raises ValueError where there are none.
+    """
+    names = list_images(root)[0]
+    if not names:
+        raise ValueError(f"'{root}' holds no images: expected .png, .jpeg, .webp and the like")
+    return ImageSource(
+        name=str(root),
+        class_names=[""],
+        identifiers=names,
+        labels=np.zeros(len(names), np.int32),
+        load=partial(_read_file, root, names, False),
+        content=partial(_file_status, root, names),
+    )
+
+
 def report_classes(source: ImageSource) -> None:
     """Print the number and the names of the classes on stderr."""
     names = source.class_names

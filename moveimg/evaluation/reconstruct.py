@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import tokenizer as vq
-from moveimg.data import ImageSource, crop_views, default_batch_size, to_tensor
+from moveimg.config import Size, as_pair
+from moveimg.data import ImageSource, code_grid, crop_views, default_batch_size, to_tensor
 from moveimg.errors import list_names
 from moveimg.evaluation.features import Extractor, run
 from moveimg.evaluation.metrics import WINDOW, frechet_distance, psnr, ssim, statistics_of
@@ -62,7 +63,7 @@ class Reconstruction:
 def reconstruct(
     source: ImageSource,
     tokenizer: vq.AutoencoderTokenizer,
-    size: int,
+    size: Size,
     ratio: float = 1.0,
     extractor: Extractor | None = None,
     reference: Reference | None = None,
@@ -73,7 +74,8 @@ def reconstruct(
     Args:
         source: the images: validation images for a number to publish.
         tokenizer: the tokenizer to measure.
-        size, ratio: the crop: `size` pixels of an image resized to size * ratio.
+        size, ratio: the crop: `size` pixels (of a square's side, or height and width) of an image
+            resized to size * ratio.
         extractor: for rFID; None leaves it out.
         reference: of rFID; None: the images themselves.
         allowed: guards that may be overruled, by name.
@@ -83,13 +85,13 @@ def reconstruct(
     """
     lines: list[str] = []
     if reference is not None:
-        lines = check_pair((size, size), reference, allowed, wanted="val")
+        lines = check_pair(as_pair(size), reference, allowed, wanted="val")
     measured = _Measured(tokenizer.codebook_size)
     shown: list[list[Image.Image]] = [[], []]
     unreadable: list[str] = []
     spread = set(np.linspace(0, len(source) - 1, SHOWN).round().astype(int).tolist())
     step = default_batch_size(size, next(tokenizer.parameters()).device)
-    grid = (size // tokenizer.downsample,) * 2
+    grid = code_grid(size, tokenizer.downsample)
     with progress_bar(len(source), "reconstruct", "image") as bar:
         for start in range(0, len(source), step):
             rows = range(start, min(start + step, len(source)))
@@ -99,7 +101,7 @@ def reconstruct(
                 continue
             images = to_tensor(views)
             codes = tokenizer.encode(images)
-            decoded = tokenizer.decode(codes, (grid[0], grid[1])).float().cpu()
+            decoded = tokenizer.decode(codes, grid).float().cpu()
             if not torch.isfinite(decoded).all():
                 raise ValueError(f"non-finite: reconstructions of images {start}.. are not finite")
             measured.add(images, decoded, codes, extractor, reference is None)
@@ -119,7 +121,7 @@ def reconstruct(
 
 
 def _read_views(
-    source: ImageSource, rows: range, size: int, ratio: float, unreadable: list[str]
+    source: ImageSource, rows: range, size: Size, ratio: float, unreadable: list[str]
 ) -> tuple[list[Image.Image], list[int]]:
     """Centre crops of the rows that can be read, and those rows; the others are noted."""
     views, readable = [], []

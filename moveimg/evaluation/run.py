@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moveimg.checkpoint import BUNDLED
-from moveimg.config import SamplingSettings
+from moveimg.config import SamplingSettings, Size, as_pair
 from moveimg.data import (
     ImageSource,
     Split,
@@ -108,7 +108,7 @@ def load_reference(
     """The reference of a comparison; images of a data set are cropped to the samples' (H, W)."""
     assert comparison.reference is not None
     if is_named_source(comparison.reference):
-        images = source_images(open_images(comparison.reference, "train"), size[0])
+        images = source_images(open_images(comparison.reference, "train"), size)
         return reference_of(images, extractor, cache, "train")
     return open_reference(comparison.reference, extractor, cache)
 
@@ -272,7 +272,7 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def source_images(source: ImageSource, size: int, ratio: float = 1.0) -> ImageSet:
+def source_images(source: ImageSource, size: Size, ratio: float = 1.0) -> ImageSet:
     """The centre crops of a source as a set, cropped as they are read."""
 
     def read(count: int) -> Iterator[np.ndarray]:
@@ -282,11 +282,11 @@ def source_images(source: ImageSource, size: int, ratio: float = 1.0) -> ImageSe
             yield np.stack([np.asarray(view) for view in views])
 
     labels = np.asarray(source.labels, np.int64)
-    return ImageSet(source.name, (len(source), size, size), labels, read)
+    return ImageSet(source.name, (len(source), *as_pair(size)), labels, read)
 
 
 def make_reference(
-    images: str, split: Split, size: int, comparison: Comparison, device: torch.device, out: Path
+    images: str, split: Split, size: Size, comparison: Comparison, device: torch.device, out: Path
 ) -> dict[str, Any]:
     """Write statistics and images of a folder or data set, cropped as ADM does, as one .npz."""
     source = drop_unreadable(open_images(images, split))
@@ -294,8 +294,12 @@ def make_reference(
     return write_reference(out, source_images(source, size), extractor, features_cache(), split)
 
 
-def make_extractor(images: str, size: int, device: torch.device, out: Path, seed: int = 0) -> float:
+def make_extractor(
+    images: str, size: Size, device: torch.device, out: Path, seed: int = 0
+) -> float:
     """Train a small classifier on the train split of `images`; returns its val accuracy."""
+    if len(set(as_pair(size))) > 1:
+        raise ValueError(f"size {size}: expected a square, which the classifier's input is")
     source = drop_unreadable(open_images(images, "train"))
     names = source.class_names
     held_out = drop_unreadable(open_images(images, "val"))
@@ -312,9 +316,9 @@ def make_extractor(images: str, size: int, device: torch.device, out: Path, seed
     return right / len(labels)
 
 
-def _read_source(source: ImageSource, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centre crops uint8 [N, size, size, 3] and labels int64 [N] of a source."""
-    pixels = np.empty((len(source), size, size, 3), np.uint8)
+def _read_source(source: ImageSource, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Centre crops uint8 [N, H, W, 3] and labels int64 [N] of a source."""
+    pixels = np.empty((len(source), *as_pair(size), 3), np.uint8)
     start = 0
     with progress_bar(len(source), f"read {source.name}", "image") as bar:
         for batch in source_images(source, size).read(256):

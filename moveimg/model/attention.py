@@ -74,16 +74,19 @@ class LayerCache:
         self.tensors = tensors
 
     def update(self, index: Index, *new: Tensor | None) -> list[Any]:
-        """Write the entries [..., 1, width] at `index`; return all entries to attend to."""
+        """Write S entries [..., S, width] from `index` on; return all entries to attend to."""
         out: list[Tensor | None] = []
-        for tensor, entry in zip(self.tensors, new, strict=True):
-            if tensor is None or entry is None:
+        for tensor, entries in zip(self.tensors, new, strict=True):
+            if tensor is None or entries is None:
                 out.append(None)
-            elif isinstance(index, Tensor):
-                out.append(tensor.index_copy_(-2, index, entry.to(tensor.dtype)))
+                continue
+            length = entries.shape[-2]
+            if isinstance(index, Tensor):
+                where = index if length == 1 else index + torch.arange(length, device=index.device)
+                out.append(tensor.index_copy_(-2, where, entries.to(tensor.dtype)))
             else:
-                tensor[..., index : index + 1, :] = entry
-                out.append(tensor[..., : index + 1, :])
+                tensor[..., index : index + length, :] = entries
+                out.append(tensor[..., : index + length, :])
         return out
 
     def mask(self, index: Index) -> Tensor | None:
@@ -145,17 +148,21 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, cache: LayerCache | None = None, index: Index = 0
     ) -> Tensor:
-        """x, rows [B, S, H, M, K], rope [S, K / 2, 2] -> [B, S, D]; with a cache, S = 1."""
+        """x, rows [B, S, H, M, K], rope [S, K / 2, 2] -> [B, S, D].
+
+        With a cache, S is 1, or the S positions are the first ones.
+        """
         heads, mask = self.config.n_head, None
         qkv, x = self.project(x)
         qk, v = qkv.unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), dim=2)
         v = self.mixer(x, v, rows)  # [B, S, H, K]
         q, k = rotate(qk, rope).chunk(2, dim=2)  # both in one kernel
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K]
+        causal = x.shape[1] > 1
         if cache is not None:
-            k, v = cache.update(index, k, v)  # [B, H, L, K]
-            mask = cache.mask(index)
-        causal = cache is None
+            entries = cache.update(index, k, v)
+            if not causal:
+                (k, v), mask = entries, cache.mask(index)  # [B, H, L, K]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
@@ -256,16 +263,17 @@ class MultiHeadLatentAttention(nn.Module):
             chunks = latent.unflatten(-1, (heads, -1))  # [B, S, H, C / H]
             latent = self.latent_mixer(x, chunks, rows).flatten(-2)
         q_rope, key = rotate(q_rope, rope), rotate(key[:, :, None], rope)  # key [B, S, 1, R]
-        if cache is None:
+        if cache is None or x.shape[1] > 1:
             out = self._unfolded(x, rows, torch.cat([q, q_rope], dim=-1), latent, key)
-        else:
+        if cache is not None:
             joint = torch.cat([latent, key[:, :, 0]], dim=-1)
             g_0, memory = (
                 None if part is None else part.transpose(1, 2)
                 for part in self.value_mixer.gate_and_memory(x, rows)
             )
             entries = cache.update(index, joint, g_0, memory)
-            out = self._absorbed(q, q_rope, cache.mask(index), *entries)
+            if x.shape[1] == 1:
+                out = self._absorbed(q, q_rope, cache.mask(index), *entries)
         return self.wo(out.flatten(-2))
 
     def _unfolded(self, x: Tensor, rows: Rows, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:

@@ -284,8 +284,9 @@ class StaticDecoder(Transformer):
         return buffers
 
     @torch.inference_mode()
-    def start(self, labels: Tensor, cache: Cache) -> Tensor:
-        return super().start(_pad(labels, cache.batch), cache)[: len(labels)]
+    def start(self, labels: Tensor, cache: Cache, codes: Tensor | None = None) -> Tensor:
+        padded = None if codes is None else _pad(codes, cache.batch)
+        return super().start(_pad(labels, cache.batch), cache, padded)[: len(labels)]
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, cache: Cache) -> Tensor:
@@ -299,5 +300,6 @@ class StaticDecoder(Transformer):
 
 
 def _pad(inputs: Tensor, size: int) -> Tensor:
-    """inputs [B] with zeros up to `size` entries."""
-    return nn.functional.pad(inputs, (0, max(0, size - len(inputs))))
+    """inputs [B, ...] with zeros up to `size` entries."""
+    missing = max(0, size - len(inputs))
+    return torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])]) if missing else inputs

@@ -67,13 +67,15 @@ class Cache:
         self.layers = [layer.make_cache(batch, length, like) for layer in model.attentions()]
         self.rope = model.rope()[:length]
 
-    def advance(self) -> None:
-        """Go to the next position."""
-        self.position += 1
-        self.index += 1  # in place where it is a tensor
+    def advance(self, positions: int = 1) -> None:
+        """Go to the next position, or by several."""
+        self.position += positions
+        self.index += positions  # in place where it is a tensor
 
-    def rope_at_index(self) -> Tensor:
-        """The rotation of the current position, [1, pairs, 2]."""
+    def rope_at_index(self, length: int) -> Tensor:
+        """The rotations of the current position, or of the first `length`: [length, pairs, 2]."""
+        if length > 1:
+            return self.rope[:length]
         if isinstance(self.index, Tensor):
             return self.rope.index_select(0, self.index)
         return self.rope[self.index : self.index + 1]
@@ -192,16 +194,30 @@ class Transformer(nn.Module):
         """An empty cache for decoding `batch` sequences together."""
         return Cache(self, batch)
 
-    def start(self, labels: Tensor, cache: Cache) -> Tensor:
-        """First decoding step: labels [B] -> logits of the first code [B, V]."""
+    def start(self, labels: Tensor, cache: Cache, codes: Tensor | None = None) -> Tensor:
+        """First decoding step: labels [B] -> logits of the first code [B, V].
+
+        With the first P codes int64 [B, P] of each image, 0 <= P < T, the logits are those of the
+        next code; all positions are computed in one pass (prefill). Raises ValueError for a cache
+        that is not empty, or for other shapes.
+        """
         if cache.position or cache.batch != len(labels):
             raise ValueError(
                 f"start expects an empty cache for {len(labels)} labels, got one for "
                 f"{cache.batch} at position {cache.position}"
             )
+        if codes is not None and not (
+            len(codes) == len(labels) and codes.shape[1] < self.config.seq_len
+        ):
+            raise ValueError(
+                f"codes {tuple(codes.shape)}: expected [{len(labels)}, fewer than "
+                f"{self.config.seq_len}]"
+            )
         x = self.label_embedding(labels)[:, None]
-        logits = self._step(x, self.memory.rows(labels, None), cache)
-        cache.advance()
+        if codes is not None:
+            x = torch.cat([x, self.code_embedding(codes)], dim=1)
+        logits = self._step(x, self.memory.rows(labels, codes), cache)
+        cache.advance(x.shape[1])
         return logits
 
     def decode(self, codes: Tensor, cache: Cache) -> Tensor:
@@ -221,7 +237,8 @@ class Transformer(nn.Module):
         return self._step(x, self.memory.rows(None, codes[:, None]), cache)
 
     def _step(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
-        return self.logits(self._blocks(x, rows, cache.rope_at_index(), cache))[:, 0]
+        x = self._blocks(x, rows, cache.rope_at_index(x.shape[1]), cache)
+        return self.logits(x[:, -1:])[:, 0]
 
     def _blocks(self, x: Tensor, rows: Rows, rope: Tensor, cache: Cache | None = None) -> Tensor:
         x = self.token_dropout(x)

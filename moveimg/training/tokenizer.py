@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import tokenizer as vq
 from moveimg.checkpoint import load_tokenizer
-from moveimg.config import TokenizerTrainConfig
+from moveimg.config import TokenizerTrainConfig, as_pair
 from moveimg.data import (
     ImageSource,
+    code_grid,
     count_views,
     crop_choice,
     crop_views,
@@ -74,7 +75,7 @@ class Adversary:
     def __init__(self, config: TokenizerTrainConfig, channels: int, device: torch.device) -> None:
         assert config.adversarial is not None
         self.config, self.run = config.adversarial, config
-        n_layers, size = self.config.n_layers, config.images.size
+        n_layers, size = self.config.n_layers, min(as_pair(config.images.size))
         if size < (least := vq_losses.min_side(n_layers)):
             raise ValueError(
                 f"images.size {size}: adversarial.n_layers {n_layers} needs at least {least}"
@@ -275,8 +276,6 @@ def train_tokenizer(
     with torch.random.fork_rng(devices=[]):  # a caller's own draws stay what they are
         torch.manual_seed(config.seed)
         model = make_tokenizer(config).to(world.device)
-        if config.images.size % model.downsample:
-            f, size = model.downsample, config.images.size
-            raise ValueError(f"images.size {size}: expected a multiple of {f}, the downsampling")
+        code_grid(config.images.size, model.downsample)  # refuses a size it does not divide
         task = TokenizerTask(config, model, plan)
     return fit(task, config, world.device, restart, plan)

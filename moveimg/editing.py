@@ -1,0 +1,186 @@
+"""Completing and editing: some codes of an image are kept, the others are drawn.
+
+B images   h x w grid of codes, T = h w   H x W pixels
+
+Codes are drawn in raster order, each given all codes before it. Where the kept codes come first (an
+upper part of the image), that is exact sampling from p(others | kept). Otherwise a drawn code does
+not see the kept codes behind it; `resample` corrects this by Metropolis-Hastings steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from moveimg.config import SamplingSettings
+from moveimg.likelihood import code_log_probs
+from moveimg.model import Transformer
+from moveimg.progress import progress_bar
+from moveimg.sampling import UNKNOWN, guidance_scales, image_rngs, sample_codes
+
+HALVES = ("top", "bottom", "left", "right")
+BLOCK = 4  # codes proposed together by `resample`; longer blocks are accepted too rarely
+
+Area = str | int | Sequence[int] | Image.Image | np.ndarray
+
+
+def area_pixels(
+    area: Area, size: tuple[int, int], downsample: int, crop: Callable[[Image.Image], Image.Image]
+) -> Tensor:
+    """The pixels of an area of an image, bool [H, W].
+
+    Args:
+        area: top, bottom, left or right (half of the image); a number of rows of codes from the
+            top; a box (left, top, right, bottom) in pixels; or a mask: an image or an array, whose
+            pixels above half of its range are in the area.
+        size: (H, W).
+        downsample: pixels of a code's side.
+        crop: resizes and crops a mask as the image was.
+
+    Raises ValueError for an area of another form, or outside the image.
+    """
+    height, width = size
+    inside = torch.zeros(size, dtype=torch.bool)
+    if isinstance(area, str):
+        if area not in HALVES:
+            raise ValueError(f"area {area!r}: expected {', '.join(HALVES)}, a box or a mask")
+        # a half is made of whole codes
+        middle_row, middle_column = (
+            side // downsample // 2 * downsample for side in (height, width)
+        )
+        rows = {"top": slice(middle_row), "bottom": slice(middle_row, None)}
+        columns = {"left": slice(middle_column), "right": slice(middle_column, None)}
+        inside[rows.get(area, slice(None)), columns.get(area, slice(None))] = True
+    elif isinstance(area, int):
+        if not 0 <= area <= height // downsample:
+            raise ValueError(f"{area} rows of codes: expected 0..{height // downsample}")
+        inside[: area * downsample] = True
+    elif isinstance(area, Image.Image | np.ndarray):
+        mask = area
+        if isinstance(mask, np.ndarray):
+            if mask.ndim != 2 or not mask.size:
+                raise ValueError(f"mask {list(mask.shape)}: expected [H, W]")
+            mask = Image.fromarray(np.where(mask > mask.max() / 2, 255, 0).astype(np.uint8))
+        inside = torch.from_numpy(np.asarray(crop(mask.convert("L"))).copy()) > 127
+    else:
+        box = [*area]
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+            raise ValueError(
+                f"box {box}: expected left, top, right, bottom within {width} x {height} pixels"
+            )
+        inside[box[1] : box[3], box[0] : box[2]] = True
+    return inside
+
+
+def hole_codes(pixels: Tensor, downsample: int) -> Tensor:
+    """The codes that hold a pixel of the hole: bool [H, W] -> bool [T]."""
+    return F.max_pool2d(pixels[None].float(), downsample).bool().flatten()
+
+
+def blend(original: Tensor, decoded: Tensor, hole: Tensor, downsample: int) -> Tensor:
+    """Images [B, 3, H, W]: decoded in the hole, original outside, mixed over half a code's side.
+
+    hole: bool [h, w].
+    """
+    mask = F.interpolate(hole[None, None].to(decoded), original.shape[-2:])
+    reach = downsample // 4
+    if reach:
+        padded = F.pad(mask, (reach,) * 4, mode="replicate")
+        mask = F.avg_pool2d(padded, 2 * reach + 1, stride=1)
+    return torch.where(mask > 0, torch.lerp(original, decoded, mask), original)
+
+
+def redraw(
+    generator: Transformer,
+    labels: Tensor,
+    known: Tensor,
+    settings: SamplingSettings,
+    seed: int = 0,
+    passes: int = 0,
+    batch_size: int = 32,
+) -> Tensor:
+    """Codes int64 [B, T] with the known codes of one image, int64 [T], and the others drawn.
+
+    Args:
+        generator, labels, settings: as of sample_codes.
+        known: UNKNOWN where a code is drawn.
+        seed: image i is drawn with seed + i.
+        passes: resampling passes after the first drawing.
+        batch_size: images drawn at once.
+    """
+    hole, batches = known == UNKNOWN, []
+    rngs = image_rngs(range(seed, seed + len(labels)))
+    total = len(labels) * (1 + passes)
+    with progress_bar(total, "draw", "image", delay=2) as bar:
+        for first in range(0, len(labels), batch_size):
+            chosen, rng = labels[first : first + batch_size], rngs[first : first + batch_size]
+            codes = known.expand(len(chosen), -1)
+            codes = sample_codes(generator, chosen, settings, rng, codes)
+            bar.update(len(chosen))
+            for _ in range(passes if hole.any() else 0):
+                codes = resample(generator, chosen, codes, hole, settings, rng)[0]
+                bar.update(len(chosen))
+            batches.append(codes)
+    return torch.cat(batches)
+
+
+@torch.inference_mode()
+def resample(
+    generator: Transformer,
+    labels: Tensor,
+    codes: Tensor,
+    hole: Tensor,
+    settings: SamplingSettings,
+    rng: Sequence[torch.Generator],
+) -> tuple[Tensor, float]:
+    """One pass of Metropolis-Hastings over the blocks of a hole, in raster order.
+
+    A block of up to 4 codes is drawn again given the codes before it, and accepted with probability
+    min(1, p(codes after | new block) / p(codes after | old block)), by the guided distribution. So
+    many passes sample the hole given all kept codes, those behind it included.
+
+    Args:
+        generator, labels, settings, rng: as of sample_codes.
+        codes: int64 [B, T], kept and drawn.
+        hole: the codes to draw again, bool [T].
+
+    Returns the codes [B, T] and the share of accepted blocks. Raises ValueError for temperature 0.
+    """
+    if settings.temperature == 0:
+        raise ValueError("temperature 0: expected more, because resampling accepts by chance")
+    scales = guidance_scales(settings, codes.shape[1])
+
+    def log_probs(codes: Tensor) -> Tensor:
+        return code_log_probs(generator, codes, labels, scales, settings.temperature)
+
+    current, accepted = log_probs(codes), []
+    for block in cut_blocks(hole, generator.config.grid[1]):
+        known = codes.clone()
+        known[:, block] = UNKNOWN
+        proposal = sample_codes(generator, labels, settings, rng, known)
+        proposed = log_probs(proposal)
+        uniforms = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in rng])
+        ratio = (proposed - current)[:, block.stop :].sum(dim=1)
+        accept = (uniforms.to(ratio.device).log() < ratio)[:, None]
+        codes = torch.where(accept, proposal, codes)
+        current = torch.where(accept, proposed, current)
+        accepted.append(accept.float().mean().item())
+    return codes, sum(accepted) / max(1, len(accepted))
+
+
+def cut_blocks(hole: Tensor, width: int) -> list[slice]:
+    """Runs of at most BLOCK codes of bool [T], each within one row of `width` codes."""
+    blocks: list[slice] = []
+    for position in hole.nonzero()[:, 0].tolist():
+        last = blocks[-1] if blocks else slice(0, 0)
+        joins = last.stop == position and position % width and last.stop - last.start < BLOCK
+        if joins:
+            blocks[-1] = slice(last.start, position + 1)
+        else:
+            blocks.append(slice(position, position + 1))
+    return blocks

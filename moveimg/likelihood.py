@@ -1,0 +1,92 @@
+"""Likelihoods of codes under a generator, and classification by them.
+
+B images   T codes in an image   V codebook size   C classes
+
+The likelihood is that of the codes given the label: p(codes | label) is a product over positions,
+so one teacher-forcing pass gives it exactly. Bits per pixel count the codes alone: the tokenizer's
+own error is not a likelihood.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moveimg.model import Transformer
+from moveimg.sampling import guided_labels, no_autocast
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """log p(codes | label) of B images.
+
+    Attributes:
+        log_probs: of each code in nats, float64 [B, T].
+        pixels: pixels of an image.
+    """
+
+    log_probs: Tensor
+    pixels: int
+
+    @property
+    def total(self) -> Tensor:
+        """log p(codes | label) in nats, float64 [B]."""
+        return self.log_probs.sum(dim=1)
+
+    @property
+    def nats_per_code(self) -> Tensor:
+        """-log p per code, float64 [B]; the larger, the stranger the image."""
+        return -self.log_probs.mean(dim=1)
+
+    @property
+    def bits_per_code(self) -> Tensor:
+        """-log2 p per code, float64 [B]."""
+        return self.nats_per_code / math.log(2)
+
+    @property
+    def bits_per_pixel(self) -> Tensor:
+        """-log2 p per pixel, float64 [B]: of the codes, without the tokenizer's error."""
+        return -self.total / math.log(2) / self.pixels
+
+
+@torch.inference_mode()
+def code_log_probs(
+    generator: Transformer,
+    codes: Tensor,
+    labels: Tensor,
+    scales: Sequence[float] = (1.0,),
+    temperature: float = 1.0,
+) -> Tensor:
+    """log p(code | label, codes before it) in nats, float64 [B, T].
+
+    Args:
+        generator: the model, in eval mode.
+        codes: int64 [B, T].
+        labels: int64 [B] in 0..C, where C is the null label.
+        scales: guidance of each of the T positions, or of all; 1 is the model's own distribution.
+        temperature: divides the (guided) logits.
+    """
+    labels, guided = guided_labels(generator, labels, scales)
+    with no_autocast(labels.device):
+        logits = generator(codes.repeat(1 + guided, 1), labels)  # [B or 2 B, T, V]
+    if guided:
+        conditional, unconditional = logits.chunk(2)
+        scale = torch.tensor(list(scales), dtype=logits.dtype, device=logits.device)
+        logits = unconditional + (conditional - unconditional) * scale[:, None]
+    log_probs = (logits / temperature).log_softmax(dim=-1)
+    return log_probs.gather(-1, codes[..., None])[..., 0].double()
+
+
+def class_log_likelihoods(generator: Transformer, codes: Tensor, batch_size: int = 64) -> Tensor:
+    """log p(codes | class) of every class in nats, float64 [B, C]."""
+    n_classes = generator.config.n_classes
+    pairs = torch.cartesian_prod(torch.arange(len(codes)), torch.arange(n_classes))  # [B C, 2]
+    sums = [
+        code_log_probs(generator, codes[rows.to(codes.device)], labels.to(codes.device)).sum(1)
+        for rows, labels in (part.unbind(1) for part in pairs.split(batch_size))
+    ]
+    return torch.cat(sums).view(len(codes), n_classes)

@@ -1,0 +1,345 @@
+"""Completing, editing and scoring images: what is kept, what is drawn, and exact likelihoods."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from moveimg.checkpoint import ModelParts, save_model
+from moveimg.cli import app
+from moveimg.config import SamplingSettings
+from moveimg.editing import blend, cut_blocks, resample
+from moveimg.likelihood import class_log_likelihoods, code_log_probs
+from moveimg.model.inference import StaticDecoder
+from moveimg.pipeline import Pipeline
+from moveimg.sampling import UNKNOWN, draw, guide, image_rngs, sample_codes
+from tests.conftest import lively, tiny_config
+from tests.test_pipeline import NAMES, tiny_tokenizer
+
+GUIDED = SamplingSettings(cfg_scale=1.5, temperature=0.8, top_k=9)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    generator = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("model") / "model"
+    names = NAMES
+    save_model(folder, ModelParts(generator, tiny_tokenizer(), names, GUIDED), {})
+    return Pipeline.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture
+def image(pipeline):
+    height, width = pipeline.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def pixels(images):
+    return [image.tobytes() for image in images]
+
+
+def random_codes(config, n, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(config.codebook_size, (n, config.seq_len), generator=rng)
+
+
+# --- prefill ---------------------------------------------------------------------------------
+
+
+def test_a_prefix_gives_the_logits_and_cache_of_single_steps(variant):
+    model = lively(variant)
+    codes, labels = random_codes(variant, 2), torch.tensor([0, variant.n_classes])
+    with torch.inference_mode():
+        wanted = model(codes, labels)
+        for decoder in (model, StaticDecoder(model)):
+            for length in (0, 1, 5):
+                cache = decoder.make_cache(2)
+                logits = decoder.start(labels, cache, codes[:, :length])
+                torch.testing.assert_close(logits, wanted[:, length])
+                logits = decoder.decode(codes[:, length], cache)
+                torch.testing.assert_close(logits, wanted[:, length + 1])
+
+
+def test_a_prefix_of_all_codes_is_refused():
+    config = tiny_config()
+    model = lively(config)
+    with pytest.raises(ValueError, match=str(config.seq_len)):
+        model.start(torch.tensor([0]), model.make_cache(1), random_codes(config, 1))
+
+
+# --- known codes -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def draw_step_by_step(model, labels, known, settings, seeds):
+    """The same codes by decoding every position, one code per step."""
+    config = model.config
+    doubled = torch.cat([labels, torch.full_like(labels, model.null_label)])
+    draws = torch.stack([torch.rand(config.seq_len, generator=g) for g in image_rngs(seeds)])
+    cache, codes = model.make_cache(len(doubled)), []
+    logits = model.start(doubled, cache)
+    for position in range(config.seq_len):
+        mixed = guide(*logits.chunk(2), settings.cfg_scale)
+        new = draw(mixed, draws[:, position], settings)
+        codes.append(torch.where(known[:, position] == UNKNOWN, new, known[:, position]))
+        if position < config.seq_len - 1:
+            logits = model.decode(codes[-1].repeat(2), cache)
+    return torch.stack(codes, dim=1)
+
+
+@pytest.mark.parametrize("positions", [[], [0, 1, 2], [4, 9], [11], range(12)])
+def test_known_codes_are_kept_and_the_others_drawn_given_them(positions):
+    model = lively(tiny_config())
+    labels, known = torch.tensor([1, 0]), torch.full((2, 12), UNKNOWN)
+    known[:, list(positions)] = random_codes(model.config, 2)[:, list(positions)]
+    codes = sample_codes(model, labels, GUIDED, image_rngs([3, 4]), known)
+    assert torch.equal(codes, draw_step_by_step(model, labels, known, GUIDED, [3, 4]))
+
+
+def test_images_may_differ_in_what_is_known():
+    model = lively(tiny_config())
+    labels, known = torch.tensor([1, 0]), torch.full((2, 12), UNKNOWN)
+    known[0, :6] = 3
+    codes = sample_codes(model, labels, GUIDED, image_rngs([3, 4]), known)
+    assert torch.equal(codes, draw_step_by_step(model, labels, known, GUIDED, [3, 4]))
+
+
+# --- complete and edit -----------------------------------------------------------------------
+
+
+def test_with_everything_kept_the_image_is_reconstructed(pipeline, image):
+    rows = pipeline.generator.config.grid[0]
+    wanted = pixels(pipeline.decode(pipeline.encode([image])))
+    assert pixels(pipeline.complete(image, 1, keep=rows)) == wanted
+
+
+def test_with_nothing_kept_it_is_sampled(pipeline, image):
+    wanted = pixels(pipeline.sample([1, 2], num=2, seed=7))
+    assert pixels(pipeline.complete(image, [1, 2], keep=0, num=2, seed=7)) == wanted
+
+
+def test_a_completion_depends_on_its_seed_alone(pipeline, image):
+    several = pixels(pipeline.complete(image, 0, num=3, seed=5))
+    assert several[2] == pixels(pipeline.complete(image, 0, seed=7))[0]
+
+
+def test_the_areas(pipeline):
+    height, width = pipeline.image_size
+    rows, columns = pipeline.generator.config.grid
+    top = torch.zeros(rows, columns, dtype=torch.bool)
+    top[: rows // 2] = True
+    f = pipeline.tokenizer.downsample
+    mask = np.zeros((height, width))
+    mask[: rows // 2 * f] = 1
+    image = Image.fromarray((255 * mask).astype(np.uint8))
+    for area in ("top", rows // 2, (0, 0, width, rows // 2 * f), mask, image):
+        assert torch.equal(pipeline.hole(area), top.flatten()), area
+        assert torch.equal(pipeline.hole(area, kept=True), ~top.flatten()), area
+    assert pipeline.hole((1, 1, 2, 2)).nonzero().tolist() == [[0]]  # a pixel takes its whole code
+    # a code is kept where all its pixels are
+    assert pipeline.hole((1, 1, width, height), kept=True).sum() == rows + columns - 1
+    assert torch.equal(pipeline.hole("left"), ~pipeline.hole("right"))
+
+
+@pytest.mark.parametrize(
+    ("area", "value"),
+    [
+        ("middle", "middle"),
+        (99, "99"),
+        (-1, "-1"),
+        ((0, 0, 3), "0, 0, 3"),
+        ((4, 0, 2, 2), "4, 0, 2, 2"),
+        ((0, 0, 1, 999), "999"),
+        (np.zeros((2, 2, 3)), "2, 2, 3"),
+    ],
+)
+def test_an_area_that_is_none_is_refused(pipeline, area, value):
+    with pytest.raises(ValueError, match=value):
+        pipeline.hole(area)
+
+
+def test_an_edit_keeps_the_pixels_outside_the_hole(pipeline, image):
+    height, width = pipeline.image_size
+    edited = pipeline.edit(image, 2, hole="bottom", num=2, passes=1)
+    for version in edited:
+        assert version.size == (width, height)
+        kept = height // 2 - pipeline.tokenizer.downsample
+        assert np.array_equal(np.asarray(version)[:kept], np.asarray(image)[:kept])
+        assert not np.array_equal(np.asarray(version)[kept:], np.asarray(image)[kept:])
+
+
+def test_the_seam_is_blended():
+    original, decoded = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    hole = torch.tensor([[False, False], [False, True]])
+    row = blend(original, decoded, hole, 8)[0, 0, 12]
+    assert row[:5].eq(0).all() and row[-3:].eq(1).all()
+    assert row.diff().ge(0).all() and row.unique().numel() > 3
+
+
+def test_partial_images_show_kept_codes_from_the_start(pipeline, image):
+    hole = pipeline.hole("bottom")
+    known = pipeline.encode([image]).masked_fill(hole, UNKNOWN)
+    steps = list(pipeline.iter_codes([0], pipeline.settings(), known=known))
+    first = np.asarray(pipeline.decode_partial(*reversed(steps[0]), hole=hole)[0])
+    drawn = int(hole.nonzero()[0]) // pipeline.generator.config.grid[1]
+    assert (first[drawn * pipeline.tokenizer.downsample :] == 128).all()
+    assert not (first[: pipeline.tokenizer.downsample] == 128).all()
+    last = pipeline.decode_partial(steps[-1][1], len(steps), hole=hole)
+    assert pixels(last) == pixels(pipeline.complete(image, 0, keep="top"))
+
+
+# --- resampling ------------------------------------------------------------------------------
+
+
+def test_blocks_cover_the_hole_and_stay_in_a_row():
+    hole = torch.zeros(24, dtype=torch.bool)
+    hole[[1, 2, 5, 6, 7]] = True
+    hole[12:22] = True
+    blocks = cut_blocks(hole, 6)
+    assert [(b.start, b.stop) for b in blocks] == [
+        (1, 3), (5, 6), (6, 8), (12, 16), (16, 18), (18, 22),
+    ]  # fmt: skip
+
+
+def test_resampling_draws_from_the_hole_given_all_other_codes():
+    """A model of 2 codes: the exact distribution of one code given those before and after it."""
+    config = tiny_config(codebook_size=2, grid=(1, 4))
+    model, label, n = lively(config, seed=11), torch.tensor([1]), 1500
+    fixed = torch.tensor([[1, 0, 1, 1]])
+    joint = []
+    for value in (0, 1):
+        codes = fixed.clone()
+        codes[0, 1] = value
+        joint.append(code_log_probs(model, codes, label).sum())
+    wanted = torch.stack(joint).softmax(0)[1].item()
+    alone = code_log_probs(model, torch.tensor([[1, 1, 0, 0]]), label)[0, 1].exp().item()
+    assert abs(wanted - alone) > 0.1  # else the codes behind the hole would tell nothing
+    hole = torch.tensor([False, True, False, False])
+    codes, rngs = fixed.expand(n, -1).clone(), image_rngs(range(n))
+    for _ in range(8):
+        codes, _ = resample(model, label.expand(n), codes, hole, SamplingSettings(), rngs)
+    assert codes[:, 1].float().mean().item() == pytest.approx(wanted, abs=4 * 0.5 / n**0.5)
+
+
+def test_greedy_resampling_is_refused(pipeline, image):
+    with pytest.raises(ValueError, match="temperature 0"):
+        pipeline.edit(image, 0, hole="top", passes=1, temperature=0.0)
+
+
+# --- likelihood ------------------------------------------------------------------------------
+
+
+def test_likelihoods_equal_a_sum_over_single_steps(variant):
+    model = lively(variant)
+    codes, labels = random_codes(variant, 3), torch.tensor([0, 1, variant.n_classes])
+    found = code_log_probs(model, codes, labels)
+    with torch.inference_mode():
+        cache, total = model.make_cache(3), torch.zeros(3, dtype=torch.float64)
+        logits = model.start(labels, cache)
+        for position in range(variant.seq_len):
+            probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
+            total += probabilities[torch.arange(3), codes[:, position]].log()
+            if position < variant.seq_len - 1:
+                logits = model.decode(codes[:, position], cache)
+    torch.testing.assert_close(found.sum(1), total)
+
+
+def test_guided_likelihoods_are_those_that_sampling_draws_from():
+    model = lively(tiny_config())
+    codes, labels = random_codes(model.config, 2), torch.tensor([0, 1])
+    with torch.inference_mode():
+        logits = guide(model(codes, labels), model(codes, torch.full((2,), model.null_label)), 3.0)
+        wanted = F.cross_entropy((logits / 0.7).mT, codes, reduction="none")
+    found = code_log_probs(model, codes, labels, [3.0] * 12, 0.7)
+    torch.testing.assert_close(-found, wanted)
+
+
+def test_units_of_a_likelihood(pipeline, image):
+    found = pipeline.log_likelihood([image, image], [0, 1])
+    assert found.log_probs.shape == (2, pipeline.generator.config.seq_len)
+    torch.testing.assert_close(found.total, -found.nats_per_code * found.log_probs.shape[1])
+    bits = found.bits_per_code * found.log_probs.shape[1]
+    torch.testing.assert_close(found.bits_per_pixel * math.prod(pipeline.image_size), bits)
+
+
+def test_classes_follow_bayes_rule(pipeline, image):
+    likelihoods = class_log_likelihoods(pipeline.generator, pipeline.encode([image]), batch_size=2)
+    shares = likelihoods.softmax(1)[0]
+    ((best, *_),) = pipeline.classify([image])
+    assert best == (
+        pipeline.class_names[shares.argmax()],
+        pytest.approx(shares.max().item(), rel=1e-4),
+    )
+    singly = [pipeline.log_likelihood([image], label).total.item() for label in range(5)]
+    assert likelihoods[0].tolist() == pytest.approx(singly, rel=1e-5)
+
+
+def test_labels_and_images_must_agree_in_number(pipeline, image):
+    with pytest.raises(ValueError, match="2 classes for 3"):
+        pipeline.log_likelihood([image] * 3, [0, 1])
+    with pytest.raises(ValueError, match="no images"):
+        pipeline.classify([])
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def test_edit_writes_images_beside_the_original(run_cli, tmp_path):
+    from moveimg.data import open_images
+
+    source = open_images("digits", "val")
+    source[0][0].save(tmp_path / "digit.png")
+    done = run_cli("edit", tmp_path / "digit.png", "--model", "digits", "--num", 2, "--out", "out")
+    assert done.exit_code == 0, done.output
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(files) == 3 and "grid.png" in files
+    mask = Image.new("L", source[0][0].size, 255)
+    mask.save(tmp_path / "mask.png")
+    options = ("--model", "digits", "--num", 1, "--hole", tmp_path / "mask.png", "--out", "two")
+    done = run_cli("edit", tmp_path / "digit.png", "zero", "one", *options)
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "two").iterdir())) == 3
+
+
+def test_score_writes_the_strangest_image_first(run_cli, tmp_path):
+    done = run_cli("score", "digits", "--model", "digits", "--limit", 12, "--classify")
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "scores.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    nats = [float(row["nats_per_code"]) for row in rows]
+    assert len(rows) == 12 and nats == sorted(nats, reverse=True)
+    right = sum(row["class"] == row["likeliest"] for row in rows) / 12
+    assert f"{right:.2%}" in done.output
+    assert Image.open(tmp_path / "scores.png").width > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (("edit", "none.png"), "none.png"),
+        (("edit", "digit.png", "--keep", "top", "--hole", "top"), "--hole"),
+        (("edit", "digit.png", "--keep", "sideways"), "sideways"),
+        (("score", "folder", "--class", "hat"), "hat"),
+        (("score", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_of_edit_and_score(run_cli, tmp_path, arguments, value):
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    (tmp_path / "folder").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "folder/a.png")
+    done = run_cli(*arguments, "--model", "digits")
+    assert done.exit_code == 2 and value in done.output.splitlines()[-1]
