@@ -190,6 +190,18 @@ def test_api_reference_is_current():
     )
 
 
+def test_the_shell_completes_commands_and_recipes(monkeypatch):
+    monkeypatch.setenv("_MOVEIMG_COMPLETE", "complete_bash")
+    for words, expected in (
+        ("moveimg tra", {"train", "train-tokenizer"}),
+        ("moveimg train digits-m", {"digits-mla", "digits-moe"}),
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        result = CliRunner().invoke(app, [], prog_name="moveimg")
+        assert set(result.stdout.split()) == expected
+
+
 def test_config_reference_is_current():
     text = run("config-reference").output
     assert (ROOT / "docs/config.md").read_text() == text, (
