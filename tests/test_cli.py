@@ -23,6 +23,7 @@ from moveimg.cli import app
 from moveimg.commands.common import PANELS
 from moveimg.config import SamplingSettings
 from tests.test_training import EVERY, TOKENIZER
+from tools.api_reference import api_reference
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -181,6 +182,24 @@ def test_help_is_made_of_sentences():
     for name, command in app_commands().items():
         for part in [command, *getattr(command, "commands", {}).values()]:
             assert re.fullmatch(r"[A-Z].*\.", part.help.split("\n\n")[0].strip(), re.S), name
+
+
+def test_api_reference_is_current():
+    assert (ROOT / "docs/api.md").read_text() == api_reference() + "\n", (
+        "run: python tools/api_reference.py > docs/api.md"
+    )
+
+
+def test_the_shell_completes_commands_and_recipes(monkeypatch):
+    monkeypatch.setenv("_MOVEIMG_COMPLETE", "complete_bash")
+    for words, expected in (
+        ("moveimg tra", {"train", "train-tokenizer"}),
+        ("moveimg train digits-m", {"digits-mla", "digits-moe"}),
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        result = CliRunner().invoke(app, [], prog_name="moveimg")
+        assert set(result.stdout.split()) == expected
 
 
 def test_config_reference_is_current():

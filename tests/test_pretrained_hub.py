@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, SpaceCard
+from typer.testing import CliRunner
 
-from moveimg.checkpoint import ModelParts, load_model, save_model
+from moveimg.checkpoint import BUNDLED, ModelParts, load_model, save_model
+from moveimg.cli import app
 from moveimg.config import SIZES, SamplingSettings, TrainConfig
 from moveimg.files import atomic_directory, write_json
 from moveimg.pipeline import Pipeline, resolve
 from moveimg.pretrained import hub, llamagen, share
 from tests.conftest import lively, tiny_config
 from tests.test_pipeline import NAMES, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -44,10 +53,10 @@ class Api:
     def __init__(self, folder):
         self.folder = folder
 
-    def create_repo(self, repo_id, *, exist_ok, private):
-        self.created = (repo_id, private)
+    def create_repo(self, repo_id, *, exist_ok, private, repo_type, space_sdk=None):
+        self.created = (repo_id, private, repo_type, space_sdk)
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, repo_type):
         for path in (p for p in folder_path.rglob("*") if p.is_file()):
             target = self.folder / path.relative_to(folder_path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,10 +111,12 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
 
 def test_hub_ids_load_what_push_uploads(monkeypatch, directory, tmp_path):
     uploaded, api = tmp_path / "uploaded", Api(tmp_path / "uploaded")
-    url = share.push(directory, "owner/name", private=True, api=api)
-    assert url == "https://huggingface.co/owner/name" and api.created == ("owner/name", True)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    result = CliRunner().invoke(app, ["push", str(directory), "owner/name", "--private"])
+    assert result.stdout == "https://huggingface.co/owner/name\n", result.stderr
+    assert api.created == ("owner/name", True, "model", None)
     files = {str(p.relative_to(uploaded)) for p in uploaded.rglob("*") if p.is_file()}
-    assert files == {*hub.MODEL_FILES, "README.md"}
+    assert files == {*hub.MODEL_FILES, "README.md", "pipeline.py", "model_index.json"}
     assert not (directory / "README.md").exists()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: uploaded)
     images = [Pipeline.from_pretrained(where, device="cpu").sample([1], seed=4)[0].tobytes()
@@ -129,7 +140,7 @@ def test_push_publishes_no_folder_of_this_machine(directory, tmp_path):
     before = {"step": 30, "run": TrainConfig.model_validate(run).model_dump(mode="json")}
     config["about"] = {"source": "upcycled", "from": "anna", "before": before}
     write_json(directory / "config.json", config)
-    share.push(directory, "owner/name", api=Api(tmp_path / "uploaded"))
+    share.write_model(directory, tmp_path / "uploaded", "owner/name")
     uploaded = json.loads((tmp_path / "uploaded/config.json").read_text())
     assert "anna" not in json.dumps(uploaded)
     assert uploaded["model"] == config["model"] and uploaded["about"]["source"] == "upcycled"
@@ -149,25 +160,120 @@ def test_every_setting_that_is_a_path_is_local():
     assert paths and paths <= share.LOCAL
 
 
-def test_the_card_has_config_settings_classes_and_results(directory):
-    text = share.model_card(directory, "owner/name")
+def test_the_card_has_metadata_config_settings_classes_and_results(directory):
+    results = {"metrics": {"fid": 5.6281, "by_class": [1.0], "kid": None}}
+    results |= {"reference": {"name": "a/imagenet256"}}
+    text = share.model_card(
+        directory, "owner/name", license="mit", datasets=["ILSVRC/imagenet-1k"], results=results
+    )
     for part in (
         'Pipeline.from_pretrained("owner/name")', "kind move", "slots 2", "| cfg_scale | 1.5 |",
-        "goldfish", "## Classes (5)", "3 x 4 out of 11", "| loss | 1.2346 |", "after 30 steps",
+        "goldfish", "## Classes (5)", "3 x 4 of 11", "| loss | 1.2346 |", "after 30 steps",
+        "| fid | 5.6281 |", "custom_pipeline",
     ):  # fmt: skip
         assert part in text, part
-    card = ModelCard(text)
-    assert card.data.library_name == "moveimg" and "move-memory" in card.data.tags
+    data = ModelCard(text).data
+    assert data.library_name == "moveimg" and {"move-memory", "diffusers"} <= {*data.tags}
+    assert data.license == "mit" and data.datasets == ["ILSVRC/imagenet-1k"]
+    assert data.pipeline_tag == share.TASK and data.base_model is None
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
+    assert found == {
+        ("held-out images", "loss"): 1.2346, ("held-out images", "accuracy"): 0.5,
+        ("imagenet256", "fid"): 5.6281,
+    }  # fmt: skip
+
+
+def test_the_card_names_the_base_model_and_a_bundled_models_licence(directory):
+    assert ModelCard(share.model_card(BUNDLED / "digits", "a/b")).data.license == "mit"
+    config = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", config | {"about": {"source": "LlamaGen"}})
+    assert ModelCard(share.model_card(directory, "a/b")).data.base_model == hub.REPO
 
 
 def test_push_refuses_other_directories_and_names(directory, tmp_path):
-    with pytest.raises(ValueError, match="'name'"):
-        share.push(directory, "name")
+    for arguments, value in (([], "OWNER/NAME"), (["name"], "'name'"), (["a/b/c"], "'a/b/c'")):
+        result = CliRunner().invoke(app, ["push", str(directory), *arguments])
+        assert result.exit_code == 2 and value in result.stderr
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        share.push(tmp_path, "owner/name")
+        share.write_model(tmp_path, tmp_path / "out", "owner/name")
 
     def fail(*_, **__):
         raise RuntimeError("no route\nto anywhere")  # httpx's errors are no OSErrors
 
     with pytest.raises(OSError, match=r"owner/name: not uploaded: no route$"):
-        share.push(directory, "owner/name", api=SimpleNamespace(create_repo=fail))
+        share.upload(directory, "owner/name", api=SimpleNamespace(create_repo=fail))
+
+
+def test_a_space_serves_the_demo(directory, tmp_path, monkeypatch):
+    api = Api(tmp_path / "uploaded")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    result = CliRunner().invoke(app, ["push", str(directory), "me/show", "--space"])
+    assert result.exit_code == 0 and api.created == ("me/show", False, "space", "gradio")
+    card = SpaceCard.load(tmp_path / "uploaded" / "README.md").data
+    assert (card.title, card.sdk, card.app_file) == ("show", "gradio", "app.py")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    space = {"SPACE_HOST": "me-show.hf.space", "GRADIO_SERVER_PORT": port}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "uploaded" / "app.py"],
+        env=os.environ | space | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline()
+        page = httpx.get(
+            f"http://127.0.0.1:{port}", headers={"host": space["SPACE_HOST"]}, trust_env=False
+        )
+        assert page.status_code == 200
+        assert "frame-ancestors 'self' https://hug" in page.headers["content-security-policy"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def diffusion(directory, tmp_path):
+    """The model as diffusers loads it from a directory that push wrote."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    share.write_model(directory, tmp_path / "pushed", "owner/name")
+    path = str(tmp_path / "pushed")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        path, custom_pipeline=path, trust_remote_code=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_diffusers_draws_what_moveimg_draws(diffusion, directory):
+    seed = int(torch.randint(2**32, (), generator=torch.Generator().manual_seed(3)))
+    images = diffusion([1, "goldfish"], 2.0, 2, torch.Generator().manual_seed(3)).images
+    expected = Pipeline.from_pretrained(directory, device="cpu").sample(1, seed=seed, cfg_scale=2.0)
+    assert len(images) == 4 and images[0].tobytes() == expected[0].tobytes()
+    again = diffusion(1, 2.0, generator=[torch.Generator().manual_seed(3)], output_type="np")
+    assert (again.images[0] * 255).round().astype("uint8").tobytes() == images[0].tobytes()
+    for wrong in ({"output_type": "jpg"}, {"generator": []}, {"guidance_scale": float("nan")}):
+        with pytest.raises(ValueError):
+            diffusion(1, **wrong)
+    with pytest.raises(ValueError):
+        diffusion("no such class")
+
+
+def test_diffusers_calls_back_after_every_code_and_can_be_interrupted(diffusion):
+    seen = []
+
+    def stop(pipeline, step, _, state):
+        seen.append((step, state["codes"].shape))
+        pipeline._interrupt = step == 4
+
+    (images,) = diffusion([0, 1], callback_on_step_end=stop, return_dict=False)
+    assert seen == [(step, (2, 12)) for step in range(5)] and len(images) == 2
+
+
+def test_a_pipeline_of_diffusers_moves_and_saves(diffusion, tmp_path):
+    assert diffusion.to("cpu", torch.float64) is diffusion
+    assert diffusion.dtype == torch.float64 and diffusion.device == torch.device("cpu")
+    diffusion.to(dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    draw = {"class_labels": 1, "generator": torch.Generator().manual_seed(0)}
+    first = diffusion(**draw).images[0].tobytes()
+    saved = type(diffusion).from_pretrained(str(tmp_path / "saved"), trust_remote_code=True)
+    draw["generator"].manual_seed(0)
+    assert saved(**draw).images[0].tobytes() == first

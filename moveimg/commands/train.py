@@ -25,7 +25,20 @@ from moveimg.commands.common import (
     processes_of,
 )
 
-Config = Annotated[Path, typer.Argument(help="A YAML file or a recipe: see `moveimg configs`.")]
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Recipes' names that begin with a word; the shell completes files where there is none."""
+    from moveimg.config.recipes import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete) and "{" not in name]
+
+
+Config = Annotated[
+    Path,
+    typer.Argument(
+        help="A YAML file or a recipe: see `moveimg configs`.", autocompletion=complete_recipe
+    ),
+]
 
 
 @command

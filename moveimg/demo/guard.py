@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 import socket
 import time
 from typing import Any
@@ -24,10 +25,12 @@ CLOSED = tuple(
     )
 )  # fmt: skip
 OPEN = ("/gradio_api/run/predict",)  # buttons that do not wait in the queue
+# A Space is framed by its page on the Hub.
+SPACE = " https://huggingface.co" if "SPACE_HOST" in os.environ else ""
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; "
     "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'",
+    f"font-src 'self' data:; frame-ancestors 'self'{SPACE}; base-uri 'self'; form-action 'self'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }

@@ -1,0 +1,57 @@
+"""Print docs/api.md: the public names of moveimg and tokenizer with their docstrings.
+
+    python tools/api_reference.py > docs/api.md
+
+A test compares the file with this output.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cached_property
+from typing import Any
+
+import moveimg
+import tokenizer
+
+HEADER = """\
+# Python API
+
+Made by `python tools/api_reference.py` from the docstrings. Images are PIL images at the edge and
+float32 [B, 3, H, W] in [-1, 1] inside; codes are int64 [B, T] in raster order."""
+CLASSES = (moveimg.Pipeline, tokenizer.AutoencoderTokenizer)
+
+
+def api_reference() -> str:
+    """Markdown with a section for each public function, class and method of a class."""
+    sections = [HEADER]
+    for module in (moveimg, tokenizer):
+        sections.append(f"## {module.__name__}")
+        for name in module.__all__:
+            item = getattr(module, name)
+            if inspect.isfunction(item) or item in CLASSES:
+                sections.append(describe(f"{module.__name__}.{name}", item))
+            for key in vars(item) if item in CLASSES else ():
+                member = getattr(item, key)
+                if not key.startswith("_") and (inspect.isroutine(member) or is_property(member)):
+                    sections.append(describe(f"{name}.{key}", member))
+    return "\n\n".join(sections)
+
+
+def is_property(member: Any) -> bool:
+    """Whether a class's attribute is a property."""
+    return isinstance(member, property | cached_property)
+
+
+def describe(title: str, item: Any) -> str:
+    """A heading, the signature of `item` and its docstring, whose lists are shown as they are."""
+    signature = "" if is_property(item) else str(inspect.signature(item)).replace("(self, ", "(")
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature).replace("(self)", "()")
+    text = re.sub(r"(?m)^(\w+:\n(?: {4}.*\n)+)", r"```text\n\1```\n", f"{inspect.getdoc(item)}\n")
+    text = re.sub(r"(?m)((?:^>>> .*\n)+)", r"```python\n\1```\n", text)
+    return f"### {title}\n\n```python\n{title}{signature}\n```\n\n{text.strip()}"
+
+
+if __name__ == "__main__":
+    print(api_reference())
