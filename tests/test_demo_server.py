@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from apps import demo
-from apps.demo_parts import page
+from apps.demo_parts import handlers, page
 from apps.demo_parts.guard import FREE_LOGINS
 from apps.demo_parts.queue import JobQueue, Visitor
 from apps.demo_parts.requests import MAX_BODY
@@ -175,6 +175,15 @@ def test_a_job_ends_when_its_listener_hangs_up(server, slow_model):
     path = f"{server.url}/gradio_api/call/generate/{event}"
     with pytest.raises(httpx.ReadTimeout):
         httpx.get(path, timeout=0.4)
+    wait_until(lambda: len(server.queue) == 0)
+    assert server.queue.steps - start < 50  # of 64
+
+
+def test_a_job_ends_when_nobody_asks_for_its_result(server, slow_model, monkeypatch):
+    monkeypatch.setattr(handlers, "UNREAD_SECONDS", 0.3)
+    start = server.queue.steps
+    httpx.post(f"{server.url}{CALL}/generate", json={"class_name": "7", "num": 1})
+    wait_until(lambda: server.queue.steps > start)
     wait_until(lambda: len(server.queue) == 0)
     assert server.queue.steps - start < 50  # of 64
 
