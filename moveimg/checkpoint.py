@@ -21,8 +21,8 @@ from torch import nn
 import tokenizer as vq
 from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.device import shapes_only
-from moveimg.errors import shorten, validate
-from moveimg.files import atomic, read_json, require_weights, write_json
+from moveimg.errors import describe, shorten, validate
+from moveimg.files import atomic, read_json, require_file, write_json
 from moveimg.model import Transformer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -179,7 +179,7 @@ def _load_generator(
 
     The file's header is compared with the config before a tensor is read.
     """
-    require_weights(path)
+    require_file(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -196,7 +196,8 @@ def _load_generator(
             state = {key: file.get_tensor(key).to(dtype) for key in expected}
     except SafetensorError as error:
         size = path.stat().st_size
-        raise ValueError(f"{path} ({size} bytes): truncated or damaged weights: {error}") from None
+        reason = describe(error, 200)
+        raise ValueError(f"{path} ({size} bytes): truncated or damaged weights: {reason}") from None
     # Norms and biases only: reading every matrix would take seconds. Sampling checks the logits.
     require_finite({key: value for key, value in state.items() if value.ndim == 1}, str(path))
     generator.load_state_dict(state, assign=True)

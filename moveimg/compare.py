@@ -26,6 +26,7 @@ from moveimg.checkpoint import load_generator, read_about, read_model_config
 from moveimg.compare_table import ABOUT, comparison_table, csv_table, summarize
 from moveimg.config import TrainConfig, load_config, read_yaml
 from moveimg.device import hardware
+from moveimg.dist import die_with_parent
 from moveimg.errors import shorten, validate
 from moveimg.files import parse_json, read_json, read_text, write_json, write_text
 from moveimg.model import model_cost
@@ -234,6 +235,7 @@ def train_all(
                         process = subprocess.Popen(
                             train_command(run, overrides, device), stdout=log,
                             stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                            preexec_fn=die_with_parent(),
                         )  # fmt: skip
                     running.append((run, process, Path(log.name)))
                 ended = [one for one in running if one[1].poll() is not None]

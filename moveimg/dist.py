@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from moveimg.device import own_device, pick_device
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 GRACE = 10.0  # seconds in which torchrun ends the other processes after rank 0's error
 LOST = ("connection closed by peer", "connection reset", "connection was likely closed", "nccl")
 
@@ -174,6 +177,17 @@ def all_ranks(timeout: timedelta = timedelta(days=7)) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), group=group)
     finally:
         dist.destroy_process_group(group)
+
+
+def die_with_parent() -> Callable[[], object] | None:
+    """The function by which a new process asks the kernel to be killed with its parent (Linux).
+
+    Else it would go on, and hold the lock of its output against the next one.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def print_rank0(message: str) -> None:

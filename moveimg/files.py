@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,9 +53,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def require_file_name(path: Path) -> None:
-    """Raise IsADirectoryError where `path`, to be written, is a folder."""
+    """Raise IsADirectoryError for a folder, ValueError for a device or pipe, to be written to."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, expected a file name to write to")
+    if path.exists() and not path.is_file():  # the rename would replace /dev/null itself
+        raise ValueError(f"{path} is no regular file, expected a file name to write to")
 
 
 @contextmanager
@@ -83,9 +86,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             raise
 
 
-def remove_temporaries(directory: str | Path) -> None:
-    """Remove the temporary files of `atomic` that a killed process has left in a folder."""
-    for path in Path(directory).glob(".*"):
+def remove_temporaries(directory: str | Path, name: str = "") -> None:
+    """Remove the temporary files of `atomic` that a killed process has left in a folder.
+
+    With `name`, those of this file alone.
+    """
+    for path in Path(directory).glob(f".{glob.escape(name)}.*" if name else ".*"):
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
@@ -101,17 +107,18 @@ def write_json(path: str | Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def require_weights(path: str | Path) -> None:
-    """Raise FileNotFoundError without a file, ValueError for a Git LFS pointer or an HTML page."""
+def require_file(path: str | Path) -> Path:
+    """The path of an existing file; ValueError for a Git LFS pointer or an HTML page."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(200).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not weights: fetch it by `git lfs pull`")
+        raise ValueError(f"{path} is a Git LFS pointer, not the file: fetch it by `git lfs pull`")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"{path} is an HTML page, not weights: download the file itself")
+        raise ValueError(f"{path} is an HTML page, not the file: download the file itself")
+    return path
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
@@ -210,12 +217,14 @@ _HELD: set[Path] = set()  # locks of this process
 
 
 @contextmanager
-def lock(path: str | Path, job: str) -> Iterator[None]:
+def lock(path: str | Path, job: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock of an output file or directory; it ends with its process.
 
-    The lock is a hidden file beside `path`. Of several ranks only rank 0 locks: they are one job.
-    A process that holds it may enter again. `job` says what is being done, for the message of the
-    process that comes second. Raises ValueError, naming the process that holds it.
+    The lock is a hidden file beside `path`, or in it where its parent cannot be written. Of several
+    ranks only rank 0 locks: they are one job. A process that holds it may enter again. What a
+    killed process has left of `atomic` in the directory, or beside the file, is removed. `job`
+    says what is being done, for the message of the process that comes second. Raises ValueError,
+    naming the process that holds it, or with `wait` waits for it.
     """
     path = Path(path).absolute()
     if fcntl is None or os.environ.get("RANK", "0") != "0" or path in _HELD:
@@ -223,11 +232,14 @@ def lock(path: str | Path, job: str) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.parent / f".{path.name}.lock"
+    if path.is_dir() and not os.access(path.parent, os.W_OK):  # such as a mounted volume
+        name = path / ".lock"
     while True:
         file = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
+            time.sleep(0.05)  # it may have it for a moment only, and not have written its name yet
             file.seek(0)
             holder = file.read(200).strip() or "another process"
             file.close()
@@ -241,6 +253,7 @@ def lock(path: str | Path, job: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} ({job})")
         file.flush()
+        remove_temporaries(*((path,) if path.is_dir() else (path.parent, path.name)))
         yield
     finally:
         _HELD.discard(path)

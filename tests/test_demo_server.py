@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
-from moveimg.demo import page
+from moveimg.demo import handlers, page
 from moveimg.demo.guard import FREE_LOGINS
 from moveimg.demo.queue import JobQueue, Visitor
 from moveimg.demo.requests import MAX_BODY
@@ -175,6 +175,15 @@ def test_a_job_ends_when_its_listener_hangs_up(server, slow_model):
     path = f"{server.url}/gradio_api/call/generate/{event}"
     with pytest.raises(httpx.ReadTimeout):
         httpx.get(path, timeout=0.4)
+    wait_until(lambda: len(server.queue) == 0)
+    assert server.queue.steps - start < 50  # of 64
+
+
+def test_a_job_ends_when_nobody_asks_for_its_result(server, slow_model, monkeypatch):
+    monkeypatch.setattr(handlers, "UNREAD_SECONDS", 0.3)
+    start = server.queue.steps
+    httpx.post(f"{server.url}{CALL}/generate", json={"class_name": "7", "num": 1})
+    wait_until(lambda: server.queue.steps > start)
     wait_until(lambda: len(server.queue) == 0)
     assert server.queue.steps - start < 50  # of 64
 

@@ -114,4 +114,4 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path):
 def test_placeholders_are_named(tmp_path, content, name):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=name):
-        files.require_weights(tmp_path / "model.safetensors")
+        files.require_file(tmp_path / "model.safetensors")

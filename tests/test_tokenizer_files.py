@@ -255,7 +255,7 @@ def test_other_weights_are_refused(weights, tmp_path, changes, values):
         (b"hello", ["damaged"]),
         (b"PK\3\4" + b"x" * 99, ["damaged"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", ["git lfs pull"]),
-        (b"\n<!DOCTYPE html><html>Sign in</html>", ["web page"]),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", ["HTML page"]),
         ([torch.zeros(1)], ["list"]),
         ({"ema": {}, "args": {"lr": 1}}, ["ema, args"]),
     ],

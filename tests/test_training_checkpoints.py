@@ -18,7 +18,7 @@ from moveimg.training.logging import gate_statistics
 from moveimg.training.loop import Run
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 from tests.test_training import CPU, die_at_step_5, newest_state, same_end, train_config
-from tests.tools.kill_training import compare_killed, leftovers
+from tools.kill import kill_command, leftovers, list_commands
 
 
 def kept(out) -> list[int]:
@@ -26,8 +26,10 @@ def kept(out) -> list[int]:
     return sorted(int(name.split("-")[1]) for name in names if name[-1].isdigit())
 
 
-def test_killed_runs_end_with_the_same_bits(digits, tmp_path):
-    assert len(compare_killed(digits, tmp_path, steps=24, kills=2, seed=3)) == 2
+@pytest.mark.parametrize("name", ["train", "encode", "evaluate", "convert"])
+def test_killed_commands_end_with_the_same_bytes(digits, tmp_path, name):
+    command = list_commands(digits, tmp_path, steps=16)[name]
+    assert kill_command(command, tmp_path, kills=2 if name == "train" else 1, seed=3)
 
 
 def test_the_newest_and_the_best_checkpoint_stay(digits, tmp_path, monkeypatch):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
-from moveimg.files import atomic, read_json, read_yaml, write_json
+from moveimg.files import atomic, read_json, read_yaml, require_file, write_json
 from tokenizer.base import AutoencoderTokenizer, fingerprint
 from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, parse_config
 from tokenizer.vq import TamingTokenizer, VQTokenizer
-from tokenizer.weights import load_weights, read_weights, require_file
+from tokenizer.weights import load_weights, read_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 TOKENIZERS: dict[str, Callable[[Any], AutoencoderTokenizer]] = {

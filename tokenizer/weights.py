@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moveimg.dist import print_rank0
-from moveimg.errors import list_names
+from moveimg.errors import describe, list_names
+from moveimg.files import require_file
 
 CONTAINERS = ("ema", "model", "module", "state_dict")
 """Keys under which checkpoints keep their weights; averaged weights are preferred."""
@@ -37,7 +38,9 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as stored:
                 content: Any = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
+            raise ValueError(
+                f"{file}: damaged or not a safetensors file ({describe(error, 200)})"
+            ) from None
     else:
         content = _find_weights(_unpickle(file), file)
     weights: dict[str, Tensor] = {}
@@ -75,20 +78,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: {name} holds NaN or infinite values")
     module.load_state_dict(state, assign=next(module.parameters()).is_meta)
-
-
-def require_file(file: str | os.PathLike[str]) -> Path:
-    """The path of an existing file; ValueError for a Git LFS pointer or a web page in its place."""
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    with file.open("rb") as opened:
-        start = opened.read(200).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"{file} is a web page: download the file that its link leads to")
-    return file
 
 
 def _find_weights(content: Any, file: Path) -> Mapping[Any, Any]:

@@ -64,7 +64,7 @@ def _fail(message: str) -> None:
 
 def _usage(error: Any) -> str:
     """What typer says of an option or argument, with the refused value and where help is."""
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message()[:600].split()).rstrip(".")[:300]
     problems: Any = getattr(error.__cause__, "errors", list)()  # pydantic's, of a range
     if problems and (value := shorten(problems[0]["input"])) not in message:
         message += f" (got {value})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,7 +164,7 @@ def reconstruct(
     from moveimg.evaluation import run as runner
     from moveimg.evaluation.guards import check_allowed
     from moveimg.evaluation.reconstruct import reconstruct
-    from moveimg.files import require_file_name
+    from moveimg.files import lock, require_file_name
     from moveimg.images import save_png
 
     check_allowed(allow or [])
@@ -189,9 +190,10 @@ def reconstruct(
             "validation images (--split val)",
             file=sys.stderr,
         )
-    figures, grid = reconstruct(source, vq, pixels, ratio, network, real, allow or [])
-    if out is not None:
-        save_png(grid, out, figures.as_dict())
+    with nullcontext() if out is None else lock(out, "moveimg reconstruct"):
+        figures, grid = reconstruct(source, vq, pixels, ratio, network, real, allow or [])
+        if out is not None:
+            save_png(grid, out, figures.as_dict())
     print_json(figures.as_dict())
 
 

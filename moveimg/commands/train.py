@@ -185,8 +185,10 @@ def compare(
         load_config(config, TrainConfig, set or [])
     where = device_of(device)
     from moveimg.compare import compare, parse_seeds
+    from moveimg.files import lock
 
-    print(compare(configs, parse_seeds(seeds), out, set or [], where, jobs, vary or []))
+    with lock(out, "moveimg compare"):
+        print(compare(configs, parse_seeds(seeds), out, set or [], where, jobs, vary or []))
 
 
 @command

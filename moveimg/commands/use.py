@@ -65,6 +65,7 @@ def sample(
     check_model_name(model)
     _check_total(num * max(1, len(classes or ())), seed)
     device_of(device)
+    from moveimg.files import lock
     from moveimg.images import labelled_grid, save_png
     from moveimg.pipeline import Pipeline
     from moveimg.progress import progress_bar
@@ -84,7 +85,7 @@ def sample(
     rows: dict[int, list] = {row: [] for row in range(min(len(labels) // num, GRID[0]))}
     begun = time.perf_counter()
     total = len(labels) * pipeline.generator.config.seq_len
-    with progress_bar(total, "sample", "code", delay=2) as bar:
+    with lock(out, "moveimg sample"), progress_bar(total, "sample", "code", delay=2) as bar:
         for first in range(0, len(labels), batch_size):
             batch = labels[first : first + batch_size]
             for _, codes in pipeline.iter_codes(batch, sampling, seed=seed + first):  # noqa: B007
@@ -199,11 +200,13 @@ def inspect(
     if codes is not None:
         check_source(codes, "codes")
     device_of(device)
+    from moveimg.files import lock
     from moveimg.inspect import inspect_model
     from moveimg.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(model, device=device)
-    report = inspect_model(pipeline, out, codes, num, batch_size, seed)
+    with lock(out, "moveimg inspect"):
+        report = inspect_model(pipeline, out, codes, num, batch_size, seed)
     for layer, gates in report.get("layers", {}).items():
         columns = zip(*gates["mean"], strict=True)
         means = {

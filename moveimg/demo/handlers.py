@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -24,6 +25,7 @@ from moveimg.demo.requests import SETTINGS, Generate, parse_call
 from moveimg.errors import describe, validate
 
 SKIP: Any = gr.skip()
+UNREAD_SECONDS = 30.0  # from a message to its listener
 
 
 def current_visitor() -> Visitor:
@@ -34,10 +36,25 @@ def current_visitor() -> Visitor:
 
 
 def listener_check() -> Callable[[], bool]:
-    """Return a function that says whether the listener of the current event has gone."""
-    blocks: Any = LocalContext.blocks.get()
-    event = blocks._queue.event_ids_to_events.get(LocalContext.event_id.get(None))
-    return lambda: event is not None and not event.alive
+    """Return a function that says whether the listener of the current event has gone.
+
+    So has one that reads no message for UNREAD_SECONDS: of an API client that never asks for the
+    result of its call, say.
+    """
+    queue: Any = LocalContext.blocks.get()._queue  # type: ignore[union-attr]
+    event = queue.event_ids_to_events.get(LocalContext.event_id.get(None))
+    read = time.monotonic()
+
+    def is_gone() -> bool:
+        nonlocal read
+        if event is None:
+            return False
+        unread = queue.pending_messages_per_session.get(event.session_hash)
+        if unread is None or unread.empty():
+            read = time.monotonic()
+        return not event.alive or time.monotonic() - read > UNREAD_SECONDS
+
+    return is_gone
 
 
 def explain(error: Exception) -> str:

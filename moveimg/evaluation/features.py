@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moveimg.evaluation.sets import ImageSet
-from moveimg.files import atomic_directory
+from moveimg.files import atomic_directory, lock
 from moveimg.progress import progress_bar
 
 BATCH = 64
@@ -64,9 +64,10 @@ def extract(
     whose features are there is not read again. Raises ValueError for features that are not finite.
     """
     folder = cache / f"{digest[:24]}-{extractor.fingerprint[:12]}-{extractor.device.type}"
-    if not (folder / DONE).is_file():
-        with atomic_directory(folder) as temporary:
-            _extract_to(temporary, images, extractor, batch_size)
+    with lock(folder, "features of the same images", wait=True):
+        if not (folder / DONE).is_file():
+            with atomic_directory(folder) as temporary:
+                _extract_to(temporary, images, extractor, batch_size)
     # copy-on-write: torch warns of read-only arrays
     return {role: np.load(folder / f"{role}.npy", mmap_mode="c") for role in extractor.layers}
 

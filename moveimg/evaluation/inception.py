@@ -24,7 +24,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from moveimg.evaluation.features import Extractor
-from moveimg.files import require_weights
+from moveimg.files import require_file
 
 POOL, SPATIAL, LOGITS = "2048", "mixed_6_spatial", "logits_unbiased"
 NAME = "inception-v3-compat-spatial"
@@ -117,7 +117,7 @@ def _download() -> Path:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file. ValueError unless it holds nothing but Inception's weights."""
-    require_weights(path)
+    require_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError):

@@ -105,7 +105,8 @@ def reconstruct(
             if not torch.isfinite(decoded).all():
                 raise ValueError(f"non-finite: reconstructions of images {start}.. are not finite")
             measured.add(images, decoded, codes, extractor, reference is None)
-            chosen = [i for i, row in enumerate(readable) if row in spread]
+            # one at least, where none of the spread ones can be read
+            chosen = [i for i, row in enumerate(readable) if row in spread] or [0][len(shown[0]) :]
             for row, batch in zip(shown, (images, decoded), strict=True):
                 row += to_pil(batch[chosen])
     if unreadable:

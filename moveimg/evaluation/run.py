@@ -39,7 +39,7 @@ from moveimg.evaluation.results import environment, read_results, write_results,
 from moveimg.evaluation.sample import SamplePlan, make_plan, sample_set
 from moveimg.evaluation.scoring import check_pair, score
 from moveimg.evaluation.sets import ImageSet, open_set
-from moveimg.files import lock
+from moveimg.files import lock, read_json
 from moveimg.pipeline import Pipeline, resolve
 from moveimg.pretrained.hub import cache_directory
 from moveimg.progress import progress_bar
@@ -265,7 +265,7 @@ def score_files(
 
 def model_digest(directory: Path) -> str:
     """sha256 over a model directory's generator: the model's config and its weights."""
-    described = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model"]
+    described = read_json(directory / "config.json")["model"]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     with (directory / "model.safetensors").open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())

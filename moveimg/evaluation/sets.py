@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,9 @@ from moveimg.progress import progress_bar
 
 LABELS_FILE = "labels.json"  # in a folder of images: one label per image, in file order
 BATCH = 256
+# Errors of zipfile and its decompressors for a damaged archive
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, OSError,
+           NotImplementedError)  # fmt: skip
 _LABELS = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]])
 
 
@@ -125,7 +129,7 @@ def npz_entries(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: not a readable .npz ({describe(error)})") from None
     return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
@@ -134,7 +138,10 @@ def npz_array(path: Path, entry: str) -> np.ndarray:
     """One small array of an .npz, verified by the archive's checksum."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays[entry]
+            array = arrays[entry]
+            if not isinstance(array, np.ndarray):  # bytes, where the entry is no .npy
+                raise ValueError("no array")
+            return array
     except Exception as error:  # of a foreign header NumPy raises nearly any kind
         raise ValueError(f"{path}: cannot read {entry} ({describe(error)})") from None
 
@@ -187,7 +194,7 @@ def _open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]
             if fortran:
                 raise ValueError(f"{path}: arr_0 is in Fortran order: expected C order")
             yield stream, _check_shape(shape, dtype, str(path))
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: damaged images ({describe(error)})") from None
 
 

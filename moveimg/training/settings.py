@@ -72,7 +72,7 @@ def require_same_settings(described: Path, config: RunConfig) -> None:
             raise ValueError(f"{config.out}: holds a run of {old} steps, {new} asked: too few")
     if changes:
         details = "; ".join(
-            f"{key} is {shorten(old)} there, {shorten(new)} asked"
+            f"{key[:100]} is {shorten(old)} there, {shorten(new)} asked"
             for key, (old, new) in list(changes.items())[:SHOWN]
         )
         raise ValueError(

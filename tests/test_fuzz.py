@@ -1,0 +1,27 @@
+"""Some hundred bad inputs: each is refused in one line, or accepted and right.
+
+`python -m tools.fuzz` tries thousands of the same generators.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tools.fuzz_cases import KINDS, make_material, try_case
+
+CASES = {"checkpoints": 12, "options": 20}  # the slow ones
+
+
+@pytest.fixture(scope="module")
+def material(digits, tmp_path_factory):
+    return make_material(digits, tmp_path_factory.mktemp("material"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_refused_in_one_line_or_accepted_and_right(kind, material, tmp_path):
+    outcomes = set()
+    for number in range(CASES.get(kind, 32)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcomes.add(try_case(kind, number, folder, material) == "accepted")
+    assert False in outcomes
