@@ -27,7 +27,6 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "training": CORE | {"data", "pipeline", "evaluation"},
 }
 ON_TOP = {"__main__", "cli", "commands", "compare", "inspect", "bench"}
-ON_TOP |= {"compare_table", "inspect_bank"}
 FILES = [p for d in ("moveimg", "tokenizer") for p in sorted((ROOT / d).rglob("*.py"))]
 
 
