@@ -165,7 +165,7 @@ def test_failed_training_does_not_lose_the_others(configs, tmp_path, trained):
     assert not (out / "table.md").exists()
     for run in list_runs(configs[1:2], [13], out, []):
         leave(run)
-    with pytest.raises(ValueError, match="dense, seed 13.*latent, seed 13"):
+    with pytest.raises(ValueError, match=r"dense, seed 13.*latent, seed 13"):
         compare(configs, [0, 13], out, [], CPU)
     report = json.loads((out / "table.json").read_text())
     assert [row["name"] for row in report["configs"]] == ["experts"]
