@@ -1,39 +1,39 @@
 """Several configs with several seeds in one table: the same steps, data order and settings.
 
 Each training is a process of its own, `moveimg train`, so that its peak memory is its own. The
-table is made from what it leaves in its directory: metrics.jsonl and the model.
+table is made from what it leaves in its directory: metrics.jsonl and config.json.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-import timeit
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 
 from moveimg import plots
-from moveimg.checkpoint import load_generator, read_about, read_model_config
-from moveimg.compare_table import ABOUT, comparison_table, csv_table, summarize
+from moveimg.checkpoint import read_about, read_model_config
 from moveimg.config import TrainConfig, load_config, read_yaml
 from moveimg.device import hardware
 from moveimg.dist import die_with_parent
 from moveimg.errors import shorten, validate
-from moveimg.files import parse_json, read_json, read_text, write_json, write_text
+from moveimg.files import parse_json, read_text, write_json, write_text
 from moveimg.model import model_cost
 from moveimg.progress import progress_bar
-from moveimg.sampling import image_rngs, sample_codes
+from moveimg.tables import markdown_table
 
-SAMPLED = 32  # batch size when the sampling rate is measured
 # Keys in which the configs may differ: the model's three slots and its size.
 COMPARED = ("out", "seed", "model.attention", "model.memory", "model.ffn", "model.n_layer",
             "model.n_head", "model.width")  # fmt: skip
@@ -46,41 +46,48 @@ NEUTRAL = ("out", "log_every", "validate_every", "preview_every", "checkpoint_ev
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A config with a seed, trained in `directory`."""
+    """A config with a seed, trained in `config.out`."""
 
     name: str
-    seed: int
     path: Path
     config: TrainConfig
 
-    @property
-    def directory(self) -> Path:
-        return self.config.out
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.config.seed}"
 
     def measurements(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: step, seconds, peak_memory, loss, ..."""
-        path = self.directory / "training" / "metrics.jsonl"
-        lines = read_text(path).splitlines() if path.is_file() else []
-        return [parse_json(line, str(path)) for line in lines]
+        path = self.config.out / "training" / "metrics.jsonl"
+        return [parse_json(line, str(path)) for line in read_text(path).splitlines()]
 
     def finished(self) -> bool:
-        """Whether the directory holds this run, measured and exported at its last step."""
-        names = ("training/config.yaml", "config.json", "model.safetensors")
-        if not all((self.directory / name).is_file() for name in names):
+        """Whether the directory holds this run, exported (and before that measured) at its end."""
+        if not (self.config.out / "config.json").is_file() or self.changed_settings():
             return False
-        steps, lines = self.config.steps, self.measurements()
-        if not lines or lines[-1]["step"] != steps:
-            return False
-        # A run killed after its last measurement still has the model of an earlier step.
-        return read_about(self.directory).get("step") == steps and not self.changed_settings()
+        return read_about(self.config.out).get("step") == self.config.steps
 
     def changed_settings(self) -> dict[str, tuple[Any, Any]]:
         """Settings in which the run in the directory differs from this one: before and now."""
-        path = self.directory / "training" / "config.yaml"
+        path = self.config.out / "training" / "config.yaml"
         if not path.is_file():
             return {}
         before = validate(TrainConfig, read_yaml(path), str(path))
         return differing(settings_without(before, NEUTRAL), settings_without(self.config, NEUTRAL))
+
+    def outcome(self) -> dict[str, Any]:
+        """The last measurement and the learning curve of a finished run.
+
+        `peak_memory` is the largest of all lines: a stopped run has had several processes.
+        """
+        lines = self.measurements()
+        last = lines[-1]
+        return {
+            "seed": self.config.seed,
+            "loss": last["loss"],
+            "steps_per_second": last["step"] / max(last["seconds"], 1e-9),
+            "peak_memory": max(line.get("peak_memory") or 0 for line in lines),
+            "curve": [[line["step"], line["loss"]] for line in lines],
+        }
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -102,10 +109,9 @@ def compare(
 ) -> str:
     """Train every config with every seed in out/NAME-seedN; write and return the table.
 
-    A finished run is read, a stopped one continues. out/ receives table.md, table.csv, table.json
-    (with the learning curves), three plots and logs/. They are written anew whenever all seeds of
-    a config are done; the first of those configs is the baseline of the others. Sampling rates
-    are measured last, when nothing else runs.
+    A finished run is read, a stopped one continues. out/ receives table.md, table.json (with the
+    learning curves), two plots and logs/, anew whenever all seeds of a config are done; the first
+    of those configs is the baseline of the others.
 
     The configs may differ in the model's slots and size, and in the keys of `vary` and those below
     them (`optimizer.lr`). `overrides`, as `key.path=value`, are for all configs. `jobs` trainings
@@ -114,35 +120,29 @@ def compare(
     Raises ValueError when two configs have one name or differ in more, when a run's folder holds
     another run, or, after all others are done, for trainings that failed.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs {jobs}: expected at least 1")
     runs = list_runs(configs, seeds, out, overrides, vary)
     about = {
         "settings": settings_without(runs[0].config, COMPARED),
-        "hardware": {**hardware(device), "jobs": jobs, "sampling_batch_size": SAMPLED},
-        "columns": ABOUT,
+        "hardware": {**hardware(device), "jobs": jobs},
     }
-    missing, failures = [run for run in runs if not run.finished()], []
+    missing = [run for run in runs if not run.finished()]
+    table, failures = write_report(runs, out, about), []
     (out / "logs").mkdir(parents=True, exist_ok=True)
     trainings = train_all(missing, overrides, device, jobs, out / "logs")
     with progress_bar(len(missing), "compare", "run") as bar, closing(trainings):
         for run, failure in trainings:
             bar.update()
             if failure is None and not run.finished():
-                failure = f"{run.name}, seed {run.seed}: ended without the model of its last step"
-            if failure is not None:
-                failures.append(failure)
-                bar.write(f"failed: {failure}", file=sys.stderr)
-                continue
-            loss = run.measurements()[-1]["loss"]
-            bar.write(f"{run.name}, seed {run.seed}: loss {loss:.4f}", file=sys.stderr)
-            if all(other.finished() for other in runs if other.name == run.name):
-                write_report(runs, out, about, device, kept_only=True)
-    table = write_report(runs, out, about, device, kept_only=False)
+                failure = "ended without the model of its last step"
+            if failure is None:
+                loss = run.measurements()[-1]["loss"]
+                bar.write(f"{run}: loss {loss:.4f}", file=sys.stderr)
+                table = write_report(runs, out, about)
+            else:
+                failures.append(f"{run}: {failure}")
+                bar.write(f"failed: {failures[-1]}", file=sys.stderr)
     if failures:
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        done = f"; the table of the finished configs is in {out}" if table else ""
-        raise ValueError(f"{failures[0]}{more}{done}")
+        raise ValueError("; ".join(failures))
     return table
 
 
@@ -175,12 +175,12 @@ def list_runs(
     for name, (path, config) in loaded.items():
         for seed in seeds:
             own = config.model_copy(update={"seed": seed, "out": out / f"{name}-seed{seed}"})
-            runs.append(ComparedRun(name, seed, path, own))
+            runs.append(ComparedRun(name, path, own))
     for run in runs:
         for key, (before, now) in run.changed_settings().items():
             raise ValueError(
-                f"{run.directory}: holds a run with another value of {key} ({before}, now {now}); "
-                f"choose another --out, or remove {run.directory}"
+                f"{run.config.out}: holds a run with another value of {key} ({before}, now {now}); "
+                "choose another --out, or remove it"
             )
     return runs
 
@@ -224,47 +224,39 @@ def train_all(
     if jobs > 1:  # else they would compete for the cores
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     waiting = list(runs)
-    running: list[tuple[ComparedRun, subprocess.Popen, Path]] = []
+    running: dict[subprocess.Popen, tuple[ComparedRun, Path]] = {}
     with signals_raise():
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    with (logs / f"{run.name}-seed{run.seed}.log").open("w") as log:
+                    log = logs / f"{run.config.out.name}.log"
+                    with log.open("w") as file:
                         # In its own session: a terminal's Ctrl-C reaches this process alone.
                         process = subprocess.Popen(
-                            train_command(run, overrides, device), stdout=log,
+                            train_command(run, overrides, device), stdout=file,
                             stderr=subprocess.STDOUT, env=environment, start_new_session=True,
                             preexec_fn=die_with_parent(),
                         )  # fmt: skip
-                    running.append((run, process, Path(log.name)))
-                ended = [one for one in running if one[1].poll() is not None]
-                for one in ended:
-                    running.remove(one)
-                    yield one[0], describe_failure(*one)
-                if not ended:
-                    time.sleep(0.1)
+                    running[process] = run, log
+                for process in [process for process in running if process.poll() is not None]:
+                    run, log = running.pop(process)
+                    lines = ["killed", *log.read_text(errors="replace").splitlines()]
+                    reason = f"{lines[-1].removeprefix('error: ')} (see {log})"
+                    yield run, reason if process.returncode else None
+                time.sleep(0.1)
         finally:
-            for _, process, _ in running:
+            for process in running:
                 process.terminate()
-            for _, process, _ in running:
+            for process in running:
                 process.wait()
 
 
 def train_command(run: ComparedRun, overrides: Sequence[str], device: torch.device) -> list[str]:
     """The `moveimg train` of a run."""
-    own = (f"seed={run.seed}", f"out={json.dumps(str(run.directory))}")
+    own = (f"seed={run.config.seed}", f"out={json.dumps(str(run.config.out))}")
     command = [sys.executable, "-m", "moveimg", "train", str(run.path), "--device", str(device)]
     return command + [word for text in (*overrides, *own) for word in ("--set", text)]
-
-
-def describe_failure(run: ComparedRun, process: subprocess.Popen, log: Path) -> str | None:
-    """The last line of a failed training's log; None where the training succeeded."""
-    if process.returncode == 0:
-        return None
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    reason = lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
-    return f"{run.name}, seed {run.seed}: {reason} (see {log})"
 
 
 @contextmanager
@@ -274,12 +266,9 @@ def signals_raise() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {}
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        with suppress(ValueError):  # only a main thread may set handlers
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
-                before[number] = signal.signal(number, end)
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
     finally:
@@ -290,64 +279,77 @@ def signals_raise() -> Iterator[None]:
 # --- the table -------------------------------------------------------------------------------
 
 
-def write_report(
-    runs: Sequence[ComparedRun],
-    out: Path,
-    about: dict[str, Any],
-    device: torch.device,
-    kept_only: bool,
-) -> str:
+def write_report(runs: Sequence[ComparedRun], out: Path, about: dict[str, Any]) -> str:
     """Write table and plots of the configs whose runs are all finished; return the table."""
     results = []
     for name in dict.fromkeys(run.name for run in runs):
         own = [run for run in runs if run.name == name]
         if all(run.finished() for run in own):
-            cost = model_cost(read_model_config(own[0].directory)).as_dict()
-            rate = {"images_per_second": sampling_rate(own[0], device, kept_only)}
-            results.append({"name": name} | rate | cost | {"runs": list(map(run_outcome, own))})
+            cost = model_cost(read_model_config(own[0].config.out)).as_dict()
+            results.append({"name": name} | cost | {"runs": [run.outcome() for run in own]})
     if not results:
         return ""
     summaries = summarize(results)
     table = comparison_table(summaries)
     write_json(out / "table.json", {**about, "configs": summaries})
     write_text(out / "table.md", table + "\n")
-    write_text(out / "table.csv", csv_table(summaries))
     plots.plot_comparison(summaries, out)
     return table
 
 
-def run_outcome(run: ComparedRun) -> dict[str, Any]:
-    """The last measurement of a finished run, and its learning curve.
+def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each config's result with its statistics over seeds; the first config is the baseline.
 
-    `peak_memory` is the largest of all lines: a stopped run has had several processes.
+    loss_mean, loss_std     held-out loss over seeds; the deviation is of the sample (n - 1)
+    difference, interval    mean over seeds of (loss - baseline's with the same seed), and half
+                            its 95 % confidence interval by Student's t (None with one seed)
     """
-    lines = run.measurements()
-    last = lines[-1]
-    return {
-        "seed": run.seed,
-        "loss": last["loss"],
-        "accuracy": last.get("accuracy"),
-        "steps_per_second": last["step"] / max(last["seconds"], 1e-9),
-        "peak_memory": max(line.get("peak_memory") or 0 for line in lines) or None,
-        "curve": [[line["step"], line["loss"]] for line in lines],
-    }
+    baseline = {run["seed"]: run["loss"] for run in results[0]["runs"]}
+    summaries = []
+    for result in results:
+        runs = result["runs"]
+        losses = [run["loss"] for run in runs]
+        differences = [run["loss"] - baseline[run["seed"]] for run in runs]
+        several = len(runs) > 1
+        statistics_of_seeds = {
+            "loss_mean": statistics.mean(losses),
+            "loss_std": statistics.stdev(losses) if several else None,
+            "difference": statistics.mean(differences),
+            "interval": half_interval(differences) if several else None,
+            "steps_per_second": statistics.median(run["steps_per_second"] for run in runs),
+            "peak_memory": max(run["peak_memory"] for run in runs),
+        }
+        summaries.append(result | statistics_of_seeds)
+    return summaries
 
 
-def sampling_rate(run: ComparedRun, device: torch.device, kept_only: bool) -> float | None:
-    """Images per second with the run's own sampling settings, measured once and kept beside it.
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % confidence interval of the mean of at least two values."""
+    quantile = float(student.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
-    With `kept_only` nothing is measured: None where nothing is kept.
-    """
-    path = run.directory / "training" / "sampling_rate.json"
-    kept = read_json(path) if path.is_file() else {}
-    if kept.get("device") == device.type or kept_only:
-        return kept.get("images_per_second")
-    model = load_generator(run.directory, device)
-    labels = torch.arange(SAMPLED, device=device) % model.config.n_classes
-    rngs = image_rngs(range(SAMPLED))
-    rate = SAMPLED / min(  # the first one warms up
-        timeit.repeat(lambda: sample_codes(model, labels, run.config.sampling, rngs).cpu(),
-                      number=1, repeat=3)[1:]
-    )  # fmt: skip
-    write_json(path, {"images_per_second": rate, "batch": SAMPLED, "device": device.type})
-    return rate
+
+def comparison_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table with a row per config, rounded for people."""
+
+    def with_deviation(value: float, deviation: float | None, sign: str = "") -> str:
+        return f"{value:{sign}.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+    return markdown_table(
+        [
+            {
+                "config": row["name"],
+                "held-out loss (nats per code)": with_deviation(row["loss_mean"], row["loss_std"]),
+                "seeds": len(row["runs"]),
+                "to the first (95 %)": with_deviation(row["difference"], row["interval"], "+"),
+                "parameters": f"{row['parameters']:,}",
+                "active per token": f"{row['active']:,}",
+                "MFLOPs per token (forward)": f"{row['flops_per_token'] / 1e6:.3f}",
+                "GFLOPs per image (decoding)": f"{row['flops_per_image'] / 1e9:.3f}",
+                "cache bytes per token (float32)": f"{row['cache_bytes_per_token']:,}",
+                "steps/s": f"{row['steps_per_second']:.2f}",
+                "peak memory (MiB)": f"{row['peak_memory'] / 2**20:,.0f}",
+            }
+            for row in summaries
+        ]
+    )

@@ -1,9 +1,9 @@
 """The inside of a trained model: its gates, its value bank, its gradients and its experts.
 
 B batch   S positions (without the class token's)   H heads   M slots   G gates: g_0, then slots
-K width of a head   V codebook size
+V codebook size
 
-Functions count layers from 0, as the model does; the report, its plots and its warnings from 1.
+Reports, plots and warnings count layers from 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from moveimg import plots
 from moveimg.data import PackedCodes
 from moveimg.files import write_json
-from moveimg.inspect_bank import gradient_norms, row_statistics
 from moveimg.model import (
     NEAR_TWO,
     NEAR_ZERO,
@@ -34,9 +33,8 @@ from moveimg.model import (
 from moveimg.pipeline import Pipeline
 
 Batches = list[tuple[Tensor, Tensor]]  # codes [B, T] and labels [B]
-# Failure signs: mean gates beyond CLOSED and OPEN in more than a share MANY of the heads, more than
-# MANY of the slots' gates near 2, slots with a cosine above SAME, unread codes or faded rows.
-CLOSED, OPEN, MANY, SAME, UNREAD = 0.2, 1.8, 0.5, 0.9, 0.05
+# Failure signs: mean gates below CLOSED or gates near 2 in more than a share MANY; unread codes.
+CLOSED, MANY, UNREAD = 0.2, 0.5, 0.05
 READS_PER_CODE = 20  # with fewer reads per code on average, an unread code says little
 GRADIENT_BATCHES = 4
 
@@ -64,7 +62,7 @@ def inspect_model(
     """
     model, memory = pipeline.generator, pipeline.generator.memory
     batches = read_codes(pipeline, codes_folder, num, batch_size, seed)
-    loads = _from_one(expert_loads(model, batches))
+    loads = expert_loads(model, batches)
     if not isinstance(memory, ValueBank) and not loads:
         raise ValueError(
             f"memory of kind {model.config.memory.kind}, feed-forward of kind "
@@ -74,32 +72,22 @@ def inspect_model(
         "model": model.config.model_dump(mode="json"),
         "codes": "its own samples" if codes_folder is None else str(codes_folder),
         "images": sum(len(labels) for _, labels in batches),
-        "class_names": pipeline.class_names,
         "experts": loads,
         "warnings": [],
     }
     if isinstance(memory, ValueBank):
         codes, labels = batches[0]
-        report["layers"] = _from_one(gather_gates(model, batches))
-        report["map"] = {
-            layer: grid_map(gates.pop("first_image"), model.config.grid)
-            for layer, gates in report["layers"].items()
-        }
-        report["map_index"], report["map_label"] = 0, labels[0].item()
-        report["bank"] = row_statistics(memory, batches)
+        report["layers"] = gather_gates(model, batches)
+        report["map"] = grid_maps(model, codes[:1], labels[:1])
+        report["bank"] = count_reads(memory, batches)
         # full batches only: a mean gradient's norm shrinks with the batch size
         full = [batch for batch in batches if len(batch[1]) == len(labels)]
         report["gradients"] = gradient_norms(model, full[:GRADIENT_BATCHES])
-        for key in ("by_layer", "by_layer_spread"):
-            report["gradients"][key] = _from_one(report["gradients"][key])
         report["warnings"] = list_warnings(report)
-        plots.plot_memory(report, pipeline.decode(codes[:1])[0], out)
+        name = pipeline.class_names[labels[0]]
+        plots.plot_memory(report, pipeline.decode(codes[:1])[0], name, out)
     write_json(out / "inspection.json", report)
     return report
-
-
-def _from_one(by_layer: dict[int, Any]) -> dict[int, Any]:
-    return {layer + 1: value for layer, value in by_layer.items()}
 
 
 def read_codes(
@@ -123,141 +111,40 @@ def read_codes(
 # --- gates and experts -----------------------------------------------------------------------
 
 
-@torch.no_grad()
-def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, Any]]:
-    """Gate statistics of every layer with memory, as plain data.
-
-    mean, spread, near_zero, near_two       per head and gate, [H, G]; shares below 0.1, above 1.9
-    by_class, by_position                   mean gates, heads averaged, [C + 1, G] and [S, G];
-                                            None for a class that no image has
-    norm_of_gated_values, norm_of_memory    mean norms of g_0 V and of sum_i g_i M_i
-    norm_of_each_slot                       mean norms of g_i M_i, [M]
-    memory_share                            memory's norm over the sum of the two
-    first_image                             gates of the first image, heads averaged, tensor [S, G]
-    """
-    sums: dict[int, dict[str, Any]] = {}
-    names: dict[int, list[str]] = {}
-    labels = torch.empty(0)
-
-    def record(layer: int, mixing: Mixing) -> None:
-        slots = mixers_by_layer(model)[layer].slots
-        names[layer] = [] if mixing.g_0 is None else ["g_0"]
-        names[layer] += [f"slot {slot}" for slot in slots]
-        parts = [mixing.g_i] if mixing.g_0 is None else [mixing.g_0, mixing.g_i]
-        gates = torch.cat(parts, dim=-1).double()  # [B, S, H, G]
-        averaged = gates.mean(2)
-        of_class = F.one_hot(labels, model.config.n_classes + 1).double()  # [B, C + 1]
-        kept, memory = _mixed_norms(mixing)
-        each = mixing.rows.double().norm(dim=-1) * mixing.g_i.double()  # [B, S, H, M]
-        new = {
-            "images": len(gates),
-            "mean": gates.sum((0, 1)),
-            "squares": gates.square().sum((0, 1)),
-            "near_zero": (gates < NEAR_ZERO).double().sum((0, 1)),
-            "near_two": (gates > NEAR_TWO).double().sum((0, 1)),
-            "by_class": of_class.T @ averaged.sum(1),
-            "class_count": of_class.sum(0),
-            "by_position": averaged.sum(0),
-            "norm_of_gated_values": kept.sum(),
-            "norm_of_memory": memory.sum(),
-            "norm_of_each_slot": each.norm(dim=2).sum((0, 1)),
-        }
-        if layer in sums:
-            before = sums[layer]
-            sums[layer] = before | {key: before[key] + value for key, value in new.items()}
-        else:
-            sums[layer] = new | {"first_image": averaged[0]}
-
-    with record_mixing(model, record):
-        for codes, labels in batches:
-            model(codes, labels)
-    return {layer: {"gates": names[layer]} | _means(total) for layer, total in sums.items()}
-
-
-def _mixed_norms(mixing: Mixing) -> tuple[Tensor, Tensor]:
-    """Norms over all heads of g_0 V and of sum_i g_i M_i, float64 [B, S] each."""
-    kept = mixing.values if mixing.g_0 is None else mixing.g_0 * mixing.values
-    memory = torch.einsum("bshm,bshmk->bshk", mixing.g_i.double(), mixing.rows.double())
-    return kept.double().flatten(2).norm(dim=-1), memory.flatten(2).norm(dim=-1)
-
-
-def _means(total: dict[str, Any]) -> dict[str, Any]:
-    """The sums of one layer as means, nested lists."""
-    length, images = len(total["by_position"]), total["images"]
-    seen = total["class_count"][:, None]
-    per_class = (total["by_class"] / (seen * length).clamp(min=1)).tolist()
-    of_all = ("mean", "squares", "near_zero", "near_two", "norm_of_gated_values",
-              "norm_of_memory", "norm_of_each_slot")  # fmt: skip
-    means = {key: total[key] / (images * length) for key in of_all}
-    variance = means.pop("squares") - means["mean"].square()
-    kept, memory = means["norm_of_gated_values"], means["norm_of_memory"]
-    means |= {
-        "spread": variance.clamp(min=0).sqrt(),
-        "by_position": total["by_position"] / images,
-        "memory_share": memory / (memory + kept).clamp(min=1e-12),
-    }
-    return {key: value.tolist() for key, value in means.items()} | {
-        "by_class": [
-            row if n else [None] * len(row) for row, n in zip(per_class, seen, strict=True)
-        ],
-        "first_image": total["first_image"],
-    }
-
-
-def grid_map(gates: Tensor, grid: tuple[int, int]) -> list:
-    """Gates [S, G] of an image on its grid of codes, [G, h, w]; None at the last, never read."""
-    flat = [[*gate, None] for gate in gates.T.tolist()]
-    return [[row[i : i + grid[1]] for i in range(0, len(row), grid[1])] for row in flat]
-
-
-@torch.no_grad()
-def expert_loads(model: Transformer, batches: Batches) -> dict[int, list[float]]:
-    """Each expert's share of the choices, of every layer with experts."""
-    sums: dict[int, Tensor] = {}
-
-    def hook(layer: int, ffn: MoE) -> Any:
-        def gather(router: nn.Module, args: Any, logits: Tensor) -> None:
-            chosen = logits.topk(ffn.spec.top_k, dim=-1).indices.flatten()
-            load = chosen.bincount(minlength=ffn.spec.n_experts) / chosen.numel()
-            sums[layer] = sums.get(layer, torch.zeros_like(load)) + load / len(batches)
-
-        return gather
-
-    handles = [
-        ffn.expert_router.register_forward_hook(hook(layer, ffn))
-        for layer, ffn in enumerate(model.feedforwards())
-        if isinstance(ffn, MoE)
-    ]
-    try:
-        for codes, labels in batches if handles else ():
-            model(codes, labels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {layer: load.tolist() for layer, load in sums.items()}
-
-
-# --- maps of one image, for the demo ---------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class BankMap:
-    """What one layer mixes into its values at each position, heads averaged.
+    """What one layer mixes into its values at each position, float64 on the CPU.
 
     Attributes:
-        share: |sum_i g_i M_i| / (|g_0 V| + |sum_i g_i M_i|), norms over all heads, [B, S] in 0..1.
-        g_0: the gate of the layer's own values, [B, S]; 1 where the layer has no such gate.
-        slots: the mean gate of the slots, [B, S].
+        gates: [B, S, H, G]; the first is g_0 where the layer is `gated`.
+        gated: whether the layer has a gate of its own values.
+        kept, memory: norms over all heads of g_0 V and of sum_i g_i M_i, [B, S].
     """
 
-    share: Tensor
-    g_0: Tensor
-    slots: Tensor
+    gates: Tensor
+    gated: bool
+    kept: Tensor
+    memory: Tensor
+
+    @property
+    def share(self) -> Tensor:
+        """|sum_i g_i M_i| / (|g_0 V| + |sum_i g_i M_i|), [B, S] in 0..1."""
+        return self.memory / (self.kept + self.memory).clamp(min=1e-12)
+
+    @property
+    def g_0(self) -> Tensor:
+        """The gate of the layer's own values, heads averaged, [B, S]; 1 where there is none."""
+        return self.gates[..., 0].mean(2) if self.gated else torch.ones_like(self.kept)
+
+    @property
+    def slots(self) -> Tensor:
+        """The mean gate of the slots, [B, S]."""
+        return self.gates[..., int(self.gated) :].mean((2, 3))
 
 
 @torch.no_grad()
 def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, BankMap]:
-    """The map of every layer with memory, of codes int64 [B, T] with labels [B].
+    """The map of every layer (from 0) with memory, of codes int64 [B, T] with labels [B].
 
     Position s belongs to code s; the last code is never read, so S = T - 1.
     Raises ValueError for a model without value memory.
@@ -265,16 +152,77 @@ def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, Ba
     maps: dict[int, BankMap] = {}
 
     def record(layer: int, mixing: Mixing) -> None:
-        kept, memory = _mixed_norms(mixing)
-        share = (memory / (kept + memory).clamp(min=1e-12)).float()
-        g_0 = torch.ones_like(share) if mixing.g_0 is None else mixing.g_0.float().mean((2, 3))
-        maps[layer] = BankMap(share.cpu(), g_0.cpu(), mixing.g_i.float().mean((2, 3)).cpu())
+        g_0, g_i, values = mixing.g_0, mixing.g_i.double(), mixing.values.double()
+        memory = torch.einsum("bshm,bshmk->bshk", g_i, mixing.rows.double())
+        gates = g_i if g_0 is None else torch.cat([g_0.double(), g_i], dim=-1)
+        kept = values if g_0 is None else g_0.double() * values
+        norms = (part.flatten(2).norm(dim=-1).cpu() for part in (kept, memory))
+        maps[layer] = BankMap(gates.cpu(), g_0 is not None, *norms)
 
     with record_mixing(model, record):
         model(codes, labels)
     if not maps:
         raise ValueError("this model has no value memory to map")
     return maps
+
+
+def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, Any]]:
+    """Gate statistics of every layer with memory, as plain data.
+
+    gates                                   names of the G gates
+    mean, spread, near_zero, near_two       per head and gate, [H, G]; shares below 0.1, above 1.9
+    memory_share                            mean norm of sum_i g_i M_i over its sum with g_0 V's
+    """
+    gates: dict[int, list[Tensor]] = {}  # sums over a batch's images and positions, [4, H, G]
+    norms: dict[int, list[Tensor]] = {}  # likewise, [2]
+    for codes, labels in batches:
+        for layer, found in bank_maps(model, codes, labels).items():
+            g = found.gates
+            each = torch.stack([g, g.square(), (g < NEAR_ZERO).double(), (g > NEAR_TWO).double()])
+            gates.setdefault(layer, []).append(each.sum((1, 2)))
+            norms.setdefault(layer, []).append(torch.stack([found.kept.sum(), found.memory.sum()]))
+    count = sum(len(labels) for _, labels in batches) * (model.config.seq_len - 1)
+    report = {}
+    for layer, mixer in mixers_by_layer(model).items():
+        mean, square, near_zero, near_two = torch.stack(gates[layer]).sum(0) / count
+        kept, memory = (torch.stack(norms[layer]).sum(0) / count).tolist()
+        names = [f"slot {slot}" for slot in mixer.slots]
+        report[layer + 1] = {
+            "gates": ["g_0", *names] if mixer.gate_standard else names,
+            "mean": mean.tolist(),
+            "spread": (square - mean.square()).clamp(min=0).sqrt().tolist(),
+            "near_zero": near_zero.tolist(),
+            "near_two": near_two.tolist(),
+            "memory_share": memory / max(memory + kept, 1e-12),
+        }
+    return report
+
+
+def grid_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, list]:
+    """Each layer's gates of one image on its grid of codes, heads averaged, [G, h, w].
+
+    The last code is never read: None.
+    """
+    width, maps = model.config.grid[1], {}
+    for layer, found in bank_maps(model, codes, labels).items():
+        flat = [[*gate, None] for gate in found.gates[0].mean(1).T.tolist()]
+        maps[layer + 1] = [[g[i : i + width] for i in range(0, len(g), width)] for g in flat]
+    return maps
+
+
+@torch.no_grad()
+def expert_loads(model: Transformer, batches: Batches) -> dict[int, list[float]]:
+    """Each expert's share of the choices, of every layer with experts."""
+    experts = {i: ffn for i, ffn in enumerate(model.feedforwards(), 1) if isinstance(ffn, MoE)}
+    loads: list[Tensor] = []
+    for ffn in experts.values():
+        ffn.training = True  # it keeps its load
+    for codes, labels in batches if experts else ():
+        model(codes, labels)
+        loads.append(torch.stack([ffn.load for ffn in experts.values() if ffn.load is not None]))
+    for ffn in experts.values():
+        ffn.training, ffn.auxiliary = False, None
+    return dict(zip(experts, torch.stack(loads).mean(0).tolist(), strict=True)) if loads else {}
 
 
 class EmptyRows(nn.Module):
@@ -297,6 +245,75 @@ def without_bank(model: Transformer) -> Transformer:
     return bare
 
 
+# --- the bank --------------------------------------------------------------------------------
+
+
+def count_reads(memory: ValueBank, batches: Batches) -> dict[str, Any]:
+    """How often each code's row was read in `batches`: `reads` [V], and the codes `unread`."""
+    read = torch.cat([codes[:, :-1].flatten().cpu() for codes, _ in batches])  # not the last code
+    reads = read.bincount(minlength=memory.bank.num_embeddings)
+    return {"reads": reads.tolist(), "unread": int((reads == 0).sum())}
+
+
+def gradient_norms(model: Transformer, batches: Batches) -> dict[str, Any]:
+    """Norms of the cross-entropy's gradient with respect to the bank, by the layer it comes from.
+
+    Each layer gets rows of its own (equal in value), so their gradient is that layer's part alone:
+    what a local table there would get. A shared bank gets the sum over layers. That sum's norm
+    over the sum of norms, `alignment`, is 1 where all layers pull the same way.
+
+    Numbers are means over batches; their `_spread` is the standard deviation over batches (0 for
+    one batch).
+    """
+    norms = torch.stack([_gradient_norms(model, *batch) for batch in batches])  # [batches, L + 1]
+    by_layer, bank = norms[:, :-1], norms[:, -1]
+    numbers = {
+        "bank": bank,
+        "bank_over_largest_layer": bank / by_layer.amax(1).clamp(min=1e-30),
+        "alignment": bank / by_layer.sum(1).clamp(min=1e-30),
+    }
+    report: dict[str, Any] = {"batches": len(batches), "by_layer": {}, "by_layer_spread": {}}
+    for key, values in numbers.items():
+        report[key], report[f"{key}_spread"] = values.mean().item(), _deviation(values)
+    for layer, values in zip(mixers_by_layer(model), by_layer.T, strict=True):
+        report["by_layer"][layer + 1] = values.mean().item()
+        report["by_layer_spread"][layer + 1] = _deviation(values)
+    return report
+
+
+def _deviation(values: Tensor) -> float:
+    return values.std().item() if len(values) > 1 else 0.0
+
+
+def _gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> Tensor:
+    """Of one batch: the norm from each layer with memory, then that of their sum, float64."""
+    leaves: list[Tensor] = []
+
+    def replace(mixer: nn.Module, args: tuple[Tensor, Tensor, Any]) -> tuple:
+        leaves.append(args[2].detach().requires_grad_())
+        return args[0], args[1], leaves[-1]
+
+    handles = [m.register_forward_pre_hook(replace) for m in mixers_by_layer(model).values()]
+    try:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
+            gradients = torch.autograd.grad(loss, leaves)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert isinstance(model.memory, ValueBank)
+    weight = model.memory.bank.weight
+    total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    norms = []
+    for gradient in gradients:
+        by_slot = gradient[:, 1:].transpose(2, 3).flatten(2)  # in the order of the bank's columns
+        part = torch.zeros_like(total)
+        part.index_add_(0, codes[:, :-1].flatten(), by_slot.flatten(0, 1).to(part.dtype))
+        norms.append(part.norm().item())
+        total += part
+    return torch.tensor([*norms, total.norm().item()], dtype=torch.float64)
+
+
 # --- warnings --------------------------------------------------------------------------------
 
 
@@ -305,45 +322,22 @@ def list_warnings(report: dict[str, Any]) -> list[str]:
     lines = []
     largest: dict[str, float] = {}  # mean gate of each slot, over layers and heads
     for layer, gates in report["layers"].items():
-        lines += [f"layer {layer}: {sign}" for sign in _layer_signs(gates)]
-        for name, values in zip(gates["gates"], zip(*gates["mean"], strict=True), strict=True):
-            if name != "g_0":
-                largest[name] = max(largest.get(name, 0.0), *values)
-    lines += [
-        f"{name}: idle (largest mean gate of all layers and heads {gate:.2f})"
-        for name, gate in largest.items()
-        if gate < CLOSED
-    ]
-    return lines + _bank_signs(report["bank"])
-
-
-def _layer_signs(gates: dict[str, Any]) -> list[str]:
-    gated = gates["gates"][0] == "g_0"
-    means = torch.tensor(gates["mean"])  # [H, G]
-    closed = means[:, int(gated) :].amax(1) < CLOSED  # [H]
-    heads, signs = len(means), []
-    ignored = closed & (means[:, 0] > OPEN) if gated else torch.zeros_like(closed)
-    if ignored.sum() > MANY * heads:
-        signs.append(f"memory ignored by {ignored.sum()} of {heads} heads (g_0 open, slots closed)")
-    elif closed.sum() > MANY * heads:
-        signs.append(f"all slots closed in {closed.sum()} of {heads} heads")
-    if gated and (low := (means[:, 0] < CLOSED).sum()) > MANY * heads:
-        signs.append(f"context suppressed in {low} of {heads} heads (g_0 below {CLOSED})")
-    near_two = torch.tensor(gates["near_two"])[:, int(gated) :].mean()
-    if near_two > MANY:
-        signs.append(f"slot gates saturated ({near_two:.0%} are near 2)")
-    return signs
-
-
-def _bank_signs(bank: dict[str, Any]) -> list[str]:
-    signs = []
-    enough = bank["codes_read"] >= READS_PER_CODE * bank["rows"]
-    if enough and bank["unread"] > UNREAD * bank["rows"]:
-        signs.append(f"{bank['unread']} of {bank['rows']} codes not read in these images")
-    if (share := max(bank["faded"])) > UNREAD:
-        signs.append(f"{share:.0%} of a slot's rows have faded to a tenth of its median norm")
-    for i, row in enumerate(bank["similarity"]):
-        for j in range(i):
-            if row[j] > SAME:
-                signs.append(f"slots {j} and {i} hold the same (cosine {row[j]:.2f}): one is idle")
-    return signs
+        gated = int(gates["gates"][0] == "g_0")
+        means, near_two = torch.tensor(gates["mean"]), torch.tensor(gates["near_two"])  # [H, G]
+        shares = {
+            "heads with all slots closed": means[:, gated:].amax(1) < CLOSED,
+            "heads with a closed g_0 (context suppressed)": means[:, :gated] < CLOSED,
+            "slot gates near 2 (saturated)": near_two[:, gated:],
+        }
+        for sign, values in shares.items():
+            if (share := values.double().mean()) > MANY:  # NaN without g_0
+                lines.append(f"layer {layer}: {share:.0%} {sign}")
+        for name, value in zip(gates["gates"][gated:], means[:, gated:].amax(0), strict=True):
+            largest[name] = max(largest.get(name, 0.0), value.item())
+    for slot, gate in largest.items():
+        if gate < CLOSED:
+            lines.append(f"{slot}: idle (mean gate at most {gate:.2f})")
+    reads, unread = report["bank"]["reads"], report["bank"]["unread"]
+    if sum(reads) >= READS_PER_CODE * len(reads) and unread > UNREAD * len(reads):
+        lines.append(f"{unread} of {len(reads)} codes not read in these images")
+    return lines

@@ -8,7 +8,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -16,7 +15,18 @@ from moveimg.files import atomic
 
 GATE = {"vmin": 0, "vmax": 2, "cmap": "coolwarm"}  # gates start at 1, the middle
 LOSS = "held-out loss (nats per code)"
-MOST_GATES = 9  # panels or columns of one figure
+MOST_GATES = 9  # columns of the map
+COSTS = {
+    "parameters": "parameters",
+    "flops_per_token": "FLOPs per token (forward; training takes 3 times)",
+    "flops_per_image": "FLOPs per image (decoding, unguided)",
+}
+STATISTICS = {
+    "mean": "mean gate",
+    "spread": "standard deviation",
+    "near_zero": "share below 0.1",
+    "near_two": "share above 1.9",
+}
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -29,93 +39,60 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_comparison(configs: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write curves.png, parameters.png and flops.png of summaries (see moveimg.compare)."""
-    save_figure(learning_curves(configs), out / "curves.png")
-    save_figure(loss_against(configs, {"parameters": "parameters"}), out / "parameters.png")
-    flops = {
-        "flops_per_token": "FLOPs per token (forward; training takes 3 times)",
-        "flops_per_image": "FLOPs per image (decoding, unguided)",
-    }
-    save_figure(loss_against(configs, flops), out / "flops.png")
+    """Write curves.png and costs.png of summaries (see moveimg.compare)."""
+    colours = [matplotlib.colormaps["tab20"](i % 20) for i in range(len(configs))]
+    save_figure(learning_curves(configs, colours), out / "curves.png")
+    figure = Figure(figsize=(18, 5), layout="constrained")
+    panels = figure.subplots(1, len(COSTS), sharey=True)
+    for axes, (key, title) in zip(panels, COSTS.items(), strict=True):
+        for config, colour in zip(configs, colours, strict=True):
+            axes.errorbar(config[key], config["loss_mean"], yerr=config["loss_std"] or 0,
+                          fmt="o", color=colour, capsize=3, label=config["name"])  # fmt: skip
+        axes.set(xlabel=title, ylabel=LOSS)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save_figure(figure, out / "costs.png")
 
 
-def learning_curves(configs: Sequence[dict[str, Any]]) -> Figure:
+def learning_curves(configs: Sequence[dict[str, Any]], colours: Sequence[Any]) -> Figure:
     """Held-out loss over steps: the mean over seeds, and a band of one standard deviation."""
-    figure, axes = _figure(8, 5)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
     ends = []
-    for i, config in enumerate(configs):
+    for config, colour in zip(configs, colours, strict=True):
         runs = [dict(map(tuple, run["curve"])) for run in config["runs"]]
         steps = sorted(set.intersection(*(set(run) for run in runs)))
         losses = np.array([[run[step] for step in steps] for run in runs])
         mean = losses.mean(axis=0)
-        axes.plot(steps, mean, label=config["name"], color=_colour(i))
+        axes.plot(steps, mean, label=config["name"], color=colour)
         if len(runs) > 1:
             std = losses.std(axis=0, ddof=1)
-            axes.fill_between(steps, mean - std, mean + std, color=_colour(i), alpha=0.2, lw=0)
+            axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
         ends += list(mean[len(mean) // 4 :])
     if min(ends) < max(ends):  # the high losses of the first steps would hide the others
         margin = 0.1 * (max(ends) - min(ends))
         axes.set_ylim(min(ends) - margin, max(ends) + margin)
     axes.set(xlabel="step", ylabel=LOSS)
-    _legend(axes)
-    return figure
-
-
-def loss_against(configs: Sequence[dict[str, Any]], costs: dict[str, str]) -> Figure:
-    """Final loss with its deviation over seeds, against each of the costs (key -> title)."""
-    figure = Figure(figsize=(3 + 5 * len(costs), 5), layout="constrained")
-    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    for axes, (key, title) in zip(panels, costs.items(), strict=True):
-        for i, config in enumerate(configs):
-            axes.errorbar(config[key], config["loss_mean"], yerr=config["loss_std"] or 0,
-                          fmt="o", color=_colour(i), capsize=3, label=config["name"])  # fmt: skip
-        axes.set(xlabel=title, ylabel=LOSS)
-        axes.grid(alpha=0.3)
-    _legend(panels[-1])
-    return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _colour(i: int) -> Any:
-    return matplotlib.colormaps["tab20"](i % 20)
-
-
-def _legend(axes: Axes) -> None:
-    """A legend outside of the axes: names at the points would cover each other."""
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
 
 
 # --- inspections -----------------------------------------------------------------------------
 
 
-def plot_memory(report: dict[str, Any], image: Image.Image, out: Path) -> None:
-    """Write gates.png, map.png and gradients.png.
-
-    `image` is the one whose gates the map shows.
-    """
-    layers = report["layers"]
-    title = f"{report['class_names'][report['map_label']]}, image {report['map_index']}"
-    figures = {
-        "gates": gates_by_layer(layers),
-        "map": grid_maps(layers, report["map"], image, title),
-        "gradients": gradients(report["gradients"]),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, out / f"{name}.png")
+def plot_memory(report: dict[str, Any], image: Image.Image, title: str, out: Path) -> None:
+    """Write gates.png, gradients.png and map.png, the gates of the `image` of class `title`."""
+    save_figure(gates_by_layer(report["layers"]), out / "gates.png")
+    save_figure(gates_of_image(report["layers"], report["map"], image, title), out / "map.png")
+    save_figure(gradients(report["gradients"]), out / "gradients.png")
 
 
 def gates_by_layer(layers: dict[int, Any]) -> Figure:
     """Mean, deviation and extremes of each gate over layers, heads averaged."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
-    titles = {"mean": "mean gate", "spread": "standard deviation",
-              "near_zero": "share below 0.1", "near_two": "share above 1.9"}  # fmt: skip
-    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+    for axes, (key, title) in zip(panels, STATISTICS.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for layer, gates in layers.items():
             for name, value in zip(gates["gates"], np.mean(gates[key], axis=0), strict=True):
@@ -130,16 +107,14 @@ def gates_by_layer(layers: dict[int, Any]) -> Figure:
     return figure
 
 
-def grid_maps(
+def gates_of_image(
     layers: dict[int, Any], maps: dict[int, Any], image: Image.Image, title: str
 ) -> Figure:
     """An image, then its gates on its grid of codes: a row per layer, a column per gate."""
     names = next(iter(layers.values()))["gates"]
-    columns = 1 + min(MOST_GATES, max(len(gates["gates"]) for gates in layers.values()))
+    columns = 1 + min(MOST_GATES, max(map(len, maps.values())))
     figure = Figure(figsize=(1.3 * columns + 1, 1.4 * len(layers)), layout="constrained")
     panels = figure.subplots(len(layers), columns, squeeze=False)
-    for axes in panels.flat:
-        axes.set(xticks=[], yticks=[])
     for line, (layer, planes) in zip(panels, maps.items(), strict=True):
         line[0].imshow(image.convert("RGB"))
         line[0].set_ylabel(f"layer {layer}", fontsize=7)
@@ -147,6 +122,8 @@ def grid_maps(
             drawn = axes.imshow(np.array(values, dtype=float), interpolation="nearest", **GATE)
     for axes, name in zip(panels[0], ["the image", *names], strict=False):
         axes.set_title(name, fontsize=7)
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
     figure.suptitle(title, fontsize=8)
     figure.colorbar(drawn, ax=panels, label="gate, heads averaged")
     return figure
@@ -154,10 +131,10 @@ def grid_maps(
 
 def gradients(norms: dict[str, Any]) -> Figure:
     """The gradient norm that each layer sends to the memory, and that of their sum."""
-    figure, axes = _figure(7, 4)
-    spread = list(norms["by_layer_spread"].values())
-    axes.bar(list(map(str, norms["by_layer"])), list(norms["by_layer"].values()), yerr=spread,
-             capsize=3)  # fmt: skip
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar([str(layer) for layer in norms["by_layer"]], norms["by_layer"].values(),
+             yerr=list(norms["by_layer_spread"].values()), capsize=3)  # fmt: skip
     axes.axhline(norms["bank"], color="black", ls="--", label="the whole memory")
     axes.set_xlabel("layer (what a local table there gets)")
     axes.set_ylabel(f"gradient norm (mean and spread of {norms['batches']} batches)", fontsize=8)

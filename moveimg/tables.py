@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+def markdown_table(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None
+) -> str:
     """A Markdown table of `rows`, one column for each key of `columns`, titled by its value.
 
     A value that is missing or None leaves its cell empty.
     """
+    columns = columns or {key: key for key in rows[0]}
     cells = [list(columns.values()), ["---"] * len(columns)]
     for row in rows:
         cells.append(["" if row.get(key) is None else str(row[key]) for key in columns])

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from moveimg.evaluation.sets import ImageSet
+
 
 class Tensors(Dataset):
     """uint8 [3, H, W] images, the input of torch-fidelity."""
@@ -21,6 +23,14 @@ class Tensors(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.images[index]
+
+
+def array_set(name: str, images: np.ndarray, labels=None) -> ImageSet:
+    """An ImageSet of uint8 [N, H, W, 3] in memory."""
+    return ImageSet(
+        name, images.shape[:3], None if labels is None else np.asarray(labels, np.int64),
+        lambda size: (images[i : i + size] for i in range(0, len(images), size)),
+    )  # fmt: skip
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
@@ -140,9 +150,10 @@ def random_inception(path, seed: int = 0) -> None:
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight)
         elif isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.weight, 0.8, 1.2)
-            nn.init.normal_(part.bias, std=0.1)
-            nn.init.normal_(part.running_mean, std=0.1)
-            nn.init.uniform_(part.running_var, 0.5, 1.5)
+            state: dict[str, torch.Tensor] = part.state_dict()
+            nn.init.uniform_(state["weight"], 0.8, 1.2)
+            nn.init.normal_(state["bias"], std=0.1)
+            nn.init.normal_(state["running_mean"], std=0.1)
+            nn.init.uniform_(state["running_var"], 0.5, 1.5)
     nn.init.normal_(network.fc.weight, std=0.05)
     torch.save(network.state_dict(), path)

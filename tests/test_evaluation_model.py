@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,7 @@ from moveimg.evaluation import sample as sample_sets
 from moveimg.evaluation.reconstruct import reconstruct
 from moveimg.evaluation.reference import open_reference
 from moveimg.evaluation.sample import make_plan, sample_set
+from moveimg.evaluation.scoring import Guards
 from moveimg.pipeline import Pipeline
 from tests.conftest import lively, tiny_config
 from tests.test_cli import refused, run
@@ -32,6 +34,18 @@ def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def digest():
+    """The models of these tests are in no directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        digest = sample_sets.model_digest
+        known = lambda path: "model" if not path.name else digest(path)  # noqa: E731
+        patch.setattr(sample_sets, "model_digest", known)
+        resolve = sample_sets.resolve
+        patch.setattr(sample_sets, "resolve", lambda name: resolve(name) if name else Path())
+        yield
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     """Pictures of 3 x 3 codes: what is tested here is who draws which of them when."""
@@ -42,9 +56,7 @@ def pipeline():
 
 
 def plan_for(pipeline, **changes):
-    settings = pipeline.settings(cfg_scale=changes.pop("cfg_scale", None))
-    given = {"num": 11, "seed": 3, "batch_size": 3} | changes
-    return make_plan(pipeline, "model", settings, **given)
+    return make_plan(pipeline, **{"num": 11, "seed": 3, "batch_size": 3} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +122,11 @@ class _entered:
 
 
 def test_image_i_is_drawn_with_its_own_seed_and_class(pipeline, tmp_path):
-    path = sample_set(pipeline, plan_for(pipeline, num=2, batch_size=1), tmp_path / "set", png=True)
-    labels = json.loads((path / "labels.json").read_text())
-    for i in range(2):
-        alone = pipeline.sample([labels[i]], seed=3 + i)[0]
-        with Image.open(path / f"{i:06d}.png") as stored:
-            assert stored.tobytes() == alone.tobytes()
+    path = sample_set(pipeline, plan_for(pipeline, num=2, batch_size=1), tmp_path / "set")
+    with np.load(path) as stored:
+        for i in range(2):
+            alone = pipeline.sample([int(stored["arr_1"][i])], seed=3 + i)[0]
+            assert stored["arr_0"][i].tobytes() == alone.tobytes()
 
 
 def test_another_plan_in_the_same_folder_is_refused(pipeline, tmp_path):
@@ -172,8 +183,8 @@ def test_a_bundled_model_is_scored_without_any_download(tmp_path):
     assert table.output.count("| digits | 20 |") == 2 and "published" not in table.output
 
 
-def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
-    command = ["evaluate", "--num-samples", 5, "--sweep", "cfg_scale=1:2:1",
+def test_a_sweep_draws_a_set_once(tmp_path, monkeypatch):
+    command = ["evaluate", "digits", "--num-samples", 5, "--sweep", "cfg_scale=1:2:1",
                "--out", tmp_path / "sweep"]  # fmt: skip
     monkeypatch.setattr(matplotlib, "use", None)  # the backend is the user's
     first = run(*command).output
@@ -181,21 +192,17 @@ def test_a_sweep_reads_back_what_is_done(tmp_path, monkeypatch):
     with Image.open(tmp_path / "sweep" / "sweep.png") as plot:
         assert plot.size[0] > 300
     assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| cfg_scale") == 2
-    drawn = []
-    evaluate_plan = evaluate._Evaluator.evaluate
+    drawn, draw = [], sample_sets._draw
     monkeypatch.setattr(
-        evaluate._Evaluator, "evaluate",
-        lambda self, plan, folder, png: (
-            drawn.append(folder.name), evaluate_plan(self, plan, folder, png)
-        )[1],
-    )  # fmt: skip
+        sample_sets, "_draw", lambda _, plan, start: drawn.append(plan) or draw(_, plan, start)
+    )
     command[-3] = "cfg_scale=1:3:1"
     assert "| cfg_scale 3 | 5 |" in run(*command).output
-    assert drawn == ["cfg_scale-3"]
+    assert [plan.sampling["cfg_scale"] for plan in drawn] == [3]
 
 
-def test_a_sweep_does_not_read_back_what_another_reference_gave(tmp_path):
-    common = ["--num-samples", 4, "--reference", "r.npz", "--out", tmp_path / "sweep",
+def test_a_sweep_scores_with_the_reference_of_now(tmp_path):
+    common = ["digits", "--num-samples", 4, "--reference", "r.npz", "--out", tmp_path / "sweep",
               "--extractor", BUNDLED / "digits/extractor.safetensors", "--sweep",
               "cfg_scale=1:1:1"]  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
@@ -205,8 +212,8 @@ def test_a_sweep_does_not_read_back_what_another_reference_gave(tmp_path):
         run("evaluate", *common)
         path = tmp_path / "sweep/cfg_scale-1/results.json"
         result = json.loads(path.read_text())
-        seen.append((result["reference"]["sha256"], path.stat().st_mtime_ns))
-    assert seen[0][0] != seen[1][0] and seen[1] == seen[2]
+        seen.append((result["reference"]["sha256"], result["metrics"]))
+    assert seen[0][0] != seen[1][0] and seen[0][1] != seen[1][1] and seen[1] == seen[2]
 
 
 def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
@@ -257,11 +264,11 @@ def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
     monkeypatch.setattr(
         tokenizer, "encode", lambda images: encoded.append(len(images)) or encode(images)
     )
-    few, shown = reconstruct(source, tokenizer, 256)
+    few, shown = reconstruct(source, tokenizer, 256, None, None, Guards())
     assert sum(encoded) == 13 and max(encoded) == default_batch_size(256, torch.device("cpu")) < 10
     monkeypatch.setattr("moveimg.evaluation.reconstruct.default_batch_size", lambda *_: 13)
-    whole, same = reconstruct(source, tokenizer, 256)
-    assert few.mse == pytest.approx(whole.mse, rel=1e-5) and few.usage == whole.usage
+    whole, same = reconstruct(source, tokenizer, 256, None, None, Guards())
+    assert few["mse"] == pytest.approx(whole["mse"], rel=1e-5) and few["usage"] == whole["usage"]
     assert shown.size == same.size  # the first ten images, however they were cut
 
 
@@ -308,23 +315,27 @@ def test_bad_input_gets_one_line(arguments, parts, tmp_path):
 
 
 def test_a_reference_of_statistics_alone_gives_fid_alone(tmp_path):
-    extractor = evaluate.open_extractor(evaluate.Comparison("digits"), evaluate.torch.device("cpu"))
+    extractor = evaluate.open_extractor("digits", None, None, torch.device("cpu"))
     about = json.dumps({"extractor": extractor.fingerprint, "count": 9, "split": "train"})
-    np.savez(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64), about=about)
-    reference = open_reference(str(tmp_path / "s.npz"), extractor, tmp_path)
+
+    def opened(name, **arrays):
+        np.savez(tmp_path / name, **arrays)
+        return open_reference(str(tmp_path / name), (32, 32), extractor, tmp_path)
+
+    statistics = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    reference = opened("s.npz", **statistics, about=about)
     assert reference.features is None and reference.count == 9 and reference.size is None
     # ADM's own files are known by their names, whatever was left out of them
-    np.savez(tmp_path / "VIRTUAL_imagenet128_labeled.npz", mu=np.zeros(64), sigma=np.eye(64),
-             about=json.dumps({"extractor": extractor.fingerprint}))  # fmt: skip
-    known = open_reference(str(tmp_path / "VIRTUAL_imagenet128_labeled.npz"), extractor, tmp_path)
-    assert known.size == (128, 128) and known.split == "train"
+    known = json.dumps({"extractor": extractor.fingerprint})
+    adms = opened("VIRTUAL_imagenet128_labeled.npz", **statistics, about=known)
+    assert adms.split == "train"
     for arrays, part in (
-        ({"mu": np.zeros(64), "sigma": np.eye(9), "about": about}, r"expected \[D\] and \[D, D\]"),
-        ({"mu": np.zeros(64), "about": about}, "expected both"),
+        ({"mu": np.zeros(64), "sigma": np.eye(9), "about": about}, r"expected real .*\[D, D\]"),
+        ({"mu": np.zeros(64), "about": about}, "sigma"),
         ({"mu": np.array(["a"]), "sigma": np.eye(1), "about": about}, "real numbers"),
-        ({"mu": np.zeros(64), "sigma": np.eye(64), "about": "{"}, "about: not valid JSON"),
-        ({"mu": np.zeros(64), "sigma": np.eye(64), "about": '{"size": 3}'}, "about: size"),
+        (statistics | {"about": "{"}, "about: not valid JSON"),
+        (statistics | {"about": '{"size": 3}'}, "about: size"),
+        (statistics, "other-extractor"),
     ):
-        np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(ValueError, match=part):
-            open_reference(str(tmp_path / "bad.npz"), extractor, tmp_path)
+            opened("bad.npz", **arrays)

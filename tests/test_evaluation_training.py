@@ -65,6 +65,6 @@ def test_a_reference_that_does_not_fit_ends_the_run_before_it_begins(digits, tmp
     wrong = {"every": 2, "reference": str(tmp_path / "nowhere.npz"), "images": 4}
     wrong["extractor"] = tmp_path / "none.safetensors"
     config = train_config(digits, tmp_path / "run", evaluation=wrong)
-    with pytest.raises(FileNotFoundError, match=r"none.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.npz"):
         train_generator(config, CPU)
     assert not (tmp_path / "run").exists()

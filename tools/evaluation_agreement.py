@@ -23,9 +23,8 @@ from moveimg.evaluation.features import Extractor, extract
 from moveimg.evaluation.inception import NAME, SPATIAL, load_inception
 from moveimg.evaluation.metrics import KID_SUBSET
 from moveimg.evaluation.reference import reference_of
-from moveimg.evaluation.run import source_images
 from moveimg.evaluation.scoring import compute
-from moveimg.evaluation.sets import array_set, scan_image_set
+from moveimg.evaluation.sets import scan_image_set, source_images
 from tests import reference_metrics as plain
 
 Scores = dict[str, float]
@@ -33,15 +32,15 @@ Scores = dict[str, float]
 
 def constructed_sets(images: int) -> dict[str, np.ndarray]:
     """Real digits, and three sets to compare with them: the same, brighter ones, and noise."""
-    real = next(iter(source_images(open_images("digits", "train"), 32).read(images)))
+    real = next(iter(source_images(open_images("digits", "train"), (32, 32)).read(images)))
     bright = (real.astype(np.int64) + 40).clip(0, 255).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, real.shape, dtype=np.uint8)
     return {"real": real, "identical": real, "shifted": bright, "disjoint": noise}
 
 
 def ours(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cache: Path) -> Scores:
-    reference = reference_of(array_set("real", real), extractor, cache, "train")
-    images = array_set("samples", samples)
+    reference = reference_of(plain.array_set("real", real), extractor, cache, "train")
+    images = plain.array_set("samples", samples)
     features = extract(images, scan_image_set(images).digest, extractor, cache)
     return compute(features, reference)
 
@@ -78,7 +77,7 @@ def in_float64(samples: np.ndarray, real: np.ndarray, extractor: Extractor, cach
     """Of the same float32 features; the network itself stays in float32."""
     x, y = (
         extract(images, scan_image_set(images).digest, extractor, cache)
-        for images in (array_set("samples", samples), array_set("real", real))
+        for images in (plain.array_set("samples", samples), plain.array_set("real", real))
     )
     kid, kid_std = plain.kid(x["fid"], y["fid"], min(KID_SUBSET, len(x["fid"])))
     shuffled, deviation = plain.scores_shuffled(x["logits"])

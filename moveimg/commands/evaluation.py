@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,12 +23,18 @@ from moveimg.commands.common import (
     print_json,
 )
 
+Split = Literal["train", "val"]
 
-class Split(StrEnum):
-    """A part of an image source."""
 
-    train = "train"
-    val = "val"
+class Refusal(StrEnum):
+    """The guards that can be overruled; without the others there would be nothing to compute."""
+
+    duplicate = "duplicate-images"
+    blank = "blank-images"
+    narrow = "narrow-range"
+    size = "wrong-size"
+    validation = "validation-reference"
+    training = "training-reference"
 
 
 Extractor = Annotated[
@@ -37,9 +43,7 @@ Extractor = Annotated[
 Inception = Annotated[
     Path | None, typer.Option(help="Weights in torch-fidelity's layout; default: downloaded.")
 ]
-Allow = Annotated[
-    list[str] | None, typer.Option(metavar="GUARD", help="Overrule the guard of this name.")
-]
+Allow = Annotated[list[Refusal] | None, typer.Option(help="Overrule the guard of this name.")]
 Names = Annotated[
     list[str] | None,
     typer.Argument(help="a model; results.json files with --show; images with --make-..."),
@@ -51,7 +55,7 @@ Samples = Annotated[Path | None, typer.Option(help="Score this .npz or folder of
 Num = Annotated[  # not --num: torchrun reads that as an abbreviation of an option of its own
     int | None,
     typer.Option(
-        "--num-samples", min=1, help="Default: 50000, with a classifier 2000; torchrun takes --num."
+        "--num-samples", min=4, help="Default: 50000, with a classifier 2000; torchrun takes --num."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Image i has the seed SEED + i.")]
@@ -67,7 +71,6 @@ Resize = Annotated[int | None, typer.Option(min=1, max=4096, help="Pixels to sco
 BatchSize = Annotated[
     int, typer.Option(min=1, max=65536, help="Images in one batch; other sizes round otherwise.")
 ]
-Png = Annotated[bool, typer.Option("--png", help="Keep samples as PNGs instead of an .npz.")]
 Out = Annotated[Path | None, typer.Option(help="Folder; default: evaluation/MODEL-HASH.")]
 Show = Annotated[bool, typer.Option("--show", help="Print results.json files as one table.")]
 MakeReference = Annotated[
@@ -90,7 +93,6 @@ def evaluate(
     set: Sampling = None,
     sweep: Sweep = None,
     resize: Resize = None,
-    png: Png = False,
     out: Out = None,
     extractor: Extractor = None,
     inception_weights: Inception = None,
@@ -98,7 +100,7 @@ def evaluate(
     show: Show = False,
     make_reference: MakeReference = None,
     make_extractor: MakeExtractor = None,
-    split: Annotated[Split, typer.Option(help="Of the images (--make-reference).")] = Split.train,
+    split: Annotated[Split, typer.Option(help="Of the images (--make-reference).")] = "train",
     size: ImageSize = "256",
     device: Device = None,
     dtype: Dtype = None,
@@ -110,34 +112,39 @@ def evaluate(
         return
     from moveimg.config import as_pair, parse_size
     from moveimg.evaluation import run as runner
-    from moveimg.evaluation.guards import check_allowed
 
-    check_allowed(allow or [])
     pixels = as_pair(parse_size(size))
-    comparison = runner.Comparison(reference, extractor, inception_weights, allow or [])
     if make_extractor is not None:
         accuracy = runner.make_extractor(_one(names), pixels, device_of(device), make_extractor)
         print(f"{make_extractor}: {accuracy:.1%} of held-out real images recognised")
     elif make_reference is not None:
-        where = device_of(device)
-        out = make_reference
-        print_json(runner.make_reference(_one(names), split.value, pixels, comparison, where, out))
+        network = runner.open_extractor(None, extractor, inception_weights, device_of(device))
+        print_json(runner.make_reference(_one(names), split, pixels, network, make_reference))
     elif samples is not None:
-        _report([runner.score_files(samples, comparison, device_of(device), out)])
+        if reference is None:
+            raise ValueError("--samples needs a --reference to compare with")
+        network = runner.open_extractor(reference, extractor, inception_weights, device_of(device))
+        _report([runner.score_files(samples, reference, network, allow or [], out)])
     else:
-        model = _one(names) if names else DEFAULT_MODEL
-        sampling = runner.Sampling(num, seed, batch_size, resize, png, _parse_settings(set or []))
-        if sweep is None:
-            done = runner.evaluate_model(model, comparison, sampling, out, device, dtype)
-            if done is not None:
-                _report([done[0]])
-                print(f"-> {done[1]}")
-            return
-        key, values = _parse_sweep(sweep)
-        swept = runner.sweep(model, comparison, sampling, key, values, out, device, dtype)
-        if swept is not None:
-            _report(swept[0])
-            print(f"-> {swept[1]}/ (sweep.md, sweep.png)")
+        from moveimg.config import SamplingSettings
+        from moveimg.device import own_device
+        from moveimg.evaluation.sample import make_plan
+        from moveimg.pipeline import Pipeline
+
+        name = _one(names) if names else DEFAULT_MODEL
+        reference = reference or runner.default_reference(name)
+        changes = _parse_settings(set or [])
+        swept = None if sweep is None else _parse_sweep(sweep, SamplingSettings.model_fields)
+        changed = [changes | {swept[0]: value} for value in swept[1]] if swept else [changes]
+        pipeline = Pipeline.from_pretrained(name, device=own_device(device), dtype=dtype)
+        files = (extractor, inception_weights)
+        network = runner.open_extractor(reference, *files, pipeline.device)
+        options = (num or runner.default_num(network), seed, batch_size, resize)
+        plans = [make_plan(pipeline, *options, changes) for changes in changed]
+        done = runner.evaluate_model(pipeline, plans, reference, network, allow or [], out, swept)
+        if done is not None:
+            _report(done[0])
+            print(f"-> {done[1]}/")
 
 
 @command
@@ -145,8 +152,7 @@ def reconstruct(
     images: Annotated[str, typer.Argument(help="a data set's name, or a folder")],
     tokenizer: Annotated[Path, typer.Option(help="Directory of a tokenizer or model, or digits.")],
     size: ImageSize = "256",
-    ratio: Annotated[float, typer.Option("--range", help="Crop from size * range pixels.")] = 1.0,
-    split: Annotated[Split, typer.Option(help="Of the images.")] = Split.val,
+    split: Annotated[Split, typer.Option(help="Of the images.")] = "val",
     out: Annotated[Path | None, typer.Option(help="A PNG of images and reconstructions.")] = None,
     rfid: Annotated[bool, typer.Option(help="Compute rFID, too.")] = True,
     reference: Annotated[
@@ -162,39 +168,37 @@ def reconstruct(
     from moveimg.config import as_pair, parse_size
     from moveimg.data import open_images
     from moveimg.evaluation import run as runner
-    from moveimg.evaluation.guards import check_allowed
     from moveimg.evaluation.reconstruct import reconstruct
+    from moveimg.evaluation.reference import open_reference
+    from moveimg.evaluation.scoring import Guards
     from moveimg.files import lock, require_file_name
     from moveimg.images import save_png
 
-    check_allowed(allow or [])
     if out is not None:
         require_file_name(out)
     pixels = as_pair(parse_size(size))
     vq = load_tokenizer(tokenizer, where := device_of(device))
-    source = open_images(images, split.value)
-    comparison = runner.Comparison(reference or images, extractor, inception_weights, allow or [])
+    source, guards = open_images(images, split), Guards(allow or [])
     network = real = None
     if rfid:
         try:
-            network = runner.open_extractor(comparison, where)
+            network = runner.open_extractor(
+                reference or images, extractor, inception_weights, where
+            )
         except FileNotFoundError as error:
             if extractor or inception_weights or reference:
                 raise
             print(f"rFID left out: {error}", file=sys.stderr)  # nobody asked for Inception
     if network is not None and reference is not None:
-        real = runner.load_reference(comparison, pixels, network, runner.features_cache())
-    if split is Split.train and rfid and reference is None:
-        print(
-            "warning: the tokenizer may have been trained on these images: rFID is published on "
-            "validation images (--split val)",
-            file=sys.stderr,
-        )
+        real = open_reference(reference, pixels, network, runner.features_cache())
+    if split == "train" and rfid and reference is None:
+        text = "the tokenizer may have been trained on them: rFID is published on --split val"
+        guards.warn("training-images", text)
     with nullcontext() if out is None else lock(out, "moveimg reconstruct"):
-        figures, grid = reconstruct(source, vq, pixels, ratio, network, real, allow or [])
+        figures, grid = reconstruct(source, vq, pixels, network, real, guards)
         if out is not None:
-            save_png(grid, out, figures.as_dict())
-    print_json(figures.as_dict())
+            save_png(grid, out, figures)
+    print_json(figures)
 
 
 def _show(files: Sequence[str]) -> None:
@@ -211,8 +215,7 @@ def _report(results: Sequence[dict[str, Any]]) -> None:
 
     for line in dict.fromkeys(line for result in results for line in result["warnings"]):
         print(f"warning: {line}", file=sys.stderr)
-    if results:
-        print(results_table(results))
+    print(results_table(results))
 
 
 def _one(names: Sequence[str]) -> str:
@@ -231,9 +234,11 @@ def _parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     return {key: parse_yaml(value, f"--set {key}={value}") for key, _, value in pairs}
 
 
-def _parse_sweep(text: str) -> tuple[str, list[float]]:
+def _parse_sweep(text: str, known: Iterable[str]) -> tuple[str, list[float]]:
     """`cfg_scale=1:2:0.5` -> its key, and 1.0, 1.5, 2.0."""
     key, _, ends = text.partition("=")
+    if key not in known:
+        raise ValueError(f"--sweep {key}: expected one of {', '.join(known)}")
     try:
         first, last, step = (float(part) for part in ends.split(":"))
         count = round((last - first) / step) + 1

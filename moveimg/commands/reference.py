@@ -54,7 +54,7 @@ def _section(title: str, level: str, schema: dict[str, Any], groups: dict[str, A
         for key, field in schema["properties"].items()
     ]
     about = " ".join(schema.get("description", "").split("\n\n")[0].split())
-    table = markdown_table(rows, {column: column for column in rows[0]})
+    table = markdown_table(rows)
     return f"{level} {title}\n\n{about}\n\n{table}" if about else f"{level} {title}\n\n{table}"
 
 

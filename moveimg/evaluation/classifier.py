@@ -78,8 +78,7 @@ def train_classifier(
     """Fit a classifier to real images uint8 [N, S, S, 3] with labels int64 [N].
 
     1,200 steps of AdamW (4,000 for 20,000 images and more) on randomly rotated, scaled and shifted
-    images. The same seed and device
-    give the same weights.
+    images. The same seed and device give the same weights.
     """
     steps, peak = (STEPS, RATE) if len(images) < MANY else (MANY_STEPS, MANY_RATE)
     torch.manual_seed(seed)

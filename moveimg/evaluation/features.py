@@ -6,7 +6,6 @@ N images   D features of a layer
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moveimg.evaluation.metrics import NEIGHBOURS
 from moveimg.evaluation.sets import ImageSet
 from moveimg.files import atomic_directory, lock
 from moveimg.progress import progress_bar
@@ -54,15 +54,19 @@ class Extractor:
         return about | {"device": self.device.type, "held_out_accuracy": self.held_out}
 
 
-@torch.inference_mode()
 def extract(
     images: ImageSet, digest: str, extractor: Extractor, cache: Path, batch_size: int = BATCH
 ) -> dict[str, np.ndarray]:
     """Features of every image by role (`fid`, `sfid`, `logits`): float32 [N, D] memory maps.
 
     One pass for all roles, written to `cache` under the content's and the extractor's hash; a set
-    whose features are there is not read again. Raises ValueError for features that are not finite.
+    whose features are there is not read again. Raises ValueError for features that are not finite,
+    or fewer images than precision and recall need.
     """
+    if len(images) <= NEIGHBOURS:
+        raise ValueError(
+            f"too-few-samples: {len(images)} images: expected {NEIGHBOURS + 1} or more"
+        )
     folder = cache / f"{digest[:24]}-{extractor.fingerprint[:12]}-{extractor.device.type}"
     with lock(folder, "features of the same images", wait=True):
         if not (folder / DONE).is_file():
@@ -73,7 +77,7 @@ def extract(
 
 
 def _extract_to(folder: Path, images: ImageSet, extractor: Extractor, batch_size: int) -> None:
-    outputs: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.memmap] = {}
     start = 0
     with progress_bar(len(images), f"{extractor.name} on {images.name}", "image") as bar:
         for batch in images.read(batch_size):
@@ -90,10 +94,8 @@ def _extract_to(folder: Path, images: ImageSet, extractor: Extractor, batch_size
                 outputs[role][start : start + len(values)] = values
             start += len(batch)
             bar.update(len(batch))
-    if start != len(images):
-        raise ValueError(f"{images.name}: {start} images came, expected {len(images)}")
     for output in outputs.values():
-        output.flush()  # type: ignore[attr-defined]
+        output.flush()
     about = {"set": images.name, "extractor": extractor.name, "images": len(images)}
     (folder / DONE).write_text(json.dumps(about), encoding="utf-8")
 
@@ -101,10 +103,24 @@ def _extract_to(folder: Path, images: ImageSet, extractor: Extractor, batch_size
 @torch.inference_mode()
 def run(extractor: Extractor, batch: np.ndarray) -> dict[str, np.ndarray]:
     """Features of uint8 [B, H, W, 3] by role, float32 [B, D]."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        images = torch.from_numpy(batch).to(extractor.device).permute(0, 3, 1, 2)
+    images = torch.tensor(batch, device=extractor.device).permute(0, 3, 1, 2)
     # TF32 convolutions, torch's default on CUDA, would shift the score
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         outputs = extractor.network(images)
     return {role: outputs[layer].float().cpu().numpy() for role, layer in extractor.layers.items()}
+
+
+def fetch(url: str, path: Path, hash_prefix: str | None = None) -> Path:
+    """`path`, downloaded from `url` where it is missing. Raises FileNotFoundError without network.
+
+    hash_prefix: the start of the file's sha256.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{path.name} is missing and cannot be downloaded ({error}): bring {url} to {path}"
+            ) from None
+    return path

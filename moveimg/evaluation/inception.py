@@ -9,11 +9,9 @@ tensor. It is flattened channels last, as ADM does: the order must be that of mu
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +21,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from moveimg.evaluation.features import Extractor
+from moveimg.evaluation.features import Extractor, fetch
 from moveimg.files import require_file
 
 POOL, SPATIAL, LOGITS = "2048", "mixed_6_spatial", "logits_unbiased"
 NAME = "inception-v3-compat-spatial"
 CHANNELS = 7
-PROBE = "Mixed_6d.branch1x1.conv.weight"
 
 
 class SpatialInception(FeatureExtractorInceptionV3):
@@ -78,16 +75,23 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
 
     Raises FileNotFoundError without weights, ValueError for weights of another network.
     """
-    path = weights or _download()
-    state = _read_state(path)
+    file = URL_INCEPTION_V3.rsplit("/", 1)[-1]  # its name ends in the start of its sha256
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / file
+    path = weights or fetch(URL_INCEPTION_V3, kept, kept.stem.rsplit("-", 1)[-1])
+    require_file(path)
     register()
     with TemporaryDirectory() as folder:
         # torch-fidelity reads with weights_only=False: it gets a copy of the tensors read safely
         verified = Path(folder) / "weights.pth"
-        torch.save(state, verified)
-        network = FEATURE_EXTRACTORS_REGISTRY[NAME](
-            NAME, [POOL, LOGITS, SPATIAL], feature_extractor_weights_path=str(verified)
-        ).to(device)
+        try:
+            torch.save(torch.load(path, map_location="cpu", weights_only=True), verified)
+            network = FEATURE_EXTRACTORS_REGISTRY[NAME](
+                NAME, [POOL, LOGITS, SPATIAL], feature_extractor_weights_path=str(verified)
+            ).to(device)
+        except Exception as error:  # torch's own message would advise weights_only=False
+            raise ValueError(
+                f"{path}: not weights of Inception alone in torch-fidelity's layout, as in {file}"
+            ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Extractor(
         name="inception-v3-compat",
@@ -97,36 +101,3 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
         layers={"fid": POOL, "sfid": SPATIAL, "logits": LOGITS},
         device=device,
     )
-
-
-def _download() -> Path:
-    """The path of torch-fidelity's weights in torch.hub's cache, downloaded on first use."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = path.stem.rsplit("-", 1)[-1]  # the name ends in the start of its sha256
-        try:
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=prefix)
-        except (URLError, OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"no Inception weights here, and no download ({error}): bring {URL_INCEPTION_V3} "
-                "and name it with --inception-weights FILE"
-            ) from None
-    return path
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file. ValueError unless it holds nothing but Inception's weights."""
-    require_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError):
-        # torch's own message would advise weights_only=False
-        raise ValueError(f"{path}: not a readable file of weights alone") from None
-    weight = state.get("fc.weight") if isinstance(state, dict) else None
-    if not isinstance(weight, Tensor) or weight.shape != (1008, 2048) or PROBE not in state:
-        raise ValueError(
-            f"{path}: not Inception weights in torch-fidelity's layout (fc.weight [1008, 2048], "
-            "Mixed_6d..., as in weights-inception-2015-12-05-6726825d.pth)"
-        )
-    return state

@@ -12,22 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import (
-    KEY_METRIC_ISC_MEAN,
-    KEY_METRIC_ISC_STD,
-    isc_features_to_metric,
-)
-from torch_fidelity.metric_kid import (
-    KEY_METRIC_KID_MEAN,
-    KEY_METRIC_KID_STD,
-    kid_features_to_metric,
-)
-from torch_fidelity.metric_prc import (
-    KEY_METRIC_PRECISION,
-    KEY_METRIC_RECALL,
-    prc_features_to_metric,
-)
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 NEIGHBOURS = 3  # k of the manifolds of precision and recall (Kynkäänniemi et al. 2019; ADM)
 KID_SUBSET, KID_SUBSETS = 1000, 100  # torch-fidelity's defaults
@@ -51,11 +39,9 @@ def statistics_of(features: np.ndarray) -> Statistics:
     """Mean and unbiased covariance of features [N, D], which may be a memory map.
 
     Two passes in float64. torch-fidelity and ADM average float32 features in float32, which loses
-    digits where N is large. Raises ValueError for N < 2.
+    digits where N is large.
     """
     count = len(features)
-    if count < 2:
-        raise ValueError(f"too-few-samples: {count} images have no covariance: expected 2 or more")
     blocks = [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
     total = np.zeros(features.shape[1])
     for block in blocks:
@@ -71,7 +57,7 @@ def statistics_of(features: np.ndarray) -> Statistics:
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017): FID and sFID."""
     pair = [{"mu": s.mu, "sigma": s.sigma} for s in (samples, reference)]
-    return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
+    return fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
 
 
 def inception_scores(logits: np.ndarray) -> dict[str, float]:
@@ -84,12 +70,12 @@ def inception_scores(logits: np.ndarray) -> dict[str, float]:
     features = torch.from_numpy(np.asarray(logits))
     shuffled = isc_features_to_metric(features, splits=min(IS_SPLITS, len(features)), shuffle=True)
     runs = [
-        isc_features_to_metric(run, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
+        isc_features_to_metric(run, splits=1, shuffle=False)["inception_score_mean"]
         for run in features.split(ADM_SPLIT)
     ]
     return {
-        "inception_score_shuffled": shuffled[KEY_METRIC_ISC_MEAN],
-        "inception_score_shuffled_std": shuffled[KEY_METRIC_ISC_STD],
+        "inception_score_shuffled": shuffled["inception_score_mean"],
+        "inception_score_shuffled_std": shuffled["inception_score_std"],
         "inception_score_adm": float(np.mean(runs)),
     }
 
@@ -97,14 +83,8 @@ def inception_scores(logits: np.ndarray) -> dict[str, float]:
 def precision_recall(samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Share of samples [N, D] in the k-NN manifold of the reference [M, D], and the reverse; k = 3.
 
-    Raises ValueError where a set has no more than k images.
+    Both need more than k images.
     """
-    fewest = min(len(samples), len(reference))
-    if fewest <= NEIGHBOURS:
-        raise ValueError(
-            f"too-few-samples: precision and recall of {fewest} images: expected more than "
-            f"{NEIGHBOURS}"
-        )
     metrics = prc_features_to_metric(
         torch.from_numpy(np.asarray(samples)),
         torch.from_numpy(np.asarray(reference)),
@@ -113,7 +93,7 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray) -> dict[str, fl
         save_cpu_ram=True,
         verbose=False,
     )
-    return {"precision": metrics[KEY_METRIC_PRECISION], "recall": metrics[KEY_METRIC_RECALL]}
+    return {"precision": metrics["precision"], "recall": metrics["recall"]}
 
 
 def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -130,8 +110,8 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> dict[str, flo
         verbose=False,
     )
     return {
-        "kid": metrics[KEY_METRIC_KID_MEAN],
-        "kid_std": metrics[KEY_METRIC_KID_STD],
+        "kid": metrics["kernel_inception_distance_mean"],
+        "kid_std": metrics["kernel_inception_distance_std"],
         "kid_subset_size": subset,
     }
 

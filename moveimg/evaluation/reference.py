@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.error import URLError
 
 import numpy as np
-import torch
 from pydantic import BaseModel
 
+from moveimg.data import is_named_source, open_images
 from moveimg.errors import validate
-from moveimg.evaluation.features import Extractor, extract
+from moveimg.evaluation.features import Extractor, extract, fetch
 from moveimg.evaluation.metrics import Statistics, statistics_of
 from moveimg.evaluation.sets import (
     ImageSet,
@@ -24,6 +23,7 @@ from moveimg.evaluation.sets import (
     npz_entries,
     open_set,
     scan_image_set,
+    source_images,
     write_array,
     write_images,
 )
@@ -37,6 +37,7 @@ PUBLISHED = {
     "imagenet256": f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz",
     "imagenet512": f"{ADM}/512/VIRTUAL_imagenet512.npz",
 }
+ADMS_FILES = [url.rsplit("/", 1)[-1] for url in PUBLISHED.values()]
 KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # ADM's names
 
 
@@ -83,47 +84,52 @@ class Reference:
         }
 
 
-def open_reference(name: str, extractor: Extractor, cache: Path) -> Reference:
+def open_reference(
+    name: str, size: tuple[int, int], extractor: Extractor, cache: Path
+) -> Reference:
     """A reference by path or name.
 
     Args:
-        name: an .npz of ADM's layout (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; a
-            folder of images of the samples' size; or one of PUBLISHED, downloaded on first use.
+        name: a data set, whose training images are cropped to the samples' (H, W) `size`; an .npz
+            of ADM's layout (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; a folder of
+            images; or one of PUBLISHED, downloaded on first use.
+        size: of the samples.
         extractor: computes features of its images, and the statistics it lacks.
         cache: where features and downloads are kept.
 
     Raises FileNotFoundError, or ValueError for other content or another extractor's statistics.
     """
+    if is_named_source(name):
+        images = source_images(open_images(name, "train"), size)
+        return reference_of(images, extractor, cache, "train")
     path = locate(name, cache)
     if path.is_dir():
         return reference_of(open_set(path), extractor, cache)
-    entries = npz_entries(path)
-    about = _read_about(path) if "about" in entries else About()
-    for published, url in PUBLISHED.items():
-        if path.name == url.rsplit("/", 1)[-1]:
-            size = int(published.removeprefix("imagenet"))
-            about.split, about.size = about.split or "train", about.size or (size, size)
-    if "mu" in entries:
-        _require_extractor(path, about.extractor, extractor)
-    images = open_set(path) if "arr_0" in entries else None
-    if images is None and "mu" not in entries:
-        raise ValueError(f"{path}: has neither images (arr_0) nor statistics (mu, sigma)")
-    statistics = _read_statistics(path, entries, about.count)
-    features = None
-    if images is not None:
-        features = extract(images, scan_image_set(images).digest, extractor, cache)
-        statistics = _statistics(features) | statistics
-    if "fid" not in statistics:
-        raise ValueError(f"{path}: has mu without sigma: expected both")
-    return Reference(
-        name=name,
-        digest=digest_of(path),
-        split=about.split,
-        size=about.size if images is None else images.size,
-        count=statistics["fid"].count,
-        statistics=statistics,
-        features=None if features is None else features["fid"],
-    )
+    entries, about, statistics, features = npz_entries(path), About(), {}, None
+    if "about" in entries:
+        stored = parse_json(str(npz_array(path, "about")), f"{path}: about")
+        about = validate(About, stored, f"{path}: about")
+    if path.name in ADMS_FILES:
+        about.split = "train"
+    stored_by = about.extractor or "Inception"  # a file of others is of Inception
+    ours = (extractor.fingerprint, "Inception" if extractor.class_names is None else None)
+    if "mu" in entries and stored_by not in ours:
+        raise ValueError(
+            f"other-extractor: {path} holds statistics of {stored_by}, the samples' features are "
+            f"of {extractor.name} ({extractor.fingerprint})"
+        )
+    if "arr_0" in entries or "mu" not in entries:
+        images = open_set(path)
+        extracted = extract(images, scan_image_set(images).digest, extractor, cache)
+        features, about.size = extracted["fid"], images.size
+        statistics = _statistics(extracted)
+    for role, (mu, sigma) in KEYS.items():
+        if mu in entries:
+            statistics[role] = _read_statistics(path, mu, sigma, about.count)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    count = statistics["fid"].count
+    return Reference(name, digest, about.split, about.size, count, statistics, features)
 
 
 def reference_of(
@@ -168,81 +174,35 @@ def write_reference(
             if role in reference.statistics:
                 write_array(archive, mu, reference.statistics[role].mu)
                 write_array(archive, sigma, reference.statistics[role].sigma)
-        write_images(archive, _select(images, rows), (len(rows), *images.size, 3))
+        write_images(archive, _select(images, rows), len(rows))
         write_array(archive, "about", np.array(json.dumps(about)))
     return about
 
 
-def digest_of(path: Path) -> str:
-    """sha256 of a reference's file; of a folder, of its pixels."""
-    if path.is_dir():
-        return scan_image_set(open_set(path)).digest
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def locate(name: str, cache: Path) -> Path:
-    """The file or folder of a reference. FileNotFoundError, or ValueError for another kind."""
-    path = fetch(name, cache) if name in PUBLISHED else Path(name)
-    if not path.exists():
+    """The file or folder of a reference, downloaded where it is ADM's. Raises FileNotFoundError."""
+    if name in PUBLISHED:
+        url = PUBLISHED[name]
+        return fetch(url, cache / "references" / url.rsplit("/", 1)[-1])
+    if not Path(name).exists():
         known = ", ".join(PUBLISHED)
-        raise FileNotFoundError(f"no reference {name!r}: expected a file, a folder or {known}")
-    if not path.is_dir() and path.suffix != ".npz":
-        raise ValueError(f"{path}: expected an .npz, a folder or one of {', '.join(PUBLISHED)}")
-    return path
-
-
-def fetch(name: str, cache: Path) -> Path:
-    """ADM's file of a published name, downloaded once. Raises FileNotFoundError without network."""
-    url = PUBLISHED[name]
-    path = cache / "references" / url.rsplit("/", 1)[-1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))
-        except (URLError, OSError) as error:
-            raise FileNotFoundError(
-                f"the reference {name} is not here and cannot be downloaded ({error}): bring {url} "
-                f"to {path}, or give its path"
-            ) from None
-    return path
-
-
-def _read_about(path: Path) -> About:
-    origin = f"{path}: about"
-    return validate(About, parse_json(str(npz_array(path, "about")), origin), origin)
+        raise FileNotFoundError(f"no reference {name!r}: expected an .npz, a folder or {known}")
+    return Path(name)
 
 
 def _statistics(features: Mapping[str, np.ndarray]) -> dict[str, Statistics]:
     return {role: statistics_of(features[role]) for role in KEYS if role in features}
 
 
-def _read_statistics(path: Path, entries: list[str], count: int | None) -> dict[str, Statistics]:
-    statistics = {}
-    for role, keys in KEYS.items():
-        if not set(keys) <= set(entries):
-            continue
-        mu, sigma = (npz_array(path, key) for key in keys)
-        where = f"{path}: {keys[0]} {mu.dtype} {list(mu.shape)}, {keys[1]} {list(sigma.shape)}"
-        if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
-            raise ValueError(f"{where}: expected real numbers")
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise ValueError(f"{where}: expected [D] and [D, D]")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"non-finite: {where}: not all numbers are finite")
-        statistics[role] = Statistics(mu.astype(np.float64), sigma.astype(np.float64), count)
-    return statistics
-
-
-def _require_extractor(path: Path, stored: str | None, extractor: Extractor) -> None:
-    """Raise ValueError for statistics of another network: they say nothing about its features."""
-    if stored == extractor.fingerprint or (stored is None and extractor.class_names is None):
-        return  # a file of others is of Inception
-    made_by = f"extractor {stored[:12]}" if stored else "Inception"
-    raise ValueError(
-        f"other-extractor: {path} holds statistics of {made_by}, the samples' features are of "
-        f"{extractor.name} ({extractor.fingerprint[:12]})"
-    )
+def _read_statistics(path: Path, mu_key: str, sigma_key: str, count: int | None) -> Statistics:
+    mu, sigma = npz_array(path, mu_key), npz_array(path, sigma_key)
+    where = f"{path}: {mu_key} {mu.dtype} {list(mu.shape)}, {sigma_key} {list(sigma.shape)}"
+    real = mu.dtype.kind in "fiu" and sigma.dtype.kind in "fiu"
+    if not real or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{where}: expected real numbers [D] and [D, D]")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"non-finite: {where}: not all numbers are finite")
+    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), count)
 
 
 def _select(images: ImageSet, rows: np.ndarray) -> Iterator[np.ndarray]:

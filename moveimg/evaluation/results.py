@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from moveimg import __version__
 from moveimg.config import SamplingSettings
 from moveimg.device import hardware
-from moveimg.errors import validate
-from moveimg.files import atomic, read_json, write_json, write_text
+from moveimg.errors import describe
+from moveimg.files import read_json, write_json, write_text
 from moveimg.tables import markdown_table
 
 COLUMNS = {
@@ -29,7 +29,7 @@ COLUMNS = {
 }
 # Numbers as their authors published them: ImageNet 256 x 256, 50,000 samples, ADM's evaluator
 # (some samples are drawn at 384 and scored at 256). None of them was measured here. LlamaGen:
-# arXiv 2406.06525; MoVE and LaVE: 2601.22887; RAR: 2411.00776; VAR: 2404.02905; MAR: 2406.11838.
+# arXiv 2406.06525; MoVE and LaVE: 2601.22887.
 # name: FID, and where published inception score, precision, recall
 PUBLISHED: dict[str, tuple[float, ...]] = {
     "LlamaGen-B, 256": (5.46, 193.6, 0.84, 0.46),
@@ -44,65 +44,13 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
     "MoVE paper: GPT-L Standard": (3.47,),
     "MoVE paper: GPT-L LaVE": (3.77,),
     "MoVE paper: GPT-L MoVE x1": (3.10,),
-    "RAR-B": (1.95,),
-    "RAR-L": (1.70,),
-    "RAR-XL": (1.50,),
-    "RAR-XXL": (1.48,),
-    "VAR-d16": (3.30,),
-    "VAR-d20": (2.57,),
-    "VAR-d24": (2.09,),
-    "VAR-d30": (1.92,),
-    "MAR-B": (2.31,),
-    "MAR-L": (1.78,),
-    "MAR-H": (1.55,),
-    "RandAR-L": (2.55,),
-    "AliTok, 177M": (1.44,),
 }
-
-
-class _Open(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-class _Samples(_Open):
-    count: int
-
-
-class _Reference(_Open):
-    name: str
-    sha256: str
-
-
-class _Extractor(_Open):
-    space: str
-    sha256: str
-
-
-class _Plan(_Open):
-    sampling: dict[str, Any]
-
-
-class Results(_Open):
-    """The parts of results.json that are read back."""
-
-    format: Literal[1]
-    name: str
-    metrics: dict[str, float | list[float | None] | None]
-    samples: _Samples
-    reference: _Reference
-    extractor: _Extractor
-    plan: _Plan | None = None
-    warnings: list[str] = []
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for results."""
-    versions = {"python": platform.python_version()}
-    for name in ("moveimg", "torch", "torch-fidelity", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+    versions = {name: version(name) for name in ("torch", "torch-fidelity", "numpy")}
+    versions |= {"moveimg": __version__, "python": platform.python_version()}
     return {"versions": versions, "hardware": hardware(device)}
 
 
@@ -113,7 +61,12 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Read a file of write_results. Raises FileNotFoundError, or ValueError for other content."""
-    return validate(Results, read_json(path), str(path)).model_dump()
+    results = read_json(path)
+    try:
+        _row(results)
+    except Exception as error:  # of another program's JSON
+        raise ValueError(f"{path}: not results of moveimg evaluate ({describe(error)})") from None
+    return results
 
 
 def results_table(results: Sequence[dict[str, Any]], published: bool = False) -> str:
@@ -124,13 +77,16 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
     """
     rows = [_row(result) for result in results]
     if published and any("sfid" in result["metrics"] for result in results):
-        rows += [_published_row(name, numbers) for name, numbers in PUBLISHED.items()]
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    drawn = any(result.get("plan") for result in results)
+        keys = ("fid", "inception_score_adm", "precision", "recall")
+        for name, numbers in PUBLISHED.items():
+            row = {"name": f"{name} (published)", "images": "50,000", "reference": "imagenet256"}
+            rows.append(row | dict(zip(keys, map(str, numbers), strict=False)))
+    shown = [key for key in COLUMNS if any(key in row for row in rows)]
+    if any("settings" in row for row in rows):
+        shown.append("settings")
     spaces = {result["extractor"]["space"] for result in results}
-    columns = ["name", "images", *keys, *(["settings"] if drawn else []), "reference"]
-    columns += ["space"] if len(spaces) > 1 else []
-    titles = COLUMNS | {"name": "", "space": "feature space"}
+    columns = ["name", "images", *shown, "reference", *["feature space"][: len(spaces) - 1]]
+    titles = COLUMNS | {"name": ""}
     table = markdown_table(rows, {key: titles.get(key, key) for key in columns})
     return table if len(spaces) > 1 else f"{table}\n\nFeature space: {spaces.pop()}."
 
@@ -141,55 +97,37 @@ def write_sweep(
     """Write sweep.md, a row per value, and sweep.png, FID and IS (or accuracy) over the values."""
     from matplotlib.figure import Figure  # not pyplot, whose backend is the user's
 
+    from moveimg.plots import save_figure
+
     write_text(folder / "sweep.md", results_table(results) + "\n")
     figure = Figure(figsize=(6, 4), layout="constrained")
     left = figure.subplots()
     left.plot(values, [result["metrics"]["fid"] for result in results], "o-", color="tab:blue")
-    left.set_xlabel(key)
+    left.set(xlabel=key, title=f"{results[0]['samples']['count']:,} images")
     left.set_ylabel("FID (lower is better)", color="tab:blue")
-    for second in ("inception_score_adm", "accuracy"):
-        if second in results[0]["metrics"]:
-            right = left.twinx()
-            right.plot(values, [r["metrics"][second] for r in results], "s--", color="tab:orange")
-            right.set_ylabel(COLUMNS[second], color="tab:orange")
-            break
-    space = results[0]["extractor"]["space"].split(":")[0]
-    left.set_title(f"{results[0]['samples']['count']:,} images; {space}", fontsize=9)
-    with atomic(folder / "sweep.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    inception = "sfid" in results[0]["metrics"]
+    second = "inception_score_adm" if inception else "accuracy"
+    right = left.twinx()
+    right.plot(values, [r["metrics"][second] for r in results], "s--", color="tab:orange")
+    right.set_ylabel(COLUMNS[second], color="tab:orange")
+    save_figure(figure, folder / "sweep.png")
 
 
 def _row(result: dict[str, Any]) -> dict[str, str]:
     metrics = result["metrics"]
     row = {key: _format(key, metrics[key]) for key in COLUMNS if metrics.get(key) is not None}
-    row["name"] = str(result.get("name", "samples"))
-    row["settings"] = _describe_settings((result.get("plan") or {}).get("sampling"))
+    if plan := result.get("plan"):  # the guidance scale, and what differs from the defaults
+        default = SamplingSettings().model_dump() | {"cfg_scale": None}
+        changed = {k: v for k, v in plan["sampling"].items() if v != default.get(k)}
+        row["settings"] = ", ".join(f"{k} {v}".removesuffix(".0") for k, v in changed.items())
+    row["name"] = result["name"]
     row["images"] = f"{result['samples']['count']:,}"
     row["reference"] = result["reference"]["name"].rsplit("/", 1)[-1]
-    row["space"] = result["extractor"]["space"]
+    row["feature space"] = result["extractor"]["space"]
     return row
 
 
-def _published_row(name: str, numbers: tuple[float, ...]) -> dict[str, str]:
-    keys = ("fid", "inception_score_adm", "precision", "recall")
-    row = {key: str(number) for key, number in zip(keys, numbers, strict=False)}
-    row |= {"name": f"{name} (published)", "images": "50,000", "reference": "imagenet256"}
-    return row | {"space": "as published", "settings": "as published"}
-
-
-def _describe_settings(sampling: dict[str, Any] | None) -> str:
-    """The guidance scale, and the settings that differ from their defaults."""
-    if sampling is None:
-        return "not known"
-    default = SamplingSettings().model_dump()
-    scale = str(sampling.get("cfg_scale", default["cfg_scale"])).removesuffix(".0")
-    others = [f"{k} {v}" for k, v in sampling.items() if k != "cfg_scale" and v != default.get(k)]
-    return ", ".join([f"cfg_scale {scale}", *others])
-
-
 def _format(key: str, value: Any) -> str:
-    if not isinstance(value, int | float):
-        return str(value)
     if key == "kid":
         return f"{1000 * value:.3f}"
     if key == "accuracy":

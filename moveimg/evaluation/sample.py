@@ -7,9 +7,11 @@ run continues with the next batch; the processes of torchrun share the batches.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,12 @@ from torch.nn import functional as F
 from moveimg.config import SamplingSettings
 from moveimg.dist import all_ranks
 from moveimg.errors import shorten
-from moveimg.evaluation.sets import write_npz, write_pngs
+from moveimg.evaluation.sets import write_npz
 from moveimg.files import atomic, read_json, write_json
 from moveimg.images import to_uint8
-from moveimg.pipeline import Pipeline
+from moveimg.pipeline import Pipeline, resolve
 from moveimg.progress import progress_bar
 from moveimg.sampling import MAX_SEED
-
-PLAN, BATCHES = "plan.json", "parts"
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,47 @@ class SamplePlan:
     device: str
     dtype: str
 
+    def batches(self) -> range:
+        """The index of each batch's first image."""
+        return range(0, self.num, self.batch_size)
+
 
 def make_plan(
     pipeline: Pipeline,
-    model_digest: str,
-    settings: SamplingSettings,
     num: int,
     seed: int = 0,
     batch_size: int = 100,
     resize: int | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> SamplePlan:
-    """The plan of a set. Raises ValueError where the last image's seed exceeds 2^32 - 1."""
+    """The plan of a set; its sampling settings are the model's own with the `changes`.
+
+    Raises ValueError for bad settings, or where the last image's seed exceeds 2^32 - 1.
+    """
     if not 0 <= seed <= MAX_SEED - num:
         raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED - num}")
-    weight = next(pipeline.generator.parameters())
     return SamplePlan(
-        model=model_digest,
+        model=model_digest(resolve(pipeline.name)),
         tokenizer=pipeline.tokenizer.fingerprint,
         n_classes=len(pipeline.class_names),
-        sampling=settings.model_dump(),
+        sampling=pipeline.settings(**(changes or {})).model_dump(),
         num=num,
         seed=seed,
         batch_size=batch_size,
         resize=resize,
         device=pipeline.device.type,
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=str(pipeline.generator.head.weight.dtype).removeprefix("torch."),
     )
+
+
+@cache
+def model_digest(directory: Path) -> str:
+    """sha256 over a model directory's generator: the model's config and its weights."""
+    described = read_json(directory / "config.json")["model"]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    with (directory / "model.safetensors").open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def class_labels(indices: np.ndarray, n_classes: int) -> np.ndarray:
@@ -100,38 +115,43 @@ def class_labels(indices: np.ndarray, n_classes: int) -> np.ndarray:
     return labels
 
 
-def sample_set(
-    pipeline: Pipeline, plan: SamplePlan, folder: Path, png: bool = False
-) -> Path | None:
-    """Draw the images of `plan` into `folder`; batches that are there already are kept.
+def sample_set(pipeline: Pipeline, plan: SamplePlan, folder: Path) -> Path | None:
+    """Draw the images of `plan` into `folder`, which gets plan.json and samples.npz (ADM's layout).
 
-    Args:
-        pipeline: the model of the plan.
-        plan: see make_plan.
-        folder: gets plan.json and samples.npz (ADM's layout), or the folder samples/ of PNGs.
-        png: write PNGs.
-
-    Returns the set's path; None on every rank but 0. Raises ValueError where `folder` holds
-    images of another plan.
+    Batches that are there already are kept. Returns the set's path; None on every rank but 0.
+    Raises ValueError where `folder` holds images of another plan.
     """
-    target = folder / ("samples" if png else "samples.npz")
+    target, parts = folder / "samples.npz", folder / "parts"
     with all_ranks() as ranks:
-        ranks.run_first(lambda: _write_plan(folder, plan))
+        ranks.run_first(lambda: _write_plan(folder / "plan.json", plan))
         if not target.exists():
-            starts = range(0, plan.num, plan.batch_size)[ranks.rank :: ranks.size]
-            _draw_batches(pipeline, plan, folder / BATCHES, starts, ranks.rank)
+            mine = plan.batches()[ranks.rank :: ranks.size]
+            what = f"sample (rank {ranks.rank})" if ranks.rank else "sample"
+            with progress_bar(len(mine) * plan.batch_size, what, "image") as bar:
+                for start in mine:
+                    if not (path := _batch_file(parts, start)).is_file():
+                        pixels = _draw(pipeline, plan, start)
+                        with atomic(path) as temporary, temporary.open("wb") as file:
+                            np.save(file, pixels)
+                    bar.update(plan.batch_size)
         ranks.wait()
         if ranks.rank:
             return None
     if not target.exists():
-        _join(plan, folder / BATCHES, target, png)
-    shutil.rmtree(folder / BATCHES, ignore_errors=True)
+        files = [_batch_file(parts, start) for start in plan.batches()]
+        if missing := [file for file in files if not file.is_file()]:
+            raise FileNotFoundError(
+                f"{missing[0]}: missing, of {len(files)} batches: the ranks need a folder that all "
+                "of them see"
+            )
+        batches = (np.load(file, allow_pickle=False) for file in files)
+        write_npz(target, batches, class_labels(np.arange(plan.num), plan.n_classes))
+    shutil.rmtree(parts, ignore_errors=True)
     return target
 
 
-def _write_plan(folder: Path, plan: SamplePlan) -> None:
+def _write_plan(path: Path, plan: SamplePlan) -> None:
     """Write plan.json. Raises ValueError where the one there is of another plan."""
-    path = folder / PLAN
     wanted = json.loads(json.dumps(asdict(plan)))
     if not path.is_file():
         write_json(path, wanted)
@@ -142,24 +162,9 @@ def _write_plan(folder: Path, plan: SamplePlan) -> None:
     for key, value in wanted.items():
         if present.get(key) != value:
             raise ValueError(
-                f"{folder}: holds samples of another plan ({key}: {shorten(present.get(key))}, "
-                f"now {shorten(value)}): choose another --out"
+                f"{path.parent}: holds samples of another plan ({key}: "
+                f"{shorten(present.get(key))}, now {shorten(value)}): choose another --out"
             )
-
-
-def _draw_batches(
-    pipeline: Pipeline, plan: SamplePlan, folder: Path, starts: range, rank: int
-) -> None:
-    missing = [start for start in starts if not _batch_file(folder, start).is_file()]
-    done = sum(min(plan.batch_size, plan.num - start) for start in starts if start not in missing)
-    total = sum(min(plan.batch_size, plan.num - start) for start in starts)
-    what = "sample" if rank == 0 else f"sample (rank {rank})"
-    with progress_bar(total, what, "image", done) as bar:
-        for start in missing:
-            pixels = _draw(pipeline, plan, start)
-            with atomic(_batch_file(folder, start)) as temporary, temporary.open("wb") as file:
-                np.save(file, pixels)
-            bar.update(len(pixels))
 
 
 def _draw(pipeline: Pipeline, plan: SamplePlan, start: int) -> np.ndarray:
@@ -177,23 +182,6 @@ def _draw(pipeline: Pipeline, plan: SamplePlan, start: int) -> np.ndarray:
     if plan.resize is not None and images.shape[-2:] != (plan.resize, plan.resize):
         images = F.interpolate(images.float(), (plan.resize, plan.resize), mode="bicubic")
     return to_uint8(images)
-
-
-def _join(plan: SamplePlan, folder: Path, target: Path, png: bool) -> None:
-    starts = range(0, plan.num, plan.batch_size)
-    missing = [start for start in starts if not _batch_file(folder, start).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(starts)} batches are missing, the first at image "
-            f"{missing[0]}: the ranks need a folder that all of them see"
-        )
-    batches = (np.load(_batch_file(folder, start), allow_pickle=False) for start in starts)
-    labels = class_labels(np.arange(plan.num), plan.n_classes)
-    if png:
-        write_pngs(target, batches, labels)
-    else:
-        size = np.load(_batch_file(folder, 0), mmap_mode="r").shape[1:3]
-        write_npz(target, batches, labels, (size[0], size[1]))
 
 
 def _batch_file(folder: Path, start: int) -> Path:

@@ -1,7 +1,11 @@
-"""A set of samples against a reference: the guards, one pass of the network, all numbers."""
+"""A set of samples against a reference: the guards, one pass of the network, all numbers.
+
+Comparisons that mislead have a name: a line in the results, or a refusal.
+"""
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +15,8 @@ import numpy as np
 
 from moveimg.errors import list_names
 from moveimg.evaluation.features import Extractor, extract
-from moveimg.evaluation.guards import check_metrics, check_set, check_size, check_split, enforce
 from moveimg.evaluation.metrics import (
+    ADM_SPLIT,
     frechet_distance,
     inception_scores,
     kernel_distance,
@@ -20,9 +24,10 @@ from moveimg.evaluation.metrics import (
     statistics_of,
 )
 from moveimg.evaluation.reference import Reference
-from moveimg.evaluation.sets import ImageSet, scan_image_set
+from moveimg.evaluation.sets import Content, ImageSet, scan_image_set
 
-LEFT_OUT = "the share of images that show their class is left out"
+PUBLISHED_COUNT = 50_000  # samples behind published FIDs
+LOW_RECALL = 0.1
 
 
 def score(
@@ -30,8 +35,8 @@ def score(
     reference: Reference,
     extractor: Extractor,
     cache: Path,
+    guards: Guards,
     n_classes: int | None = None,
-    allowed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All metrics of generated images, and what they were computed from.
 
@@ -40,43 +45,29 @@ def score(
         reference: training images, or their statistics.
         extractor: the same that made the reference's features.
         cache: where features are kept.
+        guards: collects warnings; knows which refusals are overruled.
         n_classes: classes of the model; None: those that occur.
-        allowed: guards that may be overruled, by name.
 
     Returns:
         plain data: `metrics`, `samples`, `reference`, `extractor` and `warnings`.
 
     Raises ValueError, beginning with the guard's name, for a comparison that would mislead.
     """
-    lines = check_pair(images.size, reference, allowed)
+    check_pair(images.size, reference, guards)
     content = scan_image_set(images)
-    width = len(reference.statistics["fid"].mu)
-    lines += enforce(check_set(images, content, width, n_classes), allowed)
+    check_set(images, content, len(reference.statistics["fid"].mu), n_classes, guards)
     features = extract(images, content.digest, extractor, cache)
     metrics = compute(features, reference)
     metrics["distinct"] = 1 - content.duplicates / len(images)
-    labels, problem = match_labels(images, extractor)
-    lines += [problem] if problem else []
-    metrics |= condition(features, labels, extractor)
-    lines += check_metrics(metrics)
+    metrics |= condition(features, match_labels(images, extractor, guards), extractor)
+    check_metrics(metrics, guards)
     return {
         "metrics": metrics,
         "samples": {"count": len(images), "size": images.size, "sha256": content.digest},
         "reference": reference.summary(),
         "extractor": extractor.summary(),
-        "warnings": lines,
+        "warnings": guards.lines,
     }
-
-
-def check_pair(
-    size: tuple[int, int], reference: Reference, allowed: Sequence[str], wanted: str = "train"
-) -> list[str]:
-    """Warnings about comparing images of (H, W) with a reference; see enforce for refusals.
-
-    wanted: the split the reference should be of: train for a generator, val for a tokenizer.
-    """
-    problems = check_split(wanted, reference.split, reference.name)
-    return enforce(problems + check_size(size, reference.size, reference.name), allowed)
 
 
 def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, Any]:
@@ -98,30 +89,28 @@ def compute(features: dict[str, np.ndarray], reference: Reference) -> dict[str, 
     return metrics
 
 
-def match_labels(images: ImageSet, extractor: Extractor) -> tuple[np.ndarray | None, str | None]:
-    """Labels [N] in the classifier's numbering, or None and the reason why there are none.
+def match_labels(images: ImageSet, extractor: Extractor, guards: Guards) -> np.ndarray | None:
+    """Labels [N] in the classifier's numbering; None, with a warning, where there are none.
 
     Class folders are matched by name; numbers count as the classifier's, in 0..C-1.
     """
     names, labels = extractor.class_names, images.labels
     if names is None or labels is None:
-        return None, None
-    if images.class_names is None:
+        return None
+    known, folders = [_normalize(name) for name in names], images.class_names
+    if folders is None:
         if labels.max() < len(names):
-            return labels, None
-        hint = "; do they count from 1?" if labels.min() == 1 else ""
-        return None, (
-            f"unknown-classes: labels reach {labels.max()}, the classifier has 0..{len(names) - 1}"
-            f"{hint}: {LEFT_OUT}"
-        )
-    index_of = {_normalize(name): index for index, name in enumerate(names)}
-    numbers = {str(index): index for index in range(len(names))}
-    keys = [_normalize(name) for name in images.class_names]
-    for table in (index_of, numbers):
-        if all(key in table for key in keys):
-            return np.array([table[key] for key in keys])[labels], None
-    unknown = [name for name in images.class_names if _normalize(name) not in index_of]
-    return None, f"unknown-classes: the classifier knows no class {list_names(unknown)}: {LEFT_OUT}"
+            return labels
+        unknown = [str(labels.max())]  # of classes that count from 1, perhaps
+    else:
+        keys = [_normalize(name) for name in folders]
+        for table in (known, [str(index) for index in range(len(names))]):
+            if set(keys) <= set(table):
+                return np.array([table.index(key) for key in keys])[labels]
+        unknown = [name for name, key in zip(folders, keys, strict=True) if key not in known]
+    text = f"the classifier's classes 0..{len(names) - 1} lack {list_names(unknown)}: no accuracy"
+    guards.warn("unknown-classes", text)
+    return None
 
 
 def condition(
@@ -144,3 +133,109 @@ def condition(
 
 def _normalize(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
+
+
+# --- guards --------------------------------------------------------------------------------
+
+
+class Guards:
+    """The problems of one comparison; a refusal is overruled by its name (`--allow NAME`).
+
+    Attributes:
+        lines: `name: text` of every warning and overruled refusal.
+    """
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self.allowed = allowed
+        self.lines: list[str] = []
+
+    def warn(self, name: str, text: str) -> None:
+        self.lines.append(f"{name}: {text}")
+
+    def refuse(self, name: str, text: str) -> None:
+        """Raise ValueError, unless the refusal is allowed by name."""
+        if name not in self.allowed:
+            raise ValueError(f"{name}: {text} (--allow {name} overrules this)")
+        self.warn(name, text)
+
+
+def check_pair(
+    size: tuple[int, int], reference: Reference, guards: Guards, wanted: str = "train"
+) -> None:
+    """Check the split of a reference and its resolution against the samples' (H, W).
+
+    wanted: the split the reference should be of: train for a generator, val for a tokenizer.
+    """
+    if reference.split not in (None, wanted):
+        name = "validation-reference" if wanted == "train" else "training-reference"
+        text = "a generator's FID is taken against training, a tokenizer's rFID against validation"
+        guards.refuse(name, f"{reference.name} holds {reference.split} images: {text} images")
+    if reference.size not in (None, size):
+        ours, theirs = (f"{s[1]}x{s[0]}" for s in (size, reference.size or size))
+        guards.refuse("wrong-size", f"samples are {ours}, the reference {reference.name} {theirs}")
+
+
+def check_set(
+    images: ImageSet, content: Content, width: int, n_classes: int | None, guards: Guards
+) -> None:
+    """Check a set of samples.
+
+    Args:
+        images, content: the set, and scan_image_set's facts about it.
+        width: features of the layer of FID: fewer samples make a singular covariance.
+        n_classes: classes there should be; None: those that occur.
+        guards: collects the problems.
+    """
+    count = len(images)
+    if count <= width:
+        text = f"{count} images for {width} features: the covariance is singular, FID far too high"
+        guards.warn("too-few-samples", text)
+    elif count < PUBLISHED_COUNT and width >= 2048:
+        text = f"{count} images: published FIDs are of {PUBLISHED_COUNT:,}; fewer give higher ones"
+        guards.warn("too-few-samples", text)
+    if content.brightest == 1:
+        text = "pixels reach 1 of 255: were values 0..1 stored as integers?"
+        guards.refuse("narrow-range", text)
+    if content.blank:  # before duplicates: black images are duplicates, too
+        report = guards.refuse if content.blank >= count // 2 else guards.warn
+        report("blank-images", f"{content.blank} of {count} images are of one colour (black?)")
+    if content.duplicates:
+        report = guards.refuse if content.duplicates >= count // 2 else guards.warn
+        text = f"{content.duplicates} of {count} images equal an earlier one: a seed used twice?"
+        report("duplicate-images", text)
+    if images.labels is None:
+        guards.warn("missing-labels", "whether the classes are balanced and mixed is unknown")
+    else:
+        check_labels(images.labels, n_classes, guards)
+
+
+def check_labels(labels: np.ndarray, n_classes: int | None, guards: Guards) -> None:
+    """Check that int64 [N] labels hold every class about as often, and in mixed order."""
+    classes, counts = np.unique(labels, return_counts=True)
+    missing = n_classes is not None and np.count_nonzero(classes < n_classes) < n_classes
+    fewest = 0 if missing else counts.min()
+    if counts.max() - fewest > 1:
+        text = f"classes have {fewest} to {counts.max()} images: expected equal numbers"
+        guards.warn("unbalanced-labels", text)
+    # in mixed order neighbours share a class with probability 1 / classes
+    same = float((labels[1:] == labels[:-1]).mean()) if len(labels) > 1 else 0.0
+    kinds = len(counts)
+    if kinds > 1 and len(labels) > 2 * kinds and same > 0.5 + 0.5 / kinds:
+        text = (
+            f"{same:.0%} of the images have the class of the one before: inception_score_adm uses "
+            f"runs of {ADM_SPLIT} images in file order and is wrong for a class-sorted set"
+        )
+        guards.warn("sorted-labels", text)
+
+
+def check_metrics(metrics: dict[str, Any], guards: Guards) -> None:
+    """Warn of misleading numbers. Raises ValueError for a number that is not finite."""
+    for key, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"non-finite: {key} is {value}: features or pixels are damaged")
+    if metrics.get("recall", 1) < LOW_RECALL < metrics.get("precision", 0):
+        text = (
+            f"precision {metrics['precision']:.2f}, recall {metrics['recall']:.3f}: few kinds of "
+            "samples, near a few real images; precision alone flatters"
+        )
+        guards.warn("low-recall", text)

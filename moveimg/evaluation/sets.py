@@ -6,32 +6,22 @@ N images   H height   W width, equal for all images of a set
 from __future__ import annotations
 
 import hashlib
-import json
-import lzma
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, TypeAdapter
 
-from moveimg.data import walk_images
-from moveimg.dist import print_rank0
-from moveimg.errors import describe, validate
-from moveimg.files import atomic, atomic_directory, read_json
+from moveimg.data import ImageSource, crop_views, walk_images
+from moveimg.errors import describe
+from moveimg.files import atomic
 from moveimg.progress import progress_bar
 
-LABELS_FILE = "labels.json"  # in a folder of images: one label per image, in file order
 BATCH = 256
-# Errors of zipfile and its decompressors for a damaged archive
-DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, OSError,
-           NotImplementedError)  # fmt: skip
-_LABELS = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]])
 
 
 @dataclass(frozen=True)
@@ -93,32 +83,45 @@ def scan_image_set(images: ImageSet) -> Content:
     return Content(digest.hexdigest(), len(images) - len(seen), blank, brightest)
 
 
-def array_set(name: str, images: np.ndarray, labels: Sequence[int] | None = None) -> ImageSet:
-    """An ImageSet of uint8 [N, H, W, 3] in memory."""
-    return ImageSet(
-        name,
-        _check_shape(images.shape, images.dtype, name),
-        None if labels is None else np.asarray(labels, np.int64),
-        lambda size: (images[i : i + size] for i in range(0, len(images), size)),
-    )
+def source_images(source: ImageSource, size: tuple[int, int]) -> ImageSet:
+    """The centre crops of a source as a set, cropped as they are read."""
+
+    def read(count: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(source), count):
+            rows = range(start, min(start + count, len(source)))
+            views = [crop_views(source[i][0], size, "center", (1.0,))[0] for i in rows]
+            yield np.stack([np.asarray(view) for view in views])
+
+    labels = np.asarray(source.labels, np.int64)
+    return ImageSet(source.name, (len(source), *size), labels, read)
 
 
-def open_set(path: str | Path) -> ImageSet:
+def open_set(path: Path) -> ImageSet:
     """The set in an .npz with `arr_0` (and labels in `arr_1`), or in a folder.
 
-    A folder is searched for images recursively, sorted by path; labels come from its
-    `labels.json`, or from class subfolders, whose names are kept.
+    A folder is searched for images recursively, sorted by path; labels come from class subfolders,
+    whose names are kept.
 
     Raises FileNotFoundError, or ValueError where it is not RGB images of one size.
     """
-    path = Path(path)
     if path.is_dir():
         return _open_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder of images")
-    if path.suffix != ".npz":
-        raise ValueError(f"{path}: expected an .npz (arr_0: images, arr_1: labels) or a folder")
-    return _open_npz(path)
+    with _open_images(path) as (_, shape):
+        pass
+    labels = None
+    if "arr_1" in npz_entries(path):
+        stored = npz_array(path, "arr_1").reshape(-1)
+        # whole numbers in a float array are accepted: other programs write them
+        if stored.dtype.kind not in "iuf" or not (stored == np.floor(stored)).all():
+            raise ValueError(f"{path}: labels (arr_1) are {stored.dtype}: expected whole numbers")
+        labels = stored.astype(np.int64)
+        if len(labels) != shape[0] or labels.min() < 0:
+            raise ValueError(
+                f"{path}: {len(labels)} labels from {labels.min()} on: expected {shape[0]} from 0"
+            )
+    return ImageSet(str(path), shape, labels, lambda size: _read_npz(path, size))
 
 
 # --- .npz ----------------------------------------------------------------------------------
@@ -128,10 +131,9 @@ def npz_entries(path: Path) -> list[str]:
     """Names of the arrays in an .npz. Raises ValueError for a damaged file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except DAMAGED as error:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception as error:  # zipfile raises many kinds for damaged archives
         raise ValueError(f"{path}: not a readable .npz ({describe(error)})") from None
-    return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
 
 def npz_array(path: Path, entry: str) -> np.ndarray:
@@ -146,92 +148,63 @@ def npz_array(path: Path, entry: str) -> np.ndarray:
         raise ValueError(f"{path}: cannot read {entry} ({describe(error)})") from None
 
 
-def _open_npz(path: Path) -> ImageSet:
-    entries = npz_entries(path)
-    if "arr_0" not in entries:
-        raise ValueError(f"{path}: has no images (arr_0), only {', '.join(entries) or 'nothing'}")
-    with _open_images(path) as (_, shape):
-        pass
-    labels = None
-    if "arr_1" in entries:
-        stored = npz_array(path, "arr_1").reshape(-1)
-        # whole numbers in a float array are accepted: other programs write them
-        if stored.dtype.kind not in "iuf" or not (stored == np.floor(stored)).all():
-            raise ValueError(f"{path}: labels (arr_1) are {stored.dtype}: expected whole numbers")
-        labels = stored.astype(np.int64)
-        if len(labels) != shape[0]:
-            raise ValueError(f"{path}: {len(labels)} labels for {shape[0]} images: expected equal")
-        if labels.min() < 0:
-            raise ValueError(f"{path}: labels reach {labels.min()}: expected 0 or more")
-    return ImageSet(str(path), shape, labels, lambda size: _read_npz(path, size))
-
-
 def _read_npz(path: Path, size: int) -> Iterator[np.ndarray]:
     """Stream arr_0: np.load would hold all of it (9.8 GB for 50,000 images of 256 px)."""
-    with _open_images(path) as (stream, shape):
-        one = shape[1] * shape[2] * 3
-        for start in range(0, shape[0], size):
-            count = min(size, shape[0] - start)
-            raw = stream.read(count * one)
-            if len(raw) != count * one:
-                raise ValueError(f"{path}: truncated after {start} of {shape[0]} images")
-            yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:], 3)
+    with _open_images(path) as (stream, (images, height, width)):
+        for start in range(0, images, size):
+            count = min(size, images - start)
+            try:  # the archive's checksum is compared at its end
+                raw = stream.read(count * height * width * 3)
+                batch = np.frombuffer(raw, np.uint8).reshape(count, height, width, 3)
+            except Exception as error:  # zipfile and zlib raise many kinds for damaged data
+                raise ValueError(f"{path}: damaged after {start} images ({error})") from None
+            yield batch
 
 
 @contextmanager
 def _open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]:
     """Yield the pixels of arr_0 as a stream, and (N, H, W); ValueError for a damaged file."""
-    readers = {
+    if "arr_0" not in (entries := npz_entries(path)):
+        raise ValueError(f"{path}: has no images (arr_0), only {', '.join(entries) or 'nothing'}")
+    readers: dict[Any, Any] = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-            try:
-                shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
-            except Exception as error:  # of a foreign header NumPy raises nearly any kind
-                raise ValueError(f"{path}: arr_0 is not an array ({describe(error)})") from None
-            if fortran:
-                raise ValueError(f"{path}: arr_0 is in Fortran order: expected C order")
-            yield stream, _check_shape(shape, dtype, str(path))
-    except DAMAGED as error:
-        raise ValueError(f"{path}: damaged images ({describe(error)})") from None
+    with zipfile.ZipFile(path) as archive:
+        try:
+            stream = archive.open("arr_0.npy")
+            shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
+        except Exception as error:  # of a foreign header NumPy raises nearly any kind
+            raise ValueError(f"{path}: arr_0 is not an array ({describe(error)})") from None
+        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+            order = " in Fortran order" if fortran else ""
+            raise ValueError(
+                f"wrong-mode: {path}: images are {dtype} {list(shape)}{order}: expected uint8 "
+                "[N, H, W, 3] in 0..255"
+            )
+        with stream:
+            yield stream, shape[:3]
 
 
-def _check_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> tuple[int, int, int]:
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-        raise ValueError(
-            f"wrong-mode: {name}: images are {dtype} {list(shape)}: expected uint8 [N, H, W, 3] "
-            "in 0..255"
-        )
-    return shape[0], shape[1], shape[2]
-
-
-def write_npz(
-    path: Path, batches: Iterable[np.ndarray], labels: np.ndarray, size: tuple[int, int]
-) -> None:
+def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
     """Write `arr_0` uint8 [N, H, W, 3], batch by batch, and `arr_1` int64 [N].
 
     Atomic, uncompressed, and without dates: the same pixels give the same file.
     """
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        write_images(archive, batches, (len(labels), *size, 3))
+        write_images(archive, batches, len(labels))
         write_array(archive, "arr_1", labels.astype(np.int64))
 
 
-def write_images(
-    archive: zipfile.ZipFile, batches: Iterable[np.ndarray], shape: tuple[int, ...]
-) -> None:
-    """Stream uint8 batches into the entry `arr_0` of an .npz. ValueError for another count."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    written = 0
+def write_images(archive: zipfile.ZipFile, batches: Iterable[np.ndarray], count: int) -> None:
+    """Stream uint8 batches of `count` images in all into the entry `arr_0` of an .npz."""
     with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
-        np.lib.format.write_array_header_1_0(stream, header)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number == 0:
+                shape = (count, *batch.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
             stream.write(np.ascontiguousarray(batch).data)
-            written += len(batch)
-    if written != shape[0]:
-        raise ValueError(f"{written} images came for a set of {shape[0]}")
 
 
 def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
@@ -243,28 +216,18 @@ def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 # --- folders -------------------------------------------------------------------------------
 
 
-def write_pngs(folder: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """Write a folder of PNGs named by index, and labels.json; the folder appears whole."""
-    with atomic_directory(folder) as temporary:
-        index = 0
-        for batch in batches:
-            for pixels in batch:
-                Image.fromarray(pixels).save(temporary / f"{index:06d}.png")
-                index += 1
-        text = json.dumps(labels.tolist())
-        (temporary / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
-
-
 def _open_folder(folder: Path) -> ImageSet:
-    walk = walk_images(folder)
-    paths = walk.images
-    others = {kind: n for kind, n in walk.others.items() if kind != ".json"}
-    if others:
-        print_rank0(f"{folder}: {sum(others.values())} files are not images: {others}")
+    paths = walk_images(folder).images
     if not paths:
         raise ValueError(f"{folder}: holds no images")
     height, width = _read_sample(paths[0]).shape[:2]
-    labels, names = _folder_labels(folder, paths)
+    parents = [path.parent for path in paths]
+    folders = sorted(set(parents))
+    labels, names = None, None
+    if folder not in folders:
+        rows = {parent: row for row, parent in enumerate(folders)}
+        labels = np.asarray([rows[parent] for parent in parents], np.int64)
+        names = tuple(path.name for path in folders)
 
     def read(size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(paths), size):
@@ -281,27 +244,7 @@ def _read_sample(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
             if image.mode != "RGB":
                 raise ValueError(f"wrong-mode: {path} is {image.mode}: expected RGB")
             if size is not None and image.size != size:
-                actual, wanted = ("x".join(map(str, s)) for s in (image.size, size))
-                raise ValueError(f"wrong-size: {path} is {actual}: expected {wanted} as the first")
+                raise ValueError(f"wrong-size: {path} is {image.size}: expected {size} as others")
             return np.asarray(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read ({describe(error)})") from None
-
-
-def _folder_labels(
-    folder: Path, paths: list[Path]
-) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels int64 [N] and, where they come from class folders, the names of those."""
-    listed = folder / LABELS_FILE
-    if listed.is_file():
-        labels = validate(_LABELS, read_json(listed), str(listed))
-        if len(labels) != len(paths):
-            raise ValueError(f"{listed}: {len(labels)} labels: expected a list of {len(paths)}")
-        return np.asarray(labels, np.int64), None
-    parents = [path.parent for path in paths]
-    if folder in parents:
-        return None, None
-    folders = sorted(set(parents))
-    row_of = {parent: row for row, parent in enumerate(folders)}
-    rows = np.asarray([row_of[parent] for parent in parents], np.int64)
-    return rows, tuple(path.name for path in folders)

@@ -9,10 +9,10 @@ import tokenizer as vq
 from moveimg.config import EvaluationConfig, SamplingSettings
 from moveimg.dist import World
 from moveimg.evaluation.features import run
-from moveimg.evaluation.reference import Reference
-from moveimg.evaluation.run import Comparison, features_cache, load_reference, open_extractor
+from moveimg.evaluation.reference import Reference, open_reference
+from moveimg.evaluation.run import features_cache, open_extractor
 from moveimg.evaluation.sample import class_labels
-from moveimg.evaluation.scoring import check_pair, compute, condition
+from moveimg.evaluation.scoring import Guards, check_pair, compute, condition
 from moveimg.images import to_uint8
 from moveimg.model import Transformer
 from moveimg.sampling import image_rngs, sample_codes
@@ -38,13 +38,14 @@ class Scorer:
         self.config, self.sampling, self.tokenizer, self.world = config, sampling, tokenizer, world
         if config.images < world.size:
             raise ValueError(f"evaluation.images {config.images}: expected {world.size} or more")
-        comparison = Comparison(config.reference, config.extractor, config.inception_weights)
+        files = (config.extractor, config.inception_weights)
         size = (grid[0] * tokenizer.downsample, grid[1] * tokenizer.downsample)
-        self.extractor = open_extractor(comparison, world.device)
+        self.extractor = open_extractor(config.reference, *files, world.device)
         self.reference: Reference | None = None
         if world.main:
-            self.reference = load_reference(comparison, size, self.extractor, features_cache())
-            check_pair(size, self.reference, ())
+            cache = features_cache()
+            self.reference = open_reference(config.reference, size, self.extractor, cache)
+            check_pair(size, self.reference, Guards())
 
     @torch.inference_mode()
     def __call__(self, model: Transformer) -> dict[str, float]:
