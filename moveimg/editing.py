@@ -9,7 +9,7 @@ not see the kept codes behind it; `resample` corrects this by Metropolis-Hasting
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -123,7 +123,8 @@ def redraw(
             codes = sample_codes(generator, chosen, settings, rng, codes)
             bar.update(len(chosen))
             for _ in range(passes if hole.any() else 0):
-                codes = resample(generator, chosen, codes, hole, settings, rng)[0]
+                for _, changed in resample(generator, chosen, codes, hole, settings, rng):
+                    codes = changed
                 bar.update(len(chosen))
             batches.append(codes)
     return torch.cat(batches)
@@ -137,8 +138,10 @@ def resample(
     hole: Tensor,
     settings: SamplingSettings,
     rng: Sequence[torch.Generator],
-) -> tuple[Tensor, float]:
+) -> Iterator[tuple[slice, Tensor]]:
     """One pass of Metropolis-Hastings over the blocks of a hole, in raster order.
+
+    Yields each block's positions and the codes [B, T] after it.
 
     A block of up to 4 codes is drawn again given the codes before it, and accepted with probability
     min(1, p(codes after | new block) / p(codes after | old block)), by the guided distribution. So
@@ -149,7 +152,7 @@ def resample(
         codes: int64 [B, T], kept and drawn.
         hole: the codes to draw again, bool [T].
 
-    Returns the codes [B, T] and the share of accepted blocks. Raises ValueError for temperature 0.
+    Raises ValueError for temperature 0.
     """
     if settings.temperature == 0:
         raise ValueError("temperature 0: expected more, because resampling accepts by chance")
@@ -158,7 +161,7 @@ def resample(
     def log_probs(codes: Tensor) -> Tensor:
         return code_log_probs(generator, codes, labels, scales, settings.temperature)
 
-    current, accepted = log_probs(codes), []
+    current = log_probs(codes)
     for block in cut_blocks(hole, generator.config.grid[1]):
         known = codes.clone()
         known[:, block] = UNKNOWN
@@ -169,8 +172,7 @@ def resample(
         accept = (uniforms.to(ratio.device).log() < ratio)[:, None]
         codes = torch.where(accept, proposal, codes)
         current = torch.where(accept, proposed, current)
-        accepted.append(accept.float().mean().item())
-    return codes, sum(accepted) / max(1, len(accepted))
+        yield block, codes
 
 
 def cut_blocks(hole: Tensor, width: int) -> list[slice]:

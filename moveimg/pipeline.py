@@ -18,7 +18,7 @@ from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingOptions, SamplingSettings
 from moveimg.device import pick_device, pick_dtype
 from moveimg.dist import print_rank0
-from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw
+from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw, resample
 from moveimg.errors import validate
 from moveimg.images import to_pil, to_rgb
 from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
@@ -185,14 +185,10 @@ class Pipeline:
         Pixels outside the hole are the image's own, blended over the seam. Arguments as of
         complete, but `hole` is the area to draw.
         """
-        from moveimg.data import to_tensor
 
         drawn = self.hole(hole)
         codes = self._redraw(image, classes, drawn, num, seed, passes, options)
-        grid, downsample = self.generator.config.grid, self.tokenizer.downsample
-        original = to_tensor([self.crop(image)]).to(self.device).expand(len(codes), -1, -1, -1)
-        decoded = self._decode(codes, grid)
-        return to_pil(blend(original, decoded, drawn.view(grid), downsample))
+        return self.decode_partial(codes, codes.shape[1], drawn, image)
 
     def log_likelihood(
         self, images: Iterable[Image.Image], classes: Classes, *, batch_size: int = 32
@@ -289,40 +285,55 @@ class Pipeline:
         *,
         seed: int = 0,
         known: Tensor | None = None,
+        passes: int = 0,
     ) -> Iterator[tuple[int, Tensor]]:
         """As sample_codes in one batch, but after every code: (codes so far, codes [B, T]).
 
-        The tensor is the same each time, and is filled from the left. known: see
-        moveimg.sampling.sample_codes.
+        The tensor is filled from the left. known: int64 [T] or [B, T], see
+        moveimg.sampling.sample_codes. Where it is one image's, passes: resampling passes over the
+        other codes (see moveimg.editing), which count on beyond T.
         """
         self._check_guidance(settings)
         labels, length = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
         if known is not None:
+            hole = known == UNKNOWN  # [T], where there are passes
             known = known.expand(len(labels), -1)
             codes = known.clamp(min=0)
         rngs = image_rngs(range(seed, seed + len(labels)))
         for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs, known)):
             codes[:, position] = drawn
             yield position + 1, codes
+        done = length
+        for _ in range(passes if known is not None else 0):
+            for block, changed in resample(self.decoder, labels, codes, hole, settings, rngs):
+                done, codes = done + block.stop - block.start, changed
+                yield done, codes
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Images of codes int64 [B, T]."""
         return to_pil(self._decode(codes, self.generator.config.grid))
 
     def decode_partial(
-        self, codes: Tensor, done: int, hole: Tensor | None = None
+        self,
+        codes: Tensor,
+        done: int,
+        hole: Tensor | None = None,
+        original: Image.Image | None = None,
     ) -> list[Image.Image]:
         """Images of the first `done` codes of codes int64 [B, T]; those to come are mid-grey.
 
         hole: the codes that are drawn, bool [T]; the others are shown from the start. Left out, all
         are drawn, and rows without codes are not decoded, so the lower edge still changes with the
-        next row.
+        next row. original: the image whose pixels are shown outside the hole, blended at the seam.
         """
         (height, width), pixels = self.generator.config.grid, self.tokenizer.downsample
         rows = height if hole is not None else -(-done // width)
         images = self._decode(codes[:, : rows * width], (rows, width))  # [B, 3, h, W]
         images = pad(images, (0, 0, 0, (height - rows) * pixels))
+        if hole is not None and original is not None:
+            outside = to_tensor([self.crop(original)]).to(images).expand_as(images)
+            images = blend(outside, images, hole.view(height, width), pixels)
         grey = torch.ones(height * width, dtype=torch.bool) if hole is None else hole.clone()
         grey[:done] = False
         blocks = grey.view(height, width).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)

@@ -18,11 +18,11 @@ from PIL import Image
 
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
-from moveimg.demo import analysis, html, jobs
+from moveimg.demo import analysis, html, jobs, uploads
 from moveimg.demo.handlers import Handlers
 from moveimg.demo.models import Models
 from moveimg.demo.queue import JobQueue, QueueFullError, Visitor, Waiting, run_in_turn
-from moveimg.demo.requests import MAX_UPLOAD, Generate, parse_call
+from moveimg.demo.requests import MAX_UPLOAD, Edit, Generate, parse_call
 
 ANN, BOB = Visitor("ann", "10.0.0.1"), Visitor("bob", "10.0.0.2")
 
@@ -214,6 +214,19 @@ def test_images_grow_and_are_those_of_the_library(models):
     assert [i.tobytes() for i in decoded] == [i.tobytes() for i in expected]
 
 
+def test_an_edit_stops_between_the_blocks_of_a_pass(models):
+    image, stop = html.image_uri(models.get().sample("two", seed=1)[0], {}), threading.Event()
+    values = {"class_name": "two", "image": image, "hole": "top", "passes": 20, "num": 2}
+    work = jobs.draw([jobs.make_edit(models, Edit(**values))], models, stop)
+    for frame in work:
+        if frame is not None and frame.done > 2 * 64:
+            break
+    stop.set()
+    frame = next(f for f in work if f is not None)
+    assert frame.ended == "stopped" and frame.done < frame.total == 2 * (64 + 20 * 32)
+    assert frame.rows[0].codes is None
+
+
 def test_drawing_stops_after_the_next_code_and_keeps_what_is_finished(models):
     stop = threading.Event()
     work = jobs.draw([row_of(models, 7, 2), row_of(models, 8, 2)], models, stop)
@@ -350,11 +363,11 @@ def test_an_upload_goes_through_the_tokenizer_with_its_error(models):
 
 
 def test_an_upload_is_read_as_a_browser_shows_it():
-    clear = analysis.read_upload(as_upload(Image.new("RGBA", (8, 8), (0, 0, 0, 0))))
+    clear = uploads.read_upload(as_upload(Image.new("RGBA", (8, 8), (0, 0, 0, 0))))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     turned = Image.Exif()
     turned[0x0112] = 6  # held upright
-    assert analysis.read_upload(as_upload(Image.new("RGB", (8, 4)), exif=turned)).size == (4, 8)
+    assert uploads.read_upload(as_upload(Image.new("RGB", (8, 4)), exif=turned)).size == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -372,4 +385,4 @@ def test_an_upload_is_read_as_a_browser_shows_it():
 )
 def test_a_bad_upload_is_refused_in_words(data, value):
     with pytest.raises(ValueError, match=value):
-        analysis.read_upload(data)
+        uploads.read_upload(data)

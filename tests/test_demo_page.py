@@ -11,6 +11,7 @@ import shutil
 import time
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -98,7 +99,7 @@ def test_the_page_loads_from_this_server_alone_and_keeps_its_width(desktop):
     assert desktop.is_visible("#klass") and not desktop.is_visible("#stop")
     width = "document.querySelector('.gradio-container main').getBoundingClientRect().width"
     widths = [desktop.evaluate(width)]
-    for tab in ("Reconstruct", "API", "Generate"):
+    for tab in ("Edit", "Likelihood", "Reconstruct", "API", "Generate"):
         desktop.get_by_role("tab", name=tab).click()
         desktop.wait_for_timeout(200)
         widths.append(desktop.evaluate(width))
@@ -291,12 +292,90 @@ def test_a_bad_upload_gives_a_message_and_a_good_one_a_reconstruction(desktop, t
     (tmp_path / "bad.png").write_text("no image")
     Image.new("RGB", (70, 50), "teal").save(tmp_path / "good.png")
     desktop.get_by_role("tab", name="Reconstruct").click()
-    desktop.set_input_files("#upload input", tmp_path / "bad.png")
+    desktop.set_input_files("#reconstruct-upload input", tmp_path / "bad.png")
     desktop.wait_for_selector("#reconstruct-status .failed")
     assert "not an image that can be read" in desktop.inner_text("#reconstruct-status")
-    desktop.set_input_files("#upload input", tmp_path / "good.png")
-    desktop.wait_for_selector("#reconstruction .tile >> nth=2")
-    assert "PSNR" in desktop.inner_text("#reconstruction")
+    desktop.set_input_files("#reconstruct-upload input", tmp_path / "good.png")
+    desktop.wait_for_selector("#reconstruct-result .tile >> nth=2")
+    assert "PSNR" in desktop.inner_text("#reconstruct-result")
+    assert desktop.problems == [] and desktop.outside == []
+
+
+def paint(page, start, end):
+    """Draw a stroke over the image; points are shares of its width and height."""
+    page.locator("#painter canvas").scroll_into_view_if_needed()
+    box = page.locator("#painter canvas").bounding_box()
+    (x, y), *rest = [
+        (box["x"] + share * box["width"], box["y"] + down * box["height"])
+        for share, down in (start, end)
+    ]
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(*rest[0], steps=5)
+    page.mouse.up()
+
+
+def test_a_drawn_image_is_painted_over_and_drawn_anew(drawn, server):
+    desktop, pipeline = drawn, Pipeline.from_pretrained("digits")
+    original = np.asarray(image_of(sources(desktop)[0])[0])
+    desktop.get_by_role("tab", name="Edit").click()
+    desktop.click("#edit")
+    desktop.wait_for_selector("#edit-status .failed")
+    assert "image" in desktop.inner_text("#edit-status")
+    desktop.click("#painter .drawn button >> nth=0")
+    desktop.wait_for_function("document.querySelector('#edit-class input').value === '3 · three'")
+    desktop.click("#edit")
+    desktop.wait_for_function("document.querySelector('#edit-status').innerText.includes('masked')")
+    paint(desktop, (0.1, 0.9), (0.9, 0.9))  # the lowest rows of codes
+    desktop.fill("#versions-num input[type=number]", "2")
+    desktop.click("#edit-advanced > button")
+    desktop.fill("#edit-seed input, #edit-seed textarea", "7")
+    desktop.keyboard.press("Enter")
+    desktop.wait_for_function("document.querySelectorAll('#versions .save').length === 2")
+    versions = [np.asarray(image_of(uri)[0]) for uri in sources(desktop, "#versions")]
+    for version in versions:
+        assert np.array_equal(version[:20], original[:20])
+        assert not np.array_equal(version[24:], original[24:])
+    assert not np.array_equal(*versions)
+    desktop.click("#painter [data-keep=left]")
+    desktop.click("#edit")
+    desktop.wait_for_function("document.querySelectorAll('#versions .save').length === 2")
+    idle(desktop)
+    wanted = pipeline.edit(Image.fromarray(original), 3, hole="right", num=2, seed=7)
+    found = [image_of(uri)[0].tobytes() for uri in sources(desktop, "#versions")]
+    assert found == [version.tobytes() for version in wanted]
+    assert desktop.problems == [] and desktop.outside == []
+
+
+def test_an_edit_grows_and_is_stopped(drawn, server, slow_model):
+    desktop = drawn
+    desktop.get_by_role("tab", name="Edit").click()
+    desktop.click("#painter .drawn button >> nth=0")
+    desktop.click("#painter [data-keep=top]")
+    desktop.click("#edit")
+    desktop.wait_for_selector("#versions img")
+    desktop.keyboard.press("Escape")
+    desktop.wait_for_function("document.querySelector('#edit-status').innerText.includes('Stop')")
+    wait_until(lambda: len(server.queue) == 0)
+    assert desktop.locator("#versions .save").count() == 0
+
+
+def test_an_image_is_scored_by_class_and_by_code(drawn, tmp_path):
+    desktop = drawn
+    desktop.get_by_role("tab", name="Likelihood").click()
+    (tmp_path / "bad.png").write_text("no image")
+    desktop.set_input_files("#score-upload input", tmp_path / "bad.png")
+    desktop.wait_for_selector("#score-status .failed")
+    desktop.click("#score-upload .drawn button >> nth=1")
+    desktop.wait_for_selector("#score-result .tile >> nth=1")
+    rows = desktop.locator("#score-result tbody tr")
+    assert rows.count() == 10
+    image = Pipeline.from_pretrained("digits").sample(3, seed=22)[0]
+    name = Pipeline.from_pretrained("digits").classify([image])[0][0][0]
+    assert rows.first.inner_text().startswith(name)
+    heat = desktop.get_attribute("#score-result img.codes", "src")
+    assert image_of(heat)[0].size == (8, 8)
+    assert "nats" in desktop.inner_text("#score-result .legend")
     assert desktop.problems == [] and desktop.outside == []
 
 
@@ -321,7 +400,7 @@ def test_a_phone_needs_no_sideways_scrolling(browser, server, scheme):
             "document.querySelector('#maps').getBoundingClientRect().top < innerHeight / 2"
         )
         assert page.evaluate(wide)
-        for tab in ("Reconstruct", "API"):
+        for tab in ("Edit", "Likelihood", "Reconstruct", "API"):
             page.get_by_role("tab", name=tab).tap()
             page.wait_for_timeout(200)
             assert page.evaluate(wide), tab

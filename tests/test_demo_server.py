@@ -23,13 +23,14 @@ from typer.testing import CliRunner
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
-from moveimg.demo import handlers, page
+from moveimg.demo import handlers, html, page
 from moveimg.demo.guard import FREE_LOGINS
 from moveimg.demo.queue import JobQueue, Visitor
 from moveimg.demo.requests import MAX_BODY
 from moveimg.demo.server import Server, read_auth
 
 CALL = "/gradio_api/call/v2"
+PIXEL = html.image_uri(Image.new("RGB", (1, 1)), {})
 
 
 def image_of(uri):
@@ -69,12 +70,7 @@ def test_endpoints_answer_as_the_library_does(server, client):
     strips = client.predict(class_name="2", scales=[1, 3], num=1, seed=1, api_name="/vary_guidance")
     assert [row["settings"]["cfg_scale"] for row in strips["rows"]] == [1, 3]
     assert [row["images"][0]["seed"] for row in strips["rows"]] == [1, 1]
-    pair = client.predict(class_name=2, models=["digits", "twin"], seed=1, api_name="/compare")
-    assert [row["model"] for row in pair["rows"]] == ["digits", "twin"]
-    memory = client.predict(class_name="two", seed=1, api_name="/memory")
-    assert [m["layer"] for m in memory["layers"]] == [1, 2, 3, 4, 5, 6]
-    assert memory["layers"][0]["share"][7][7] is None
-    answer = client.predict(image=memory["image"]["png"], api_name="/reconstruct")
+    answer = client.predict(image=answer["images"][0]["png"], api_name="/reconstruct")
     assert 0 < answer["mse"] < 1 and len(answer["codes"]) == 8
     assert image_of(answer["image"])[0].size == (32, 32)
     classes = client.predict(search="gold", model="gallery", api_name="/classes")
@@ -82,6 +78,29 @@ def test_endpoints_answer_as_the_library_does(server, client):
     listed = client.predict(api_name="/models")
     assert [m["name"] for m in listed] == ["digits", "gallery", "twin"]
     assert listed[1]["settings"]["cfg_scale"] == 1.0  # its sampling.json is {}
+
+
+def test_edit_and_score_answer_as_the_library_does(client):
+    pipeline = Pipeline.from_pretrained("digits")
+    image = pipeline.sample("seven", seed=3)[0]
+    mask = Image.new("L", image.size)
+    mask.paste(255, (8, 8, 24, 24))
+    uri, hole = html.image_uri(image, {}), html.image_uri(mask, {})
+    for area, given in (("left", "left"), (hole, mask)):
+        values = {"class_name": "one", "num": 2, "seed": 5, "passes": 1, "temperature": 0.9}
+        answer = client.predict(image=uri, hole=area, **values, api_name="/edit")
+        wanted = pipeline.edit(image, "one", hole=given, num=2, seed=5, passes=1, temperature=0.9)
+        found = [image_of(version["png"]) for version in answer["images"]]
+        assert [i.tobytes() for i, _ in found] == [i.tobytes() for i in wanted]
+        assert found[1][1]["hole"] == ("left" if area == "left" else "mask")
+    answer = client.predict(image=uri, api_name="/score")
+    ((name, share), *_) = pipeline.classify([image])[0]
+    likelihood = pipeline.log_likelihood([image], name)
+    assert len(answer["classes"]) == 10 and answer["classes"][0]["name"] == name
+    assert answer["classes"][0]["probability"] == pytest.approx(share)
+    assert answer["bits_per_pixel"] == pytest.approx(likelihood.bits_per_pixel.item(), rel=1e-4)
+    nats = [value for line in answer["nats"] for value in line]
+    assert nats == pytest.approx((-likelihood.log_probs[0]).tolist(), abs=1e-3)
 
 
 def test_errors_are_messages_without_traces_or_paths(server, client):
@@ -92,7 +111,10 @@ def test_errors_are_messages_without_traces_or_paths(server, client):
         ("generate", {"class_name": "gold", "model": "gallery"}, "'gold' fits 2"),
         ("generate", {"class_name": "1", "num": 1000}, "1000"),
         ("generate", {"class_name": "1", "model": "/etc"}, "/etc"),
-        ("compare", {"class_name": "1", "models": ["digits", "gallery"]}, "digits and gallery"),
+        ("edit", {"class_name": "1", "image": PIXEL, "temperature": 0, "passes": 1}, "temperature"),
+        ("edit", {"class_name": "1", "image": PIXEL, "hole": PIXEL}, "masked"),
+        ("edit", {"class_name": "1", "image": PIXEL, "hole": "data:,x"}, "PNG"),
+        ("score", {"image": "data:image/png;base64,aGVsbG8="}, "PNG"),
         ("reconstruct", {"image": "data:image/png;base64,aGVsbG8="}, "PNG"),
     ):
         with pytest.raises(AppError, match=re.escape(part)) as caught:
@@ -110,6 +132,14 @@ def test_errors_are_messages_without_traces_or_paths(server, client):
         (f"{CALL}/generate", ["7"], 422),
         (f"{CALL}/generate", {"class_name": "x" * 10_000_000}, 422),
         (f"{CALL}/reconstruct", {}, 422),
+        (f"{CALL}/score", {}, 422),
+        (f"{CALL}/score", {"image": 7}, 422),
+        (f"{CALL}/edit", {"class_name": "1"}, 422),
+        (f"{CALL}/edit", {"image": PIXEL}, 422),
+        (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "hole": "middle"}, 422),
+        (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "num": 9}, 422),
+        (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "passes": 1000}, 422),
+        (f"{CALL}/compare", {}, 404),
         (f"{CALL}/nothing", {}, 404),
         ("/gradio_api/call/generate", {"data": [1] * 40}, 422),
         ("/gradio_api/run/generate", {}, 404),

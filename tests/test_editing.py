@@ -231,8 +231,18 @@ def test_resampling_draws_from_the_hole_given_all_other_codes():
     hole = torch.tensor([False, True, False, False])
     codes, rngs = fixed.expand(n, -1).clone(), image_rngs(range(n))
     for _ in range(8):
-        codes, _ = resample(model, label.expand(n), codes, hole, SamplingSettings(), rngs)
+        ((_, codes),) = resample(model, label.expand(n), codes, hole, SamplingSettings(), rngs)
     assert codes[:, 1].float().mean().item() == pytest.approx(wanted, abs=4 * 0.5 / n**0.5)
+
+
+def test_an_edit_grows_into_what_edit_returns(pipeline, image):
+    hole = pipeline.hole("left")
+    known = pipeline.encode([image])[0].masked_fill(hole, UNKNOWN)
+    steps = pipeline.iter_codes([2, 2], pipeline.settings(), seed=4, known=known, passes=2)
+    *_, (done, codes) = steps
+    assert done == len(hole) + 2 * int(hole.sum())
+    wanted = pixels(pipeline.edit(image, 2, hole="left", num=2, seed=4, passes=2))
+    assert pixels(pipeline.decode_partial(codes, done, hole, image)) == wanted
 
 
 def test_greedy_resampling_is_refused(pipeline, image):

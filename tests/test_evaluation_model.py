@@ -264,10 +264,10 @@ def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
     monkeypatch.setattr(
         tokenizer, "encode", lambda images: encoded.append(len(images)) or encode(images)
     )
-    few, shown = reconstruct(source, tokenizer, 256, None, None, Guards())
+    few, shown = reconstruct(source, tokenizer, (256, 256), None, None, Guards())
     assert sum(encoded) == 13 and max(encoded) == default_batch_size(256, torch.device("cpu")) < 10
     monkeypatch.setattr("moveimg.evaluation.reconstruct.default_batch_size", lambda *_: 13)
-    whole, same = reconstruct(source, tokenizer, 256, None, None, Guards())
+    whole, same = reconstruct(source, tokenizer, (256, 256), None, None, Guards())
     assert few["mse"] == pytest.approx(whole["mse"], rel=1e-5) and few["usage"] == whole["usage"]
     assert shown.size == same.size  # the first ten images, however they were cut
 

@@ -48,13 +48,13 @@ def make_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """Return a random endpoint and its values; one in ten is invalid or too large."""
     if rng.random() < 0.1:
         return "generate", {"class_name": "x" * rng.choice([10, 10_000_000])}
-    name = rng.choice(["generate"] * 3 + ["vary_guidance", "memory", "reconstruct", "classes"])
+    name = rng.choice(["generate"] * 3 + ["vary_guidance", "score", "reconstruct", "classes"])
     values: dict[str, Any] = {"class_name": rng.randrange(10), "seed": rng.randrange(1000)}
     if name == "generate":
         values |= {"num": rng.choice([1, 4, 8]), "bank": rng.random() < 0.8}
     elif name == "classes":
         values = {"search": "o"}
-    elif name == "reconstruct":
+    elif name in ("reconstruct", "score"):
         buffer = io.BytesIO()
         Image.effect_noise((rng.choice([32, 500, 2000]),) * 2, 80).save(buffer, "png")
         values = {"image": b64encode(buffer.getvalue()).decode()}
@@ -94,7 +94,7 @@ def main(requests: int = 300, visitors: int = 6, slow: int = 0, port: int = 7999
             pages.append(time.perf_counter() - begin)
 
     try:
-        send(url, "memory", {})  # loads the model
+        send(url, "generate", {})  # loads the model
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(slow)]
         threading.Thread(target=watch).start()
         print(f"memory at first: {resident(process):.0f} MB")

@@ -2,7 +2,8 @@
 
 requests: what the page and the API may ask for    models: which models are in memory
 queue: who may compute now                          jobs: rows of images, drawn code by code
-analysis: bank maps and reconstruction              html: images and status lines as HTML
+analysis: bank maps, reconstruction, likelihoods    html: images and status lines as HTML
+uploads: images that visitors send
 handlers: jobs as the page's buttons                api: jobs as named endpoints
 page: the layout, with the .css and .js files       server, guard: which requests are served
 """

@@ -1,29 +1,28 @@
-"""Where a model uses its bank, and what its tokenizer keeps of an image."""
+"""Where a model uses its bank, what its tokenizer keeps of an image, and how likely images are."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import warnings
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from moveimg.data import center_crop, to_tensor
+from moveimg.data import to_tensor
 from moveimg.demo.jobs import Row
 from moveimg.demo.models import Models
-from moveimg.demo.requests import MAX_UPLOAD
-from moveimg.images import to_pil, to_rgb
+from moveimg.demo.uploads import read_upload
+from moveimg.images import to_pil
 from moveimg.inspect import bank_maps
+from moveimg.likelihood import Likelihood, code_log_probs
 from moveimg.pipeline import Pipeline
 
-MAX_PIXELS = 40_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+CLASSES = 8  # scored in one step
 
 
 def map_bank(row: Row, models: Models) -> tuple[Image.Image, list[dict[str, Any]]]:
@@ -78,45 +77,11 @@ class Reconstruction:
     psnr: float
 
 
-def read_upload(data: str) -> Image.Image:
-    """Return the RGB image in a data URI or in bare base64, as a browser shows it.
-
-    Raises ValueError, in words for the visitor, for anything but an image of bounded size.
-    """
-    if not data:
-        raise ValueError("there is no image: choose a file")
-    encoded = data.split(",", 1)[-1] if data.startswith("data:") else data
-    if len(encoded) > MAX_UPLOAD * 4 / 3 + 8:
-        raise ValueError(f"the file is larger than {MAX_UPLOAD // 2**20} MB")
-    pixels = 0
-    try:
-        raw = base64.b64decode("".join(encoded.split()), validate=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(raw), formats=FORMATS)
-            pixels = image.width * image.height
-            if pixels <= MAX_PIXELS:
-                image.draft("RGB", (2048, 2048))  # decodes no more of a JPEG than is of use
-                return to_rgb(image)
-    except Exception:  # Pillow's decoders raise many kinds of errors for broken files
-        expected = ", ".join(FORMATS)
-        raise ValueError(f"this is not an image that can be read (expected {expected})") from None
-    raise ValueError(
-        f"the image has {image.width} x {image.height} pixels: expected at most "
-        f"{MAX_PIXELS // 10**6} million"
-    )
-
-
 def reconstruct(data: str, name: str, models: Models) -> Reconstruction:
     """Send the centre of an uploaded image through a model's tokenizer and back."""
     image = read_upload(data)
     pipeline = models.get(name)
-    grid, factor = pipeline.generator.config.grid, pipeline.tokenizer.downsample
-    height, width = grid[0] * factor, grid[1] * factor
-    if width == height:
-        before = center_crop(image, width)  # as images are cropped for training
-    else:
-        before = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    before, grid = pipeline.crop(image), pipeline.generator.config.grid
     pixels = to_tensor([before])  # [1, 3, H, W]
     codes = pipeline.tokenizer.encode(pixels.to(pipeline.device))
     decoded = pipeline.tokenizer.decode(codes, grid).cpu()
@@ -125,6 +90,42 @@ def reconstruct(data: str, name: str, models: Models) -> Reconstruction:
     colours = Image.fromarray(code_colours(pipeline)[board])
     psnr = 10 * math.log10(4 / mse) if mse else math.inf
     return Reconstruction(before, to_pil(decoded)[0], board, colours, mse, psnr)
+
+
+@dataclass(frozen=True)
+class Score:
+    """An image of h x w codes and its likelihood given each class: log_probs [C, h w]."""
+
+    image: Image.Image
+    grid: tuple[int, int]
+    likelihood: Likelihood
+
+    def best(self, count: int = 10) -> list[tuple[int, float, float]]:
+        """Return (label, probability, nats per code) of the likeliest classes; equal priors."""
+        shares, nats = self.likelihood.total.softmax(0), self.likelihood.nats_per_code
+        return [(i, shares[i].item(), nats[i].item()) for i in nats.argsort()[:count].tolist()]
+
+    def nats(self, label: int) -> np.ndarray:
+        """Return the nats of each code given a class, [h, w]."""
+        return -self.likelihood.log_probs[label].view(self.grid).numpy()
+
+
+def score(
+    data: str, name: str, models: Models, stop: threading.Event
+) -> Iterator[tuple[int, int] | Score]:
+    """Score an uploaded image; yields (classes done, all classes) and at last the Score."""
+    pipeline = models.get(name)
+    image = pipeline.crop(read_upload(data))
+    codes, parts = pipeline.encode([image]), []
+    labels = torch.arange(len(pipeline.class_names), device=pipeline.device)
+    for batch in labels.split(CLASSES):
+        if stop.is_set():
+            return
+        repeated = codes.expand(len(batch), -1)
+        parts.append(code_log_probs(pipeline.decoder, repeated, batch).cpu())
+        yield int(batch[-1]) + 1, len(labels)
+    likelihood = Likelihood(torch.cat(parts), image.width * image.height)
+    yield Score(image, pipeline.generator.config.grid, likelihood)
 
 
 def code_colours(pipeline: Pipeline) -> np.ndarray:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -57,28 +56,21 @@ class Api:
         row = jobs.make_row(self.models, request)
         return {"rows": await self._draw(lambda: jobs.vary_guidance(row, request.scales))}
 
-    async def call_compare(self, request: Any) -> dict[str, Any]:
-        names = request.models or (self.models.names * 2)[:2]
-        row = jobs.make_row(self.models, request.model_copy(update={"model": names[0]}))
-        other = self.models.describe(names[1])
-        return {"rows": await self._draw(lambda: jobs.compare_models(row, other, self.models))}
+    async def call_edit(self, request: Any) -> dict[str, Any]:
+        return (await self._draw(lambda: [jobs.make_edit(self.models, request)]))[0]
 
-    async def call_memory(self, request: Any) -> dict[str, Any]:
+    async def call_score(self, request: Any) -> dict[str, Any]:
         info = self.models.describe(request.model)
-        if not info.has_bank:
-            raise ValueError(f"{info.name} has no value memory, so there is nothing to map")
-        row = await asyncio.to_thread(jobs.make_row, self.models, request)
-
-        def job(stop: threading.Event) -> Iterator[Any]:
-            for frame in jobs.draw([row], self.models, stop):
-                if frame is None or frame.ended != "done":
-                    yield None
-                else:
-                    yield analysis.map_bank(frame.rows[0], self.models)
-
-        image, layers = await self._last(job)
-        maps = [m | {"share": _grid(m["share"]), "gates": _grid(m["gates"])} for m in layers]
-        return {"image": self._answer(row, [image])["images"][0], "layers": maps}
+        data = request.image
+        found = await self._last(lambda stop: analysis.score(data, info.name, self.models, stop))
+        best = [
+            {"index": i, "name": info.class_names[i], "probability": share, "nats_per_code": nats}
+            for i, share, nats in found.best()
+        ]
+        label = best[0]["index"]
+        bits = found.likelihood.bits_per_pixel[label].item()
+        nats = found.nats(label).round(4).tolist()
+        return {"classes": best, "bits_per_pixel": bits, "nats": nats}
 
     async def call_reconstruct(self, request: Any) -> dict[str, Any]:
         r = await self._last(once(analysis.reconstruct, request.image, request.model, self.models))
@@ -115,7 +107,7 @@ class Api:
                 result = item
         if (
             result is None
-            or isinstance(result, Waiting)
+            or isinstance(result, Waiting | tuple)
             or getattr(result, "ended", "") == "stopped"
         ):
             raise ValueError("stopped")
@@ -129,7 +121,3 @@ class Api:
             answers.append(keys | {"png": html.image_uri(image, meta)})
         settings = row.settings.model_dump()
         return {"model": row.model, "settings": settings, "bank": row.bank, "images": answers}
-
-
-def _grid(values: np.ndarray) -> list[list[float | None]]:
-    return [[None if np.isnan(v) else round(float(v), 4) for v in line] for line in values]

@@ -21,7 +21,7 @@ from moveimg.demo import analysis, html, jobs
 from moveimg.demo.jobs import Frame, Row
 from moveimg.demo.models import LOG, Models
 from moveimg.demo.queue import Job, JobQueue, Visitor, Waiting, run_in_turn
-from moveimg.demo.requests import SETTINGS, Generate, parse_call
+from moveimg.demo.requests import SETTINGS, Edit, Generate, parse_call
 from moveimg.errors import describe, validate
 
 SKIP: Any = gr.skip()
@@ -117,7 +117,10 @@ class Handlers:
         return update
 
     def computing(self, prepare: Callable[..., Job[Any]], doing: str) -> Callable[..., Any]:
-        """Return the handler of a button that shows the result of one job: (status, result)."""
+        """Return the handler of a button that shows the result of one job: (status, result).
+
+        Pairs that the job yields before are its progress: classes done, and all.
+        """
 
         async def update(*values: Any) -> AsyncGenerator[tuple[Any, Any]]:
             try:
@@ -125,10 +128,14 @@ class Handlers:
                 job = await asyncio.to_thread(prepare, *values)
                 async with aclosing(self.run(job)) as items:
                     async for item in items:
-                        if not isinstance(item, Waiting):
+                        if isinstance(item, Waiting):
+                            yield html.waiting(item.ahead), SKIP
+                        elif isinstance(item, tuple):
+                            done, total = item
+                            yield html.busy(done, total, "classes"), SKIP
+                        else:
                             yield "", item
                             return
-                        yield html.waiting(item.ahead), SKIP
                 yield html.status("Stopped."), SKIP
             except Exception as error:
                 yield html.status(explain(error), "failed"), SKIP
@@ -142,6 +149,18 @@ class Handlers:
         request = {"model": model, "class_name": klass, "num": num, "seed": seed}
         request |= dict(zip(SETTINGS, values, strict=True))
         return [jobs.make_row(self.models, validate(Generate, request, "settings"))]
+
+    def plan_edit(
+        self, model: str, klass: Any, num: Any, seed: Any, passes: Any, image: str, hole: str
+    ) -> list[Row]:
+        """Plan versions of the image on the page, with the part that is painted over drawn anew."""
+        if not image:
+            raise ValueError("there is no image: choose a file, or one that was drawn")
+        if klass in (None, ""):
+            raise ValueError("choose a class first")
+        request = {"model": model, "class_name": klass, "num": num, "seed": seed}
+        request |= {"passes": passes, "image": image, "hole": hole}
+        return [jobs.make_edit(self.models, validate(Edit, request, "settings"))]
 
     def plan_random_classes(self, model: str, _klass: Any, *values: Any) -> list[Row]:
         return self.plan_class(model, " ", *values)
@@ -181,6 +200,19 @@ class Handlers:
             return html.reconstruction(result, self.models.describe(model))
 
         return once(compute)
+
+    def score(self, model: str, data: str) -> Job[Any]:
+        """Prepare the likelihoods of an uploaded image."""
+        request: Any = parse_call("score", {"model": model, "image": data})
+
+        def job(stop: threading.Event) -> Iterator[Any]:
+            for item in analysis.score(request.image, model, self.models, stop):
+                if isinstance(item, analysis.Score):
+                    yield html.scores(item, self.models.describe(model))
+                else:
+                    yield item
+
+        return job
 
     def pack(self, rows: Any) -> Job[str]:
         """Prepare a zip file, as base64, of the finished rows on the page."""

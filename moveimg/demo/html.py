@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import zipfile
 from collections.abc import Sequence
@@ -13,12 +14,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moveimg.demo.analysis import Reconstruction, heat_map
-from moveimg.demo.jobs import Frame, Row
+from moveimg.demo.analysis import Reconstruction, Score, heat_map
+from moveimg.demo.jobs import EditedRow, Frame, Row
 from moveimg.demo.models import ModelInfo, Models
+from moveimg.editing import HALVES
 from moveimg.errors import list_names
 from moveimg.images import png_bytes
 
+UPLOAD = (
+    '<label class="upload"><input type="file" accept="image/*" aria-label="image">'
+    "<span><b>Choose an image</b>, drop one here, or paste it</span></label>"
+    '<div class="drawn"></div>'
+)
 JPEG_FROM = 128  # pixels of a side from which unfinished images are sent as JPEG
 MAPS = {
     "share": "Each square is one code of the image. Bright: much of what the layer mixes into its "
@@ -57,8 +64,13 @@ def progress(frame: Frame) -> str:
         return status(f"{count} image{'s' * (count > 1)} in {frame.seconds:.1f} s")
     if frame.ended:
         return status(f"Stopped after {share}.")
-    bar = f'<progress max="{frame.total}" value="{frame.done}"></progress>'
-    return f'<div class="status busy" role="status">{bar}{share}</div>'
+    return busy(frame.done, frame.total, "codes")
+
+
+def busy(done: int, total: int, units: str) -> str:
+    """Return the status line of a job that can be stopped."""
+    bar = f'<progress max="{total}" value="{done}"></progress>'
+    return f'<div class="status busy" role="status">{bar}{done} of {total} {units}</div>'
 
 
 def metadata(row: Row, index: int, class_names: Sequence[str]) -> dict[str, Any]:
@@ -66,6 +78,8 @@ def metadata(row: Row, index: int, class_names: Sequence[str]) -> dict[str, Any]
     label = row.labels[index]
     values = {"model": row.model, "class": label, "class_name": class_names[label]}
     values |= {"seed": row.seed + index} | row.settings.model_dump()
+    if isinstance(row, EditedRow):
+        values |= {"hole": row.hole if row.hole in HALVES else "mask", "passes": row.passes}
     return values if row.bank else values | {"bank": False}
 
 
@@ -73,7 +87,8 @@ def file_name(meta: dict[str, Any]) -> str:
     """Return `0007-seven-seed3.png`, as `moveimg sample` names it."""
     slug = "".join(c if c.isalnum() else "-" for c in short_name(meta["class_name"]).lower())[:40]
     bank = "" if meta.get("bank", True) else "-nobank"
-    return f"{meta['class']:04d}-{slug}-seed{meta['seed']}{bank}.png"
+    edit = "-edit" if "hole" in meta else ""
+    return f"{meta['class']:04d}-{slug}-seed{meta['seed']}{bank}{edit}.png"
 
 
 def short_name(class_name: str) -> str:
@@ -171,11 +186,68 @@ def bank_maps(
         shown = _image(heat_map(values, low, high), f"{name}: {mean} on average", "codes")
         gates = [f"g₀ {layer['g_0']:.2f}", f"ḡ {layer['slots']:.2f}"]
         cells.append(_figure(shown, [name, mean, *gates], kind="map"))
-    ramp = _image(heat_map(np.linspace(0, 1, 64)[None]), "colour scale")
     return (
         f'<p class="what"><b>{text(title)}</b>. {MAPS[kind]}</p>'
-        f'<div class="legend">{low:.0%}{ramp}{high:.0%}</div>'
+        f"{_legend(f'{low:.0%}', f'{high:.0%}')}"
         f'<div class="tiles maps">{"".join(cells)}</div>'
+    )
+
+
+def _legend(low: str, high: str) -> str:
+    ramp = _image(heat_map(np.linspace(0, 1, 64)[None]), "colour scale")
+    return f'<div class="legend">{low}{ramp}{high}</div>'
+
+
+def scores(result: Score, info: ModelInfo) -> str:
+    """Return the likeliest classes of an image as bars, and the nats of each code as a map."""
+    best, rows = result.best(), []
+    for label, share, nats in best:
+        name = text(short_name(info.class_names[label]))
+        shown = (
+            f"{share:.1%}"
+            if 0.0005 <= share < 0.9995
+            else "&gt; 99.9%"
+            if share > 0.5
+            else "&lt; 0.1%"
+        )
+        rows.append(
+            f'<tr><th scope="row" title="{text(info.class_names[label])}">{name}</th>'
+            f'<td class="bar"><i style="width: {share:.2%}"></i></td><td>{shown}</td>'
+            f"<td>{nats:.3f}</td></tr>"
+        )
+    label, _, nats = best[0]
+    name, values = short_name(info.class_names[label]), result.nats(label)
+    high = float(values.max())
+    heat = _image(heat_map(values, 0, high), f"nats of each code given {name}", "codes")
+    tiles = _figure(_image(result.image, "image"), ["image", "as it is encoded"])
+    tiles += _figure(heat, ["nats of each code", f"given {name}"])
+    bits = result.likelihood.bits_per_pixel[label].item()
+    size = info.config.codebook_size
+    return (
+        f'<p class="what">Likeliest: <b>{text(name)}</b>, with {nats:.3f} nats per code '
+        f"({bits:.3f} bits per pixel); guessing among all {size:,} codes would cost "
+        f"{math.log(size):.3f}. Bright squares of the map are codes that the model did not expect "
+        f"after those before them. {trained_on(info)}: an image of anything else still gets the "
+        "class that fits it best.</p>"
+        '<div class="scores"><table><thead><tr><th scope="col">class</th><th></th>'
+        '<th scope="col">probability</th><th scope="col">nats per code</th></tr></thead>'
+        f'<tbody>{"".join(rows)}</tbody></table><div><div class="tiles two">{tiles}</div>'
+        f"{_legend('0', f'{high:.1f} nats')}</div></div>"
+    )
+
+
+def painter(info: ModelInfo) -> str:
+    """Return the field of the Edit tab in which an image is painted over (paint.js)."""
+    rows, columns = info.config.grid
+    keep = [f'<button type="button" data-keep="{half}">{half}</button>' for half in HALVES]
+    return (
+        f'{UPLOAD}<div class="painter" style="aspect-ratio: {columns} / {rows}" '
+        f'data-rows="{rows}" data-columns="{columns}"><img alt="">'
+        '<canvas width="512" aria-label="paint over what is to be drawn anew"></canvas></div>'
+        f'<div class="tools">Keep{"".join(keep)}</div><div class="tools"><label>Brush <input '
+        'type="range" min="2" max="40" value="14" aria-label="brush size"></label>'
+        '<button type="button" data-keep="clear">clear</button>'
+        '<span class="keys">Shift erases</span></div>'
     )
 
 
@@ -193,16 +265,19 @@ def reconstruction(result: Reconstruction, info: ModelInfo) -> str:
         ),
     ]
     tiles = f'<div class="tiles three">{"".join(cells)}</div>'
-    return f'<p class="what">{trained_on(info)}</p>{tiles}'
+    return (
+        f'<p class="what">{trained_on(info)}. Its tokenizer keeps what such images need: other '
+        "images, a photograph among digits say, may come back as smears, and that says nothing of "
+        f"the method.</p>{tiles}"
+    )
 
 
 def trained_on(info: ModelInfo) -> str:
-    """Say which images a model knows, and what that means for others."""
+    """Say which images a model knows; without a full stop."""
     classes = text(list_names(map(short_name, info.class_names)))
     return (
         f"<b>{text(info.name)}</b> was trained on images of {len(info.class_names):,} classes "
-        f"({classes}). Its tokenizer keeps what such images need: other images, a photograph "
-        "among digits say, may come back as smears, and that says nothing of the method."
+        f"({classes})"
     )
 
 

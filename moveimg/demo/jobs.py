@@ -17,9 +17,11 @@ from moveimg.config import SamplingSettings
 from moveimg.config.model import Config
 from moveimg.demo.models import ModelInfo, Models
 from moveimg.demo.requests import FRESH_SEEDS, MAX_IMAGES, MAX_SCALES, MAX_STRIP, Generate
+from moveimg.demo.uploads import read_upload
+from moveimg.editing import HALVES
 from moveimg.errors import validate
-from moveimg.pipeline import find_label
-from moveimg.sampling import MAX_SEED
+from moveimg.pipeline import Pipeline, find_label
+from moveimg.sampling import MAX_SEED, UNKNOWN
 
 
 class Row(Config):
@@ -47,6 +49,14 @@ class Row(Config):
     def first(self, count: int = MAX_STRIP) -> Row:
         """Return the first images of the row, not drawn yet."""
         return self.replace(labels=self.labels[:count], codes=None, title="")
+
+
+class EditedRow(Row):
+    """Versions of an uploaded image with a part, `hole`, drawn anew: half of it, or a mask."""
+
+    image: str
+    hole: str
+    passes: int
 
 
 ROWS = TypeAdapter(list[Row])
@@ -105,6 +115,26 @@ def make_row(models: Models, request: Any) -> Row:
         raise ValueError(f"seed {seed}: expected at most {MAX_SEED - len(labels) + 1}")
     settings = SamplingSettings(**info.sampling.model_dump() | request.overrides())
     return Row(model=info.name, labels=labels, seed=seed, settings=settings, bank=request.bank)
+
+
+def make_edit(models: Models, request: Any) -> EditedRow:
+    """Return the row of versions that a request describes. Raises ValueError out of bounds."""
+    row = make_row(models, request)
+    if request.passes and row.settings.temperature == 0:
+        raise ValueError("temperature 0: expected more, because resampling accepts by chance")
+    edit = request.model_dump(include={"image", "hole", "passes"})
+    return EditedRow(**row.model_dump(), **edit)
+
+
+def open_edit(row: Row, pipeline: Pipeline) -> tuple[Image.Image | None, Any, Any]:
+    """Return image, hole (bool [T]) and known codes (int64 [T]) of an edited row, else None."""
+    if not isinstance(row, EditedRow):
+        return None, None, None
+    image = pipeline.crop(read_upload(row.image))
+    hole = pipeline.hole(row.hole if row.hole in HALVES else read_upload(row.hole))
+    if not hole.any():
+        raise ValueError("nothing is masked: paint over what is to be drawn anew")
+    return image, hole, pipeline.encode([image])[0].masked_fill(hole, UNKNOWN)
 
 
 def change_seed(rows: Sequence[Row]) -> list[Row]:
@@ -180,16 +210,22 @@ def draw(rows: Sequence[Row], models: Models, stop: threading.Event) -> Iterator
     start, before = time.perf_counter(), 0
     for number, row in enumerate(rows):
         pipeline = models.get(row.model, row.bank)
-        config = pipeline.generator.config
+        length, width = pipeline.generator.config.seq_len, pipeline.generator.config.grid[1]
+        image, hole, known = open_edit(row, pipeline)
+        passes = row.passes if isinstance(row, EditedRow) else 0
+        steps = length + (passes * int(hole.sum()) if passes else 0)
+        total += len(row.labels) * (steps - length)
         shown, cost = time.perf_counter(), 0.0
-        for done, codes in pipeline.iter_codes(row.labels, row.settings, seed=row.seed):
+        for done, codes in pipeline.iter_codes(
+            row.labels, row.settings, seed=row.seed, known=known, passes=passes
+        ):
             now = time.perf_counter()
-            is_last, stopped = done == config.seq_len, stop.is_set()
-            line_is_full = done % config.grid[1] == 0 and now - shown >= 2 * cost
+            is_last, stopped = done == steps, stop.is_set()
+            line_is_full = (done % width == 0 or done > length) and now - shown >= 2 * cost
             if not (is_last or stopped or line_is_full):
                 yield None
                 continue
-            images[number] = pipeline.decode_partial(codes, done)
+            images[number] = pipeline.decode_partial(codes, done, hole, image)
             shown = time.perf_counter()
             cost = shown - now
             if is_last:
@@ -202,7 +238,7 @@ def draw(rows: Sequence[Row], models: Models, stop: threading.Event) -> Iterator
             )  # fmt: skip
             if ended:
                 return
-        before += len(row.labels) * config.seq_len
+        before += len(row.labels) * steps
 
 
 def decode_rows(rows: Sequence[Row], models: Models) -> list[list[Image.Image]]:

@@ -10,48 +10,60 @@
   // Enter draws, Escape stops. Without a class, gradio would choose the first one of the list.
   document.addEventListener("keydown", (event) => {
     const target = event.target;
-    if (event.key === "Escape" && isShown(find("#stop"))) {
-      find("#stop").click();
+    const findShown = (selector) => [...document.querySelectorAll(selector)].find(isShown);
+    if (event.key === "Escape") {
+      findShown(".halt")?.click();
     } else if (event.key === "Enter" && !event.isComposing) {
-      const isField = target.matches?.("#form input:not([type=checkbox])") || target === document.body;
-      const isEmpty = target.matches?.("#klass input") && !target.value.trim();
+      const isField = target.matches?.(".form input:not([type=checkbox], [type=file])") || target === document.body;
+      const isEmpty = target.matches?.(".klass input") && !target.value.trim();
       const isChoosing = target.getAttribute?.("aria-expanded") === "true" && !isEmpty;
       if (isEmpty) {
         event.stopImmediatePropagation();
         target.blur();
       }
-      if (isField && !isChoosing && isShown(find("#generate"))) {
-        setTimeout(() => find("#generate").click(), 50); // the field first hands its value over
+      if (isField && !isChoosing && findShown(".go")) {
+        setTimeout(() => findShown(".go")?.click(), 50); // the field first hands its value over
       }
     }
   }, true);
 
   // Typing into the class replaces its text.
   document.addEventListener("focusin", (event) => {
-    if (event.target.matches?.("#klass input, #model input")) event.target.select();
+    if (event.target.matches?.(".klass input, #model input")) event.target.select();
   });
 
   // A press shows "Sending" at once and scrolls to where its result will appear.
-  const drawing = "#generate, #surprise, #again, #vary, #compare, #save-all";
-  document.addEventListener("click", (event) => {
-    const isDrawing = event.target.closest?.(drawing);
-    const isLooking = event.target.closest?.("[data-pick], #kind input, #bank-off input");
-    if (!isDrawing && !isLooking) return;
-    const line = isDrawing ? "status" : "memory-status";
-    document.body.dataset.pressed = line;
-    pressed = { line, text: find(`#${line}`).textContent };
-    awaited = isDrawing ? null : event.target.closest("#bank-off") ? "#pair" : "#maps";
-    scroll(`#${line}`, isDrawing ? "nearest" : "center");
-  }, true);
+  const presses = [ // what is pressed, its status line, and the result to scroll to
+    ["#generate, #surprise, #again, #vary, #compare, #save-all", "#status", null],
+    ["[data-pick], #kind input", "#memory-status", "#maps"],
+    ["#bank-off input", "#memory-status", "#pair"],
+    ["#edit", "#edit-status", "#versions"],
+    ["#score-upload", "#score-status", "#score-result"],
+    ["#reconstruct-upload", "#reconstruct-status", "#reconstruct-result"],
+  ];
+  const press = (event) => {
+    const isUpload = event.type === "taken";
+    const found = presses.find(([what]) => what.endsWith("upload") === isUpload && event.target.closest?.(what));
+    if (!found) return;
+    release();
+    const element = find(found[1]);
+    pressed = { element, text: element.textContent };
+    awaited = found[2];
+    element.dataset.pressed = "";
+    scroll(found[1], awaited ? "center" : "nearest");
+  };
+  const release = () => {
+    delete pressed?.element.dataset.pressed;
+    pressed = null;
+  };
+  document.addEventListener("click", press, true);
+  document.addEventListener("taken", press);
   new MutationObserver((changes) => {
-    if (pressed && find(`#${pressed.line}`)?.textContent !== pressed.text) {
-      delete document.body.dataset.pressed;
-      pressed = null;
-    }
+    if (pressed && pressed.element.textContent !== pressed.text) release();
     for (const { target } of changes) {
       const element = target.nodeType === Node.TEXT_NODE ? target.parentElement : target;
       if (awaited && element?.closest(awaited) && find(`${awaited} .tile`)) {
-        scroll(awaited, "start");
+        scroll(awaited, awaited === "#versions" ? "nearest" : "start");
         awaited = null;
       }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from moveimg.demo.requests import (
     ENDPOINTS,
     MAX_BODY,
     MAX_IMAGES,
+    MAX_PASSES,
     MAX_UPLOAD,
+    MAX_VERSIONS,
     SETTINGS,
     endpoint_table,
 )  # fmt: skip
@@ -51,9 +54,17 @@ RECONSTRUCT = (
     "codes and decodes it again. What it cannot keep, no image here can have. The centre of your "
     "image is used; the file is not stored.</p>"
 )
-UPLOAD = (
-    '<label class="upload"><input type="file" accept="image/*" aria-label="image to reconstruct">'
-    "<span><b>Choose an image</b>, drop one here, or paste it</span></label>"
+EDIT = (
+    '<p class="what">Paint over a part of an image, or choose a half to keep: the rest is drawn '
+    "anew as the class you choose. Pixels outside that part stay the image's own. Codes are drawn "
+    "from the top left to the bottom right and see only those before them; resampling passes let "
+    "them see those after them, too.</p>"
+)
+LIKELIHOOD = (
+    '<p class="what">How likely does the model hold an image to be, as each of its classes? The '
+    "probability of all codes of the image given a class is a product over the codes, so it is "
+    "exact; Bayes' rule turns it into a probability of the class. What the tokenizer loses of the "
+    "image does not count.</p>"
 )
 
 
@@ -96,8 +107,14 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Generate"):
                 model = _generate_tab(page, handlers)
+            with gr.Tab("Edit"):
+                _edit_tab(handlers, model)
+            with gr.Tab("Likelihood"):
+                scoring = handlers.computing(handlers.score, "Scoring")
+                _upload_tab(handlers, model, LIKELIHOOD, "score", scoring)
             with gr.Tab("Reconstruct"):
-                _reconstruct_tab(handlers, model)
+                encoding = handlers.computing(handlers.reconstruct, "Encoding")
+                _upload_tab(handlers, model, RECONSTRUCT, "reconstruct", encoding)
             with gr.Tab("API"):
                 names = handlers.models.describe().class_names
                 example = read("api.md").replace("CLASS", html.short_name(names[-1]))
@@ -112,17 +129,14 @@ def _generate_tab(page: gr.Blocks, handlers: Handlers) -> gr.Dropdown:
     rows = gr.BrowserState([], storage_key="moveimg-rows", secret="moveimg")
     index, packed = gr.State(0), gr.Textbox(visible=False)
     with gr.Row(elem_id="main"):
-        with gr.Column(elem_id="form", scale=4, min_width=290):
+        with gr.Column(elem_id="form", elem_classes="form", scale=4, min_width=290):
             many = len(models.names) > 1
             model = gr.Dropdown(models.names, label="Model", visible=many, elem_id="model")
-            klass = gr.Dropdown(
-                _choices(info), value=0, label="Class", allow_custom_value=True,
-                info=_search_help(info), elem_id="klass",
-            )  # fmt: skip
+            klass = _class_field(info, "klass")
             num = gr.Slider(1, MAX_IMAGES, value=8, step=1, label="Images", elem_id="num")
-            with gr.Row(elem_id="press"):
-                generate = _button("Generate", "generate", variant="primary")
-                stop = _button("Stop", "stop", variant="stop")
+            with gr.Row(elem_classes="press"):
+                generate = _button("Generate", "generate", variant="primary", elem_classes="go")
+                _stop_button(handlers, "stop")
                 surprise = _button("Surprise me", "surprise")
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 seed = gr.Textbox(
@@ -159,7 +173,6 @@ def _generate_tab(page: gr.Blocks, handlers: Handlers) -> gr.Dropdown:
             lambda: (0, "", "", "", False), None, [index, *clear], cancels=looking, **DIRECT
         )
         button.click(handlers.drawing(plan, PICK), inputs, [status, gallery, rows], **QUEUED)
-    stop.click(handlers.stop, None, None, **DIRECT)
     packing = handlers.computing(handlers.pack, "Packing")
     save.click(packing, rows, [status, packed], **QUEUED).then(
         None, packed, packed, js=read("download.js")
@@ -190,6 +203,19 @@ def _generate_tab(page: gr.Blocks, handlers: Handlers) -> gr.Dropdown:
 
 def _button(label: str, name: str, **options: Any) -> gr.Button:
     return gr.Button(label, elem_id=name, min_width=100, scale=2, **options)
+
+
+def _stop_button(handlers: Handlers, name: str) -> None:
+    """Build a button that is shown, in place of the one that begins, while a job runs."""
+    stop = _button("Stop", name, variant="stop", elem_classes="halt")
+    stop.click(handlers.stop, None, None, **DIRECT)
+
+
+def _class_field(info: ModelInfo, name: str) -> gr.Dropdown:
+    return gr.Dropdown(
+        _choices(info), value=0, label="Class", allow_custom_value=True, info=_search_help(info),
+        elem_id=name, elem_classes="klass",
+    )  # fmt: skip
 
 
 def _setting(name: str, info: ModelInfo) -> Any:
@@ -265,18 +291,78 @@ def _memory_panel(
     return [status, maps, pair, off], looking
 
 
-def _reconstruct_tab(handlers: Handlers, model: gr.Dropdown) -> None:
-    gr.HTML(RECONSTRUCT)
-    upload = gr.HTML(UPLOAD, elem_id="upload", most=MAX_UPLOAD, js_on_load=read("upload.js"))
-    status = gr.HTML(elem_id="reconstruct-status")
-    result = gr.HTML(elem_id="reconstruction")
-    reconstruct = handlers.computing(handlers.reconstruct, "Encoding")
+def _edit_tab(handlers: Handlers, model: gr.Dropdown) -> None:
+    info = handlers.models.describe()
+    gr.HTML(EDIT)
+    with gr.Row():
+        with gr.Column(elem_classes="form", scale=4, min_width=290):
+            painter = gr.HTML(
+                html.painter(info), elem_id="painter", most=MAX_UPLOAD,
+                js_on_load=read("upload.js") + read("paint.js"),
+            )  # fmt: skip
+            klass = _class_field(info, "edit-class")
+            with gr.Row(elem_classes="press"):
+                edit = _button("Draw anew", "edit", variant="primary", elem_classes="go")
+                _stop_button(handlers, "edit-stop")
+            num = gr.Slider(
+                1, MAX_VERSIONS, value=4, step=1, label="Versions", elem_id="versions-num"
+            )
+            with gr.Accordion("Advanced", open=False, elem_id="edit-advanced"):
+                seed = gr.Textbox(
+                    label="seed", elem_id="edit-seed", max_lines=1,
+                    info="Version i is drawn with seed + i; empty: a new one each time",
+                )  # fmt: skip
+                passes = gr.Slider(
+                    0, MAX_PASSES, value=0, step=1, label="resampling passes", elem_id="passes",
+                    info="Metropolis-Hastings over blocks of 4 codes; slower",
+                )  # fmt: skip
+        with gr.Column(scale=6, min_width=290):
+            status = gr.HTML(elem_id="edit-status")
+            versions = gr.HTML(html.EMPTY_GALLERY, elem_id="versions")
+    image, mask = gr.Textbox(visible=False), gr.Textbox(visible=False)
+    drawing = handlers.drawing(handlers.plan_edit)
+
+    async def draw_anew(*values: Any) -> Any:
+        async for shown in drawing(*values):
+            yield shown[:2]
+
+    edit.click(
+        draw_anew, [model, klass, num, seed, passes, image, mask], [status, versions],
+        js="(...values) => [...values.slice(0, -2), ...window.painted()]", **QUEUED,
+    )  # fmt: skip
+
+    def choose_drawn(name: str, event: gr.EventData) -> Any:
+        """Choose the class of an image that was drawn."""
+        return (
+            event.label if event.label < handlers.models.describe(name).config.n_classes else SKIP
+        )
+
+    painter.select(choose_drawn, model, klass, **DIRECT)
+
+    def show(name: str) -> list[Any]:
+        info = handlers.models.describe(name)
+        classes = gr.update(choices=_choices(info), value=0, info=_search_help(info))
+        return [classes, html.painter(info)]
+
+    model.change(show, model, [klass, painter], **DIRECT)
+
+
+def _upload_tab(
+    handlers: Handlers, model: gr.Dropdown, about: str, name: str, compute: Callable[..., Any]
+) -> None:
+    """Build a tab that shows what `compute(model, image)` says about one image."""
+    gr.HTML(about)
+    upload = gr.HTML(
+        html.UPLOAD, elem_id=f"{name}-upload", most=MAX_UPLOAD, js_on_load=read("upload.js")
+    )
+    _stop_button(handlers, f"{name}-stop")
+    status, result = gr.HTML(elem_id=f"{name}-status"), gr.HTML(elem_id=f"{name}-result")
 
     async def uploaded(name: str, event: gr.EventData) -> Any:
         if event.problem:
             yield html.status(str(event.problem)[:200], "failed"), ""
             return
-        async for update in reconstruct(name, event.data):
+        async for update in compute(name, event.data):
             yield update
 
     upload.upload(uploaded, [model], [status, result], **QUEUED)

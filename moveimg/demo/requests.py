@@ -10,12 +10,15 @@ from pydantic import Field, create_model, field_validator, model_validator
 
 from moveimg.config import SamplingSettings
 from moveimg.config.model import Config
+from moveimg.editing import HALVES
 from moveimg.errors import validate
 from moveimg.sampling import MAX_SEED
 
 MAX_IMAGES = 16  # per press
 MAX_STRIP = 4  # images of each of several rows that are compared
 MAX_SCALES = 6
+MAX_VERSIONS = 8  # of an edited image
+MAX_PASSES = 20
 MAX_UPLOAD = 8 * 2**20  # bytes of a file
 MAX_BODY = 12 * 2**20  # bytes of a request: an upload in base64, and some room
 FRESH_SEEDS = 1_000_000  # a seed that nobody chose is below this, short enough to read out
@@ -42,18 +45,23 @@ class Search(Request):
     search: str = Field("", max_length=200, description="part of a name, or an index")
 
 
+IMAGE: Any = Field(
+    "", min_length=1, max_length=MAX_UPLOAD * 4 // 3 + 200, validate_default=True,
+    description="the file as a data URI or base64",
+)  # fmt: skip
+
+
 class Reconstruct(Request):
     """Send an image through a model's tokenizer and back."""
 
-    image: str = Field(
-        "", min_length=1, max_length=MAX_UPLOAD * 4 // 3 + 200, validate_default=True,
-        description="the file as a data URI or base64",
-    )  # fmt: skip
+    image: str = IMAGE
 
 
-class Memory(Request):
-    """Draw one image, and map where each layer uses the bank in it."""
+class Score(Reconstruct):
+    """Score an image: its likeliest classes, and nats per code of all codes, given the first."""
 
+
+class _Draw(Request):
     class_name: str | int = Field(
         "", description="an index, a name or part of one; empty: random classes"
     )
@@ -74,7 +82,7 @@ class Memory(Request):
         return None if isinstance(value, str) and not value.strip() else value
 
 
-class VaryGuidance(Memory):
+class VaryGuidance(_Draw):
     """Draw the same seeds with several guidance scales."""
 
     num: int = Field(2, ge=1, le=MAX_STRIP, description="images per scale")
@@ -83,16 +91,7 @@ class VaryGuidance(Memory):
     )
 
 
-class Compare(Memory):
-    """Draw the same classes and seeds with two models."""
-
-    num: int = Field(2, ge=1, le=MAX_STRIP, description="images per model")
-    models: list[str] | None = Field(
-        None, min_length=2, max_length=2, description="two names from /models"
-    )
-
-
-class _Generate(Memory):
+class _Generate(_Draw):
     """Draw images of a class; settings left out are the model's own."""
 
     num: int = Field(1, ge=1, le=MAX_IMAGES, description="images")
@@ -109,14 +108,39 @@ class _Generate(Memory):
         return self
 
 
+class _Edit(_Generate):
+    """Draw a part of an image anew, as a class; pixels outside the part stay its own."""
+
+    num: int = Field(1, ge=1, le=MAX_VERSIONS, description="versions")
+    image: str = IMAGE
+    hole: str = Field(
+        "bottom", max_length=MAX_UPLOAD,
+        description="the part: top, bottom, left, right (half), or a mask, white in the part, as a "
+        "data URI; it is cropped as the image is",
+    )  # fmt: skip
+    passes: int = Field(
+        0, ge=0, le=MAX_PASSES, description="resampling passes: the part sees what comes after it"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> _Edit:
+        if not str(self.class_name).strip():
+            raise ValueError("class_name: expected a name or an index")
+        if self.hole not in HALVES and not self.hole.startswith("data:"):
+            expected = f"expected {', '.join(HALVES)}, or a mask as a data URI"
+            raise ValueError(f"hole {self.hole[:40]!r}: {expected}")
+        return self
+
+
 SETTINGS: dict[str, Any] = {
     name: (field.annotation | None, Field(None, description=field.description))  # type: ignore[operator]
     for name, field in SamplingSettings.model_fields.items()
 }
 Generate: Any = create_model("Generate", __base__=_Generate, __doc__=_Generate.__doc__, **SETTINGS)
+Edit: Any = create_model("Edit", __base__=_Edit, __doc__=_Edit.__doc__, **SETTINGS)
 
 ENDPOINTS: dict[str, type[Config]] = {
-    "generate": Generate, "vary_guidance": VaryGuidance, "compare": Compare, "memory": Memory,
+    "generate": Generate, "vary_guidance": VaryGuidance, "edit": Edit, "score": Score,
     "reconstruct": Reconstruct, "classes": Search, "models": ListModels,
 }  # fmt: skip
 

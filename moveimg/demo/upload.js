@@ -1,18 +1,32 @@
-// A field for one image: chosen, dropped or pasted. The file goes to the server as a data URI.
+// A field for one image: chosen, dropped, pasted, or drawn in another tab. It goes to the server as a
+// data URI, or to paint.js, which replaces `take`.
 const most = Number(props.most);
-const input = element.querySelector("input");
+let take = (data, problem = "") => {
+  element.dispatchEvent(new CustomEvent("taken", { bubbles: true }));
+  trigger("upload", { data, problem });
+};
 const send = (file) => {
   if (!file) return;
   if (file.size > most) {
-    trigger("upload", { data: "", problem: `the file is larger than ${Math.floor(most / 2 ** 20)} MB` });
+    take("", `the file is larger than ${Math.floor(most / 2 ** 20)} MB`);
     return;
   }
   const reader = new FileReader();
-  reader.onload = () => trigger("upload", { data: reader.result, problem: "" });
-  reader.onerror = () => trigger("upload", { data: "", problem: "the file cannot be read" });
+  reader.onload = () => take(reader.result);
+  reader.onerror = () => take("", "the file cannot be read");
   reader.readAsDataURL(file);
 };
-input.addEventListener("change", () => { send(input.files[0]); input.value = ""; });
+element.addEventListener("change", (event) => {
+  if (event.target.type !== "file") return;
+  send(event.target.files[0]);
+  event.target.value = "";
+});
+element.addEventListener("click", (event) => {
+  const button = event.target.closest(".drawn button");
+  if (!button) return;
+  take(button.firstChild.src);
+  trigger("select", { label: Number(button.dataset.label) });
+});
 element.addEventListener("dragover", (event) => { event.preventDefault(); element.classList.add("over"); });
 element.addEventListener("dragleave", () => element.classList.remove("over"));
 element.addEventListener("drop", (event) => {
@@ -23,3 +37,15 @@ element.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => {
   if (element.offsetParent !== null && event.clipboardData.files[0]) send(event.clipboardData.files[0]);
 });
+// Whenever the field comes into view, it offers the finished images of the page.
+new IntersectionObserver(() => {
+  const images = [...document.querySelectorAll(":is(#gallery, #versions) .tile:has(.save) img")];
+  element.querySelector(".drawn").replaceChildren(...images.map((image) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.ariaLabel = `take ${image.alt}`;
+    button.dataset.label = parseInt(image.closest(".tile").querySelector(".save").download, 10);
+    button.append(image.cloneNode());
+    return button;
+  }));
+}).observe(element);

@@ -1,0 +1,64 @@
+// What is painted over is drawn anew: the canvas over the image is the mask.
+const find = (selector) => element.querySelector(selector);
+const pen = () => find("canvas").getContext("2d");
+let last = null; // the end of the stroke
+take = (data, problem = "") => {
+  find(".upload span").dataset.problem = problem;
+  if (data) find(".painter img").src = data;
+};
+const place = ({ clientX, clientY }) => {
+  const canvas = find("canvas"), box = canvas.getBoundingClientRect();
+  return [(clientX - box.left) / box.width * canvas.width, (clientY - box.top) / box.height * canvas.height];
+};
+const stroke = (event) => {
+  const to = place(event), context = pen();
+  context.globalCompositeOperation = event.shiftKey ? "destination-out" : "source-over";
+  context.strokeStyle = "#e11d74";
+  context.lineWidth = find("input[type=range]").value / 100 * find("canvas").width;
+  context.lineCap = "round";
+  context.beginPath();
+  context.moveTo(...last);
+  context.lineTo(...to);
+  context.stroke();
+  last = to;
+};
+element.addEventListener("pointerdown", (event) => {
+  if (!event.target.matches("canvas")) return;
+  event.target.setPointerCapture(event.pointerId);
+  last = place(event);
+  stroke(event);
+});
+element.addEventListener("pointermove", (event) => last && stroke(event));
+for (const end of ["pointerup", "pointercancel"]) element.addEventListener(end, () => { last = null; });
+// Keeping a half paints over the other one, in whole codes.
+element.addEventListener("click", (event) => {
+  const keep = event.target.dataset.keep;
+  if (!keep) return;
+  const { width, height } = find("canvas"), { rows, columns } = find(".painter").dataset;
+  const x = Math.floor(columns / 2) / columns * width, y = Math.floor(rows / 2) / rows * height;
+  const rest = { top: [0, y, width, height], bottom: [0, 0, width, y], left: [x, 0, width, height],
+    right: [0, 0, x, height], clear: [0, 0, 0, 0] };
+  const context = pen();
+  context.globalCompositeOperation = "source-over";
+  context.fillStyle = "#e11d74";
+  context.clearRect(0, 0, width, height);
+  context.fillRect(...rest[keep]);
+});
+const fit = () => {
+  const { rows, columns } = find(".painter").dataset;
+  find("canvas").height = 512 * rows / columns;
+};
+fit();
+watch("value", fit);
+// The image, and the mask as a PNG: white where it is drawn anew.
+window.painted = () => {
+  const mask = find("canvas").cloneNode(), context = mask.getContext("2d");
+  context.drawImage(find("canvas"), 0, 0);
+  context.globalCompositeOperation = "source-in";
+  context.fillStyle = "white";
+  context.fillRect(0, 0, mask.width, mask.height);
+  context.globalCompositeOperation = "destination-over";
+  context.fillStyle = "black";
+  context.fillRect(0, 0, mask.width, mask.height);
+  return [find(".painter img").getAttribute("src") ?? "", mask.toDataURL()];
+};
