@@ -21,7 +21,46 @@ MAX_PIXELS = 2**26  # of an image that is read; Pillow itself warns at a third m
 # Formats that run Ghostscript, exist on Windows alone or are only identified by Pillow
 COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # these are tried first
 NOT_READ = {"EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR"}
+MAX_ASPECT = 16  # of a strip, before it is enlarged
 MAX_CAPTION = 200  # characters of a name that a grid tries to fit
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The central part of `image` with (height, width) `size`, after a resize that just covers it.
+
+    As in ADM (Dhariwal and Nichol 2021, `center_crop_arr` in openai/guided-diffusion): a box
+    filter halves the image while it is at least twice as large, a bicubic step does the rest. A
+    strip is cut to its central part first: enlarged whole, 60,000 x 1 pixels would take gigabytes.
+    """
+    height, width = size
+    short, long = sorted(image.size)
+    if long > MAX_ASPECT * short:
+        across, down = (min(side, MAX_ASPECT * short) for side in image.size)
+        left, top = (image.width - across) // 2, (image.height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    # Rounded down as in ADM; torchvision's center_crop rounds halves to even.
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def stack_views(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB images of one size -> uint8 [N, 3, H, W]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1], any shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB images of one size -> float32 [N, 3, H, W] in [-1, 1]."""
+    return normalize(stack_views(images))
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:

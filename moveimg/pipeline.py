@@ -20,7 +20,7 @@ from moveimg.device import pick_device, pick_dtype
 from moveimg.dist import print_rank0
 from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw, resample
 from moveimg.errors import validate
-from moveimg.images import to_pil, to_rgb
+from moveimg.images import center_crop, to_pil, to_rgb, to_tensor
 from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
 from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import resolve
@@ -225,14 +225,10 @@ class Pipeline:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """An image as RGB of the model's size: resized, and cropped around its centre."""
-        from moveimg.data import center_crop
-
         return center_crop(to_rgb(image), self.image_size)
 
     def encode(self, images: Iterable[Image.Image], *, batch_size: int = 32) -> Tensor:
         """Codes int64 [B, T] of images, cropped to the model's size."""
-        from moveimg.data import to_tensor
-
         cropped = [self.crop(image) for image in images]
         if not cropped:
             raise ValueError("no images: expected at least one")
@@ -246,8 +242,6 @@ class Pipeline:
 
     def hole(self, area: Area, kept: bool = False) -> Tensor:
         """The codes to draw, bool [T]: those that touch an area, or its outside if it is kept."""
-        from moveimg.data import center_crop
-
         downsample = self.tokenizer.downsample
 
         def crop(mask: Image.Image) -> Image.Image:

@@ -24,7 +24,7 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "pretrained": {"config", "model", "checkpoint", "tokenizer"},
     "likelihood": {"model", "sampling"},
     "editing": {"config", "model", "sampling", "likelihood"},
-    "pipeline": CORE | {"data", "likelihood", "editing"},
+    "pipeline": CORE | {"likelihood", "editing"},
     "evaluation": CORE | {"data", "pipeline"},
     "training": CORE | {"data", "pipeline", "evaluation"},
 }

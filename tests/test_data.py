@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from moveimg.data import open_images
-from moveimg.data.crops import center_crop, count_views, crop_views, enlarged, to_tensor
+from moveimg.data.crops import count_views, crop_views, enlarged
 from moveimg.data.images import digits_arrays
-from moveimg.images import to_pil, to_uint8
+from moveimg.images import center_crop, to_pil, to_tensor, to_uint8
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -46,13 +46,13 @@ def adm_reference(image: Image.Image, size: int) -> np.ndarray:
 @pytest.mark.parametrize("width, height", [(32, 32), (33, 40), (131, 67), (64, 200), (5, 9)])
 def test_center_crop_is_adms(width: int, height: int) -> None:
     image = noise(width, height)
-    assert np.array_equal(np.asarray(center_crop(image, 32)), adm_reference(image, 32))
+    assert np.array_equal(np.asarray(center_crop(image, (32, 32))), adm_reference(image, 32))
 
 
 @pytest.mark.parametrize("width, height", [(60_000, 1), (1, 60_000), (4000, 30)])
 def test_a_strip_is_cut_before_it_is_enlarged(width: int, height: int) -> None:
     gradient = Image.linear_gradient("L").rotate(90 if width > height else 0)
-    image = center_crop(gradient.resize((width, height)), 256)
+    image = center_crop(gradient.resize((width, height)), (256, 256))
     assert image.size == (256, 256)
     assert np.asarray(image).std() < 10  # the middle of the gradient, not all of it
 
@@ -66,7 +66,9 @@ def test_ten_crop_order_and_counts() -> None:
         box = slice(top, top + 20), slice(left, left + 20)
         assert np.array_equal(views[i], pixels[box])
         assert np.array_equal(views[5 + i], pixels[:, ::-1][box])
-    assert np.array_equal(views[14], np.asarray(center_crop(center_crop(image, 21), 21))[:20, :20])
+    assert np.array_equal(
+        views[14], np.asarray(center_crop(center_crop(image, (21, 21)), (21, 21)))[:20, :20]
+    )
     centre, mirror = crop_views(noise(40, 30), 16, "flip")
     assert np.array_equal(np.asarray(centre)[:, ::-1], np.asarray(mirror))
     assert np.array_equal(np.asarray(centre), adm_reference(noise(40, 30), 16))

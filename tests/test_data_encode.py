@@ -24,8 +24,8 @@ from moveimg.data import (
     encode_splits,
     open_images,
     shards,
-    to_tensor,
 )
+from moveimg.images import to_tensor
 
 
 class PatchTokenizer:

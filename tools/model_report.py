@@ -19,10 +19,10 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from moveimg.data import center_crop, open_images, to_tensor
+from moveimg.data import open_images
 from moveimg.errors import describe
 from moveimg.evaluation.classifier import train_classifier
-from moveimg.images import to_uint8
+from moveimg.images import center_crop, to_tensor, to_uint8
 from moveimg.pipeline import Pipeline
 
 BATCH = 100
@@ -33,7 +33,7 @@ def load_split(images: str, split: str, size: int, limit: int) -> tuple[Tensor, 
     source = open_images(images, split)  # type: ignore[arg-type]
     rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(int)
     items = [source[int(i)] for i in rows]
-    views = to_tensor([center_crop(image, size) for image, _ in items])
+    views = to_tensor([center_crop(image, (size, size)) for image, _ in items])
     return views, torch.tensor([label for _, label in items])
 
 

@@ -8,7 +8,7 @@ from moveimg.data.codes import (
     epoch_order,
     sha256_file,
 )
-from moveimg.data.crops import center_crop, count_views, crop_views, normalize, to_tensor
+from moveimg.data.crops import count_views, crop_views
 from moveimg.data.encode import (
     code_grid,
     default_batch_size,
@@ -35,7 +35,6 @@ __all__ = [
     "ImageSource",
     "PackedCodes",
     "Split",
-    "center_crop",
     "code_grid",
     "codes_bytes",
     "count_views",
@@ -50,11 +49,9 @@ __all__ = [
     "find_splits",
     "is_named_source",
     "make_encoder",
-    "normalize",
     "open_flat_folder",
     "open_images",
     "report_unreadable",
     "sha256_file",
-    "to_tensor",
     "walk_images",
 ]

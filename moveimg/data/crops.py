@@ -1,47 +1,18 @@
-"""Views of images, and their tensors.
-
-The centre crop is that of ADM (Dhariwal and Nichol 2021, `center_crop_arr` in
-openai/guided-diffusion); ten crops from an enlarged square are LlamaGen's augmentation of
-codes (Sun et al. 2024).
-"""
+"""Views of images: ten crops from an enlarged one are LlamaGen's augmentation of codes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from PIL import Image
 from torchvision.transforms import functional
 
 from moveimg.config import Size, as_pair
+from moveimg.images import center_crop
 
 Crops = Literal["center", "flip", "five", "ten"]
-MAX_ASPECT = 16  # of a strip, before it is enlarged
 VIEWS_PER_RANGE: dict[Crops, int] = {"center": 1, "flip": 2, "five": 5, "ten": 10}
-
-
-def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The central part of `image` with (height, width) `size`, after a resize that just covers it.
-
-    Halves by a box filter while the image is at least twice as large, then resizes bicubically.
-    Smaller images are enlarged by the bicubic step. A strip is cut to its central part first:
-    enlarged whole, 60,000 x 1 pixels would take gigabytes.
-    """
-    height, width = as_pair(size)
-    short, long = sorted(image.size)
-    if long > MAX_ASPECT * short:
-        across, down = (min(side, MAX_ASPECT * short) for side in image.size)
-        left, top = (image.width - across) // 2, (image.height - down) // 2
-        image = image.crop((left, top, left + across, top + down))
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(resized, Image.Resampling.BICUBIC)
-    # Rounded down as in ADM; torchvision's center_crop rounds halves to even.
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 def crop_views(
@@ -84,18 +55,3 @@ def count_views(crops: Crops, ranges: Sequence[float]) -> int:
     if not ranges or not all(1 <= ratio < float("inf") for ratio in ranges):
         raise ValueError(f"crop ranges are {list(ranges)}: expected one or more, each at least 1")
     return VIEWS_PER_RANGE[crops] * len(ranges)
-
-
-def stack_views(images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB images of one size -> uint8 [N, 3, H, W]."""
-    return torch.stack([functional.pil_to_tensor(image) for image in images])
-
-
-def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1], any shape."""
-    return pixels.float() / 127.5 - 1
-
-
-def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB images of one size -> float32 [N, 3, H, W] in [-1, 1]."""
-    return normalize(stack_views(images))

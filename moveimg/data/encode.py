@@ -24,7 +24,7 @@ from moveimg.data.codes import (
     Skipped,
     write_shard,
 )
-from moveimg.data.crops import Crops, count_views, crop_views, normalize, stack_views
+from moveimg.data.crops import Crops, count_views, crop_views
 from moveimg.data.folders import report_classes
 from moveimg.data.images import (
     ImageSource,
@@ -36,7 +36,7 @@ from moveimg.data.images import (
 from moveimg.dist import all_ranks, print_rank0
 from moveimg.errors import validate
 from moveimg.files import lock
-from moveimg.images import UnreadableImageError
+from moveimg.images import UnreadableImageError, normalize, stack_views
 from moveimg.progress import progress_bar
 from moveimg.tables import format_bytes
 

@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moveimg.data import to_tensor
 from moveimg.demo.jobs import Row
 from moveimg.demo.models import Models
 from moveimg.demo.uploads import read_upload
-from moveimg.images import to_pil
+from moveimg.images import to_pil, to_tensor
 from moveimg.inspect import bank_maps
 from moveimg.likelihood import Likelihood, code_log_probs
 from moveimg.pipeline import Pipeline

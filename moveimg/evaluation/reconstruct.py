@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 import tokenizer as vq
-from moveimg.data import ImageSource, code_grid, default_batch_size, drop_unreadable, normalize
+from moveimg.data import ImageSource, code_grid, default_batch_size, drop_unreadable
 from moveimg.evaluation.features import Extractor, run
 from moveimg.evaluation.metrics import WINDOW, frechet_distance, psnr, ssim, statistics_of
 from moveimg.evaluation.reference import Reference
 from moveimg.evaluation.scoring import Guards, check_pair
 from moveimg.evaluation.sets import source_images
-from moveimg.images import labelled_grid, to_pil, to_uint8
+from moveimg.images import labelled_grid, normalize, to_pil, to_uint8
 from moveimg.progress import progress_bar
 
 SHOWN = 10

@@ -23,11 +23,10 @@ from moveimg.data import (
     crop_views,
     epoch_order,
     open_images,
-    to_tensor,
 )
 from moveimg.device import pick_dtype
 from moveimg.dist import World, print_rank0, reduce_mean
-from moveimg.images import UnreadableImageError, labelled_grid, to_pil
+from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_tensor
 from moveimg.training.loop import fit
 from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Parallelism
