@@ -58,12 +58,13 @@ def main(
     from apps.demo_parts.models import Models
     from apps.demo_parts.queue import JobQueue
     from apps.demo_parts.server import Server, read_auth
-    from moveimg.device import pick_device, pick_dtype
+    from moveimg.device import limit_arenas, pick_device, pick_dtype
     from moveimg.errors import describe
     from moveimg.pipeline import DEFAULT_MODEL
 
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    limit_arenas()
     try:
         accounts = read_auth(auth)
         pick_dtype(dtype, pick_device(device))  # refuses what the machine does not have

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 import timeit
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from moveimg import plots
 from moveimg.checkpoint import load_generator, read_about, read_model_config
 from moveimg.compare_table import ABOUT, comparison_table, csv_table, summarize
 from moveimg.config import TrainConfig, load_config, read_yaml
 from moveimg.device import hardware
-from moveimg.dist import die_with_parent
+from moveimg.dist import die_with_parent, signals_raise
 from moveimg.errors import shorten, validate
-from moveimg.files import parse_json, read_json, read_text, write_json, write_text
+from moveimg.files import read_json, write_json, write_text
 from moveimg.model import model_cost
 from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
+from moveimg.training.settings import Measurement, read_measurements
 
 SAMPLED = 32  # batch size when the sampling rate is measured
 # Keys in which the configs may differ: the model's three slots and its size.
@@ -57,11 +58,9 @@ class ComparedRun:
     def directory(self) -> Path:
         return self.config.out
 
-    def measurements(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: step, seconds, peak_memory, loss, ..."""
-        path = self.directory / "training" / "metrics.jsonl"
-        lines = read_text(path).splitlines() if path.is_file() else []
-        return [parse_json(line, str(path)) for line in lines]
+    def measurements(self) -> list[Measurement]:
+        """The lines of metrics.jsonl."""
+        return read_measurements(self.directory / "training" / "metrics.jsonl")
 
     def finished(self) -> bool:
         """Whether the directory holds this run, measured and exported at its last step."""
@@ -69,7 +68,7 @@ class ComparedRun:
         if not all((self.directory / name).is_file() for name in names):
             return False
         steps, lines = self.config.steps, self.measurements()
-        if not lines or lines[-1]["step"] != steps:
+        if not lines or lines[-1].step != steps or lines[-1].loss is None:
             return False
         # A run killed after its last measurement still has the model of an earlier step.
         return read_about(self.directory).get("step") == steps and not self.changed_settings()
@@ -81,6 +80,13 @@ class ComparedRun:
             return {}
         before = validate(TrainConfig, read_yaml(path), str(path))
         return differing(settings_without(before, NEUTRAL), settings_without(self.config, NEUTRAL))
+
+
+class _Rate(BaseModel):
+    """The content of sampling_rate.json."""
+
+    images_per_second: float | None = None
+    device: str | None = None
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -134,7 +140,7 @@ def compare(
                 failures.append(failure)
                 bar.write(f"failed: {failure}", file=sys.stderr)
                 continue
-            loss = run.measurements()[-1]["loss"]
+            loss = run.measurements()[-1].loss
             bar.write(f"{run.name}, seed {run.seed}: loss {loss:.4f}", file=sys.stderr)
             if all(other.finished() for other in runs if other.name == run.name):
                 write_report(runs, out, about, device, kept_only=True)
@@ -267,26 +273,6 @@ def describe_failure(run: ComparedRun, process: subprocess.Popen, log: Path) -> 
     return f"{run.name}, seed {run.seed}: {reason} (see {log})"
 
 
-@contextmanager
-def signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit(128 + signal) inside the block."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {}
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        with suppress(ValueError):  # only a main thread may set handlers
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # --- the table -------------------------------------------------------------------------------
 
 
@@ -325,11 +311,11 @@ def run_outcome(run: ComparedRun) -> dict[str, Any]:
     last = lines[-1]
     return {
         "seed": run.seed,
-        "loss": last["loss"],
-        "accuracy": last.get("accuracy"),
-        "steps_per_second": last["step"] / max(last["seconds"], 1e-9),
-        "peak_memory": max(line.get("peak_memory") or 0 for line in lines) or None,
-        "curve": [[line["step"], line["loss"]] for line in lines],
+        "loss": last.loss,
+        "accuracy": last.accuracy,
+        "steps_per_second": last.step / max(last.seconds, 1e-9),
+        "peak_memory": max(line.peak_memory or 0 for line in lines) or None,
+        "curve": [[line.step, line.loss] for line in lines],
     }
 
 
@@ -339,9 +325,9 @@ def sampling_rate(run: ComparedRun, device: torch.device, kept_only: bool) -> fl
     With `kept_only` nothing is measured: None where nothing is kept.
     """
     path = run.directory / "training" / "sampling_rate.json"
-    kept = read_json(path) if path.is_file() else {}
-    if kept.get("device") == device.type or kept_only:
-        return kept.get("images_per_second")
+    kept = validate(_Rate, read_json(path) if path.is_file() else {}, str(path))
+    if kept.device == device.type or kept_only:
+        return kept.images_per_second
     model = load_generator(run.directory, device)
     labels = torch.arange(SAMPLED, device=device) % model.config.n_classes
     rngs = image_rngs(range(SAMPLED))

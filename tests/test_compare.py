@@ -122,7 +122,7 @@ def test_finished_runs_are_read(configs, tmp_path, trained):
     (run, _) = list_runs(configs[:2], [0], out, [])
     assert run.finished() and run_outcome(run)["peak_memory"] == 3 * 2**20  # of the first process
     leave(run, exported=2)  # as if killed before its last export
-    assert run.measurements()[-1]["step"] == 4 and not run.finished()
+    assert run.measurements()[-1].step == 4 and not run.finished()
     leave(run)
     trained.clear()
     # a key that is newer than a run had its default then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,7 @@ from moveimg.evaluation import sample as sample_sets
 from moveimg.evaluation.reconstruct import reconstruct
 from moveimg.evaluation.reference import open_reference
 from moveimg.evaluation.sample import make_plan, sample_set
+from moveimg.images import UnreadableImageError
 from moveimg.pipeline import Pipeline
 from tests.conftest import lively, tiny_config
 from tests.test_cli import refused, run
@@ -243,6 +245,17 @@ def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
     assert "damaged extractor" in refused(*samples, *reference, *cut)
 
 
+def one_readable(source):
+    """A source's `load` of which row 2 alone can be read."""
+
+    def load(row):
+        if row != 2:
+            raise UnreadableImageError(str(row), "broken")
+        return source.load(row)
+
+    return load
+
+
 def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
     """A hundred images of 256 pixels at once would take tens of gigabytes on a CPU."""
     pictures = [
@@ -257,6 +270,9 @@ def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
     monkeypatch.setattr(
         tokenizer, "encode", lambda images: encoded.append(len(images)) or encode(images)
     )
+    unreadable = replace(source, load=one_readable(source))  # and row 2 would not be shown
+    assert reconstruct(unreadable, tokenizer, 64)[0].images == 1
+    encoded.clear()
     few, shown = reconstruct(source, tokenizer, 256)
     assert sum(encoded) == 13 and max(encoded) == default_batch_size(256, torch.device("cpu")) < 10
     monkeypatch.setattr("moveimg.evaluation.reconstruct.default_batch_size", lambda *_: 13)
