@@ -107,7 +107,7 @@ def write_json(path: str | Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def require_file(path: str | Path) -> Path:
+def require_file(path: str | os.PathLike[str]) -> Path:
     """The path of an existing file; ValueError for a Git LFS pointer or an HTML page."""
     path = Path(path)
     if not path.is_file():

@@ -185,6 +185,7 @@ def kill_command(command: Command, folder: Path, kills: int, seed: int = 0) -> i
             if done < kills and rng.random() < 0.4:  # killed again
                 continue
             process = start(command, killed, log)
+            process.join()
         if not (process.exitcode == 2 and "there already" in log.read_text()):  # its end was lost
             finish(process, log)
         ends += 1

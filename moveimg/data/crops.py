@@ -16,6 +16,7 @@ from torchvision.transforms import functional
 
 Crops = Literal["center", "flip", "five", "ten"]
 MAX_ASPECT = 16  # of a strip, before it is enlarged
+MAX_SIDE = 2**13  # of a square that views are cut from
 VIEWS_PER_RANGE: dict[Crops, int] = {"center": 1, "flip": 2, "five": 5, "ten": 10}
 
 
@@ -50,9 +51,11 @@ def crop_views(
     of that takes
     center: its centre; flip: the centre and its mirror image; five: the corners (top left, top
     right, bottom left, bottom right) and the centre; ten: the five, then their mirror images.
-    Raises ValueError as count_views does.
+    Raises ValueError as count_views does, and for a square of more than MAX_SIDE pixels a side.
     """
     count_views(crops, ranges)
+    if size * max(ranges) > MAX_SIDE:
+        raise ValueError(f"size {size} * range {max(ranges):g}: expected at most {MAX_SIDE} pixels")
     views: list[Image.Image] = []
     for ratio in ranges:
         square = center_crop(image, enlarged(size, ratio))

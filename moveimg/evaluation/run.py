@@ -289,9 +289,10 @@ def make_reference(
     images: str, split: Split, size: int, comparison: Comparison, device: torch.device, out: Path
 ) -> dict[str, Any]:
     """Write statistics and images of a folder or data set, cropped as ADM does, as one .npz."""
-    source = drop_unreadable(open_images(images, split))
-    extractor = open_extractor(comparison, device)
-    return write_reference(out, source_images(source, size), extractor, features_cache(), split)
+    with lock(out, "moveimg evaluate"):
+        images_of_split = source_images(drop_unreadable(open_images(images, split)), size)
+        extractor = open_extractor(comparison, device)
+        return write_reference(out, images_of_split, extractor, features_cache(), split)
 
 
 def make_extractor(images: str, size: int, device: torch.device, out: Path, seed: int = 0) -> float:
