@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from moveimg import plots
 from moveimg.checkpoint import read_about, read_model_config
 from moveimg.config import TrainConfig, load_config, read_yaml
 from moveimg.device import hardware
-from moveimg.dist import die_with_parent
+from moveimg.dist import die_with_parent, signals_raise
 from moveimg.errors import shorten, validate
-from moveimg.files import parse_json, read_text, write_json, write_text
+from moveimg.files import write_json, write_text
 from moveimg.model import model_cost
 from moveimg.progress import progress_bar
 from moveimg.tables import markdown_table
+from moveimg.training.settings import Measurement, read_measurements
 
 # Keys in which the configs may differ: the model's three slots and its size.
 COMPARED = ("out", "seed", "model.attention", "model.memory", "model.ffn", "model.n_layer",
@@ -55,16 +55,16 @@ class ComparedRun:
     def __str__(self) -> str:
         return f"{self.name}, seed {self.config.seed}"
 
-    def measurements(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: step, seconds, peak_memory, loss, ..."""
-        path = self.config.out / "training" / "metrics.jsonl"
-        return [parse_json(line, str(path)) for line in read_text(path).splitlines()]
+    def measurements(self) -> list[Measurement]:
+        """The lines of metrics.jsonl."""
+        return read_measurements(self.config.out / "training" / "metrics.jsonl")
 
     def finished(self) -> bool:
         """Whether the directory holds this run, exported (and before that measured) at its end."""
         if not (self.config.out / "config.json").is_file() or self.changed_settings():
             return False
-        return read_about(self.config.out).get("step") == self.config.steps
+        lines, steps = self.measurements(), self.config.steps
+        return bool(lines and lines[-1].loss) and read_about(self.config.out).get("step") == steps
 
     def changed_settings(self) -> dict[str, tuple[Any, Any]]:
         """Settings in which the run in the directory differs from this one: before and now."""
@@ -83,10 +83,10 @@ class ComparedRun:
         last = lines[-1]
         return {
             "seed": self.config.seed,
-            "loss": last["loss"],
-            "steps_per_second": last["step"] / max(last["seconds"], 1e-9),
-            "peak_memory": max(line.get("peak_memory") or 0 for line in lines),
-            "curve": [[line["step"], line["loss"]] for line in lines],
+            "loss": last.loss,
+            "steps_per_second": last.step / max(last.seconds, 1e-9),
+            "peak_memory": max(line.peak_memory or 0 for line in lines),
+            "curve": [[line.step, line.loss] for line in lines],
         }
 
 
@@ -135,7 +135,7 @@ def compare(
             if failure is None and not run.finished():
                 failure = "ended without the model of its last step"
             if failure is None:
-                loss = run.measurements()[-1]["loss"]
+                loss = run.measurements()[-1].loss
                 bar.write(f"{run}: loss {loss:.4f}", file=sys.stderr)
                 table = write_report(runs, out, about)
             else:
@@ -257,23 +257,6 @@ def train_command(run: ComparedRun, overrides: Sequence[str], device: torch.devi
     own = (f"seed={run.config.seed}", f"out={json.dumps(str(run.config.out))}")
     command = [sys.executable, "-m", "moveimg", "train", str(run.path), "--device", str(device)]
     return command + [word for text in (*overrides, *own) for word in ("--set", text)]
-
-
-@contextmanager
-def signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit(128 + signal) inside the block."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-    before = {number: signal.signal(number, end) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- the table -------------------------------------------------------------------------------

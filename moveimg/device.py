@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # parameters of glibc's mallopt
+M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # parameters of glibc's mallopt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -73,6 +73,21 @@ def keep_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def limit_arenas(count: int = 2) -> bool:
+    """Let glibc keep freed memory in `count` heaps in place of one per thread; whether it could.
+
+    A server's threads would each keep the largest memory that any of their jobs has needed. It
+    holds for the whole process; call it before threads start.
+    """
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, count))
+
+
+def release_memory() -> None:
+    """Return freed memory to the system, where the C library is glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -77,10 +77,11 @@ def _describe_problem(problem: ErrorDetails) -> str:
 
 def describe(error: BaseException, limit: int = 500) -> str:
     """The message of an error on one line; of an OSError with its path."""
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        path = error.filename2 or error.filename
+        path, text = error.filename2 or error.filename, error.strerror
         if isinstance(error, FileExistsError):  # raised by mkdir
-            return f"{path}: is a file, expected a folder"
-        return f"{path}: {error.strerror}" if path else error.strerror
-    text = " ".join(str(error)[: 4 * limit].split()) or type(error).__name__
+            text = "is a file, expected a folder"
+        text = f"{path}: {text}" if path else text
+    text = " ".join(text[: 4 * limit].split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -106,7 +106,7 @@ def test_finished_runs_are_read(configs, tmp_path, trained):
     table = compare(configs[:2], [0], out, [], CPU)
     (run, _) = list_runs(configs[:2], [0], out, [])
     leave(run, exported=2)  # as if killed before its last export
-    assert run.measurements()[-1]["step"] == 4 and not run.finished()
+    assert run.measurements()[-1].step == 4 and not run.finished()
     leave(run)
     trained.clear()
     # settings that later versions add to a run have their defaults

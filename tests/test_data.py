@@ -49,6 +49,11 @@ def test_center_crop_is_adms(width: int, height: int) -> None:
     assert np.array_equal(np.asarray(center_crop(image, (32, 32))), adm_reference(image, 32))
 
 
+def test_views_of_gigabytes_are_refused() -> None:
+    with pytest.raises(ValueError, match="range 16"):
+        crop_views(Image.new("RGB", (8, 8)), 4096, "center", (1.0, 16.0))
+
+
 @pytest.mark.parametrize("width, height", [(60_000, 1), (1, 60_000), (4000, 30)])
 def test_a_strip_is_cut_before_it_is_enlarged(width: int, height: int) -> None:
     gradient = Image.linear_gradient("L").rotate(90 if width > height else 0)

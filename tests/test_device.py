@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,31 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path):
     with files.lock(out, "a"), files.lock(out, "a"):  # a process may enter its own again
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_removes_what_a_killed_process_has_left(tmp_path):
+    out, own, other = tmp_path / "out", ".a.png.abcdefgh.png", ".b.png.abcdefgh.png"
+    out.mkdir()
+    for folder in (out, tmp_path):
+        for name in (own, other, ".hidden.png"):
+            (folder / name).touch()
+    with files.lock(out, "sample"), files.lock(tmp_path / "a.png", "reconstruct"):
+        pass
+    assert [path.name for path in out.iterdir()] == [".hidden.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other, ".hidden.png", "out"]
+
+
+def test_a_lock_lies_in_a_directory_whose_parent_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path.parent)
+    with files.lock(tmp_path, "sample"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_devices_are_not_replaced_by_files():
+    with pytest.raises(ValueError, match="/dev/null"), files.atomic("/dev/null"):
+        pass
+    assert not Path("/dev/null").is_file()
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,21 @@ def test_broken_headers_end_in_one_line(tmp_path, entry):
     assert "\n" not in str(caught.value)
 
 
+def test_archives_that_lie_about_their_entries_are_named(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, pictures())
+    raw = bytearray(path.read_bytes())
+    raw[-6:-2] = (int.from_bytes(raw[-6:-2], "little") + 1000).to_bytes(4, "little")
+    path.write_bytes(raw)  # the directory's place: the entries come to lie before the file
+    with pytest.raises(ValueError, match=r"x\.npz"):
+        open_set(path)
+    np.savez(path, pictures())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("arr_1.npy", b"{}")
+    with pytest.raises(ValueError, match="arr_1"):
+        open_set(path)
+
+
 @pytest.mark.parametrize("labels", [["a"] * 7, [0.5] * 7, [np.nan] * 7, [0] * 3, [-1] * 7])
 def test_labels_that_are_not_seven_whole_numbers_are_refused(tmp_path, labels):
     np.savez(tmp_path / "x.npz", pictures(), labels)

@@ -17,6 +17,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from moveimg.training import logging as run_logging
 from moveimg.training.checkpoints import reason
+from moveimg.training.settings import read_measurements
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"step": "x"}', '{"loss": 1.0}', '{"step": 1'])
+def test_measurements_of_another_shape_are_named(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        read_measurements(tmp_path / "metrics.jsonl")
 
 
 def test_a_full_disk_costs_what_is_shown_and_not_the_run(tmp_path, monkeypatch, capsys):

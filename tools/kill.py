@@ -32,6 +32,7 @@ from moveimg.checkpoint import BUNDLED, load_model, save_model
 from moveimg.config.model import NoMemoryConfig
 from moveimg.model import Transformer
 from moveimg.tables import markdown_table
+from moveimg.training.settings import read_measurements
 from tests.test_training import (
     encode_tiny_digits,
     newest_state,
@@ -147,6 +148,12 @@ def require_equal(command: Command, whole: Path, other: Path) -> None:
     assert expected and expected.keys() == found.keys(), (list(expected), list(found))
     for name, value in expected.items():
         assert value == found[name], f"{other / name} differs"
+    if (whole / "training/metrics.jsonl").is_file():
+        losses = [
+            [one.loss for one in read_measurements(out / "training/metrics.jsonl")]
+            for out in (whole, other)
+        ]
+        assert losses[0] == losses[1], losses
     if (whole / "training/checkpoints").is_dir():
         assert newest_state(whole).keys() and same_end(whole, other), "the checkpoints differ"
     assert not leftovers(other), leftovers(other)
@@ -174,9 +181,11 @@ def kill_command(command: Command, folder: Path, kills: int, seed: int = 0) -> i
             process.kill()
             process.join()
             done += 1
+            print(f"kill {done} of {kills}, {ends} results compared", flush=True)
             if done < kills and rng.random() < 0.4:  # killed again
                 continue
             process = start(command, killed, log)
+            process.join()
         if not (process.exitcode == 2 and "there already" in log.read_text()):  # its end was lost
             finish(process, log)
         ends += 1

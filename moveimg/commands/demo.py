@@ -51,10 +51,11 @@ def demo(
     from moveimg.demo.models import Models
     from moveimg.demo.queue import JobQueue
     from moveimg.demo.server import Server, read_auth
-    from moveimg.device import pick_device, pick_dtype
+    from moveimg.device import limit_arenas, pick_device, pick_dtype
 
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    limit_arenas()
     accounts = read_auth(auth)
     pick_dtype(dtype, pick_device(device))  # refuses what the machine does not have
     models = Models(model or [DEFAULT_MODEL], max_models, device, dtype)

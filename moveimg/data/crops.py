@@ -12,6 +12,7 @@ from moveimg.config import Size, as_pair
 from moveimg.images import center_crop
 
 Crops = Literal["center", "flip", "five", "ten"]
+MAX_SIDE = 2**13  # of an image that views are cut from
 VIEWS_PER_RANGE: dict[Crops, int] = {"center": 1, "flip": 2, "five": 5, "ten": 10}
 
 
@@ -23,9 +24,11 @@ def crop_views(
     Each range r centre-crops to size * r pixels (rounded down, as in LlamaGen), and of that takes
     center: its centre; flip: the centre and its mirror image; five: the corners (top left, top
     right, bottom left, bottom right) and the centre; ten: the five, then their mirror images.
-    Raises ValueError as count_views does.
+    Raises ValueError as count_views does, and for a side of more than MAX_SIDE pixels.
     """
     count_views(crops, ranges)
+    if max(as_pair(size)) * max(ranges) > MAX_SIDE:
+        raise ValueError(f"size {size} * range {max(ranges):g}: expected at most {MAX_SIDE} pixels")
     height, width = as_pair(size)
     views: list[Image.Image] = []
     for ratio in ranges:

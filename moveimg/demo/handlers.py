@@ -22,6 +22,7 @@ from moveimg.demo.jobs import Frame, Row
 from moveimg.demo.models import LOG, Models
 from moveimg.demo.queue import Job, JobQueue, Visitor, Waiting, run_in_turn
 from moveimg.demo.requests import SETTINGS, Edit, Generate, parse_call
+from moveimg.device import release_memory
 from moveimg.errors import describe, validate
 
 SKIP: Any = gr.skip()
@@ -84,7 +85,12 @@ class Handlers:
 
     def run(self, job: Job[Any]) -> AsyncGenerator[Any]:
         """Run a job in the current visitor's turn."""
-        return run_in_turn(self.queue, current_visitor(), job, listener_check())
+
+        def run_and_release(stop: threading.Event) -> Iterator[Any]:
+            yield from job(stop)
+            release_memory()
+
+        return run_in_turn(self.queue, current_visitor(), run_and_release, listener_check())
 
     def stop(self) -> None:
         """End the visitor's jobs after their next code."""

@@ -160,8 +160,9 @@ def make_reference(
     images: str, split: Split, size: tuple[int, int], extractor: Extractor, out: Path
 ) -> dict[str, Any]:
     """Write statistics and images of a folder or data set, cropped as ADM does, as one .npz."""
-    source = drop_unreadable(open_images(images, split))
-    return write_reference(out, source_images(source, size), extractor, features_cache(), split)
+    with lock(out, "moveimg evaluate"):
+        source = drop_unreadable(open_images(images, split))
+        return write_reference(out, source_images(source, size), extractor, features_cache(), split)
 
 
 def make_extractor(

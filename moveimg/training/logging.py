@@ -32,6 +32,7 @@ from moveimg.model import (
     record_mixing,
 )
 from moveimg.progress import progress_bar
+from moveimg.training.settings import read_measurements
 
 
 class RunLogger:
@@ -85,8 +86,8 @@ class RunLogger:
         if not self.main:
             return
         path = self.logs / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [text for text in lines if json.loads(text)["step"] < line["step"]]
+        lines = [one.model_dump(exclude_unset=True) for one in read_measurements(path)]
+        kept = [json.dumps(one) for one in lines if one["step"] < line["step"]]
         with self._survive_full_disk(path.name):
             write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
 

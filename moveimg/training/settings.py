@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moveimg.config import RunConfig
 from moveimg.errors import shorten, validate
-from moveimg.files import read_json, read_yaml, write_text
+from moveimg.files import parse_json, read_json, read_text, read_yaml, write_text
 
 # Settings that may differ when a run continues: no result depends on them, but for rounding.
 MAY_CHANGE = {
@@ -20,6 +20,24 @@ MAY_CHANGE = {
     "wandb", "distributed", "activation_checkpointing", "compile", "evaluation",
 }  # fmt: skip
 SHOWN = 8  # changed settings in an error line
+
+
+class Measurement(BaseModel):
+    """A line of metrics.jsonl: held-out scores at a step, and what it took to get there."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """The lines of a metrics.jsonl; none without the file. ValueError for other content."""
+    lines = read_text(path).splitlines() if path.is_file() else []
+    return [validate(Measurement, parse_json(line, str(path)), str(path)) for line in lines]
 
 
 def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, str]) -> None:

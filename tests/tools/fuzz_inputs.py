@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 DEEP = 100_000
 NUMBERS = (0, 1, -1, 7, 2**16, 2**31, 2**32, 2**63, 2**64, 10**30, -(10**30), 0.5, 1e-300, 1e308,
            math.inf, math.nan)  # fmt: skip
-JUNK = (None, True, False, *NUMBERS, "", "x", "7", "null", "\0", "é\ud7ff", "x" * 5000, "../..",
-        [], {}, [[]], [0, 0], [1] * 300, {"kind": "x"}, {"": ""}, {"x": {"x": [None]}})  # fmt: skip
+JUNK: tuple[Any, ...] = (
+    None, True, False, *NUMBERS, "", "x", "7", "null", "\0", "é\ud7ff", "x" * 5000, "../..", [], {},
+    [[]], [0, 0], [1] * 300, {"kind": "x"}, {"": ""}, {"x": {"x": [None]}},
+)  # fmt: skip
 YAML_TEXTS = (
     '!!int ""', "!!bool maybe", "!!timestamp x", "!!float x", "!!binary =", "!!set {a, b}",
     "!!omap []", "!!pairs [a]", "!!python/object/apply:os.mkdir [x]", "!x y", "&a [*a]", "*a",
@@ -60,10 +62,10 @@ COMMANDS = (
     "compare CONFIG none.yaml --out OUT --seeds 0 --jobs 1 --vary out",
 )
 VALUES = (
-    "", "x", "-1", "0", "1e9", "nan", "inf", "1" * 30, "9" * 5000, "é", "\0", "x" * 5000, "[", "=",
-    "{a: b}", "a=b", "a.b.c=1", "steps=[", "model.x=1", "steps=1" + "0" * 30, ".", "/dev/null",
-    "/proc/self/mem", "9223372036854775808", "-0.0", "1:2", "1:0:0", "1:1e9:1e-9", "0,0", "0,1,,",
-    "meta", "cuda:99", "-h", "--", "--set", "--num", "!!int ''", "seed=-1", "ema=2",
+    "", "x", "-1", "0", "1e9", "nan", "inf", "1" * 30, "9" * 5000, "é", "\0", "a\nb", "\udcff", "[",
+    "x" * 5000, "=", "{a: b}", "a=b", "a.b.c=1", "steps=[", "model.x=1", "steps=1" + "0" * 30, ".",
+    "/dev/null", "/proc/self/mem", "9223372036854775808", "-0.0", "1:2", "1:0:0", "1:1e9:1e-9",
+    "0,0", "0,1,,", "meta", "cuda:99", "-h", "--", "--set", "--num", "!!int ''", "seed=-1", "ema=2",
     "data.codes=/nope", "model.memory.kind=lave",
 )  # fmt: skip
 RESULTS = {
