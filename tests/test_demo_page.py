@@ -327,7 +327,7 @@ def test_a_drawn_image_is_painted_over_and_drawn_anew(drawn, server):
     desktop.click("#edit")
     desktop.wait_for_function("document.querySelector('#edit-status').innerText.includes('masked')")
     paint(desktop, (0.1, 0.9), (0.9, 0.9))  # the lowest rows of codes
-    desktop.fill("#versions-num input[type=number]", "2")
+    desktop.fill("#edit-num input[type=number]", "2")
     desktop.click("#edit-advanced > button")
     desktop.fill("#edit-seed input, #edit-seed textarea", "7")
     desktop.keyboard.press("Enter")

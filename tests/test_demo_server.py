@@ -156,9 +156,10 @@ def test_wrong_values_over_http_get_one_line(server, path, body, status):
 def test_the_examples_on_the_page_work(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = page.read("api.md").replace("CLASS", "seven")
-    code = re.search(r"```python\n(.*?)```", texts, re.DOTALL)[1]
-    code = code.replace("http://127.0.0.1:7860", server.url)
-    exec(compile(code, "the example", "exec"), {"__name__": "__main__"})
+    for code in re.findall(r"```python\n(.*?)```", texts, re.DOTALL):
+        names = {"__name__": "__main__"}
+        exec(code.replace("http://127.0.0.1:7860", server.url), names)
+    assert len(names["edited"]["images"]) == 2 and names["scored"]["nats"][7][7] >= 0
     expected = Pipeline.from_pretrained("digits").sample(["seven"] * 2, seed=0)[0]
     with Image.open(tmp_path / "seed0.png") as image:
         assert image.tobytes() == expected.tobytes()

@@ -37,7 +37,7 @@ def save(page: Page, path: Path, full: bool = False) -> None:
     """Save what is in view, or the whole page."""
     page.wait_for_timeout(1000)
     image = Image.open(io.BytesIO(page.screenshot(full_page=full))).convert("RGB")
-    image.save(path, optimize=True)
+    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path)
 
 
@@ -55,6 +55,16 @@ def main(url: str, folder: Path) -> None:
         page.click("#vary")
         page.wait_for_function("document.querySelectorAll('#gallery .strip .save').length == 16")
         save(page, folder / "demo-dark.png")
+        page = draw(browser, url, 3, "#generate", **WIDE)  # the first class
+        page.get_by_role("tab", name="Edit").click()
+        page.click("#painter .drawn button >> nth=0")
+        page.click("#painter [data-keep=top]")
+        page.click("#edit-advanced > button")
+        page.fill("#edit-seed input, #edit-seed textarea", "1")
+        page.click("#edit")
+        page.wait_for_function("document.querySelectorAll('#versions .save').length == 4")
+        page.click("#edit-advanced > button")
+        save(page, folder / "demo-edit.png", full=True)
         page = draw(browser, url, 22, "#surprise", **PHONE, has_touch=True)
         page.evaluate("window.scrollTo(0, 0)")
         save(page, folder / "demo-phone.png")

@@ -203,13 +203,8 @@ def scores(result: Score, info: ModelInfo) -> str:
     best, rows = result.best(), []
     for label, share, nats in best:
         name = text(short_name(info.class_names[label]))
-        shown = (
-            f"{share:.1%}"
-            if 0.0005 <= share < 0.9995
-            else "&gt; 99.9%"
-            if share > 0.5
-            else "&lt; 0.1%"
-        )
+        rounded = "&gt; 99.9%" if share > 0.5 else "&lt; 0.1%"
+        shown = f"{share:.1%}" if 0.0005 <= share < 0.9995 else rounded
         rows.append(
             f'<tr><th scope="row" title="{text(info.class_names[label])}">{name}</th>'
             f'<td class="bar"><i style="width: {share:.2%}"></i></td><td>{shown}</td>'
@@ -243,7 +238,8 @@ def painter(info: ModelInfo) -> str:
     return (
         f'{UPLOAD}<div class="painter" style="aspect-ratio: {columns} / {rows}" '
         f'data-rows="{rows}" data-columns="{columns}"><img alt="">'
-        '<canvas width="512" aria-label="paint over what is to be drawn anew"></canvas></div>'
+        f'<canvas width="512" height="{512 * rows // columns}" role="img" '
+        'aria-label="what is painted over is drawn anew"></canvas></div>'
         f'<div class="tools">Keep{"".join(keep)}</div><div class="tools"><label>Brush <input '
         'type="range" min="2" max="40" value="14" aria-label="brush size"></label>'
         '<button type="button" data-keep="clear">clear</button>'

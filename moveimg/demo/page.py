@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,10 @@ import gradio as gr
 from fastapi import FastAPI
 
 from moveimg.config import SamplingSettings
-from moveimg.demo import html
+from moveimg.demo import html, requests
 from moveimg.demo.api import Api
 from moveimg.demo.handlers import SKIP, Handlers
 from moveimg.demo.models import ModelInfo
-from moveimg.demo.requests import (
-    ENDPOINTS,
-    MAX_BODY,
-    MAX_IMAGES,
-    MAX_PASSES,
-    MAX_UPLOAD,
-    MAX_VERSIONS,
-    SETTINGS,
-    endpoint_table,
-)  # fmt: skip
 
 HERE = Path(__file__).parent
 PICK = "show where each layer used the bank"
@@ -56,15 +45,13 @@ RECONSTRUCT = (
 )
 EDIT = (
     '<p class="what">Paint over a part of an image, or choose a half to keep: the rest is drawn '
-    "anew as the class you choose. Pixels outside that part stay the image's own. Codes are drawn "
-    "from the top left to the bottom right and see only those before them; resampling passes let "
-    "them see those after them, too.</p>"
+    "anew as the class you choose. Codes are drawn from the top left to the bottom right and see "
+    "only those before them; resampling passes let them see those after them, too.</p>"
 )
 LIKELIHOOD = (
-    '<p class="what">How likely does the model hold an image to be, as each of its classes? The '
-    "probability of all codes of the image given a class is a product over the codes, so it is "
-    "exact; Bayes' rule turns it into a probability of the class. What the tokenizer loses of the "
-    "image does not count.</p>"
+    '<p class="what">How likely is an image, as each of the classes? The probability of its codes '
+    "given a class is a product over the codes, so it is exact; Bayes' rule turns it into a "
+    "probability of the class. What the tokenizer loses of the image does not count.</p>"
 )
 
 
@@ -92,7 +79,7 @@ def build_app(handlers: Handlers, auth: list[tuple[str, str]] | None = None) -> 
         app, page, path="", auth=auth, theme=theme, js=read("page.js"),
         # not `css`, whose selectors gradio rewrites: it gets :is() and body wrong
         head=f"<style>{read('page.css')}</style>", show_error=False, enable_monitoring=False,
-        run_history=False, footer_links=["api"], max_file_size=MAX_BODY, ssr_mode=False,
+        run_history=False, footer_links=["api"], max_file_size=requests.MAX_BODY, ssr_mode=False,
         mcp_server=False,
     )  # fmt: skip
 
@@ -101,7 +88,7 @@ def build_page(handlers: Handlers) -> gr.Blocks:
     """Return the tabs and the named endpoints."""
     with gr.Blocks(title="moveimg", analytics_enabled=False, fill_width=True) as page:
         api = Api(handlers)
-        for name in ENDPOINTS:
+        for name in requests.ENDPOINTS:
             gr.api(api.endpoint(name), api_name=name, concurrency_limit=None)
         gr.HTML(HEADER)
         with gr.Tabs():
@@ -110,15 +97,13 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             with gr.Tab("Edit"):
                 _edit_tab(handlers, model)
             with gr.Tab("Likelihood"):
-                scoring = handlers.computing(handlers.score, "Scoring")
-                _upload_tab(handlers, model, LIKELIHOOD, "score", scoring)
+                _upload_tab(handlers, model, LIKELIHOOD, "score", "Scoring")
             with gr.Tab("Reconstruct"):
-                encoding = handlers.computing(handlers.reconstruct, "Encoding")
-                _upload_tab(handlers, model, RECONSTRUCT, "reconstruct", encoding)
+                _upload_tab(handlers, model, RECONSTRUCT, "reconstruct", "Encoding")
             with gr.Tab("API"):
                 names = handlers.models.describe().class_names
                 example = read("api.md").replace("CLASS", html.short_name(names[-1]))
-                gr.Markdown(example + endpoint_table(), elem_id="api")
+                gr.Markdown(example + requests.endpoint_table(), elem_id="api")
     return page
 
 
@@ -133,17 +118,14 @@ def _generate_tab(page: gr.Blocks, handlers: Handlers) -> gr.Dropdown:
             many = len(models.names) > 1
             model = gr.Dropdown(models.names, label="Model", visible=many, elem_id="model")
             klass = _class_field(info, "klass")
-            num = gr.Slider(1, MAX_IMAGES, value=8, step=1, label="Images", elem_id="num")
+            num = gr.Slider(1, requests.MAX_IMAGES, value=8, step=1, label="Images", elem_id="num")
             with gr.Row(elem_classes="press"):
                 generate = _button("Generate", "generate", variant="primary", elem_classes="go")
                 _stop_button(handlers, "stop")
                 surprise = _button("Surprise me", "surprise")
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                seed = gr.Textbox(
-                    label="seed", info="Image i is drawn with seed + i; empty: a new one each time",
-                    elem_id="seed", max_lines=1,
-                )  # fmt: skip
-                settings = [_setting(name, info) for name in SETTINGS]
+                seed = _seed_field("seed")
+                settings = [_setting(name, info) for name in requests.SETTINGS]
         with gr.Column(elem_id="results", scale=9, min_width=290):
             status = gr.HTML(HINT, elem_id="status")
             gallery = gr.HTML(html.EMPTY_GALLERY, elem_id="gallery", js_on_load=read("pick.js"))
@@ -209,6 +191,11 @@ def _stop_button(handlers: Handlers, name: str) -> None:
     """Build a button that is shown, in place of the one that begins, while a job runs."""
     stop = _button("Stop", name, variant="stop", elem_classes="halt")
     stop.click(handlers.stop, None, None, **DIRECT)
+
+
+def _seed_field(name: str) -> gr.Textbox:
+    about = "Image i is drawn with seed + i; empty: a new one each time"
+    return gr.Textbox(label="seed", info=about, elem_id=name, max_lines=1)
 
 
 def _class_field(info: ModelInfo, name: str) -> gr.Dropdown:
@@ -297,7 +284,7 @@ def _edit_tab(handlers: Handlers, model: gr.Dropdown) -> None:
     with gr.Row():
         with gr.Column(elem_classes="form", scale=4, min_width=290):
             painter = gr.HTML(
-                html.painter(info), elem_id="painter", most=MAX_UPLOAD,
+                html.painter(info), elem_id="painter", most=requests.MAX_UPLOAD,
                 js_on_load=read("upload.js") + read("paint.js"),
             )  # fmt: skip
             klass = _class_field(info, "edit-class")
@@ -305,16 +292,13 @@ def _edit_tab(handlers: Handlers, model: gr.Dropdown) -> None:
                 edit = _button("Draw anew", "edit", variant="primary", elem_classes="go")
                 _stop_button(handlers, "edit-stop")
             num = gr.Slider(
-                1, MAX_VERSIONS, value=4, step=1, label="Versions", elem_id="versions-num"
+                1, requests.MAX_VERSIONS, 4, step=1, label="Versions", elem_id="edit-num"
             )
             with gr.Accordion("Advanced", open=False, elem_id="edit-advanced"):
-                seed = gr.Textbox(
-                    label="seed", elem_id="edit-seed", max_lines=1,
-                    info="Version i is drawn with seed + i; empty: a new one each time",
-                )  # fmt: skip
+                seed = _seed_field("edit-seed")
                 passes = gr.Slider(
-                    0, MAX_PASSES, value=0, step=1, label="resampling passes", elem_id="passes",
-                    info="Metropolis-Hastings over blocks of 4 codes; slower",
+                    0, requests.MAX_PASSES, value=0, step=1, label="resampling passes",
+                    info="Metropolis-Hastings over blocks of 4 codes; slower", elem_id="passes",
                 )  # fmt: skip
         with gr.Column(scale=6, min_width=290):
             status = gr.HTML(elem_id="edit-status")
@@ -331,30 +315,26 @@ def _edit_tab(handlers: Handlers, model: gr.Dropdown) -> None:
         js="(...values) => [...values.slice(0, -2), ...window.painted()]", **QUEUED,
     )  # fmt: skip
 
-    def choose_drawn(name: str, event: gr.EventData) -> Any:
-        """Choose the class of an image that was drawn."""
-        return (
-            event.label if event.label < handlers.models.describe(name).config.n_classes else SKIP
-        )
+    def choose_drawn(name: str, event: gr.EventData) -> Any:  # the class of a drawn image
+        classes = range(handlers.models.describe(name).config.n_classes)
+        return event.label if event.label in classes else SKIP
 
     painter.select(choose_drawn, model, klass, **DIRECT)
 
     def show(name: str) -> list[Any]:
-        info = handlers.models.describe(name)
-        classes = gr.update(choices=_choices(info), value=0, info=_search_help(info))
-        return [classes, html.painter(info)]
+        return [_show_model(handlers, name)[0], html.painter(handlers.models.describe(name))]
 
     model.change(show, model, [klass, painter], **DIRECT)
 
 
-def _upload_tab(
-    handlers: Handlers, model: gr.Dropdown, about: str, name: str, compute: Callable[..., Any]
-) -> None:
-    """Build a tab that shows what `compute(model, image)` says about one image."""
+def _upload_tab(handlers: Handlers, model: Any, about: str, name: str, doing: str) -> None:
+    """Build a tab that shows the result of a handler, called `name`, for one image."""
+    compute = handlers.computing(getattr(handlers, name), doing)
     gr.HTML(about)
     upload = gr.HTML(
-        html.UPLOAD, elem_id=f"{name}-upload", most=MAX_UPLOAD, js_on_load=read("upload.js")
-    )
+        html.UPLOAD, elem_id=f"{name}-upload", most=requests.MAX_UPLOAD,
+        js_on_load=read("upload.js"),
+    )  # fmt: skip
     _stop_button(handlers, f"{name}-stop")
     status, result = gr.HTML(elem_id=f"{name}-status"), gr.HTML(elem_id=f"{name}-result")
 

@@ -44,12 +44,6 @@ element.addEventListener("click", (event) => {
   context.clearRect(0, 0, width, height);
   context.fillRect(...rest[keep]);
 });
-const fit = () => {
-  const { rows, columns } = find(".painter").dataset;
-  find("canvas").height = 512 * rows / columns;
-};
-fit();
-watch("value", fit);
 // The image, and the mask as a PNG: white where it is drawn anew.
 window.painted = () => {
   const mask = find("canvas").cloneNode(), context = mask.getContext("2d");
