@@ -103,6 +103,7 @@ def live(words: list[str], log: Path) -> None:
     from moveimg.data.encode import encode_images
 
     torch.set_num_threads(1)
+    assert encode_images.__kwdefaults__ is not None
     encode_images.__kwdefaults__["shard_size"] = 100  # so that a few digits are several shards
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -204,7 +205,7 @@ def race(command: Command, folder: Path, seed: int = 0) -> str:
         time.sleep(random.Random(seed).uniform(0, 0.2))
     for process in processes:
         process.join()
-    codes = [process.exitcode for process in processes]
+    codes = [process.exitcode or 0 for process in processes]
     lines = [(log.read_text().strip().splitlines() or [""])[-1] for log in logs]
     assert sorted(codes) in ([0, 0], [0, 2]), (codes, lines)
     require_equal(command, folder / "whole", pair)
