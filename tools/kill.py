@@ -103,7 +103,8 @@ def live(words: list[str], log: Path) -> None:
     from moveimg.data.encode import encode_images
 
     torch.set_num_threads(1)
-    encode_images.__kwdefaults__["shard_size"] = 100  # type: ignore[index]  # so that a few digits are several shards
+    assert encode_images.__kwdefaults__ is not None
+    encode_images.__kwdefaults__["shard_size"] = 100  # so that a few digits are several shards
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
