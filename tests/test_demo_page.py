@@ -338,9 +338,13 @@ def test_a_drawn_image_is_painted_over_and_drawn_anew(drawn, server):
         assert not np.array_equal(version[24:], original[24:])
     assert not np.array_equal(*versions)
     desktop.click("#painter [data-keep=left]")
+    before = sources(desktop, "#versions")[0]
     desktop.click("#edit")
-    desktop.wait_for_function("document.querySelectorAll('#versions .save').length === 2")
-    idle(desktop)
+    desktop.wait_for_function(
+        "old => document.querySelectorAll('#versions .save').length === 2"
+        " && document.querySelector('#versions img').src !== old",
+        arg=before,
+    )
     wanted = pipeline.edit(Image.fromarray(original), 3, hole="right", num=2, seed=7)
     found = [image_of(uri)[0].tobytes() for uri in sources(desktop, "#versions")]
     assert found == [version.tobytes() for version in wanted]
