@@ -289,7 +289,7 @@ def try_set(rng: random.Random, folder: Path, material: Path) -> None:
     assert 0 <= content.brightest <= 255 and content.blank <= len(images) > 0
     assert images.labels is None or (len(images.labels) == len(images) and images.labels.min() >= 0)
     extractor = Extractor("means", "means", "0" * 64, _means, {"fid": "mean"}, CPU)
-    reference = open_reference(str(path), extractor, folder / "cache")
+    reference = open_reference(str(path), images.size, extractor, folder / "cache")
     assert np.isfinite(reference.statistics["fid"].mu).all()
 
 
