@@ -74,6 +74,16 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
+class ImageList(list[Image.Image]):
+    """A list of images of one size, which a notebook shows in rows of eight."""
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        rows = [self[i : i + 8] for i in range(0, len(self), 8)]
+        return png_bytes(labelled_grid(rows, [""] * len(rows), min_side=96), {})
+
+
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], names: Sequence[str], min_side: int = 64
 ) -> Image.Image:

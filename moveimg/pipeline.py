@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from moveimg.device import pick_device, pick_dtype
 from moveimg.dist import print_rank0
 from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw, resample
 from moveimg.errors import validate
-from moveimg.images import center_crop, to_pil, to_rgb, to_tensor
+from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
 from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
 from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import resolve
@@ -97,6 +98,12 @@ class Pipeline:
             f"{config.codebook_size}, {str(head.dtype).removeprefix('torch.')} on {self.device})"
         )
 
+    def _repr_html_(self) -> str:
+        names = ", ".join(map(html.escape, self.class_names[:20]))
+        more = f" and {len(self.class_names) - 20} more" if len(self.class_names) > 20 else ""
+        settings = ", ".join(f"{key} {value}" for key, value in self.sampling.model_dump().items())
+        return f"<p>{html.escape(repr(self))}</p><p>Classes: {names}{more}</p><p>{settings}</p>"
+
     @property
     def decoder(self) -> Transformer:
         """The generator prepared for sampling on its device; made anew when weights change."""
@@ -138,7 +145,7 @@ class Pipeline:
         """
         settings, labels = self.settings(**options), self._repeat(classes, num)
         batches = self._batches(labels, settings, seed, batch_size)
-        return [image for codes in batches for image in self.decode(codes)]
+        return ImageList(image for codes in batches for image in self.decode(codes))
 
     def complete(
         self,
@@ -306,7 +313,7 @@ class Pipeline:
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Images of codes int64 [B, T]."""
-        return to_pil(self._decode(codes, self.generator.config.grid))
+        return ImageList(to_pil(self._decode(codes, self.generator.config.grid)))
 
     def decode_partial(
         self,
@@ -331,7 +338,7 @@ class Pipeline:
         grey = torch.ones(height * width, dtype=torch.bool) if hole is None else hole.clone()
         grey[:done] = False
         blocks = grey.view(height, width).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
-        return to_pil(images.masked_fill(blocks.to(images.device), 0))
+        return ImageList(to_pil(images.masked_fill(blocks.to(images.device), 0)))
 
     def _decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # the caller's would change pixels
