@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 from moveimg.config import SamplingSettings
-from moveimg.evaluation.results import read_results, results_table, write_results
+from moveimg.evaluation.results import results_table
 from moveimg.evaluation.sample import class_labels
 from moveimg.evaluation.scoring import (
     Guards,
@@ -235,61 +234,18 @@ def test_labels_are_balanced_mixed_and_of_the_index_alone(n_classes):
 def result(name: str, space: str = "Inception", **metrics: float) -> dict:
     return {
         "name": name, "metrics": metrics, "samples": {"count": 50000},
-        "reference": {"name": "some/where/imagenet256", "sha256": "r"},
-        "extractor": {"space": space, "sha256": "e"},
-        "warnings": [],
+        "reference": {"name": "some/where/imagenet256"}, "extractor": {"space": space},
     }  # fmt: skip
 
 
-def test_rows_lie_side_by_side_with_published_ones_marked(tmp_path):
-    write_results(tmp_path / "r.json", result("mine", fid=3.456, sfid=5.0, precision=0.8123))
-    table = results_table([read_results(tmp_path / "r.json")], published=True).splitlines()
-    assert table[0].startswith("|  | images | FID | sFID | IS (ADM) | precision | recall |")
-    assert table[2] == "| mine | 50,000 | 3.456 | 5.000 |  | 0.812 |  | imagenet256 |"
-    rows = [row for row in table if "LlamaGen-L, 384" in row]
-    assert rows == [
-        "| LlamaGen-L, 384 (published) | 50,000 | 3.07 |  | 256.1 | 0.83 | 0.52 | imagenet256 |"
-    ]
-    columns = {row.count("|") for row in table if row.startswith("|")}
-    assert columns == {9}
-
-
-def test_published_rows_stay_away_from_other_feature_spaces():
-    table = results_table([result("small", "a classifier", fid=1.0, accuracy=0.5)], published=True)
-    assert "published" not in table and "Feature space: a classifier." in table
-    mixed = results_table([result("a", "one", fid=1.0), result("b", "two", fid=1.0)])
-    assert "feature space" in mixed and "| one |" in mixed and "| two |" in mixed
-
-
-def test_a_row_names_the_guidance_it_was_drawn_with():
+def test_a_row_names_its_numbers_and_settings():
     sampling = SamplingSettings(cfg_scale=1.75, top_k=50).model_dump()
-    drawn = result("mine", fid=1.0, sfid=2.0) | {"plan": {"sampling": sampling}}
-    table = results_table([drawn, result("theirs", fid=1.0)], published=True)
-    assert "| cfg_scale 1.75, top_k 50 | imagenet256 |" in table
-    assert "| theirs | 50,000 | 1.000 |  |  |  |  |  | imagenet256 |" in table
-    assert len({row.count("|") for row in table.splitlines() if row.startswith("|")}) == 1
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "[]", '{"format": 9, "metrics": {}}', '{"format": 1}',
-        json.dumps({"format": 1} | result("mine", fid=1.0) | {"samples": 3}),
-    ],
-)  # fmt: skip
-def test_files_that_are_no_results_are_named(tmp_path, text):
-    (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ValueError, match=r"r.json"):
-        read_results(tmp_path / "r.json")
-
-
-def classifier(names):
-    return SimpleNamespace(class_names=names)
-
-
-def named_set(labels, class_names=None):
-    labels = np.asarray(labels)
-    return ImageSet("x", (len(labels), 8, 8), labels, iter, class_names)
+    drawn = result("mine", fid=3.456, precision=0.8123) | {"plan": {"sampling": sampling}}
+    table = results_table([drawn, result("theirs", "a classifier", fid=12.0)]).splitlines()
+    assert table[0] == "|  | images | FID | precision | settings | reference |"
+    assert table[2] == "| mine | 50,000 | 3.456 | 0.812 | cfg_scale 1.75, top_k 50 | imagenet256 |"
+    assert table[3] == "| theirs | 50,000 | 12.00 |  |  | imagenet256 |"
+    assert "Feature space: Inception." in table and "Feature space: a classifier." in table
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ Inception = Annotated[
 Allow = Annotated[list[Refusal] | None, typer.Option(help="Overrule the guard of this name.")]
 Names = Annotated[
     list[str] | None,
-    typer.Argument(help="a model; results.json files with --show; images with --make-..."),
+    typer.Argument(help="a model; with --make-... a data set's name or a folder of images"),
 ]
 Reference = Annotated[
     str | None, typer.Option(help="imagenet64/128/256/512, a data set's name, an .npz or a folder.")
@@ -70,7 +70,6 @@ BatchSize = Annotated[
     int, typer.Option(min=1, max=65536, help="Images in one batch; other sizes round otherwise.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder; default: evaluation/MODEL-HASH.")]
-Show = Annotated[bool, typer.Option("--show", help="Print results.json files as one table.")]
 MakeReference = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Make an .npz of a data set or folder.")
 ]
@@ -96,7 +95,6 @@ def evaluate(
     extractor: Extractor = None,
     inception_weights: Inception = None,
     allow: Allow = None,
-    show: Show = False,
     make_reference: MakeReference = None,
     make_extractor: MakeExtractor = None,
     split: Annotated[Split, typer.Option(help="Of the images (--make-reference).")] = "train",
@@ -106,9 +104,6 @@ def evaluate(
 ) -> None:
     """Checkpoint, or a set of samples -> FID, sFID, IS, precision, recall, KID."""
     names = [*([model] if model else []), *(names or [])]
-    if show:
-        _show(names)
-        return
     from moveimg.evaluation import run as runner
 
     if make_extractor is not None:
@@ -193,14 +188,6 @@ def reconstruct(
     if out is not None:
         save_png(grid, out, figures)
     print_json(figures)
-
-
-def _show(files: Sequence[str]) -> None:
-    from moveimg.evaluation.results import read_results, results_table
-
-    if not files:
-        raise ValueError("--show: name one or more results.json files")
-    print(results_table([read_results(Path(file)) for file in files], published=True))
 
 
 def _report(results: Sequence[dict[str, Any]]) -> None:
