@@ -76,16 +76,13 @@ def inspect_model(
         "warnings": [],
     }
     if isinstance(memory, ValueBank):
-        codes, labels = batches[0]
         report["layers"] = gather_gates(model, batches)
-        report["map"] = grid_maps(model, codes[:1], labels[:1])
         report["bank"] = count_reads(memory, batches)
         # full batches only: a mean gradient's norm shrinks with the batch size
-        full = [batch for batch in batches if len(batch[1]) == len(labels)]
+        full = [batch for batch in batches if len(batch[1]) == len(batches[0][1])]
         report["gradients"] = gradient_norms(model, full[:GRADIENT_BATCHES])
         report["warnings"] = list_warnings(report)
-        name = pipeline.class_names[labels[0]]
-        plots.plot_memory(report, pipeline.decode(codes[:1])[0], name, out)
+        plots.plot_memory(report, out)
     write_json(out / "inspection.json", report)
     return report
 
@@ -196,18 +193,6 @@ def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, An
             "memory_share": memory / max(memory + kept, 1e-12),
         }
     return report
-
-
-def grid_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, list]:
-    """Each layer's gates of one image on its grid of codes, heads averaged, [G, h, w].
-
-    The last code is never read: None.
-    """
-    width, maps = model.config.grid[1], {}
-    for layer, found in bank_maps(model, codes, labels).items():
-        flat = [[*gate, None] for gate in found.gates[0].mean(1).T.tolist()]
-        maps[layer + 1] = [[g[i : i + width] for i in range(0, len(g), width)] for g in flat]
-    return maps
 
 
 @torch.no_grad()

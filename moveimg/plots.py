@@ -9,13 +9,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from moveimg.files import atomic
 
-GATE = {"vmin": 0, "vmax": 2, "cmap": "coolwarm"}  # gates start at 1, the middle
 LOSS = "held-out loss (nats per code)"
-MOST_GATES = 9  # columns of the map
 COSTS = {
     "parameters": "parameters",
     "flops_per_token": "FLOPs per token (forward; training takes 3 times)",
@@ -81,10 +78,9 @@ def learning_curves(configs: Sequence[dict[str, Any]], colours: Sequence[Any]) -
 # --- inspections -----------------------------------------------------------------------------
 
 
-def plot_memory(report: dict[str, Any], image: Image.Image, title: str, out: Path) -> None:
-    """Write gates.png, gradients.png and map.png, the gates of the `image` of class `title`."""
+def plot_memory(report: dict[str, Any], out: Path) -> None:
+    """Write gates.png and gradients.png of an inspection's report."""
     save_figure(gates_by_layer(report["layers"]), out / "gates.png")
-    save_figure(gates_of_image(report["layers"], report["map"], image, title), out / "map.png")
     save_figure(gradients(report["gradients"]), out / "gradients.png")
 
 
@@ -104,28 +100,6 @@ def gates_by_layer(layers: dict[int, Any]) -> Figure:
         axes.grid(alpha=0.3)
     if len(lines) <= 13:
         panels[0].legend(fontsize=7)
-    return figure
-
-
-def gates_of_image(
-    layers: dict[int, Any], maps: dict[int, Any], image: Image.Image, title: str
-) -> Figure:
-    """An image, then its gates on its grid of codes: a row per layer, a column per gate."""
-    names = next(iter(layers.values()))["gates"]
-    columns = 1 + min(MOST_GATES, max(map(len, maps.values())))
-    figure = Figure(figsize=(1.3 * columns + 1, 1.4 * len(layers)), layout="constrained")
-    panels = figure.subplots(len(layers), columns, squeeze=False)
-    for line, (layer, planes) in zip(panels, maps.items(), strict=True):
-        line[0].imshow(image.convert("RGB"))
-        line[0].set_ylabel(f"layer {layer}", fontsize=7)
-        for axes, values in zip(line[1:], planes, strict=False):  # as many as there is room for
-            drawn = axes.imshow(np.array(values, dtype=float), interpolation="nearest", **GATE)
-    for axes, name in zip(panels[0], ["the image", *names], strict=False):
-        axes.set_title(name, fontsize=7)
-    for axes in panels.flat:
-        axes.set(xticks=[], yticks=[])
-    figure.suptitle(title, fontsize=8)
-    figure.colorbar(drawn, ax=panels, label="gate, heads averaged")
     return figure
 
 

@@ -18,7 +18,6 @@ from moveimg.inspect import (
     count_reads,
     gather_gates,
     gradient_norms,
-    grid_maps,
     inspect_model,
     list_warnings,
     without_bank,
@@ -50,8 +49,8 @@ def test_gate_statistics_equal_plain_sums(name):
     for handle in handles:
         handle.remove()
     found = gather_gates(model, [(codes[:2], labels[:2]), (codes[2:], labels[2:])])
-    maps, planes = bank_maps(model, codes, labels), grid_maps(model, codes[:1], labels[:1])
-    assert found.keys() == planes.keys() == {layer + 1 for layer in seen}
+    maps = bank_maps(model, codes, labels)
+    assert found.keys() == {layer + 1 for layer in seen}
     for layer, ((x, v, _), mixed) in seen.items():
         mixer, stats = mixers[layer], found[layer + 1]
         gates = 2 * torch.sigmoid(mixer.router(x))[:, 1:].unflatten(-1, (2, -1))  # [B, S, H, G]
@@ -61,9 +60,7 @@ def test_gate_statistics_equal_plain_sums(name):
         np.testing.assert_allclose(stats["spread"], flat.std(0), rtol=1e-6)
         np.testing.assert_allclose(stats["near_zero"], (flat < 0.1).mean(0))
         np.testing.assert_allclose(stats["near_two"], (flat > 1.9).mean(0))
-        plane = np.array(planes[layer + 1], dtype=float).reshape(flat.shape[-1], -1)
-        np.testing.assert_allclose(plane[:, :-1], gates[0].mean(1).T)
-        assert np.isnan(plane[:, -1]).all()
+        torch.testing.assert_close(maps[layer].gates, gates)
         assert len(stats["gates"]) == flat.shape[-1]
         kept = gates[..., :1] * v if mixer.gate_standard else v
         kept, memory = (part.flatten(2).norm(dim=-1) for part in (kept, mixed - kept))  # [B, S]
@@ -134,12 +131,10 @@ def test_report_has_numbers_and_plots(name, tmp_path):
     assert report["images"] == 6
     assert report["gradients"]["batches"] == 1  # the second one is smaller
     layers = ["1", "2"] if "move" in name else ["2"]  # counted from one
-    for by_layer in (report["layers"], report["map"], report["gradients"]["by_layer"]):
+    for by_layer in (report["layers"], report["gradients"]["by_layer"]):
         assert list(by_layer) == layers
-    first = next(iter(report["map"].values()))
-    assert np.array(first, dtype=float).shape[1:] == (3, 4) and first[0][2][3] is None
     plotted = {path.name for path in tmp_path.glob("*.png")}
-    assert plotted == {"gates.png", "map.png", "gradients.png"}
+    assert plotted == {"gates.png", "gradients.png"}
     if "moe" in name:
         assert sum(report["experts"]["1"]) == pytest.approx(1)
 

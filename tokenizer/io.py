@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
-from moveimg.files import atomic, read_json, read_yaml, require_file, write_json
+from moveimg.files import atomic, read_json, read_yaml, write_json
 from tokenizer.base import AutoencoderTokenizer, fingerprint
 from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, parse_config
 from tokenizer.vq import TamingTokenizer, VQTokenizer
@@ -101,10 +101,9 @@ def load_taming(
         model_yaml: the file beside it, with `target` and `params` (or Lightning's `class_path` and
             `init_args`). Nothing it names is imported.
 
-    Raises ValueError where codes are not those of the nearest vector (Gumbel, IBQ, LFQ), and
-    ImportError where taming-transformers is not installed.
+    Raises ValueError where codes are not those of the nearest vector (Gumbel, IBQ, LFQ).
     """
-    config = _taming_config(require_file(model_yaml))
+    config = _taming_config(Path(model_yaml))
     weights, stage = read_weights(checkpoint), "first_stage_model."
     prefix = stage if any(name.startswith(stage) for name in weights) else ""
     weights = {
@@ -129,22 +128,18 @@ def _assemble(
 def _llamagen_config(weights: Mapping[str, Tensor], source: str) -> VQConfig:
     """The sizes of a LlamaGen tokenizer; all other settings are the same in all of them."""
 
-    def shape(name: str, ndim: int) -> list[int]:
-        if name not in weights or weights[name].ndim != ndim:
-            there = list(weights[name].shape) if name in weights else "missing"
-            raise ValueError(
-                f"{source}: not a LlamaGen tokenizer: {name} is {there}, expected {ndim} dimensions"
-            )
-        return list(weights[name].shape)
-
     def count(prefix: str) -> int:
         pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
         return len({match[1] for name in weights if (match := pattern.match(name))})
 
-    width, in_channels = shape("encoder.conv_in.weight", 4)[:2]
-    codebook_size, codebook_dim = shape("quantize.embedding.weight", 2)
-    levels = range(count("encoder.conv_blocks"))
-    widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in levels]
+    try:
+        width, in_channels, _, _ = weights["encoder.conv_in.weight"].shape
+        codebook_size, codebook_dim = weights["quantize.embedding.weight"].shape
+        levels = [f"encoder.conv_blocks.{i}" for i in range(count("encoder.conv_blocks"))]
+        widths = [len(weights[f"{level}.res.0.conv1.weight"]) for level in levels]
+        z_channels = len(weights["encoder.conv_out.weight"])
+    except (KeyError, ValueError) as error:  # a tensor is missing, or has other dimensions
+        raise ValueError(f"{source}: not a LlamaGen tokenizer ({error})") from None
     if width == 0 or any(channels % width for channels in widths):
         raise ValueError(
             f"{source}: not a LlamaGen tokenizer: {widths} channels of the levels are no multiples "
@@ -155,7 +150,7 @@ def _llamagen_config(weights: Mapping[str, Tensor], source: str) -> VQConfig:
         "width": width,
         "multipliers": tuple(channels // width for channels in widths),
         "n_res_blocks": count("encoder.conv_blocks.0.res"),
-        "z_channels": shape("encoder.conv_out.weight", 4)[0],
+        "z_channels": z_channels,
         "codebook_size": codebook_size,
         "codebook_dim": codebook_dim,
         "attention": "encoder.mid.1.q.weight" in weights,
@@ -180,7 +175,8 @@ def _taming_config(file: Path) -> TamingConfig:
     for name in named:
         if re.search("gumbel|ibq|lfq|fsq", str(name), re.IGNORECASE):
             raise ValueError(f"{file}: {shorten(name)}: expected a VQModel (nearest vector)")
-    if not isinstance(params.get("ddconfig"), dict):
-        raise ValueError(f"{file}: model.params.ddconfig is missing")
     sizes = {name: params[name] for name in ("embed_dim", "n_embed") if name in params}
-    return validate(TamingConfig, params["ddconfig"] | sizes, f"{file}: model.params")
+    ddconfig = params.get("ddconfig")
+    if not isinstance(ddconfig, dict):
+        raise ValueError(f"{file}: model.params.ddconfig is {shorten(ddconfig)}: expected sizes")
+    return validate(TamingConfig, ddconfig | sizes, f"{file}: model.params")

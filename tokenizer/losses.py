@@ -19,8 +19,6 @@ ImageLoss = Callable[[Tensor, Tensor], Tensor]
 
 # codebook at 1 is LlamaGen's; commitment is the beta of VQ-VAE (arXiv 1711.00937)
 CODEBOOK_WEIGHTS: Mapping[str, float] = {"codebook": 1.0, "commitment": 0.25}
-DEFAULT_WEIGHTS: Mapping[str, float] = {"l1": 0.0, "l2": 1.0, **CODEBOOK_WEIGHTS}
-"""LlamaGen's, for a quantizer of kind `vq` or `simvq`."""
 
 
 def reconstruction_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
@@ -41,9 +39,7 @@ def codebook_losses(vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
     }
 
 
-def total_loss(
-    terms: Mapping[str, Tensor], weights: Mapping[str, float] = DEFAULT_WEIGHTS
-) -> Tensor:
+def total_loss(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The weighted sum of named terms; ValueError unless each term has a weight and vice versa."""
     if unmatched := sorted(terms.keys() ^ weights.keys()):
         raise ValueError(f"{unmatched}: expected the loss terms and their weights to have one name")
@@ -101,18 +97,17 @@ def load_perceptual_loss(folder: Path | None, device: torch.device) -> ImageLoss
     Raises ValueError where a file is missing and cannot be downloaded, or is damaged.
     """
     checkpoints = Path(folder or torch.hub.get_dir()) / "checkpoints"
-    for name, url in WEIGHTS.items():
-        if not (checkpoints / name).is_file():
-            try:
-                checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, url in WEIGHTS.items():
+            if not (checkpoints / name).is_file():
                 digest = "397923af" if name == VGG_FILE else None  # the start of its sha256
                 torch.hub.download_url_to_file(url, str(checkpoints / name), digest)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(
-                    f"the perceptual loss needs {' and '.join(WEIGHTS)} in {checkpoints}, and "
-                    f"{name} cannot be downloaded ({error}): put both there, or set "
-                    "perceptual_weight: 0"
-                ) from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoints}: the perceptual loss needs {' and '.join(WEIGHTS)}, and a download "
+            f"failed ({error}): put both there, or set perceptual_weight: 0"
+        ) from None
     vgg, lins = (read_weights(checkpoints / name) for name in WEIGHTS)
     used = {name: w for name, w in vgg.items() if name.startswith("features.")}
     used |= {re.sub(r"lin(\d)\.model\.1\.weight", r"lins.\1", name): w for name, w in lins.items()}
@@ -130,13 +125,11 @@ def make_discriminator(channels: int, width: int, n_layers: int) -> nn.Module:
 
     Images [B, channels, H, W] -> logits [B, 1, h, w] of patches, positive for real images.
     `n_layers` halve the resolution after the first; H and W of at least `min_side(n_layers)`.
-    Raises ImportError where taming-transformers is not installed.
     """
-    from tokenizer.vq import import_taming
+    from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 
-    module = import_taming("taming.modules.discriminator.model")
-    made: nn.Module = module.NLayerDiscriminator(channels, ndf=width, n_layers=n_layers)
-    return made.apply(module.weights_init)
+    made: nn.Module = NLayerDiscriminator(channels, ndf=width, n_layers=n_layers)
+    return made.apply(weights_init)
 
 
 def min_side(n_layers: int) -> int:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import io
 from collections import OrderedDict
 from contextlib import redirect_stdout
-from importlib import import_module
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +36,8 @@ class TamingTokenizer(AutoencoderTokenizer):
     config: TamingConfig
 
     def __init__(self, config: TamingConfig) -> None:
-        layers = import_taming("taming.modules.diffusionmodules.model")
+        from taming.modules.diffusionmodules import model as layers
+
         settings = config.model_dump(exclude={"kind", "n_embed", "embed_dim"})
         encoder = layers.Encoder(**settings)
         with redirect_stdout(io.StringIO()):  # its constructor prints
@@ -46,16 +45,6 @@ class TamingTokenizer(AutoencoderTokenizer):
         sizes = config.n_embed, config.embed_dim, False
         quantize = Quantizer(VQQuantizerConfig(), *sizes)
         super().__init__(config, encoder, decoder, quantize)
-
-
-def import_taming(name: str) -> Any:
-    """A module of taming-transformers; ImportError with the package to install."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name} needs the package taming-transformers-rom1504: {error}"
-        ) from None
 
 
 class Encoder(nn.Module):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,44 +57,35 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     Raises ValueError, one line that starts with `source`, where names or shapes differ, or a
     tensor is not of finite floats.
     """
-    expected = module.state_dict()
-    differences = {
-        "missing": sorted(expected.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - expected.keys()),
-    }
-    for kind, names in differences.items():
-        if names:
-            raise ValueError(f"{source}: {kind} weight {list_names(names, 1)}")
+    expected, state = module.state_dict(), {}
+    if names := sorted(expected.keys() ^ weights.keys()):
+        kind = "missing" if names[0] in expected else "unexpected"
+        raise ValueError(f"{source}: {kind} weight {list_names(names, 1)}")
     for name, parameter in expected.items():
         tensor, shape = weights[name], list(parameter.shape)
         if list(tensor.shape) != shape:
             raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, expected {shape}")
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: {name} holds {tensor.dtype}, expected floats")
-    state = {name: weights[name].detach().to(torch.float32) for name in expected}
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
+        state[name] = tensor.detach().to(torch.float32)
+        if not state[name].isfinite().all():
             raise ValueError(f"{source}: {name} holds NaN or infinite values")
     module.load_state_dict(state, assign=next(module.parameters()).is_meta)
 
 
 def _find_weights(content: Any, file: Path) -> Mapping[Any, Any]:
     """The mapping of a checkpoint that holds its weights."""
-
-    def has_tensors(value: Any) -> bool:
-        return isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in value.values())
-
     if not isinstance(content, Mapping):
         raise ValueError(f"{file}: holds a {type(content).__name__}, expected a dict of weights")
     there = [key for key in CONTAINERS if key in content]
-    full: list[Any] = [key for key in there if has_tensors(content[key])]
-    if len(there) > 1 and full:
-        print_rank0(f"{file}: reading {full[0]!r} out of {', '.join(there)}")
-    if not full and not has_tensors(content):
-        keys = list_names(str(key) for key in content)
-        raise ValueError(f"{file}: no weights under any of {', '.join(CONTAINERS)} (keys: {keys})")
-    chosen: Mapping[Any, Any] = content[full[0]] if full else content
-    return chosen
+    for chosen in (*(content[key] for key in there), content):
+        if isinstance(chosen, Mapping) and any(isinstance(x, Tensor) for x in chosen.values()):
+            if len(there) > 1:
+                name = next(key for key in there if content[key] is chosen)
+                print_rank0(f"{file}: reading {name!r} out of {', '.join(there)}")
+            return chosen
+    keys = list_names(str(key) for key in content)
+    raise ValueError(f"{file}: no weights under any of {', '.join(CONTAINERS)} (keys: {keys})")
 
 
 def _unpickle(file: Path) -> Any:
@@ -106,13 +95,9 @@ def _unpickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds a {named[1]}" if named else "it is damaged, or holds other objects"
+    except Exception as error:  # a damaged pickle can end in any; torch advises weights_only=False
+        reason = describe(error, 200).partition("weights_only")[0]
         raise ValueError(
-            f"{file}: not readable as plain tensors: {reason}. Reading it would run its code; ask "
-            "for a safetensors file, or save its weights alone where you trust it"
+            f"{file}: damaged, or it holds more than plain tensors, and reading it would run its "
+            f"code ({reason})"
         ) from None
-    except Exception as error:  # a damaged pickle can end in any of them
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise ValueError(f"{file}: damaged or no PyTorch file ({reason})") from None

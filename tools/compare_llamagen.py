@@ -3,8 +3,8 @@
     git clone https://github.com/FoundationVision/LlamaGen
     python tools/compare_llamagen.py LlamaGen sample --dtype bfloat16 --batch-size 8
 
-The work: `sample` (codes of GPT-B at 256 pixels, guidance 2), `train` (a step in float32), `encode`
-(ten crops of JPEG files by VQ-16, to disk), `decode` (codes -> pixels). Weights are random.
+The work: `sample` (codes of GPT-B at 256 pixels, guidance 2) or `train` (a step in float32), with
+random weights.
 """
 
 from __future__ import annotations
@@ -13,24 +13,16 @@ import importlib
 import multiprocessing
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import typer
-from PIL import Image
-from sklearn.datasets import load_sample_image
-from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
 
-import tokenizer as vq
 from moveimg.config import ModelConfig, OptimizerConfig, SamplingSettings
-from moveimg.data import encode_images, open_images
 from moveimg.model import Transformer, decoding_model
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.optimizer import make_optimizers
@@ -42,23 +34,15 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "MoVE x4": {"kind": "move", "slots": 24},
 }
 LLAMAGEN = "LlamaGen"
-SUBJECTS = {"sample": ["dense", "MoVE x1"], "train": list(MEMORIES)}
 
 
 def import_theirs(checkout: Path, module: str) -> Any:
-    """Import a module of LlamaGen's, whose package `tokenizer` has the name of one of ours."""
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name[:9] == "tokenizer"}
+    """Import a module of LlamaGen's `autoregressive`, which imports nothing of its tokenizer."""
     sys.path.insert(0, str(checkout))
-    for name in ("tokenizer", "dataset"):  # folders without __init__.py, which would lose to ours
-        sys.modules[name] = ModuleType(name)
-        sys.modules[name].__path__ = [str(checkout / name)]
     try:
         return importlib.import_module(module)
     finally:
         sys.path.remove(str(checkout))
-        for name in [n for n in sys.modules if n.split(".")[0] in ("tokenizer", "dataset")]:
-            del sys.modules[name]
-        sys.modules.update(ours)
 
 
 def make_generator(name: str, checkout: Path, dropout: float = 0.0) -> Any:
@@ -110,54 +94,6 @@ def prepare_train(name: str, options: Any) -> Callable[[], object]:
     return step
 
 
-def make_tokenizers(checkout: Path, folder: Path) -> tuple[Any, Any]:
-    """Build LlamaGen's VQ-16, and ours with its weights."""
-    make = import_theirs(checkout, "tokenizer.tokenizer_image.vq_model").VQ_models["VQ-16"]
-    model = make(codebook_size=CODES, codebook_embed_dim=8).eval()
-    torch.save({"model": model.state_dict()}, folder / "vq.pt")
-    return model, vq.fast_tokenizer(vq.load_llamagen_vq(folder / "vq.pt"))
-
-
-@torch.no_grad()
-def prepare_decode(name: str, options: Any) -> Callable[[], object]:
-    theirs, ours = make_tokenizers(options.checkout, Path(tempfile.mkdtemp()))
-    codes, shape = torch.randint(CODES, (options.batch_size, 256)), (options.batch_size, 8, *GRID)
-    decode = torch.no_grad()(lambda: theirs.decode_code(codes, shape))
-    return decode if name == LLAMAGEN else lambda: ours.decode(codes)
-
-
-def prepare_encode(name: str, options: Any) -> Callable[[], object]:
-    folder = Path(tempfile.mkdtemp())
-    for number in range(max(2, options.batch_size)):
-        kind = ("china", "flower")[number % 2]
-        (folder / "images" / kind).mkdir(parents=True, exist_ok=True)
-        window = Image.fromarray(load_sample_image(f"{kind}.jpg")).crop(
-            (number, 0, number + 400, 400)
-        )
-        window.save(folder / "images" / kind / f"{number:03d}.jpg", quality=90)
-    theirs, ours = make_tokenizers(options.checkout, folder)
-    crop = import_theirs(options.checkout, "dataset.augmentation").center_crop_arr
-    view = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
-    views = transforms.Compose([
-        lambda image: crop(image, 281), transforms.TenCrop(256),
-        lambda crops: torch.stack([view(crop) for crop in crops]),
-    ])  # fmt: skip
-
-    @torch.no_grad()
-    def encode_theirs() -> None:
-        loader = DataLoader(datasets.ImageFolder(str(folder / "images"), views), batch_size=1)
-        for number, (crops, label) in enumerate(loader):
-            codes = theirs.encode(crops.flatten(0, 1))[2][2]
-            np.save(folder / f"{number}.npy", codes.reshape(1, 10, -1).numpy())
-            np.save(folder / f"{number}-label.npy", label.numpy())
-
-    def encode_ours() -> None:
-        source, out = open_images(folder / "images", "train", 0), Path(tempfile.mkdtemp(dir=folder))
-        encode_images(source, ours, out / "codes", size=256, crops="ten", ranges=(1.1,), workers=0)
-
-    return encode_theirs if name == LLAMAGEN else encode_ours
-
-
 def serve(name: str, options: Any, connection: Any) -> None:
     """Run the work once per request, in a process of its own, and send the seconds."""
     torch.manual_seed(0)
@@ -180,7 +116,7 @@ def main(
         checkout=checkout, work=work, batch_size=batch_size, dtype=dtype, quantize=quantize
     )
     context, pipes = multiprocessing.get_context("spawn"), {}
-    for name in (LLAMAGEN, *SUBJECTS.get(work, ["moveimg"])):
+    for name in (LLAMAGEN, *MEMORIES):
         pipes[name], theirs = context.Pipe()
         context.Process(target=serve, args=(name, options, theirs), daemon=True).start()
         theirs.close()  # here: when the process dies, nothing waits for it
