@@ -199,6 +199,13 @@ def test_a_full_queue_is_a_message(server, client):
             server.queue.leave(ticket)
 
 
+def test_a_finished_job_releases_its_memory(server, client, monkeypatch):
+    released = []
+    monkeypatch.setattr(handlers, "release_memory", lambda: released.append(True))
+    client.predict(class_name="1", num=1, api_name="/generate")
+    assert released == [True]
+
+
 def test_a_job_ends_when_its_listener_hangs_up(server, slow_model):
     body = {"class_name": "7", "num": 1}
     event = httpx.post(f"{server.url}{CALL}/generate", json=body).json()["event_id"]

@@ -9,13 +9,10 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import random
 import shutil
-import signal
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from moveimg.cli import app
 from moveimg.config import ModelFile, TokenizerTrainConfig, TrainConfig, load_config
 from moveimg.data import crop_views, open_images
 from moveimg.data.codes import Batches, PackedCodes
+from moveimg.device import peak_memory
 from moveimg.errors import describe
 from moveimg.evaluation.features import Extractor
 from moveimg.evaluation.reference import open_reference
@@ -56,6 +54,7 @@ from tests.tools.fuzz_inputs import (
     draw_image,
     mutate,
 )
+from tests.tools.limits import HangError, isolated, time_limit
 from tokenizer import parse_config
 
 SECONDS, BYTES = 10, 2**30  # of the processor and of memory, for one case
@@ -74,66 +73,23 @@ def try_case(kind: str, seed: int, folder: Path, material: Path) -> str:
     """
     rng, said = random.Random(f"{kind} {seed}"), "accepted"
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now
-    before = _peak()
+    before = peak_memory(CPU)
     try:
-        with _isolated(folder), _time_limit():
+        with isolated(folder), time_limit(SECONDS):
             KINDS[kind](rng, folder, material)
     except (ValueError, FileNotFoundError) as error:
         said = describe(error)
         if not said or len(str(error)) > MAX_MESSAGE:
             raise FuzzFailure(f"traceback: a message of {len(str(error))} characters") from error
-    except _HangError as error:
+    except HangError as error:
         raise FuzzFailure(f"hang: more than {SECONDS} s") from error
     except MemoryError as error:
         raise FuzzFailure(f"memory: {describe(error)}") from error
     except Exception as error:
         raise FuzzFailure(f"traceback: {type(error).__name__}: {describe(error, 200)}") from error
-    if (used := _peak() - before) > BYTES:
+    if (used := peak_memory(CPU) - before) > BYTES:
         raise FuzzFailure(f"memory: {used / 2**20:.0f} MiB")
     return said
-
-
-class _HangError(BaseException):
-    pass
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise _HangError after SECONDS of the processor's time, or many more of the clock's."""
-
-    def ring(*_: object) -> None:
-        raise _HangError
-
-    timers = {signal.SIGPROF: (signal.ITIMER_PROF, 1), signal.SIGALRM: (signal.ITIMER_REAL, 20)}
-    before = {number: signal.signal(number, ring) for number in timers}
-    for timer, factor in timers.values():
-        signal.setitimer(timer, factor * SECONDS)
-    try:
-        yield
-    finally:
-        for number, (timer, _) in timers.items():
-            signal.setitimer(timer, 0)
-            signal.signal(number, before[number])
-
-
-@contextmanager
-def _isolated(folder: Path) -> Iterator[None]:
-    """Work in `folder`, without a network."""
-    own = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
-    own |= {"MOVEIMG_CACHE": str(folder / "cache"), "TORCH_HOME": str(folder / "hub")}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ |= own
-    try:
-        with chdir(folder):
-            yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def run_command(*words: object) -> str:
