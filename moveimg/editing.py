@@ -9,7 +9,7 @@ not see the kept codes behind it; `resample` corrects this by Metropolis-Hasting
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moveimg.config import SamplingSettings
+from moveimg.images import center_crop
 from moveimg.likelihood import code_log_probs
 from moveimg.model import Transformer
 from moveimg.progress import progress_bar
@@ -29,18 +30,15 @@ BLOCK = 4  # codes proposed together by `resample`; longer blocks are accepted t
 Area = str | int | Sequence[int] | Image.Image | np.ndarray
 
 
-def area_pixels(
-    area: Area, size: tuple[int, int], downsample: int, crop: Callable[[Image.Image], Image.Image]
-) -> Tensor:
+def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     """The pixels of an area of an image, bool [H, W].
 
     Args:
         area: top, bottom, left or right (half of the image); a number of rows of codes from the
             top; a box (left, top, right, bottom) in pixels; or a mask: an image or an array, whose
-            pixels above half of its range are in the area.
+            pixels above half of its range are in the area. It is cropped as the image was.
         size: (H, W).
         downsample: pixels of a code's side.
-        crop: resizes and crops a mask as the image was.
 
     Raises ValueError for an area of another form, or outside the image.
     """
@@ -66,7 +64,7 @@ def area_pixels(
             if mask.ndim != 2 or not mask.size:
                 raise ValueError(f"mask {list(mask.shape)}: expected [H, W]")
             mask = Image.fromarray(np.where(mask > mask.max() / 2, 255, 0).astype(np.uint8))
-        inside = torch.from_numpy(np.asarray(crop(mask.convert("L"))).copy()) > 127
+        inside = torch.from_numpy(np.array(center_crop(mask.convert("L"), size))) > 127
     else:
         box = [*area]
         if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):

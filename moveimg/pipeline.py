@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from moveimg import DEFAULT_MODEL
 from moveimg.checkpoint import ModelParts, load_model
@@ -192,7 +192,6 @@ class Pipeline:
         Pixels outside the hole are the image's own, blended over the seam. Arguments as of
         complete, but `hole` is the area to draw.
         """
-
         drawn = self.hole(hole)
         codes = self._redraw(image, classes, drawn, num, seed, passes, options)
         return self.decode_partial(codes, codes.shape[1], drawn, image)
@@ -239,23 +238,15 @@ class Pipeline:
         cropped = [self.crop(image) for image in images]
         if not cropped:
             raise ValueError("no images: expected at least one")
-        starts = range(0, len(cropped), batch_size)
+        batches = (cropped[i : i + batch_size] for i in range(0, len(cropped), batch_size))
         with torch.autocast(self.device.type, enabled=False):
-            batches = [
-                self.tokenizer.encode(to_tensor(cropped[i : i + batch_size]).to(self.device))
-                for i in starts
-            ]
-        return torch.cat(batches)
+            encode = self.tokenizer.encode
+            return torch.cat([encode(to_tensor(batch).to(self.device)) for batch in batches])
 
     def hole(self, area: Area, kept: bool = False) -> Tensor:
         """The codes to draw, bool [T]: those that touch an area, or its outside if it is kept."""
-        downsample = self.tokenizer.downsample
-
-        def crop(mask: Image.Image) -> Image.Image:
-            return center_crop(mask, self.image_size)
-
-        pixels = area_pixels(area, self.image_size, downsample, crop)
-        return hole_codes(~pixels if kept else pixels, downsample).to(self.device)
+        pixels = area_pixels(area, self.image_size, self.tokenizer.downsample)
+        return hole_codes(pixels ^ kept, self.tokenizer.downsample).to(self.device)
 
     def _redraw(
         self,
@@ -335,10 +326,10 @@ class Pipeline:
         if hole is not None and original is not None:
             outside = to_tensor([self.crop(original)]).to(images).expand_as(images)
             images = blend(outside, images, hole.view(height, width), pixels)
-        grey = torch.ones(height * width, dtype=torch.bool) if hole is None else hole.clone()
-        grey[:done] = False
-        blocks = grey.view(height, width).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
-        return ImageList(to_pil(images.masked_fill(blocks.to(images.device), 0)))
+        grey = images.new_ones(height * width) if hole is None else hole.to(images)
+        grey[:done] = 0
+        mask = interpolate(grey.view(1, 1, height, width), scale_factor=pixels).bool()
+        return ImageList(to_pil(images.masked_fill(mask, 0)))
 
     def _decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # the caller's would change pixels
