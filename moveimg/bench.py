@@ -78,7 +78,7 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> Figu
     codes: Any = RandomCodes(config.model, config.batch_size)
     tokenizer: Any = None  # previews alone need one
     task = GeneratorTask(config, model, tokenizer, codes, codes, parallel)
-    run = Run(task, config, device, parallel)
+    run = Run(task, config, parallel)
     tokens = config.batch_size * config.model.seq_len
     flops = 3 * tokens * token_flops(model, (config.model.seq_len + 1) / 2)
     figures = measure(run.advance, device, repeats, config.batch_size, tokens, flops)

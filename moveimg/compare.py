@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,24 +24,26 @@ from scipy.stats import t as student
 
 from moveimg import plots
 from moveimg.checkpoint import read_about, read_model_config
-from moveimg.config import TrainConfig, load_config, read_yaml
+from moveimg.config import TrainConfig, load_config
 from moveimg.device import hardware
 from moveimg.dist import die_with_parent, signals_raise
-from moveimg.errors import shorten, validate
+from moveimg.errors import shorten
 from moveimg.files import write_json, write_text
 from moveimg.model import model_cost
 from moveimg.progress import progress_bar
 from moveimg.tables import markdown_table
-from moveimg.training.settings import Measurement, read_measurements
+from moveimg.training.settings import (
+    Measurement,
+    changed_settings,
+    differing,
+    flatten_settings,
+    read_measurements,
+)
 
 # Keys in which the configs may differ: the model's three slots and its size.
 COMPARED = ("out", "seed", "model.attention", "model.memory", "model.ffn", "model.n_layer",
             "model.n_head", "model.width")  # fmt: skip
 OF_THE_CODES = ("model.codebook_size", "model.n_classes", "model.grid")  # may be left out
-# Keys that do not change what is trained.
-NEUTRAL = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
-           "keep_checkpoints", "distributed", "activation_checkpointing", "compile",
-           "evaluation")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,7 @@ class ComparedRun:
     def changed_settings(self) -> dict[str, tuple[Any, Any]]:
         """Settings in which the run in the directory differs from this one: before and now."""
         path = self.config.out / "training" / "config.yaml"
-        if not path.is_file():
-            return {}
-        before = validate(TrainConfig, read_yaml(path), str(path))
-        return differing(settings_without(before, NEUTRAL), settings_without(self.config, NEUTRAL))
+        return changed_settings(path, self.config) if path.is_file() else {}
 
     def outcome(self) -> dict[str, Any]:
         """The last measurement and the learning curve of a finished run.
@@ -122,7 +121,7 @@ def compare(
     """
     runs = list_runs(configs, seeds, out, overrides, vary)
     about = {
-        "settings": settings_without(runs[0].config, COMPARED),
+        "settings": flatten_settings(runs[0].config, COMPARED),
         "hardware": {**hardware(device), "jobs": jobs},
     }
     missing = [run for run in runs if not run.finished()]
@@ -161,9 +160,9 @@ def list_runs(
     if len(loaded) != len(configs):
         raise ValueError("two configs have the same file name: expected different ones")
     (first, (_, config)), *others = loaded.items()
-    shared = settings_without(config, [*COMPARED, *vary])
+    shared = flatten_settings(config, (*COMPARED, *vary))
     for name, (_, other) in others:
-        for key, values in differing(shared, settings_without(other, [*COMPARED, *vary])).items():
+        for key, values in differing(shared, flatten_settings(other, (*COMPARED, *vary))).items():
             in_both = config.model.model_fields_set & other.model.model_fields_set
             if key in OF_THE_CODES and key.removeprefix("model.") not in in_both:
                 continue  # the codes decide it, the same for all
@@ -183,26 +182,6 @@ def list_runs(
                 "choose another --out, or remove it"
             )
     return runs
-
-
-def settings_without(config: TrainConfig, keys: Sequence[str]) -> dict[str, Any]:
-    """The settings of a run by dotted key, without `keys` and all below them."""
-
-    def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in settings.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    left_out = tuple(f"{key}." for key in keys)
-    flat = flatten(config.model_dump(mode="json"))
-    return {key: value for key, value in flat if not f"{key}.".startswith(left_out)}
-
-
-def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ in two flat dictionaries, with both values."""
-    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
 
 # --- the trainings ---------------------------------------------------------------------------

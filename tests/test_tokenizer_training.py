@@ -10,13 +10,11 @@ from PIL import Image
 import tokenizer as tok
 from moveimg.config import TokenizerTrainConfig
 from moveimg.data import open_images
-from moveimg.data.codes import PackedCodes
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
 from moveimg.training.loop import Run
 from moveimg.training.parallel import Parallelism
 from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
-from tests.test_cli import run
 from tests.test_training import die_at_step_5
 
 CPU = torch.device("cpu")
@@ -79,7 +77,7 @@ def test_it_trains_on_train_images_and_validates_on_evenly_spaced_val_images(tmp
     forward = task.forward
     task.forward = lambda images: (seen.append(images), forward(images))[1]
     for step in range(3):
-        task.loss(step)
+        task.loss(step, 0)
     values = ((torch.cat(seen)[:, 0, 0, 0] + 1) * 127.5).round()
     assert sorted(values.tolist()) == list(range(200, 212)), "one epoch: every training image once"
 
@@ -150,7 +148,7 @@ def test_the_discriminator_learns_and_its_scalars_are_logged(folder, tmp_path):
     logged = [task.adversary.train_step(0, images, noisy) for _ in range(40)]
     assert logged[-1]["discriminator"] < 0.5 * logged[0]["discriminator"]
     assert logged[-1]["logits_real"] > 0 > logged[-1]["logits_fake"]
-    loss, scalars = task.loss(0)
+    loss, scalars = task.loss(0, 0)
     names = {"discriminator", "logits_real", "logits_fake", "adversarial", "adversarial_weight"}
     assert names < scalars.keys() and scalars["adversarial_weight"] > 0
     gradients = [p.grad.clone() for p in task.adversary.discriminator.parameters()]
@@ -166,7 +164,7 @@ def test_the_perceptual_loss_is_added_by_its_weight(folder, tmp_path, monkeypatc
         "tokenizer.losses.load_perceptual_loss", lambda *_: lambda a, b: (a - b).abs().amax()
     )
     task = make_task(make_config(folder, tmp_path, perceptual_weight=2.0, l1_weight=0.5))
-    loss, terms = task.loss(0)
+    loss, terms = task.loss(0, 0)
     weights = {"l1": 0.5, "l2": 1, "perceptual": 2, "codebook": 1, "commitment": 0.25}
     expected = sum(weight * terms[name].item() for name, weight in weights.items())
     assert loss.item() == pytest.approx(expected, rel=1e-6) and terms["perceptual"] > 0
@@ -203,27 +201,12 @@ def test_an_unreadable_image_ends_no_run(tmp_path, capsys):
     broken.write_bytes(broken.read_bytes()[:60])
     task = make_task(make_config(folder, tmp_path / "run"))
     for step in range(4):
-        assert task.loss(step)[0].isfinite()
+        assert task.loss(step, 0)[0].isfinite()
     assert capsys.readouterr().err.count("warm/1.png") == 1
     for path in folder.rglob("*.png"):
         path.write_text("no image")
     with pytest.raises(ValueError, match="none of its 2 images"):
         make_task(make_config(folder, tmp_path / "other"))
-
-
-@pytest.mark.parametrize("kind", ["simvq", "ibq"])
-def test_codes_of_every_quantizer_are_packed_and_decoded(folder, tmp_path, kind):
-    config = make_config(folder, tmp_path / "tokenizer", {"kind": kind})
-    task = make_task(config)
-    tok.save(task.tokenizer, config.out)
-    run("encode", folder, "--tokenizer", config.out, "--out", tmp_path / "codes", "--size", 16)
-    packed = PackedCodes(tmp_path / "codes" / "train")
-    codes, _ = packed.get(np.arange(len(packed)), np.zeros(len(packed), np.int64))
-    tokenizer = tok.load(config.out)
-    packed.require_tokenizer(tokenizer.fingerprint)
-    images = torch.stack([task.train[index, 0] for index in range(len(packed))])
-    assert torch.equal(tokenizer.encode(images), codes) and codes.shape == (len(packed), 16)
-    assert tokenizer.decode(codes).shape == (len(packed), 3, 16, 16)
 
 
 def test_a_share_of_the_training_images_is_held_out(tmp_path):

@@ -166,20 +166,11 @@ def test_a_finished_run_is_not_trained_again(digits, tmp_path, monkeypatch):
 def test_a_folder_with_another_run_is_left_alone(digits, tmp_path):
     train_generator(train_config(digits, tmp_path, steps=2), CPU)
     other = train_config(digits, tmp_path, steps=2, optimizer={"lr": 1e-5})
-    with pytest.raises(ValueError, match="holds a run with other settings \\(optimizer"):
+    with pytest.raises(ValueError, match=r"another optimizer\.lr \(0\.003, now 1e-05"):
         train_generator(other, CPU)
     train_generator(other, CPU, restart=True)
     written = yaml.safe_load((tmp_path / "training/config.yaml").read_text())
     assert written["optimizer"]["lr"] == 1e-5
-
-
-def test_a_damaged_checkpoint_is_named(digits, tmp_path):
-    config = train_config(digits, tmp_path, steps=4)
-    train_generator(config, CPU)
-    for path in (tmp_path / "training/checkpoints").glob("step-*/__0_0.distcp"):
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step-0000004 .*damaged checkpoint .*--restart"):
-        train_generator(config, CPU)
 
 
 def test_codes_of_another_tokenizer_are_refused(digits, tmp_path):
@@ -208,11 +199,10 @@ def test_images_are_encoded_on_the_way(digits, tmp_path):
 def test_a_non_finite_loss_stops_the_run(digits, tmp_path):
     config = train_config(digits, tmp_path, steps=8)
     optimizer = config.optimizer.model_copy(update={"lr": 1e30})  # more than a config may hold
-    with pytest.raises(ValueError, match=r"loss (nan|inf) at step 1 on images .*: not finite"):
+    with pytest.raises(ValueError, match=r"loss (nan|inf) at step 1 on images") as caught:
         train_generator(config.model_copy(update={"optimizer": optimizer}), CPU)
-    story = json.loads((tmp_path / "training/non-finite.json").read_text())
-    batch = Batches(PackedCodes(digits / "codes/train"), 16, seed=0).batch(1)
-    assert story["step"] == 1 and story["images"] == batch[2].tolist()
+    images = Batches(PackedCodes(digits / "codes/train"), 16, seed=0).batch(1)[2].tolist()
+    assert str(images[:8]) in str(caught.value)
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 
 
@@ -221,9 +211,9 @@ def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, m
     """The loss of that step is still finite, but its weights are not."""
     loss = GeneratorTask.loss
 
-    def spoilt(task, index):
-        value, scalars = loss(task, index)
-        if index == 1:
+    def spoilt(task, step, part):
+        value, scalars = loss(task, step, part)
+        if step == 1:
             value.register_hook(lambda gradient: gradient * torch.nan)
             if told:
                 os.kill(os.getpid(), signal.SIGTERM)

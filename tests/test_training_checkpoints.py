@@ -32,13 +32,13 @@ def test_killed_commands_end_with_the_same_bytes(digits, tmp_path, name):
     assert kill_command(command, tmp_path, kills=2 if name == "train" else 1, seed=3)
 
 
-def test_the_newest_and_the_best_checkpoint_stay(digits, tmp_path, monkeypatch):
+def test_the_newest_checkpoints_and_the_best_model_stay(digits, tmp_path, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 2.5])
     monkeypatch.setattr(Run, "_validate", score_by(scores))
     config = train_config(digits, tmp_path, validate_every=2, keep_checkpoints=1)
     train_generator(config, CPU)
-    assert kept(tmp_path) == [4, 8]
-    assert read_index(tmp_path / "training/checkpoints/step-0000004")["score"] == 1.0
+    assert kept(tmp_path) == [8]
+    assert read_index(tmp_path / "training/checkpoints/step-0000008")["best"] == 1.0
     assert read_about(tmp_path / "training/best")["step"] == 4
     state = newest_state(tmp_path)
     exported = load_generator(tmp_path).state_dict()
@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_one_before(digits, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(Run, "save", saving)
     monkeypatch.setattr(filesystem, "_write_item", writing)
     config = train_config(digits, tmp_path)
-    message = f"checkpoint of step {full_at} not written (No space left on device); that of step"
+    message = f"checkpoint of step {full_at} not written (No space left on device)"
     if full_at == 8:  # the last one: the run has not kept what it was for
         with pytest.raises(OSError, match="step 8 not written"):
             train_generator(config, CPU)
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_the_one_before(digits, tmp_path, monkeypatch, capsys
     else:
         train_generator(config, CPU)
         assert kept(tmp_path) == [6, 8]
-    assert f"{message} {full_at - 2} stays" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not leftovers(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_a_run_on_other_data_or_without_settings_is_refused(digits, tmp_path):
         train_generator(config, CPU)
     data.write_text(before)
     (tmp_path / "training/config.yaml").write_text("steps: [")
-    with pytest.raises(ValueError, match=r"config.yaml: damaged, no settings in it"):
+    with pytest.raises(ValueError, match=r"config.yaml: not valid YAML"):
         train_generator(config, CPU)
 
 
@@ -159,11 +159,10 @@ def test_rates_and_gates_are_logged(digits, tmp_path):
     train_generator(train_config(digits, tmp_path, steps=4), CPU)
     events = EventAccumulator(str(tmp_path / "training")).Reload()
     found = set(events.Tags()["scalars"])
-    rates = {"images_per_second", "tokens_per_second", "mfu", "grad_norm", "lr", "accuracy", "loss"}
+    rates = {"images_per_second", "tokens_per_second", "grad_norm", "lr", "accuracy", "loss"}
     assert {f"train/{key}" for key in rates} | {"val/loss", "gates/g_0", "gates/g_i"} <= found
     last = {key: events.Scalars(f"train/{key}")[-1].value for key in rates}
     assert last["tokens_per_second"] == pytest.approx(16 * last["images_per_second"])
-    assert 0 < last["mfu"] < 1.5
     assert set(events.Tags()["images"]) == {"preview", "preview-raw"}
 
 

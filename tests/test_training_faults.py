@@ -16,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from moveimg.config import OptimizerConfig
 from moveimg.data import sha256_file
 from moveimg.data.codes import PackedCodes
 from moveimg.dist import World
@@ -24,7 +23,6 @@ from moveimg.model import Transformer
 from moveimg.training.checkpoints import Checkpoints, find_damage, read_index, sealed
 from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run, catch_stop
-from moveimg.training.optimizer import make_optimizers
 from tests.conftest import lively, tiny_config
 from tests.test_training import CPU, few_digits, same_end, train_config
 
@@ -42,16 +40,8 @@ def test_more_steps_continue_to_the_bits_of_a_longer_run(digits, tmp_path):
 
 def test_a_cosine_run_cannot_be_lengthened(digits, tmp_path):
     train_generator(train_config(digits, tmp_path, steps=2), CPU)
-    with pytest.raises(ValueError, match=r"2 steps, 4 asked.*--init-from"):
+    with pytest.raises(ValueError, match=r"steps \(2, now 4\).*--init-from"):
         train_generator(train_config(digits, tmp_path, steps=4), CPU)
-
-
-def test_a_changed_setting_is_named_by_its_key_path(digits, tmp_path):
-    train_generator(train_config(digits, tmp_path, steps=2), CPU)
-    other = train_config(digits, tmp_path, steps=2)
-    model = other.model.model_copy(update={"rope_base": 5.0})
-    with pytest.raises(ValueError, match=r"\(model\.rope_base is 10000\.0 there, 5\.0 asked\)"):
-        train_generator(other.model_copy(update={"model": model}), CPU)
 
 
 def test_restart_makes_the_codes_of_the_run_anew(digits, tmp_path):
@@ -213,7 +203,7 @@ def test_class_dropout_gives_the_null_label(digits, tmp_path, monkeypatch):
             seen.append(labels.clone()) or forward(model, codes, labels, **options)
         ),
     )
-    task.loss(0)
+    task.loss(0, 0)
     assert (seen[0] == task.model.null_label).all()
 
 
@@ -236,12 +226,6 @@ def test_the_rate_of_each_step_reaches_the_optimizer(digits, tmp_path, monkeypat
     train_generator(train_config(digits, tmp_path), CPU)
     assert rates[0] == pytest.approx(1.5e-3) and rates[1] == pytest.approx(3e-3)
     assert np.all(np.diff(rates[2:]) < 0)
-
-
-def test_betas_reach_adam():
-    model = lively(tiny_config(), dtype=torch.float32)
-    (optimizer,) = make_optimizers(model, OptimizerConfig(betas=(0.7, 0.8)))
-    assert {group["betas"] for group in optimizer.param_groups} == {(0.7, 0.8)}
 
 
 def test_dropout_falls_on_tokens_and_branches_alone():

@@ -117,7 +117,7 @@ class RunConfig(Config):
     validate_every: Steps = Field(500, description="steps between held-out losses")
     preview_every: Steps = Field(1000, description="steps between preview images")
     checkpoint_every: Steps = Field(500, description="steps between checkpoints")
-    keep_checkpoints: Steps = Field(2, description="newest checkpoints kept beside the best one")
+    keep_checkpoints: Steps = Field(2, description="newest checkpoints to keep")
     wandb: bool = Field(False, description="log to Weights & Biases, too (moveimg[wandb])")
 
 

@@ -3,7 +3,7 @@
 training/checkpoints/step-0000500/
     .metadata, __0_0.distcp, ...   weights, average and optimizer (torch.distributed.checkpoint)
     extra.pt                       other state of the task, such as a discriminator
-    checkpoint.json                step, times, scores; size and sha256 of every file; written last
+    checkpoint.json                step, seconds, held-out scalars; every file's size and sha256
 
 A checkpoint is written into a hidden folder and renamed, so a folder of that name is complete.
 Any number of processes can read it, with DDP or FSDP2 whichever wrote it.
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from moveimg.data import sha256_file
 from moveimg.dist import World, print_rank0
+from moveimg.errors import describe
 
 INDEX, EXTRA = "checkpoint.json", "extra.pt"
 NAME = re.compile(r"step-(\d+)")
@@ -60,7 +61,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints in a folder; the newest `keep` and the best are kept.
+    """Writes and reads the checkpoints in a folder; the newest `keep` are kept.
 
     Every process of a run makes one and calls its methods in the same order. A checkpoint that
     cannot be written gives a warning, and `finish` raises an error if it was the last one.
@@ -92,7 +93,7 @@ class Checkpoints:
             step: steps taken.
             state: nested dicts of tensors and DTensors, of torch's get_*_state_dict.
             extra: small plain data and tensors, the same in all processes.
-            about: plain data for checkpoint.json; the best checkpoint has the least `score`.
+            about: plain data for checkpoint.json; see Index.
         """
         self.wait()
         self.failure = None
@@ -108,18 +109,13 @@ class Checkpoints:
             self._failed(step, temporary, error)
         if self.world.any(self.failure is not None):
             return
+        options = {"process_group": self.group, "no_dist": self.group is None}
         try:
-            written = dcp.async_save(
-                state,
-                checkpoint_id=temporary,
-                process_group=self.group,
-                no_dist=self.group is None,
-            )
+            written: Any = dcp.async_save(state, checkpoint_id=temporary, **options)
         except dcp.CheckpointException as error:
             self._failed(step, temporary, error)
-            return
-        assert isinstance(written, Future)
-        self.pending = self.writer.submit(self._seal, written, temporary, final, step, about)
+        else:
+            self.pending = self.writer.submit(self._seal, written, temporary, final, step, about)
 
     def wait(self) -> None:
         """Wait until the current checkpoint, if any, is written or has failed."""
@@ -152,35 +148,16 @@ class Checkpoints:
                 if final.exists():
                     shutil.rmtree(final)
                 temporary.rename(final)
-                self._prune()
+                for old in list(self.steps().values())[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
         except (dcp.CheckpointException, OSError) as error:
             self._failed(step, temporary, error)
 
     def _failed(self, step: int, temporary: Path, error: BaseException) -> None:
-        stays = max((s for s in self.steps() if s < step), default=None)
-        there = "there is none before it" if stays is None else f"that of step {stays} stays"
-        message = f"checkpoint of step {step} not written ({reason(error)}); {there}"
         if self.world.main:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.failure = OSError(message)
-        print_rank0(f"warning: {message}")
-
-    def _prune(self) -> None:
-        steps = self.steps()
-        kept = set(list(steps)[-self.keep :])
-        if (best := self.best()) is not None:
-            kept.add(best)
-        for step, path in steps.items():
-            if step not in kept:
-                shutil.rmtree(path, ignore_errors=True)
-
-    def best(self) -> int | None:
-        """The step with the least score, if any checkpoint has one."""
-        indices = (read_index(path) for path in self.steps().values())
-        scored = [
-            (index["score"], index["step"]) for index in indices if index.get("score") is not None
-        ]
-        return min(scored)[1] if scored else None
+        self.failure = OSError(f"checkpoint of step {step} not written ({reason(error)})")
+        print_rank0(f"warning: {self.failure}; earlier ones stay")
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -197,31 +174,26 @@ class Checkpoints:
         Damaged ones are renamed to step-N.damaged, with a warning. Raises ValueError if all are
         damaged.
         """
-        intact: list[Path | None] = []
-        self.world.run_first(lambda: intact.append(self._newest()))
-        chosen = self.world.from_main(intact[0] if intact else None)
-        assert chosen is None or isinstance(chosen, Path)
+        intact: list[Path] = []
+        self.world.run_first(lambda: intact.extend(self._set_aside_damaged()))
+        chosen: Any = self.world.from_main(intact[0] if intact else None)
         return chosen
 
-    def _newest(self) -> Path | None:
+    def _set_aside_damaged(self) -> list[Path]:
+        """The newest intact checkpoint, if any; damaged ones after it are renamed."""
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.steps().values()):
-            if (problem := find_damage(path)) is not None:
-                damaged.append((path, problem))
-                continue
-            for bad, what in damaged:
-                aside = bad.with_name(f"{bad.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                bad.rename(aside)
-                print_rank0(f"warning: {bad}: {what}; set aside, going back to {path.name}")
-            return path
-        if damaged:
-            path, problem = damaged[0]
-            more = f" (and {len(damaged) - 1} before it)" if len(damaged) > 1 else ""
-            raise ValueError(
-                f"{path}{more}: damaged checkpoint ({problem}); start again with --restart"
-            )
-        return None
+            if (problem := find_damage(path)) is None:
+                for bad, what in damaged:
+                    aside = bad.with_name(f"{bad.name}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    bad.rename(aside)
+                    print_rank0(f"warning: {bad}: {what}; set aside, going back to {path.name}")
+                return [path]
+            damaged.append((path, problem))
+        for path, problem in damaged:
+            raise ValueError(f"{path}: damaged checkpoint ({problem}); start again with --restart")
+        return []
 
     def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Fill `state` from an intact checkpoint; return its extra data and its index.
@@ -290,10 +262,8 @@ class Index(BaseModel):
     step: int = Field(ge=0, le=10**12)
     seconds: float = 0.0
     held_out: dict[str, float] = {}
-    validated: int | None = None
-    score: float | None = None
-    best: float | None = None
-    processes: int = 1
+    validated: int | None = None  # the step of held_out
+    best: float | None = None  # the least first value of held_out so far
     files: dict[str, tuple[int, str]] = Field(min_length=1)  # name -> bytes, sha256
 
 
@@ -337,6 +307,4 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if isinstance(error.__context__, OSError):  # hidden by torch.save's writer of archives
         return reason(error.__context__)
-    text = " ".join(str(error).split())[:200] or type(error).__name__
-    # another process sends only the text of that writer's error
-    return "not all bytes could be written: is the disk full?" if "unexpected pos" in text else text
+    return describe(error, 200)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,21 +22,19 @@ from moveimg.images import labelled_grid, to_pil
 from moveimg.model import Transformer, model_cost
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.initial import initial_model
-from moveimg.training.logging import gate_statistics, peak_flops
+from moveimg.training.logging import data_sheet_peak, gate_statistics
 from moveimg.training.loop import fit
 from moveimg.training.parallel import Parallelism, choose_parallelism
-
-if TYPE_CHECKING:
-    from moveimg.training.scoring import Scorer
+from moveimg.training.task import Task
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 10, 6
 GATE_IMAGES = 8  # held-out images whose gates are logged
 
 
-class GeneratorTask:
+class GeneratorTask(Task):
     """loss = mean over positions of -log p(code | label, codes before it)."""
 
-    model: nn.Module
+    model: Transformer
 
     def __init__(
         self,
@@ -48,28 +48,30 @@ class GeneratorTask:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.parallel, self.world = parallel, parallel.world
         self.device = self.world.device
-        self.forward: nn.Module = model
+        self.forward = model
         self.codes, self.val = train, val
         self.class_names = train.class_names
         self.batches = Batches(train, config.batch_size, config.seed)
-        self.score_every = config.evaluation.every if config.evaluation else 0
-        self.scorer = self._scorer()
+        if config.evaluation is not None:
+            from moveimg.training.scoring import Scorer  # torch-fidelity is not loaded without need
 
-    def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        step, part = divmod(index, self.parallel.parts)
+            settings = (config.evaluation, config.sampling)
+            self.scorer = Scorer(*settings, tokenizer, model.config.grid, self.world)
+            self.score_every = config.evaluation.every
+
+    def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         codes, labels, _ = self.batches.batch(step, part, self.parallel.parts)
         codes, labels = codes.to(self.device), labels.to(self.device)
         dropped = torch.rand(len(labels), device=self.device) < self.config.class_dropout
-        labels = labels.masked_fill(dropped, self.config_of_model.n_classes)
+        labels = labels.masked_fill(dropped, self.model.null_label)
         loss, accuracy = self._loss(self.forward, codes, labels)
         scalars = {"accuracy": accuracy}
-        assert isinstance(self.model, Transformer)
         if (load := self.model.expert_load()) is not None:
             scalars["expert_load_max"] = load.max() * load.shape[-1]  # 1 is even
         return loss + self.model.auxiliary_loss(), scalars
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: Transformer) -> dict[str, float]:
         """Held-out loss in nats per code and accuracy, over every image's first view.
 
         The processes share the batches; all return the same numbers.
@@ -77,17 +79,16 @@ class GeneratorTask:
         world, size, n = self.world, self.config.batch_size, len(self.val)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(world.rank * size, n, world.size * size):
-            indices = torch.arange(start, min(start + size, n))
-            codes, labels = self.val.get(indices.numpy(), torch.zeros_like(indices).numpy())
+            indices = np.arange(start, min(start + size, n))
+            codes, labels = self.val.get(indices, 0 * indices)
             codes, labels = codes.to(self.device), labels.to(self.device)
             means = torch.stack(self._loss(model, codes, labels))
             sums += means.cpu().double() * len(indices)
         loss, accuracy = (world.mean(sums) * world.size / n).tolist()
         return {"loss": loss, "accuracy": accuracy}
 
-    def preview(self, model: nn.Module) -> Image.Image:
+    def preview(self, model: Transformer) -> Image.Image:
         """A grid of samples, one row per class, always from the same seeds."""
-        assert isinstance(model, Transformer)
         classes = list(range(min(PREVIEW_CLASSES, len(self.class_names))))
         labels = torch.tensor(classes, device=self.device).repeat_interleave(PREVIEW_COLUMNS)
         rngs = image_rngs(range(len(labels)))
@@ -96,21 +97,12 @@ class GeneratorTask:
         rows = [images[i : i + PREVIEW_COLUMNS] for i in range(0, len(images), PREVIEW_COLUMNS)]
         return labelled_grid(rows, [self.class_names[i] for i in classes])
 
-    def scores(self, model: nn.Module) -> dict[str, float]:
-        """FID and other scores of a few samples, by moveimg.evaluation."""
-        assert self.scorer is not None and isinstance(model, Transformer)
+    def scores(self, model: Transformer) -> dict[str, float]:
         return self.scorer(model)
 
-    def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
-        assert isinstance(model, Transformer)
+    def export(self, model: Transformer, directory: Path, about: dict[str, Any]) -> None:
         parts = ModelParts(model, self.tokenizer, self.class_names, self.config.sampling)
         save_model(directory, parts, about)
-
-    def extra_state(self) -> dict[str, Any]:
-        return {}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        pass
 
     def identity(self) -> dict[str, str]:
         """Digests of the codes (their manifests name every shard's) and of the tokenizer."""
@@ -124,41 +116,24 @@ class GeneratorTask:
         return self.batches.batch(step)[2].tolist()
 
     def watch(self, images_per_second: float) -> dict[str, dict[str, float]]:
-        """Tokens per second, MFU and gate statistics.
+        """Tokens per second, gate statistics and, on a known GPU, MFU.
 
         Training costs three times the matrix products of a forward pass: the backward pass has two.
         """
-        rate = images_per_second * self.config_of_model.seq_len
-        flops = 3 * model_cost(self.config_of_model).flops_per_token * rate
-        peak = peak_flops(self.device, self.parallel.dtype) * self.world.size
-        assert isinstance(self.model, Transformer)
-        gates = gate_statistics(self.model.eval(), self._forward_some)
-        return {"train": {"tokens_per_second": rate, "mfu": flops / peak}, "gates": gates}
+        config = self.model.config
+        rates = {"tokens_per_second": images_per_second * config.seq_len}
+        if self.device.type == "cuda":
+            peak = data_sheet_peak(torch.cuda.get_device_name(self.device))
+            flops = 3 * model_cost(config).flops_per_token * rates["tokens_per_second"]
+            rates["mfu"] = flops / (peak * self.world.size) if peak else math.nan
 
-    def _scorer(self) -> Scorer | None:
-        if self.config.evaluation is None:
-            return None
-        from moveimg.training.scoring import Scorer  # torch-fidelity is not loaded without need
+        def forward() -> None:  # held-out images spread over the split, and so over its classes
+            count = min(len(self.val), GATE_IMAGES)
+            indices = np.linspace(0, len(self.val) - 1, count).round().astype(np.int64)
+            codes, labels = self.val.get(indices, 0 * indices)
+            self._loss(self.model, codes.to(self.device), labels.to(self.device))
 
-        return Scorer(
-            self.config.evaluation,
-            self.config.sampling,
-            self.tokenizer,
-            self.config_of_model.grid,
-            self.world,
-        )
-
-    def _forward_some(self) -> None:
-        """Run the model over held-out images spread over the split, and so over its classes."""
-        count = min(len(self.val), GATE_IMAGES)
-        indices = torch.linspace(0, len(self.val) - 1, count).round().long().numpy()
-        codes, labels = self.val.get(indices, 0 * indices)
-        self._loss(self.model, codes.to(self.device), labels.to(self.device))
-
-    @property
-    def config_of_model(self) -> ModelConfig:
-        assert isinstance(self.model, Transformer)
-        return self.model.config
+        return {"train": rates, "gates": gate_statistics(self.model.eval(), forward)}
 
     def _loss(self, model: nn.Module, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss in nats per code, and the share of codes predicted right."""
@@ -190,7 +165,7 @@ def train_generator(
     settings = fit_to_codes(config.model, train)
     model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
     task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
-    return fit(task, config, world.device, restart, parallel)
+    return fit(task, config, parallel, restart)
 
 
 def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tokenizer as vq
-from moveimg.checkpoint import check_shapes, load_generator, read_model_config
+from moveimg.checkpoint import load_generator, read_class_names, read_model_config
 from moveimg.config import ModelConfig, TrainConfig
 from moveimg.device import shapes_only
 from moveimg.dist import print_rank0
-from moveimg.files import read_json
 from moveimg.model import GatedMixer, Transformer, ValueBank
 from moveimg.pipeline import resolve
 
 # Settings that a run chooses itself: no shape depends on them but that of the label tables.
-FREE = ("token_dropout", "resid_dropout", "ffn_dropout", "n_classes")
+FREE = {"token_dropout", "resid_dropout", "ffn_dropout", "n_classes"}
 # Tables with one row per class; the last row is the null label's.
 LABEL_TABLES = ("label_embedding.weight", "memory.class_bank.weight")
 
@@ -81,15 +79,11 @@ def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> 
     if before != now:
         for key in LABEL_TABLES:
             if key in state:
-                state[key] = _new_rows(state[key], now)
+                rows = torch.empty(now, state[key].shape[1]).normal_(std=0.02)
+                state[key] = torch.cat([rows, state[key][-1:]])  # the null label's row stays
         print_rank0(f"{directory} has {before} classes, the codes {now}: new label table")
-    elif read_json(directory / "classes.json") != class_names:
+    elif read_class_names(directory) != class_names:
         print_rank0(f"{directory} has classes of other names than the codes: label table kept")
-    expected, actual = (
-        {key: tuple(value.shape) for key, value in weights.items()}
-        for weights in (model.state_dict(), state)
-    )
-    check_shapes(expected, actual, str(directory))
     model.load_state_dict(state, assign=True)
     break_symmetry(model)
     return model
@@ -97,23 +91,17 @@ def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> 
 
 def adopt(config: ModelConfig, source: ModelConfig, directory: Path) -> ModelConfig:
     """`config` completed by the settings of `source`. Raises ValueError if they differ."""
-    left_out = {
-        key: getattr(source, key)
-        for key in ModelConfig.model_fields
-        if key not in config.model_fields_set and key not in FREE
-    }
-    config = config.model_copy(update=left_out)
+    left_out = ModelConfig.model_fields.keys() - config.model_fields_set - FREE
+    config = config.model_copy(update={key: getattr(source, key) for key in left_out})
     if config.memory.kind != "none" and source.memory.kind == "none":
         raise ValueError(
             f"model.memory is {config.memory.kind}, but {directory} has none: give it a zero one "
             "by `moveimg convert upcycle` and start from that"
         )
-    for key in ModelConfig.model_fields:
-        wanted, there = getattr(config, key), getattr(source, key)
-        if key not in FREE and wanted != there:
-            raise ValueError(
-                f"model.{key} is {_plain(wanted)}, but {directory} has {_plain(there)}"
-            )
+    wanted, there = config.model_dump(exclude=FREE), source.model_dump(exclude=FREE)
+    for key, value in wanted.items():
+        if value != there[key]:
+            raise ValueError(f"model.{key} is {value}, but {directory} has {there[key]}")
     return config
 
 
@@ -143,13 +131,3 @@ def break_symmetry(model: Transformer) -> None:
             if not weight.any():
                 slots = weight.unflatten(0, (module.n_head, -1))[:, int(module.gate_standard) :]
                 nn.init.normal_(slots, std=0.02)
-
-
-def _new_rows(table: Tensor, n_classes: int) -> Tensor:
-    rows = torch.empty(n_classes + 1, table.shape[1], dtype=table.dtype).normal_(std=0.02)
-    rows[-1] = table[-1]  # the null label's, which does not depend on the classes
-    return rows
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else value

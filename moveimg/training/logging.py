@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from moveimg.config import RunConfig
-from moveimg.files import atomic, write_text
+from moveimg.files import write_text
+from moveimg.images import save_png
 from moveimg.model import (
     DEVICES,
     NEAR_TWO,
@@ -36,50 +33,43 @@ from moveimg.training.settings import read_measurements
 
 
 class RunLogger:
-    """Writes the logs of a run, on rank 0 only.
+    """Writes the logs of a run, on rank 0 only; a full disk costs logs, not the run.
 
     Raises ValueError if Weights & Biases is wanted and not installed.
     """
 
     def __init__(self, logs: Path, config: RunConfig, step: int, main: bool) -> None:
         self.logs, self.main = logs, main
-        self.writer: SummaryWriter | None = None
-        self.wandb: Any = None
-        if not main:
-            self.bar = tqdm(disable=True)
-            return
-        if config.wandb:
-            self.wandb = start_wandb(logs, config)
-        self.hook = threading.excepthook
-        threading.excepthook = self._hide_writer_errors
-        self.writer = SummaryWriter(str(logs), purge_step=step)
-        self.bar = progress_bar(config.steps, "train", "step", step)
+        self.wandb: Any = start_wandb(logs, config) if main and config.wandb else None
+        self.writer = SummaryWriter(str(logs), purge_step=step) if main else None
+        self.bar = progress_bar(config.steps, "train", "step", step) if main else tqdm(disable=True)
 
     def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        self._write_event(SummaryWriter.close)
-        if self.main:
-            threading.excepthook = self.hook
+        if self.writer is not None:
+            self._survive("TensorBoard's last events", self.writer.close)
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error[0] is not None))
 
     def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
-        """Add numbers to TensorBoard as `prefix/key`."""
+        """Add numbers to TensorBoard as `prefix/key`; after a full disk nothing more."""
         for key, value in values.items():
-            self._write_event(SummaryWriter.add_scalar, f"{prefix}/{key}", value, step)
+            if self.writer is not None and not self._survive(
+                "TensorBoard", self.writer.add_scalar, f"{prefix}/{key}", value, step
+            ):
+                self.writer = None
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Write preview-STEP[-NAME].png, and add it to TensorBoard."""
-        if not self.main:
-            return
         ending = f"-{name}" if name else ""
         path = self.logs / f"preview-{step:06d}{ending}.png"
-        with self._survive_full_disk(path.name), atomic(path) as temporary:
-            image.save(temporary)
-        self._write_event(SummaryWriter.add_image, f"preview{ending}", pil_to_tensor(image), step)
+        self._survive(path.name, save_png, image, path, {})
+        if self.writer is not None:
+            pixels = pil_to_tensor(image)
+            self._survive("TensorBoard", self.writer.add_image, f"preview{ending}", pixels, step)
 
     def line(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, dropping lines of steps after the last checkpoint."""
@@ -88,34 +78,17 @@ class RunLogger:
         path = self.logs / "metrics.jsonl"
         lines = [one.model_dump(exclude_unset=True) for one in read_measurements(path)]
         kept = [json.dumps(one) for one in lines if one["step"] < line["step"]]
-        with self._survive_full_disk(path.name):
-            write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+        self._survive(path.name, write_text, path, "\n".join([*kept, json.dumps(line)]) + "\n")
 
-    def _write_event(self, call: Callable[..., None], *values: Any) -> None:
-        """call(writer, *values), until a full disk ends the writer's thread, with a warning."""
-        if self.writer is None:
-            return
+    def _survive(self, what: str, write: Callable[..., object], *values: Any) -> bool:
+        """Call write(*values); an OSError gives a warning, and False."""
         try:
-            call(self.writer, *values)
-        except OSError as error:
-            self.writer = None
-            why = error.strerror or error
-            self.message(f"warning: TensorBoard gets nothing more ({why}); training continues")
-
-    def _hide_writer_errors(self, failure: threading.ExceptHookArgs) -> None:
-        """Print no traceback of TensorBoard's thread, whose error its next call raises again."""
-        events = type(failure.thread).__module__.startswith("tensorboard.")
-        if not (events and isinstance(failure.exc_value, OSError)):
-            self.hook(failure)
-
-    @contextmanager
-    def _survive_full_disk(self, name: str) -> Iterator[None]:
-        """Turn an OSError into a warning."""
-        try:
-            yield
+            write(*values)
         except OSError as error:
             why = error.strerror or error
-            self.message(f"warning: {name} not written ({why}); training continues")
+            self.message(f"warning: {what} not written ({why}); training continues")
+            return False
+        return True
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -143,33 +116,10 @@ def start_wandb(logs: Path, config: RunConfig) -> Any:
     )
 
 
-# --- rates ---------------------------------------------------------------------------------
-
-
-@cache
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of a device in `dtype`: by its data sheet, or measured by matrix products."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        known = data_sheet_peak(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known
-    side, tries = (512, 20) if device.type == "cpu" else (8192, 5)
-    matrix = torch.ones(side, side, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(tries):
-        begun = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        seconds.append(time.perf_counter() - begun)
-    return 2 * side**3 / min(seconds)
-
-
 def data_sheet_peak(name: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device by its name; None if it is not in DEVICES."""
     peaks = (device.flops for key, device in DEVICES.items() if re.search(rf"\b{key}\b", name))
     return next(peaks, None)
-
-
-# --- gates ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -191,10 +141,8 @@ def gate_statistics(model: Transformer, forward: Callable[[], object]) -> dict[s
     with record_mixing(model, record):
         forward()
     scalars = {}
-    for name, seen in gates.items():
-        if seen:
-            values = torch.cat(seen)
-            scalars[name] = values.mean().item()
-            scalars[f"{name}_near_0"] = (values < NEAR_ZERO).float().mean().item()
-            scalars[f"{name}_near_2"] = (values > NEAR_TWO).float().mean().item()
+    for name, values in ((name, torch.cat(seen)) for name, seen in gates.items() if seen):
+        scalars[name] = values.mean().item()
+        scalars[f"{name}_near_0"] = (values < NEAR_ZERO).float().mean().item()
+        scalars[f"{name}_near_2"] = (values > NEAR_TWO).float().mean().item()
     return scalars

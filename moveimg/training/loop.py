@@ -6,14 +6,12 @@ run computes the same weights as an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from moveimg.config import RunConfig
 from moveimg.device import has_bfloat16, peak_memory
-from moveimg.dist import World, print_rank0
-from moveimg.files import lock, remove_temporaries, write_text
+from moveimg.dist import print_rank0
+from moveimg.files import lock, remove_temporaries
 from moveimg.training.checkpoints import Checkpoints, reason
 from moveimg.training.logging import RunLogger
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
@@ -42,30 +40,24 @@ from moveimg.training.parallel import (
     sync_gradients,
 )
 from moveimg.training.settings import check_or_write_settings
-from moveimg.training.task import Monitored, Task
+from moveimg.training.task import Task
 
 STOP_CHECK_EVERY = 10  # steps, where the ranks' check for a signal synchronises the GPUs
-SHOWN = 8  # image indices in an error line
 
 
 def fit(
-    task: Task,
-    config: RunConfig,
-    device: torch.device,
-    restart: bool = False,
-    parallel: Parallelism | None = None,
-) -> dict:
+    task: Task, config: RunConfig, parallel: Parallelism, restart: bool = False
+) -> dict[str, float]:
     """Train `task` up to config.steps steps in config.out, from its newest checkpoint if any.
 
     SIGTERM and SIGINT (Ctrl-C) end the run after the current step, with a checkpoint and exit code
     143 or 130; a second SIGINT ends it at once.
 
     Args:
-        task: the model (on `device`), its loss and its outputs.
+        task: the model, its loss and its outputs.
         config: the run's settings.
-        device: of the model.
+        parallel: processes and micro-batches.
         restart: delete an earlier run in config.out first.
-        parallel: processes and micro-batches; by default one of each.
 
     Returns:
         the last held-out scalars, with `seconds` of training in all.
@@ -76,7 +68,7 @@ def fit(
         OSError: the last checkpoint could not be written.
     """
     with lock(config.out, "a training"):
-        run = Run(task, config, device, parallel or Parallelism(World(device=device)))
+        run = Run(task, config, parallel)
         run.open(restart)
         with RunLogger(run.logs, config, run.step, run.world.main) as logger, catch_stop() as asked:
             while run.step < config.steps:
@@ -85,29 +77,34 @@ def fit(
                 run.report(scalars, logger)
                 if run.must_stop(bool(asked)):
                     number = asked[0] if asked else signal.SIGTERM
-                    run.stop(signal.Signals(number).name, logger)
+                    run.save(gather_full_model(run.averaged))
+                    run.checkpoints.finish()
+                    name = signal.Signals(number).name
+                    logger.message(
+                        f"stopped by {name} at step {run.step}; the same command goes on"
+                    )
                     raise SystemExit(128 + number)
-        return run.finish()
+        run.checkpoints.finish()
+        if run.failure is not None:
+            raise run.failure
+        return {**run.held_out, "seconds": run.seconds}
 
 
 class Run:
     """The state of a run: step, weights, average, optimizers, checkpoints, held-out scores."""
 
-    def __init__(
-        self, task: Task, config: RunConfig, device: torch.device, parallel: Parallelism
-    ) -> None:
-        if parallel.dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
+    def __init__(self, task: Task, config: RunConfig, parallel: Parallelism) -> None:
+        self.task, self.config, self.parallel = task, config, parallel
+        self.world, self.device = parallel.world, parallel.world.device
+        if parallel.dtype == torch.bfloat16 and self.device.type == "cpu" and not has_bfloat16():
             print_rank0("warning: bfloat16 is slow on this CPU: --set dtype=float32 is faster")
-        self.task, self.config, self.device = task, config, device
-        self.parallel, self.world = parallel, parallel.world
         self.logs = config.out / "training"
         self.ema = ModelEmaV3(task.model, decay=config.ema, use_warmup=True) if config.ema else None
         average = None if self.ema is None else self.ema.module
         task.forward = parallelize(task.model, average, parallel)
         self.optimizers = make_optimizers(task.model, config.optimizer)
-        self.checkpoints = Checkpoints(
-            self.logs / "checkpoints", config.keep_checkpoints, self.world
-        )
+        folder = self.logs / "checkpoints"
+        self.checkpoints = Checkpoints(folder, config.keep_checkpoints, self.world)
         self.step = 0
         self.seconds = 0.0
         self.held_out: dict[str, float] = {}
@@ -136,7 +133,7 @@ class Run:
         for part in mine:
             torch.manual_seed(micro_batch_seed(config.seed, self.step, part))
             with sync_gradients(self.task.forward, last=part == mine[-1]):
-                loss, more = self.task.loss(self.step * self.parallel.parts + part)
+                loss, more = self.task.loss(self.step, part)
                 (loss / len(mine)).backward()
             scalars.append({"loss": loss.detach(), **more})
         norm = clip_gradients(self.optimizers, config.optimizer)
@@ -153,23 +150,29 @@ class Run:
 
     def report(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
         """Log, validate, preview, score and checkpoint, each when it is due."""
+
+        def due(every: int) -> bool:
+            return every > 0 and (self.step % every == 0 or self.step == config.steps)
+
         config, task = self.config, self.task
-        if self._due(config.log_every):
+        if due(config.log_every):
             self._log(scalars, logger)
         every = (config.validate_every, config.preview_every, config.checkpoint_every)
-        validate, preview, save = (self._due(steps) for steps in every)
-        score = isinstance(task, Monitored) and task.score_every and self._due(task.score_every)
+        validate, preview, save, score = map(due, (*every, task.score_every))
         if not (validate or preview or save or score):
             return
         model = gather_full_model(self.averaged)
         if validate:
             self._validate(model, logger)
         if preview:
-            self._preview(model, logger)
-        if score and isinstance(task, Monitored):
+            raw = None if self.ema is None else gather_full_model(task.model)
+            if self.world.main:
+                logger.image("", task.preview(model), self.step)
+                if raw is not None:
+                    logger.image("raw", task.preview(raw), self.step)
+        if score:
             logger.scalars("eval", task.scores(model), self.step)
         if save:
-            self.require_finite()
             self.save(model)
 
     def must_stop(self, asked: bool) -> bool:
@@ -178,19 +181,13 @@ class Run:
             return False
         return self.world.any(asked)
 
-    def stop(self, signal_name: str, logger: RunLogger) -> None:
-        """Write a checkpoint of the current step."""
-        self.require_finite()
-        self.save(gather_full_model(self.averaged))
-        self.checkpoints.finish()
-        logger.message(f"stopped by {signal_name} at step {self.step}; the same command continues")
-
     def save(self, model: nn.Module) -> None:
         """Export the model, and begin to write a checkpoint.
 
         A failure to write, such as a full disk, does not end the run: earlier files stay, and
-        `finish` raises if the last write has failed.
+        `fit` raises in the end if the last write has failed.
         """
+        self.require_finite()
         if self.saved == self.step:
             return
         self.saved = self.step
@@ -203,9 +200,7 @@ class Run:
             "seconds": self.seconds,
             "held_out": self.held_out,
             "validated": self.validated,
-            "score": score,
             "best": self.best,
-            "processes": self.world.size,
         }
         # After the model, so that a run with its last checkpoint always has its model.
         self.checkpoints.save(self.step, self.state(), self.task.extra_state(), about)
@@ -226,23 +221,23 @@ class Run:
         if self.world.main:
             if restart and self.logs.exists():
                 shutil.rmtree(self.logs)
-            identity = self.task.identity() if isinstance(self.task, Monitored) else {}
-            check_or_write_settings(self.logs, self.config, identity)
+            check_or_write_settings(self.logs, self.config, self.task.identity())
             for directory in (self.config.out, self.logs, self.logs / "best"):
                 remove_temporaries(directory)
         self.checkpoints.sweep()
-        if (path := self.checkpoints.newest()) is not None:
-            self._load(path)
-
-    def finish(self) -> dict:
-        """Wait for the last checkpoint. Raises OSError if it or the model was not written."""
-        self.checkpoints.finish()
-        if self.failure is not None:
-            raise self.failure
-        return {**self.held_out, "seconds": self.seconds}
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.steps
+        if (path := self.checkpoints.newest()) is None:
+            return
+        state = self.state()
+        extra, index = self.checkpoints.load(path, state)
+        set_model_state_dict(self.task.model, state["model"])
+        set_optimizer_state_dict(self.task.model, self.optimizers, state["optimizer"])
+        if self.ema is not None:
+            set_model_state_dict(self.ema.module, state["ema"])
+        self.task.load_extra_state(extra)
+        self.step, self.seconds = index["step"], index["seconds"]
+        self.held_out, self.validated = index["held_out"], index["validated"]
+        self.best, self.saved = index["best"], self.step
+        self.logged = (self.step, self.seconds)
 
     def _export(self, model: nn.Module, best: bool) -> None:
         about = {"step": self.step, "seconds": round(self.seconds, 1), "val": self.held_out}
@@ -256,19 +251,6 @@ class Run:
             self.failure = OSError(f"model of step {self.step} not written ({reason(error)})")
             print_rank0(f"warning: {self.failure}; the one before stays")
 
-    def _load(self, path: Path) -> None:
-        state = self.state()
-        extra, index = self.checkpoints.load(path, state)
-        set_model_state_dict(self.task.model, state["model"])
-        set_optimizer_state_dict(self.task.model, self.optimizers, state["optimizer"])
-        if self.ema is not None:
-            set_model_state_dict(self.ema.module, state["ema"])
-        self.task.load_extra_state(extra)
-        self.step, self.seconds = index["step"], index["seconds"]
-        self.held_out, self.validated = index["held_out"], index["validated"]
-        self.best, self.saved = index["best"], self.step
-        self.logged = (self.step, self.seconds)
-
     def _validate(self, model: nn.Module, logger: RunLogger) -> None:
         self.held_out, self.validated = self.task.validate(model), self.step
         logger.scalars("val", self.held_out, self.step)
@@ -276,14 +258,6 @@ class Run:
         logger.line({"step": self.step, **spent, **self.held_out})
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in self.held_out.items())
         logger.message(f"step {self.step}: {numbers}")
-
-    def _preview(self, model: nn.Module, logger: RunLogger) -> None:
-        """Preview images by the average and by the raw weights."""
-        raw = None if self.ema is None else gather_full_model(self.task.model)
-        if self.world.main:
-            logger.image("", self.task.preview(model), self.step)
-            if raw is not None:
-                logger.image("raw", self.task.preview(raw), self.step)
 
     def _log(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
         begun = time.perf_counter()
@@ -295,32 +269,24 @@ class Run:
         self.logged = (self.step, self.seconds)
         means = dict(zip(scalars, values.tolist(), strict=True))
         logger.scalars("train", means | {"images_per_second": rate}, self.step)
-        if isinstance(self.task, Monitored):
-            for prefix, more in self.task.watch(rate).items():
-                logger.scalars(prefix, more, self.step)
+        for prefix, more in self.task.watch(rate).items():
+            logger.scalars(prefix, more, self.step)
         logger.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
 
     def require_finite(self) -> float:
         """The mean of the recent losses. Raises ValueError if a loss or gradient is not finite.
 
-        The error names the step (from 0) and its images; training/non-finite.json has all of them.
+        The error names the step (from 0) and its images.
         """
         losses = self.world.mean(torch.stack(list(self.recent)))
         bad = (~losses.isfinite()).nonzero()
         if not len(bad):
             return losses.mean().item()
         step = self.step - len(losses) + int(bad[0])
-        images = self.task.indices(step) if isinstance(self.task, Monitored) else []
-        path = self.logs / "non-finite.json"
-        if self.world.main:
-            details = {"step": step, "losses": [str(x) for x in losses.tolist()], "images": images}
-            write_text(path, json.dumps(details) + "\n")
-        more = ", ..." if len(images) > SHOWN else ""
-        of = f" on images {', '.join(map(str, images[:SHOWN]))}{more}" if images else ""
         raise ValueError(
-            f"loss {losses[bad[0]].item()} at step {step}{of}: not finite (all in {path}); try a "
-            f"lower optimizer.lr (now {self.config.optimizer.lr}), a longer optimizer.warmup or a "
-            "smaller optimizer.clip, and --restart; checkpoints are of earlier steps"
+            f"loss {losses[bad[0]].item()} at step {step} on images {self.task.indices(step)[:8]}: "
+            f"not finite; try a lower optimizer.lr (now {self.config.optimizer.lr}), a longer "
+            "optimizer.warmup or a smaller optimizer.clip, and --restart"
         )
 
 

@@ -39,8 +39,6 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     fused = rest[0].device.type in ("cpu", "cuda")
     found: list[Optimizer] = []
     if matrices := [p for p in matrices if p.requires_grad]:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer.kind muon: torch {torch.__version__} has none before 2.9")
         momentum, adjust = config.momentum, "match_rms_adamw"
         found.append(torch.optim.Muon(matrices, config.lr, decay, momentum, adjust_lr_fn=adjust))
     found.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused))

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from moveimg.config import RunConfig
 from moveimg.errors import shorten, validate
 from moveimg.files import parse_json, read_json, read_text, read_yaml, write_text
 
 # Settings that may differ when a run continues: no result depends on them, but for rounding.
-MAY_CHANGE = {
-    "log_every", "validate_every", "preview_every", "checkpoint_every", "out", "keep_checkpoints",
-    "wandb", "distributed", "activation_checkpointing", "compile", "evaluation",
-}  # fmt: skip
-SHOWN = 8  # changed settings in an error line
+MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
+              "keep_checkpoints", "distributed", "activation_checkpointing", "compile",
+              "evaluation")  # fmt: skip
 
 
 class Measurement(BaseModel):
@@ -44,15 +41,26 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
     """Write training/config.yaml and data.json, after a comparison with those of an earlier start.
 
     `identity` has digests of the data by name. Raises ValueError, naming what differs, for a
-    directory with a run of other settings or on other data.
+    directory with a run of other settings or on other data. More steps are the same run where the
+    learning rate does not depend on their number.
     """
     described, data = logs / "config.yaml", logs / "data.json"
     if described.is_file():
-        require_same_settings(described, config)
+        changes = changed_settings(described, config)
+        old, new = changes.get("steps", (0, 0))
+        if new > old and config.optimizer.schedule == "constant":
+            del changes["steps"]
+        for key, (before, now) in changes.items():
+            reason = ": a cosine schedule ends at the first number" if key == "steps" else ""
+            raise ValueError(
+                f"{config.out}: holds a run with another {key} ({shorten(before)}, now "
+                f"{shorten(now)}{reason}); choose another `out` (from this run's model by "
+                "--init-from), or start over with --restart"
+            )
         present = read_json(data) if data.is_file() else identity  # older runs had no data.json
         present = validate(dict[str, str], present, f"{data}: damaged, start over with --restart")
-        for key, now in identity.items():
-            if present.get(key) != now:
+        for key, digest in identity.items():
+            if present.get(key) != digest:
                 raise ValueError(
                     f"{config.out}: holds a run on other data (the {key} have changed since it "
                     "began); choose another `out`, or start over with --restart"
@@ -61,52 +69,33 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
     write_text(data, json.dumps(identity, indent=1) + "\n")
 
 
-def require_same_settings(described: Path, config: RunConfig) -> None:
-    """Raise ValueError, naming keys and values, unless config.yaml has the settings of `config`.
+def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings in which a run's config.yaml differs from `config`, by dotted key: before and now.
 
-    More steps are the same run where the learning rate does not depend on their number. A key
-    that is newer than the run had its default then.
+    A key that is newer than the run had its default then. Raises ValueError for a damaged file.
     """
-    before = None
-    with suppress(ValueError):
-        before = read_yaml(described)
-    if not isinstance(before, dict):
-        raise ValueError(f"{described}: damaged, no settings in it; start over with --restart")
-    with suppress(ValidationError):  # settings of another version are compared unchanged
-        before = type(config).model_validate(before).model_dump(mode="json")
-    changes = find_changes(
-        {key: value for key, value in before.items() if key not in MAY_CHANGE},
-        config.model_dump(mode="json", exclude=MAY_CHANGE),
-    )
-    if "steps" in changes:
-        old, new = changes.pop("steps")
-        if config.optimizer.schedule == "cosine":
-            raise ValueError(
-                f"{config.out}: holds a run of {old} steps, {new} asked: its cosine schedule "
-                f"ends at step {old}, so it cannot be continued; start a new run from it by "
-                f"--init-from {config.out} and another `out`"
-            )
-        if new < old:
-            raise ValueError(f"{config.out}: holds a run of {old} steps, {new} asked: too few")
-    if changes:
-        details = "; ".join(
-            f"{key[:100]} is {shorten(old)} there, {shorten(new)} asked"
-            for key, (old, new) in list(changes.items())[:SHOWN]
-        )
-        raise ValueError(
-            f"{config.out}: holds a run with other settings ({details}); choose another `out`, or "
-            "start over with --restart"
-        )
+    stored = read_yaml(described)
+    if isinstance(stored, dict):  # without what later versions have dropped
+        stored = {key: value for key, value in stored.items() if key in type(config).model_fields}
+    before = flatten_settings(validate(type(config), stored, str(described)), MAY_CHANGE)
+    return differing(before, flatten_settings(config, MAY_CHANGE))
 
 
-def find_changes(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Values that differ, old and new, by their key path, such as model.memory.slots."""
-    if before == now:
-        return {}
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return {path: (before, now)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in before | now if path else now:  # settings that a newer version has dropped are none
-        inner = f"{path}.{key}" if path else key
-        found |= find_changes(before.get(key), now.get(key), inner)
-    return found
+def flatten_settings(config: RunConfig, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings of a run by dotted key, without the keys `left_out` and all below them."""
+    flat, nested = {}, config.model_dump(mode="json")
+    while nested:
+        key = next(iter(nested))
+        value = nested.pop(key)
+        if f"{key}.".startswith(tuple(f"{name}." for name in left_out)):
+            continue
+        if isinstance(value, dict):
+            nested = {f"{key}.{inner}": v for inner, v in value.items()} | nested
+        else:
+            flat[key] = value
+    return flat
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ in two flat dictionaries, with both values."""
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}

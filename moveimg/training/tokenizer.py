@@ -30,6 +30,7 @@ from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_tenso
 from moveimg.training.loop import fit
 from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Parallelism
+from moveimg.training.task import Task
 from tokenizer import losses as vq_losses
 
 PREVIEW_COLUMNS = 8
@@ -118,17 +119,16 @@ class Adversary:
         return weight * loss, {"adversarial": loss.detach(), "adversarial_weight": weight}
 
 
-class TokenizerTask:
+class TokenizerTask(Task):
     """loss = reconstruction (l1, l2, LPIPS) + quantizer's own + adversarial (VQGAN, eq. 6)."""
 
-    model: nn.Module
+    model: vq.AutoencoderTokenizer
 
     def __init__(
         self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Parallelism
     ) -> None:
         self.config, self.model, self.plan = config, model, plan
-        self.tokenizer = model
-        self.forward: nn.Module = model
+        self.forward = model
         self.device = device = plan.world.device
         source, fraction = config.images.source, config.images.val_fraction
         with plan.world.first_alone():  # a named data set is downloaded once
@@ -148,8 +148,7 @@ class TokenizerTask:
         self.adversary = Adversary(config, channels, device) if config.adversarial else None
         self._batches: Iterator[Tensor] | None = None
 
-    def loss(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        step = index // self.plan.parts
+    def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self._batches is None:
             small = len(self.train) < MAX_VALIDATION
             loader = DataLoader(
@@ -174,18 +173,18 @@ class TokenizerTask:
             weights = self.reconstruction_weights
             weighted = vq.total_loss({name: losses[name] for name in weights}, weights)
             adversarial, logged = self.adversary.generator_loss(
-                reconstruction, weighted, self.tokenizer.last_layer
+                reconstruction, weighted, self.model.last_layer
             )
             loss = loss + adversarial
             scalars |= logged
         return loss, {name: value.detach() for name, value in scalars.items()}
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: Any) -> dict[str, float]:
         """Mean squared error, on [-1, 1], and code usage of held-out images, over all processes."""
         world = self.plan.world
         error = torch.zeros(1).double()
-        counts = torch.zeros(self.tokenizer.codebook_size).double()
+        counts = torch.zeros(self.model.codebook_size).double()
         batches = self.val.split(max(VALIDATION_BATCH, self.config.batch_size))
         for images in batches[world.rank :: world.size]:
             codes, decoded = reconstruct(model, images)
@@ -195,26 +194,25 @@ class TokenizerTask:
         stats = {key: value.item() for key, value in vq.code_statistics(counts).items()}
         return {"mse": error.item() / len(self.val), **stats}
 
-    def preview(self, model: nn.Module) -> Image.Image:
+    def preview(self, model: Any) -> Image.Image:
         """Held-out images above their reconstructions."""
         images = self.val[spread_indices(len(self.val), PREVIEW_COLUMNS)]
         decoded = reconstruct(model, images)[1]
         return labelled_grid([to_pil(images), to_pil(decoded)], ["image", "decoded"])
 
-    def export(self, model: nn.Module, directory: Path, about: dict[str, Any]) -> None:
-        assert isinstance(model, vq.AutoencoderTokenizer)
+    def export(self, model: Any, directory: Path, about: dict[str, Any]) -> None:
         vq.save(model, directory)
 
     def extra_state(self) -> dict[str, Any]:
         """The state of the quantizer's training, and of the discriminator with its optimizer."""
-        state: dict[str, Any] = {**self.tokenizer.quantize.training_state()}
+        state: dict[str, Any] = {**self.model.quantize.training_state()}
         if self.adversary is not None:
             state["discriminator"] = self.adversary.discriminator.state_dict()
             state["discriminator_optimizer"] = self.adversary.optimizer.state_dict()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.tokenizer.quantize.load_training_state(state)
+        self.model.quantize.load_training_state(state)
         if self.adversary is not None:
             self.adversary.discriminator.load_state_dict(state["discriminator"])
             self.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -241,9 +239,8 @@ def spread_indices(n: int, count: int) -> list[int]:
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().tolist()
 
 
-def reconstruct(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(model: vq.AutoencoderTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
     """The codes [B, T] of images [B, C, H, W], and the images decoded from them, on the CPU."""
-    assert isinstance(model, vq.AutoencoderTokenizer)
     codes = model.encode(images)
     h, w = (side // model.downsample for side in images.shape[2:])
     return codes, model.decode(codes, (h, w)).cpu()
@@ -277,4 +274,4 @@ def train_tokenizer(
         model = make_tokenizer(config).to(world.device)
         code_grid(config.images.size, model.downsample)  # refuses a size it does not divide
         task = TokenizerTask(config, model, plan)
-    return fit(task, config, world.device, restart, plan)
+    return fit(task, config, plan, restart)
