@@ -96,7 +96,8 @@ def main(requests: int = 300, visitors: int = 6, slow: int = 0, port: int = 7999
     try:
         send(url, "generate", {})  # loads the model
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(slow)]
-        threading.Thread(target=watch).start()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         print(f"memory at first: {resident(process):.0f} MB")
         with ThreadPoolExecutor(visitors) as pool:
             for done in range(0, requests, 30):
@@ -107,8 +108,9 @@ def main(requests: int = 300, visitors: int = 6, slow: int = 0, port: int = 7999
             print(f"{name} {ended}: {len(seconds)}, {median:.1f} s (longest {longest:.1f})")
         print(f"a file of the page: {statistics.median(pages):.2f} s (longest {max(pages):.2f})")
         print(f"slow connections held: {len(held)}")
-    finally:
         over.set()
+        watcher.join()  # the server ends after its last request
+    finally:
         process.terminate()
         process.wait(30)
 
