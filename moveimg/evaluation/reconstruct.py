@@ -33,14 +33,7 @@ def reconstruct(
 ) -> tuple[dict[str, Any], Image.Image]:
     """Encode and decode the centre `size` pixels of every image of `source` that can be read.
 
-    Args:
-        source: the images: validation images for a number to publish.
-        tokenizer: the tokenizer to measure.
-        size: of the square crops.
-        extractor: for rFID; None leaves it out.
-        reference: of rFID; None: the images themselves.
-        guards: collects warnings; knows which refusals are overruled.
-
+    rFID is left out without an extractor; its reference is the images themselves by default.
     Returns the figures and a grid of images, spread over the source, above their reconstructions:
 
         images              number of images read
