@@ -121,6 +121,24 @@ def require_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def fetch(url: str, path: Path, hash_prefix: str | None = None) -> Path:
+    """`path`, downloaded from `url` where it is missing. Raises FileNotFoundError without network.
+
+    hash_prefix: the start of the file's sha256.
+    """
+    if not path.is_file():
+        import torch
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{path.name} is missing and cannot be downloaded ({error}): bring {url} to {path}"
+            ) from None
+    return path
+
+
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
     """The text of a UTF-8 file.
 

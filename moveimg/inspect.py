@@ -49,14 +49,8 @@ def inspect_model(
 ) -> dict[str, Any]:
     """Write out/inspection.json and its plots; return the report.
 
-    Args:
-        pipeline: the model.
-        out: the folder.
-        codes_folder: packed codes to read (or a folder with val/ in it); left out, the model
-            reads its own samples.
-        num: images to read; fewer where there are fewer.
-        batch_size: images in one batch; the gradients are those of the first four full batches.
-        seed: of the samples.
+    The model reads `num` images of packed codes (or of val/ in their folder), or else of its own
+    samples. Gradients are those of the first four full batches.
 
     Raises ValueError for a model with neither memory nor experts, or codes of another tokenizer.
     """

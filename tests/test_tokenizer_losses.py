@@ -85,7 +85,7 @@ def test_missing_lpips_weights_are_named(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.urlopen", fail)
-    with pytest.raises(ValueError, match=rf"{tmp_path}.*{losses.VGG_FILE}.*no network"):
+    with pytest.raises(FileNotFoundError, match=rf"no network.*{tmp_path}.*{losses.VGG_FILE}"):
         losses.load_perceptual_loss(tmp_path, CPU)
 
 

@@ -148,8 +148,8 @@ def test_both_processes_wrote_shards(folder):
     ("settings", "size", "message"),
     [
         ({"micro_batch": 5}, 1, "micro_batch 5: expected a divisor of batch_size"),
-        ({}, 2, "micro_batch 16 .* into 1, which 2 processes cannot share: set micro_batch to 8"),
-        ({"micro_batch": 4}, 3, "cannot share: expected a batch_size that 3 divides"),
+        ({}, 2, "micro_batch 16 .* into 1: .* 2 processes"),
+        ({"micro_batch": 4}, 3, "into 4: .* 3 processes"),
         ({"distributed": "fsdp", "optimizer": {"kind": "muon"}}, 1, "muon needs whole matrices"),
     ],
 )

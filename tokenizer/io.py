@@ -96,12 +96,9 @@ def load_taming(
     Of a Net2Net or latent-diffusion model the first stage (`first_stage_model.*`) is read. The
     networks of its training (`loss.*`) and a moving average (`model_ema.*`) are left out.
 
-    Args:
-        checkpoint: the weights; see `read_weights`.
-        model_yaml: the file beside it, with `target` and `params` (or Lightning's `class_path` and
-            `init_args`). Nothing it names is imported.
-
-    Raises ValueError where codes are not those of the nearest vector (Gumbel, IBQ, LFQ).
+    The YAML beside it has `target` and `params` (or Lightning's `class_path` and `init_args`);
+    nothing that it names is imported. Raises ValueError where codes are not those of the nearest
+    vector (Gumbel, IBQ, LFQ).
     """
     config = _taming_config(Path(model_yaml))
     weights, stage = read_weights(checkpoint), "first_stage_model."

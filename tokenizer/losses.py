@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moveimg.device import shapes_only
 from moveimg.dist import reduce_mean
+from moveimg.files import fetch
 from tokenizer.weights import load_weights, read_weights
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
@@ -89,25 +90,12 @@ class LPIPS(nn.Module):
 def load_perceptual_loss(folder: Path | None, device: torch.device) -> ImageLoss:
     """LPIPS with its published weights, read as plain tensors.
 
-    Args:
-        folder: a torch.hub folder with `WEIGHTS` in its `checkpoints/`; None: torch's own
-            (`~/.cache/torch/hub`). A missing file is downloaded into it.
-        device: where to compute the features.
-
-    Raises ValueError where a file is missing and cannot be downloaded, or is damaged.
+    They are in `checkpoints/` of a torch.hub folder (None: torch's own), or downloaded into it.
+    Raises FileNotFoundError without a file or network, ValueError for a damaged file.
     """
     checkpoints = Path(folder or torch.hub.get_dir()) / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    try:
-        for name, url in WEIGHTS.items():
-            if not (checkpoints / name).is_file():
-                digest = "397923af" if name == VGG_FILE else None  # the start of its sha256
-                torch.hub.download_url_to_file(url, str(checkpoints / name), digest)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{checkpoints}: the perceptual loss needs {' and '.join(WEIGHTS)}, and a download "
-            f"failed ({error}): put both there, or set perceptual_weight: 0"
-        ) from None
+    for name, url in WEIGHTS.items():
+        fetch(url, checkpoints / name, "397923af" if name == VGG_FILE else None)
     vgg, lins = (read_weights(checkpoints / name) for name in WEIGHTS)
     used = {name: w for name, w in vgg.items() if name.startswith("features.")}
     used |= {re.sub(r"lin(\d)\.model\.1\.weight", r"lins.\1", name): w for name, w in lins.items()}

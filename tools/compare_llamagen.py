@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,14 +95,17 @@ def prepare_train(name: str, options: Any) -> Callable[[], object]:
     return step
 
 
-def serve(name: str, options: Any, connection: Any) -> None:
-    """Run the work once per request, in a process of its own, and send the seconds."""
+def prepare(name: str, options: Any) -> None:
+    """Build the work in a process of its own."""
     torch.manual_seed(0)
-    run = globals()[f"prepare_{options.work}"](name, options)
-    while connection.recv():
-        begin = time.perf_counter()
-        run()
-        connection.send(time.perf_counter() - begin)
+    globals()["work"] = globals()[f"prepare_{options.work}"](name, options)
+
+
+def run() -> float:
+    """Do the work once; return the seconds."""
+    begin = time.perf_counter()
+    globals()["work"]()
+    return time.perf_counter() - begin
 
 
 def main(
@@ -115,26 +119,20 @@ def main(
     options = SimpleNamespace(
         checkout=checkout, work=work, batch_size=batch_size, dtype=dtype, quantize=quantize
     )
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for name in (LLAMAGEN, *MEMORIES):
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(name, options, theirs), daemon=True).start()
-        theirs.close()  # here: when the process dies, nothing waits for it
-    times: dict[str, list[float]] = {name: [] for name in pipes}
+    context = multiprocessing.get_context("spawn")
+    pools = {
+        name: ProcessPoolExecutor(1, context, prepare, (name, options))
+        for name in (LLAMAGEN, *MEMORIES)
+    }
+    times: dict[str, list[float]] = {name: [] for name in pools}
     for number in range(rounds + 1):
         for name in times if number % 2 else reversed(times):
-            pipes[name].send(True)
-            seconds = pipes[name].recv()
-            if number:
-                times[name].append(seconds)
-    for pipe in pipes.values():
-        pipe.send(False)
-    for name, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(times[LLAMAGEN], seconds, strict=True))
-        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        print(
-            f"{name:<9} {statistics.median(seconds):7.2f} s ({spread}), {ratio:.2f} times as fast"
-        )
+            seconds = pools[name].submit(run).result()
+            times[name] += [seconds] if number else []
+    for name, own in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times[LLAMAGEN], own, strict=True))
+        spread = f"{min(own):.2f} to {max(own):.2f}"
+        print(f"{name:<9} {statistics.median(own):7.2f} s ({spread}), {ratio:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -139,8 +139,8 @@ def evaluate(
         pipeline = Pipeline.from_pretrained(name, device=own_device(device), dtype=dtype)
         files = (extractor, inception_weights)
         network = runner.open_extractor(reference, *files, pipeline.device)
-        options = (num or runner.default_num(network), seed, batch_size, resize)
-        plans = [make_plan(pipeline, *options, changes) for changes in changed]
+        num = num or (50_000 if network.class_names is None else 2_000)
+        plans = [make_plan(pipeline, num, seed, batch_size, resize, made) for made in changed]
         done = runner.evaluate_model(pipeline, plans, reference, network, allow or [], out, swept)
         if done is not None:
             _report(done[0])

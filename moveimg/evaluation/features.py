@@ -26,27 +26,16 @@ DONE = "features.json"
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network from pixels to features.
-
-    Attributes:
-        name: short, for files and tables.
-        space: what its numbers may be compared with.
-        fingerprint: sha256 of its weights.
-        network: uint8 [B, 3, H, W] -> {layer: float32 [B, D]}.
-        layers: the layer of each role: `fid` always, `sfid` and `logits` where there is one.
-        device: where it runs.
-        class_names: of a classifier whose logits are of the data set's own classes.
-        held_out: that classifier's accuracy on held-out real images.
-    """
+    """A frozen network from pixels to features."""
 
     name: str
-    space: str
-    fingerprint: str
-    network: Callable[[Tensor], dict[str, Tensor]]
-    layers: dict[str, str]
+    space: str  # what its numbers may be compared with
+    fingerprint: str  # sha256 of its weights
+    network: Callable[[Tensor], dict[str, Tensor]]  # uint8 [B, 3, H, W] -> layer: float32 [B, D]
+    layers: dict[str, str]  # of each role: `fid` always, `sfid` and `logits` where there is one
     device: torch.device
-    class_names: tuple[str, ...] | None = None
-    held_out: float | None = None
+    class_names: tuple[str, ...] | None = None  # of a classifier of a data set's own classes
+    held_out: float | None = None  # that classifier's accuracy on held-out real images
 
     def summary(self) -> dict[str, Any]:
         """For results."""
@@ -108,19 +97,3 @@ def run(extractor: Extractor, batch: np.ndarray) -> dict[str, np.ndarray]:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         outputs = extractor.network(images)
     return {role: outputs[layer].float().cpu().numpy() for role, layer in extractor.layers.items()}
-
-
-def fetch(url: str, path: Path, hash_prefix: str | None = None) -> Path:
-    """`path`, downloaded from `url` where it is missing. Raises FileNotFoundError without network.
-
-    hash_prefix: the start of the file's sha256.
-    """
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"{path.name} is missing and cannot be downloaded ({error}): bring {url} to {path}"
-            ) from None
-    return path

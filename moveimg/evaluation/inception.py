@@ -21,8 +21,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from moveimg.evaluation.features import Extractor, fetch
-from moveimg.files import require_file
+from moveimg.evaluation.features import Extractor
+from moveimg.files import fetch, require_file
 
 POOL, SPATIAL, LOGITS = "2048", "mixed_6_spatial", "logits_unbiased"
 NAME = "inception-v3-compat-spatial"
@@ -69,10 +69,7 @@ def register() -> None:
 def load_inception(weights: Path | None, device: torch.device) -> Extractor:
     """The extractor of FID, sFID, IS, precision, recall and KID.
 
-    Args:
-        weights: a file in torch-fidelity's layout; None: its own, downloaded on first use.
-        device: where to run it.
-
+    Its weights are a file in torch-fidelity's layout, or that of torch-fidelity, downloaded once.
     Raises FileNotFoundError without weights, ValueError for weights of another network.
     """
     file = URL_INCEPTION_V3.rsplit("/", 1)[-1]  # its name ends in the start of its sha256

@@ -33,13 +33,8 @@ def reconstruct(
 ) -> tuple[dict[str, Any], Image.Image]:
     """Encode and decode the centre `size` pixels of every image of `source` that can be read.
 
-    Args:
-        source: the images: validation images for a number to publish.
-        tokenizer: the tokenizer to measure.
-        size: (H, W) of the crops; multiples of the tokenizer's downsample.
-        extractor: for rFID; None leaves it out.
-        reference: of rFID; None: the images themselves.
-        guards: collects warnings; knows which refusals are overruled.
+    `size` is (H, W), multiples of the tokenizer's downsample. Without an extractor rFID is left out;
+    its reference is the images themselves by default.
 
     Returns the figures and a grid of images, spread over the source, above their reconstructions:
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from moveimg.data import is_named_source, open_images
 from moveimg.errors import validate
-from moveimg.evaluation.features import Extractor, extract, fetch
+from moveimg.evaluation.features import Extractor, extract
 from moveimg.evaluation.metrics import Statistics, statistics_of
 from moveimg.evaluation.sets import (
     ImageSet,
@@ -27,7 +27,7 @@ from moveimg.evaluation.sets import (
     write_array,
     write_images,
 )
-from moveimg.files import atomic, parse_json
+from moveimg.files import atomic, fetch, parse_json
 
 KEPT_IMAGES = 10_000  # for precision, recall and KID, as in ADM's files
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
@@ -52,25 +52,15 @@ class About(BaseModel):
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics and features of real images.
-
-    Attributes:
-        name: the path or name given.
-        digest: sha256 of the file; of a folder, of its pixels.
-        split: `train`, `val`, or None where it is unknown.
-        size: (H, W) of its images; None where it is unknown.
-        count: images behind the statistics; None where it is unknown.
-        statistics: of `fid` and, with Inception, `sfid`.
-        features: float32 [M, D] of its images, for precision, recall and KID; None without images.
-    """
+    """Statistics and features of real images; None where something is unknown."""
 
     name: str
-    digest: str
-    split: str | None
-    size: tuple[int, int] | None
-    count: int | None
-    statistics: Mapping[str, Statistics]
-    features: np.ndarray | None
+    digest: str  # sha256 of the file; of a folder, of its pixels
+    split: str | None  # train or val
+    size: tuple[int, int] | None  # (H, W)
+    count: int | None  # images behind the statistics
+    statistics: Mapping[str, Statistics]  # of `fid` and, with Inception, `sfid`
+    features: np.ndarray | None  # float32 [M, D] of its images; None without images
 
     def summary(self) -> dict[str, Any]:
         """For results: the reference's origin, and the images behind each number."""
@@ -89,14 +79,9 @@ def open_reference(
 ) -> Reference:
     """A reference by path or name.
 
-    Args:
-        name: a data set, whose training images are cropped to the samples' (H, W) `size`; an .npz
-            of ADM's layout (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; a folder of
-            images; or one of PUBLISHED, downloaded on first use.
-        size: of the samples.
-        extractor: computes features of its images, and the statistics it lacks.
-        cache: where features and downloads are kept.
-
+    It is a data set, whose training images are cropped to the samples' (H, W) `size`; an .npz of
+    ADM's layout (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; a folder of images; or one
+    of PUBLISHED, downloaded on first use. `extractor` computes what the file lacks.
     Raises FileNotFoundError, or ValueError for other content or another extractor's statistics.
     """
     if is_named_source(name):

@@ -44,13 +44,8 @@ def open_extractor(
 ) -> Extractor:
     """The feature extractor of a comparison with `reference`, which is looked for first.
 
-    Args:
-        reference: see open_reference; None where one is being made.
-        classifier: a file of make_extractor; None: the bundled one of the data set, else Inception.
-        inception_weights: a file in torch-fidelity's layout; None: its own.
-        device: where it runs.
-
-    Raises as locate, load_classifier and load_inception.
+    Without files it is the bundled classifier of a data set, else Inception with torch-fidelity's
+    weights. Raises as locate, load_classifier and load_inception.
     """
     if classifier is not None and inception_weights is not None:
         raise ValueError("--extractor and --inception-weights: expected one of the two")
@@ -76,11 +71,6 @@ def default_reference(model: str) -> str:
     return REFERENCES[model]
 
 
-def default_num(extractor: Extractor) -> int:
-    """50,000 samples with Inception, 2,000 with a classifier."""
-    return 50_000 if extractor.class_names is None else 2_000
-
-
 def evaluate_model(
     pipeline: Pipeline,
     plans: Sequence[SamplePlan],
@@ -92,16 +82,8 @@ def evaluate_model(
 ) -> tuple[list[dict[str, Any]], Path] | None:
     """Draw a model's samples (or continue to), score them, write results.json beside them.
 
-    Args:
-        pipeline: the model.
-        plans: the set to draw; of a sweep, one for each value.
-        reference: see open_reference.
-        extractor: of the features.
-        allowed: guards to overrule, by name.
-        out: folder; None: evaluation/MODEL-HASH, by the hash of the first plan.
-        sweep: a sampling setting and its values, each with a folder of its own in `out`, beside
-            sweep.md and sweep.png.
-
+    A sweep is a sampling setting and its values; each has a plan and a folder of its own in `out`
+    (by default evaluation/MODEL-HASH, by the first plan), beside sweep.md and sweep.png.
     Returns the results, one for each plan, and their folder; None on every rank but 0.
     """
     name, (key, values) = Path(pipeline.name).name, sweep or ("", ())

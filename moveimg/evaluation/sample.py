@@ -32,28 +32,16 @@ from moveimg.sampling import MAX_SEED
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Everything that determines the bytes of a set; plan.json holds it.
+    """Everything that determines the bytes of a set; plan.json holds it."""
 
-    Attributes:
-        model: sha256 of the generator's config and weights.
-        tokenizer: its fingerprint.
-        n_classes: classes of the model.
-        sampling: the sampling settings.
-        num: images.
-        seed: image i is drawn with seed + i.
-        batch_size: images of one batch; the rounding of matrix products depends on it.
-        resize: side in pixels to resize the images to, bicubically; None: no resizing.
-        device, dtype: type of the device and of the weights.
-    """
-
-    model: str
-    tokenizer: str
+    model: str  # sha256 of the generator's config and weights
+    tokenizer: str  # fingerprint
     n_classes: int
     sampling: dict[str, Any]
     num: int
-    seed: int
-    batch_size: int
-    resize: int | None
+    seed: int  # image i is drawn with seed + i
+    batch_size: int  # the rounding of matrix products depends on it
+    resize: int | None  # side in pixels to resize the images to, bicubically
     device: str
     dtype: str
 

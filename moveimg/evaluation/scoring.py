@@ -38,20 +38,11 @@ def score(
     guards: Guards,
     n_classes: int | None = None,
 ) -> dict[str, Any]:
-    """All metrics of generated images, and what they were computed from.
+    """All metrics of generated images as plain data, with what they were computed from.
 
-    Args:
-        images: the samples.
-        reference: training images, or their statistics.
-        extractor: the same that made the reference's features.
-        cache: where features are kept.
-        guards: collects warnings; knows which refusals are overruled.
-        n_classes: classes of the model; None: those that occur.
-
-    Returns:
-        plain data: `metrics`, `samples`, `reference`, `extractor` and `warnings`.
-
-    Raises ValueError, beginning with the guard's name, for a comparison that would mislead.
+    The extractor is the one that made the reference's features. `n_classes` None stands for the
+    classes that occur. Raises ValueError, beginning with the guard's name, for a comparison that
+    would mislead.
     """
     check_pair(images.size, reference, guards)
     content = scan_image_set(images)
@@ -139,15 +130,11 @@ def _normalize(name: str) -> str:
 
 
 class Guards:
-    """The problems of one comparison; a refusal is overruled by its name (`--allow NAME`).
-
-    Attributes:
-        lines: `name: text` of every warning and overruled refusal.
-    """
+    """The problems of one comparison; a refusal is overruled by its name (`--allow NAME`)."""
 
     def __init__(self, allowed: Sequence[str] = ()) -> None:
         self.allowed = allowed
-        self.lines: list[str] = []
+        self.lines: list[str] = []  # `name: text` of every warning and overruled refusal
 
     def warn(self, name: str, text: str) -> None:
         self.lines.append(f"{name}: {text}")
@@ -178,13 +165,9 @@ def check_pair(
 def check_set(
     images: ImageSet, content: Content, width: int, n_classes: int | None, guards: Guards
 ) -> None:
-    """Check a set of samples.
+    """Check a set of samples and the facts of scan_image_set about it.
 
-    Args:
-        images, content: the set, and scan_image_set's facts about it.
-        width: features of the layer of FID: fewer samples make a singular covariance.
-        n_classes: classes there should be; None: those that occur.
-        guards: collects the problems.
+    `width` is the number of FID's features: fewer samples make a singular covariance.
     """
     count = len(images)
     if count <= width:

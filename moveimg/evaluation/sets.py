@@ -26,21 +26,13 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size and their labels, read in batches.
+    """Images of one size and their labels, read in batches."""
 
-    Attributes:
-        name: its path, for messages.
-        shape: (N, H, W).
-        labels: int64 [N], or None where they are unknown.
-        read: batch size -> iterator over uint8 [b, H, W, 3], in order.
-        class_names: names of the labels, where they come from class folders.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    labels: np.ndarray | None
-    read: Callable[[int], Iterator[np.ndarray]]
-    class_names: tuple[str, ...] | None = None
+    name: str  # its path, for messages
+    shape: tuple[int, int, int]  # (N, H, W)
+    labels: np.ndarray | None  # int64 [N]; None where they are unknown
+    read: Callable[[int], Iterator[np.ndarray]]  # batch size -> uint8 [b, H, W, 3], in order
+    class_names: tuple[str, ...] | None = None  # where labels come from class folders
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -52,18 +44,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Content:
-    """Facts about all pixels of a set.
+    """Facts about all pixels of a set."""
 
-    digest: sha256 over shape and pixels, in order.
-    duplicates: images whose pixels equal an earlier image's.
-    blank: images of a single colour (black ones among them).
-    brightest: the largest pixel value.
-    """
-
-    digest: str
-    duplicates: int
-    blank: int
-    brightest: int
+    digest: str  # sha256 over shape and pixels, in order
+    duplicates: int  # images whose pixels equal an earlier image's
+    blank: int  # images of a single colour
+    brightest: int  # the largest pixel value
 
 
 def scan_image_set(images: ImageSet) -> Content:

@@ -87,13 +87,10 @@ class Checkpoints:
     def save(
         self, step: int, state: dict[str, Any], extra: dict[str, Any], about: dict[str, Any]
     ) -> None:
-        """Copy the state, and write it in the background.
+        """Copy the state of torch's get_*_state_dict, and write it in the background.
 
-        Args:
-            step: steps taken.
-            state: nested dicts of tensors and DTensors, of torch's get_*_state_dict.
-            extra: small plain data and tensors, the same in all processes.
-            about: plain data for checkpoint.json; see Index.
+        `extra` is small plain data and tensors, the same in all processes; `about` goes into
+        checkpoint.json (see Index).
         """
         self.wait()
         self.failure = None

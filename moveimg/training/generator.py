@@ -147,11 +147,7 @@ def train_generator(
 ) -> dict:
     """Train a generator into a model directory at config.out; return the held-out scalars.
 
-    Args:
-        config: the run's settings.
-        world: the processes, or the device of a single one.
-        restart: delete an earlier run in config.out first, with the codes that it made.
-
+    `restart` deletes an earlier run first, with the codes that it made.
     Raises ValueError or FileNotFoundError for codes, a tokenizer or an init_from that are missing
     or do not belong together, or for a batch that the processes cannot share.
     """

@@ -26,11 +26,7 @@ def initial_model(
 ) -> Transformer:
     """The model at step 0; with `train: memory`, all but the memory is frozen.
 
-    Args:
-        config: the run's settings; config.init_from names the model to start from, if any.
-        model: config.model, completed by the codes.
-        class_names: of the codes.
-        fingerprint: of the tokenizer that made the codes.
+    `model` is config.model completed by the codes; `fingerprint` that of their tokenizer.
 
     Raises:
         FileNotFoundError: there is no model at config.init_from.

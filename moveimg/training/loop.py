@@ -51,16 +51,8 @@ def fit(
     """Train `task` up to config.steps steps in config.out, from its newest checkpoint if any.
 
     SIGTERM and SIGINT (Ctrl-C) end the run after the current step, with a checkpoint and exit code
-    143 or 130; a second SIGINT ends it at once.
-
-    Args:
-        task: the model, its loss and its outputs.
-        config: the run's settings.
-        parallel: processes and micro-batches.
-        restart: delete an earlier run in config.out first.
-
-    Returns:
-        the last held-out scalars, with `seconds` of training in all.
+    143 or 130; a second SIGINT ends it at once. `restart` deletes an earlier run first.
+    Returns the last held-out scalars, with `seconds` of training in all.
 
     Raises:
         ValueError: config.out holds a run of other settings or data, or only damaged checkpoints,

@@ -29,23 +29,14 @@ from moveimg.model import Transformer
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Processes, micro-batches and the form of the weights in a training.
-
-    Attributes:
-        world: the processes.
-        parts: micro-batches per step, over all processes.
-        sharded: FSDP2 (each process holds a shard of the weights) instead of DDP (a replica).
-        dtype: of the forward pass.
-        checkpointing: whether a block's activations are recomputed in the backward pass.
-        compiled: whether each block is run through torch.compile.
-    """
+    """Processes, micro-batches and the form of the weights in a training."""
 
     world: World = field(default_factory=World)
-    parts: int = 1
-    sharded: bool = False
-    dtype: torch.dtype = torch.float32
-    checkpointing: bool = False
-    compiled: bool = False
+    parts: int = 1  # micro-batches per step, over all processes
+    sharded: bool = False  # FSDP2 (a process holds a shard of the weights), not DDP (a replica)
+    dtype: torch.dtype = torch.float32  # of the forward pass
+    checkpointing: bool = False  # recompute a block's activations in the backward pass
+    compiled: bool = False  # run each block through torch.compile
 
     @property
     def mine(self) -> range:
@@ -61,12 +52,9 @@ def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
         raise ValueError(f"micro_batch {micro}: expected a divisor of batch_size ({size})")
     parts = size // micro
     if parts % world.size:
-        advice = f"expected a batch_size that {world.size} divides"
-        if size % world.size == 0:
-            advice = f"set micro_batch to {size // world.size} or a divisor of it"
         raise ValueError(
-            f"micro_batch {micro} cuts batch_size {size} into {parts}, which {world.size} "
-            f"processes cannot share: {advice}"
+            f"micro_batch {micro} cuts batch_size {size} into {parts}: expected a multiple of the "
+            f"{world.size} processes"
         )
     if config.distributed == "fsdp" and config.optimizer.kind == "muon":
         raise ValueError(

@@ -59,7 +59,10 @@ class Scorer:
         first, last = (count * rank // world.size for rank in (world.rank, world.rank + 1))
         for start in range(first, last, BATCH):
             rows = slice(start, min(start + BATCH, last))
-            for role, values in self._features(model, labels, rows).items():
+            chosen = torch.from_numpy(labels[rows]).to(world.device)
+            codes = sample_codes(model, chosen, self.sampling, image_rngs(range(start, rows.stop)))
+            pixels = to_uint8(self.tokenizer.decode(codes, model.config.grid))
+            for role, values in run(self.extractor, pixels).items():
                 if role not in found:
                     found[role] = torch.zeros(count, values.shape[1], dtype=torch.float64)
                 found[role][rows] = torch.from_numpy(values).double()
@@ -72,12 +75,3 @@ class Scorer:
         numbers = compute(features, self.reference)
         numbers |= condition(features, labels, self.extractor)
         return {key: float(value) for key, value in numbers.items() if isinstance(value, float)}
-
-    def _features(
-        self, model: Transformer, labels: np.ndarray, rows: slice
-    ) -> dict[str, np.ndarray]:
-        chosen = torch.from_numpy(labels[rows]).to(self.world.device)
-        rngs = image_rngs(range(rows.start, rows.stop))
-        codes = sample_codes(model, chosen, self.sampling, rngs)
-        images = self.tokenizer.decode(codes, model.config.grid)
-        return run(self.extractor, to_uint8(images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tokenizer import losses as vq_losses
 PREVIEW_COLUMNS = 8
 MAX_VALIDATION = 2048  # held-out images that a validation reconstructs
 VALIDATION_BATCH = 32  # at least: without gradients images need less memory
+print_once = cache(print_rank0)
 
 
 class RandomViews(Dataset):
@@ -43,7 +45,6 @@ class RandomViews(Dataset):
 
     def __init__(self, source: ImageSource, config: TokenizerTrainConfig) -> None:
         self.source, self.images = source, config.images
-        self.warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -59,9 +60,7 @@ class RandomViews(Dataset):
             try:
                 return self.source[other][0]
             except UnreadableImageError as error:
-                if other not in self.warned:
-                    self.warned.add(other)
-                    print_rank0(f"warning: {error}; the next image replaces it")
+                print_once(f"warning: {error}; the next image replaces it")
         raise ValueError(f"{self.source.name}: none of its {len(self)} images can be read")
 
 
