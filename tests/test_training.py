@@ -166,7 +166,7 @@ def test_a_finished_run_is_not_trained_again(digits, tmp_path, monkeypatch):
 def test_a_folder_with_another_run_is_left_alone(digits, tmp_path):
     train_generator(train_config(digits, tmp_path, steps=2), CPU)
     other = train_config(digits, tmp_path, steps=2, optimizer={"lr": 1e-5})
-    with pytest.raises(ValueError, match=r"another optimizer\.lr \(0\.003, now 1e-05"):
+    with pytest.raises(ValueError, match=r"optimizer\.lr 0\.003, now 1e-05"):
         train_generator(other, CPU)
     train_generator(other, CPU, restart=True)
     written = yaml.safe_load((tmp_path / "training/config.yaml").read_text())

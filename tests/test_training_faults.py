@@ -40,7 +40,7 @@ def test_more_steps_continue_to_the_bits_of_a_longer_run(digits, tmp_path):
 
 def test_a_cosine_run_cannot_be_lengthened(digits, tmp_path):
     train_generator(train_config(digits, tmp_path, steps=2), CPU)
-    with pytest.raises(ValueError, match=r"steps \(2, now 4.*cosine.*--init-from"):
+    with pytest.raises(ValueError, match=r"steps 2, now 4.*cosine.*init_from"):
         train_generator(train_config(digits, tmp_path, steps=4), CPU)
 
 

@@ -96,8 +96,7 @@ def _unpickle(file: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # a damaged pickle can end in any; torch advises weights_only=False
-        reason = describe(error, 200).partition("weights_only")[0]
         raise ValueError(
-            f"{file}: damaged, or it holds more than plain tensors, and reading it would run its "
-            f"code ({reason})"
+            f"{file}: damaged or no PyTorch file, or it holds Python objects beside tensors, which "
+            f"are not read because that could run code ({type(error).__name__})"
         ) from None

@@ -152,10 +152,11 @@ def encode_splits(
     manifests: dict[str, Manifest] = {}
     for split, (crops, ranges) in views.items():
         n, n_views = len(sources[split]), count_views(crops, ranges)
-        plural = "s" if n_views > 1 else ""
+        images_, views_ = (f"{k:,} {noun}{'' if k == 1 else 's'}" for k, noun in
+                           ((n, "image"), (n_views, "view")))  # fmt: skip
         n_codes = math.prod(code_grid(images.size, tokenizer.downsample))
         size = format_bytes(shards.codes_bytes(n, n_views, n_codes))
-        print_rank0(f"{split}: {n:,} images x {n_views} view{plural} x {n_codes} codes, {size}")
+        print_rank0(f"{split}: {images_} x {views_} x {n_codes} codes, {size}")
         with progress_bar(n, f"encode {split}", "image") as bar:
 
             def advance(done: int, total: int, bar: Any = bar) -> None:

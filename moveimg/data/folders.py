@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
-TOOL_ENTRIES = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin"}
+SPLIT_ENDING = re.compile(r"[ _-]*(set|split|data|images)?[ _-]*\d*$")  # train_set, val2017
+TOOL_ENTRIES = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin",
+                "#recycle", "system volume information", "__pycache__"}  # fmt: skip
 print_once = cache(print_rank0)  # a folder is opened once per split
 
 
@@ -101,7 +104,7 @@ def find_splits(root: Path) -> dict[str, Path]:
     not be trained on the classes `train` and `test`.
     """
     names = list_subfolders(root)
-    kinds = {name: SPLIT_OF.get(name.lower()) for name in names}
+    kinds = {name: SPLIT_OF.get(SPLIT_ENDING.sub("", name.lower())) for name in names}
     if not any(kinds.values()):
         return {}
     if "train" in kinds.values():  # a flat folder of unlabelled test images is left out
@@ -113,7 +116,7 @@ def find_splits(root: Path) -> dict[str, Path]:
     if not usable or not all(list_subfolders(folder) for folder in splits.values()):
         raise ValueError(
             f"'{root}' has the subfolders {list_names(names)}: expected class folders alone, or "
-            "one folder of training and one of validation or test images, with class subfolders"
+            "a folder `train` and one of `val` and `test`, or both, each with class subfolders"
         )
     return splits
 

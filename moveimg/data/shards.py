@@ -170,13 +170,14 @@ def _require_same(out: Path, present: EncodeSettings, asked: EncodeSettings, add
     images = (
         f"{change} {'added' if added > 0 else 'removed'}" if added else "the images have changed"
     )
+    follows = {"grid", "batch_size"} if present.image_size != asked.image_size else set()
     words = {"source_digest": images, "tokenizer_fingerprint": "another tokenizer made them"}
     differences = [
         words.get(name)
         or f"{name} is {shorten(getattr(present, name), 40)} there, "
         f"{shorten(getattr(asked, name), 40)} asked"
         for name in EncodeSettings.model_fields
-        if getattr(present, name) != getattr(asked, name)
+        if name not in follows and getattr(present, name) != getattr(asked, name)
     ]
     if differences:
         raise ChangedSettingsError(out, "; ".join(differences))

@@ -33,7 +33,7 @@ def reconstruct(
 ) -> tuple[dict[str, Any], Image.Image]:
     """Encode and decode the centre `size` pixels of every image of `source` that can be read.
 
-    `size` is (H, W), multiples of the tokenizer's downsample. Without an extractor rFID is left out;
+    `size` is (H, W), multiples of the tokenizer's downsample. rFID is left out without extractor;
     its reference is the images themselves by default.
 
     Returns the figures and a grid of images, spread over the source, above their reconstructions:

@@ -244,4 +244,6 @@ def comment(budget: dict[str, Any]) -> str:
 
 
 def _hours(hours: tuple[float, float]) -> str:
+    if hours[1] < 0.05:
+        return "under 0.05 (starting kernels, which is not counted, takes longer)"
     return " to ".join(f"{h:.0f}" if h >= 10 else f"{h:.2g}" for h in hours)

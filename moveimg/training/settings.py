@@ -51,11 +51,14 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
         if new > old and config.optimizer.schedule == "constant":
             del changes["steps"]
         for key, (before, now) in changes.items():
-            reason = ": a cosine schedule ends at the first number" if key == "steps" else ""
+            reason = ""
+            if key == "steps":
+                shorter = ": the run has more already" if new < old else ""
+                reason = shorter or ": its cosine schedule ends at the first number"
             raise ValueError(
-                f"{config.out}: holds a run with another {key} ({shorten(before)}, now "
-                f"{shorten(now)}{reason}); choose another `out` (from this run's model by "
-                "--init-from), or start over with --restart"
+                f"{config.out}: holds a run with {key} {shorten(before)}, now {shorten(now)}"
+                f"{reason}; choose another `out`, which may begin with this run's "
+                "model by `init_from`, or start over with --restart"
             )
         present = read_json(data) if data.is_file() else identity  # older runs had no data.json
         present = validate(dict[str, str], present, f"{data}: damaged, start over with --restart")
