@@ -10,6 +10,8 @@ not see the kept codes behind it; `resample` corrects this by Metropolis-Hasting
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
+from operator import index
 
 import numpy as np
 import torch
@@ -18,13 +20,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moveimg.config import SamplingSettings
+from moveimg.errors import shorten
 from moveimg.images import center_crop
 from moveimg.likelihood import code_log_probs
 from moveimg.model import Transformer
 from moveimg.progress import progress_bar
-from moveimg.sampling import UNKNOWN, guidance_scales, image_rngs, sample_codes
+from moveimg.sampling import (
+    UNKNOWN,
+    guidance_scales,
+    image_rngs,
+    iter_codes,
+    keep_top,
+    sample_codes,
+)
 
 HALVES = ("top", "bottom", "left", "right")
+KINDS = "top, bottom, left, right, a number of rows of codes, a box of four pixels, or a mask"
+NEEDS_CHANCE = "expected 0 passes, or more at a temperature above 0, to accept or reject by chance"
 BLOCK = 4  # codes proposed together by `resample`; longer blocks are accepted too rarely
 
 Area = str | int | Sequence[int] | Image.Image | np.ndarray
@@ -36,7 +48,7 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     Args:
         area: top, bottom, left or right (half of the image); a number of rows of codes from the
             top; a box (left, top, right, bottom) in pixels; or a mask: an image or an array, whose
-            pixels above half of its range are in the area. It is cropped as the image was.
+            pixels above half of its maximum are in the area. It is cropped as the image was.
         size: (H, W).
         downsample: pixels of a code's side.
 
@@ -46,7 +58,7 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     inside = torch.zeros(size, dtype=torch.bool)
     if isinstance(area, str):
         if area not in HALVES:
-            raise ValueError(f"area {area!r}: expected {', '.join(HALVES)}, a box or a mask")
+            raise ValueError(f"area {shorten(area)}: expected {KINDS}")
         # a half is made of whole codes
         middle_row, middle_column = (
             side // downsample // 2 * downsample for side in (height, width)
@@ -54,24 +66,27 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
         rows = {"top": slice(middle_row), "bottom": slice(middle_row, None)}
         columns = {"left": slice(middle_column), "right": slice(middle_column, None)}
         inside[rows.get(area, slice(None)), columns.get(area, slice(None))] = True
-    elif isinstance(area, int):
-        if not 0 <= area <= height // downsample:
+    elif isinstance(area, Integral) and not isinstance(area, bool):
+        if not 0 <= int(area) <= height // downsample:
             raise ValueError(f"{area} rows of codes: expected 0..{height // downsample}")
-        inside[: area * downsample] = True
+        inside[: int(area) * downsample] = True
     elif isinstance(area, Image.Image | np.ndarray):
-        mask = area
-        if isinstance(mask, np.ndarray):
-            if mask.ndim != 2 or not mask.size:
-                raise ValueError(f"mask {list(mask.shape)}: expected [H, W]")
-            mask = Image.fromarray(np.where(mask > mask.max() / 2, 255, 0).astype(np.uint8))
-        inside = torch.from_numpy(np.array(center_crop(mask.convert("L"), size))) > 127
+        mask = np.asarray(area.convert("L") if isinstance(area, Image.Image) else area)
+        if mask.ndim != 2 or not mask.size or not np.isfinite(mask).all():
+            raise ValueError(f"mask {list(mask.shape)}: expected finite numbers [H, W]")
+        whole = Image.fromarray(np.where(mask > mask.max() / 2, 255, 0).astype(np.uint8))
+        inside = torch.from_numpy(np.array(center_crop(whole, size))) > 127
     else:
-        box = [*area]
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        try:
+            left, top, right, bottom = (index(side) for side in area)  # type: ignore[union-attr]
+        except (TypeError, ValueError):
+            raise ValueError(f"area {shorten(area)}: expected {KINDS}") from None
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise ValueError(
-                f"box {box}: expected left, top, right, bottom within {width} x {height} pixels"
+                f"box {[left, top, right, bottom]}: expected left, top, right, bottom within "
+                f"{width} x {height} pixels"
             )
-        inside[box[1] : box[3], box[0] : box[2]] = True
+        inside[top:bottom, left:right] = True
     return inside
 
 
@@ -81,7 +96,8 @@ def hole_codes(pixels: Tensor, downsample: int) -> Tensor:
 
 
 def blend(original: Tensor, decoded: Tensor, hole: Tensor, downsample: int) -> Tensor:
-    """Images [B, 3, H, W]: decoded in the hole, original outside, mixed over half a code's side.
+    """Images [B, 3, H, W]: decoded in the hole, original outside, mixed over a
+    quarter of a code's side on each side of the seam.
 
     hole: bool [h, w].
     """
@@ -110,20 +126,27 @@ def redraw(
         seed: image i is drawn with seed + i.
         passes: resampling passes after the first drawing.
         batch_size: images drawn at once.
+
+    Raises ValueError for passes below 0, or at temperature 0.
     """
+    if passes < 0 or (passes and settings.temperature == 0):
+        raise ValueError(f"passes {passes} at temperature {settings.temperature}: {NEEDS_CHANCE}")
     hole, batches = known == UNKNOWN, []
+    passes = passes if hole.any() else 0
     rngs = image_rngs(range(seed, seed + len(labels)))
-    total = len(labels) * (1 + passes)
-    with progress_bar(total, "draw", "image", delay=2) as bar:
+    total = len(labels) * (len(known) + passes * int(hole.sum()))
+    with progress_bar(total, "draw", "code", delay=2) as bar:
         for first in range(0, len(labels), batch_size):
             chosen, rng = labels[first : first + batch_size], rngs[first : first + batch_size]
-            codes = known.expand(len(chosen), -1)
-            codes = sample_codes(generator, chosen, settings, rng, codes)
-            bar.update(len(chosen))
-            for _ in range(passes if hole.any() else 0):
-                for _, changed in resample(generator, chosen, codes, hole, settings, rng):
-                    codes = changed
+            drawn = []
+            for code in iter_codes(generator, chosen, settings, rng, known.expand(len(chosen), -1)):
+                drawn.append(code)
                 bar.update(len(chosen))
+            codes = torch.stack(drawn, dim=1)
+            for _ in range(passes):
+                for block, changed in resample(generator, chosen, codes, hole, settings, rng):
+                    codes = changed
+                    bar.update(len(chosen) * (block.stop - block.start))
             batches.append(codes)
     return torch.cat(batches)
 
@@ -142,8 +165,9 @@ def resample(
     Yields each block's positions and the codes [B, T] after it.
 
     A block of up to 4 codes is drawn again given the codes before it, and accepted with probability
-    min(1, p(codes after | new block) / p(codes after | old block)), by the guided distribution. So
-    many passes sample the hole given all kept codes, those behind it included.
+    min(1, p(codes after | new block) / p(codes after | old block)). Many passes sample the hole
+    from the distribution proportional to the product over all codes of q, from which drawn codes
+    come (guidance, temperature, top-k, top-p), and for kept codes p (guidance and temperature).
 
     Args:
         generator, labels, settings, rng: as of sample_codes.
@@ -153,11 +177,15 @@ def resample(
     Raises ValueError for temperature 0.
     """
     if settings.temperature == 0:
-        raise ValueError("temperature 0: expected more, because resampling accepts by chance")
+        raise ValueError(f"temperature 0: {NEEDS_CHANCE}")
     scales = guidance_scales(settings, codes.shape[1])
 
+    def filter_hole(logits: Tensor) -> Tensor:  # [B, T, V]; keep_top takes rows
+        drawn = keep_top(logits.flatten(0, 1), settings.top_k, settings.top_p).view_as(logits)
+        return torch.where(hole[:, None], drawn, logits)
+
     def log_probs(codes: Tensor) -> Tensor:
-        return code_log_probs(generator, codes, labels, scales, settings.temperature)
+        return code_log_probs(generator, codes, labels, scales, settings.temperature, filter_hole)
 
     current = log_probs(codes)
     for block in cut_blocks(hole, generator.config.grid[1]):

@@ -3,20 +3,21 @@
 B images   T codes in an image   V codebook size   C classes
 
 The likelihood is that of the codes given the label: p(codes | label) is a product over positions,
-so one teacher-forcing pass gives it exactly. Bits per pixel count the codes alone: the tokenizer's
-own error is not a likelihood.
+so one teacher-forcing pass gives it, up to the rounding of the model's dtype. Bits per pixel count
+the codes alone: the tokenizer's own error is not a likelihood.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moveimg.model import Transformer
+from moveimg.progress import progress_bar
 from moveimg.sampling import guided_labels, no_autocast
 
 
@@ -60,6 +61,7 @@ def code_log_probs(
     labels: Tensor,
     scales: Sequence[float] = (1.0,),
     temperature: float = 1.0,
+    narrow: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> Tensor:
     """log p(code | label, codes before it) in nats, float64 [B, T].
 
@@ -69,6 +71,7 @@ def code_log_probs(
         labels: int64 [B] in 0..C, where C is the null label.
         scales: guidance of each of the T positions, or of all; 1 is the model's own distribution.
         temperature: divides the (guided) logits.
+        narrow: changes the logits [B, T, V] after that, such as by a filter.
     """
     labels, guided = guided_labels(generator, labels, scales)
     with no_autocast(labels.device):
@@ -77,7 +80,7 @@ def code_log_probs(
         conditional, unconditional = logits.chunk(2)
         scale = torch.tensor(list(scales), dtype=logits.dtype, device=logits.device)
         logits = unconditional + (conditional - unconditional) * scale[:, None]
-    log_probs = (logits / temperature).log_softmax(dim=-1)
+    log_probs = narrow(logits / temperature).log_softmax(dim=-1)
     return log_probs.gather(-1, codes[..., None])[..., 0].double()
 
 
@@ -85,8 +88,9 @@ def class_log_likelihoods(generator: Transformer, codes: Tensor, batch_size: int
     """log p(codes | class) of every class in nats, float64 [B, C]."""
     n_classes = generator.config.n_classes
     pairs = torch.cartesian_prod(torch.arange(len(codes)), torch.arange(n_classes))  # [B C, 2]
-    sums = [
-        code_log_probs(generator, codes[rows.to(codes.device)], labels.to(codes.device)).sum(1)
-        for rows, labels in (part.unbind(1) for part in pairs.split(batch_size))
-    ]
+    sums = []
+    with progress_bar(len(pairs), "classify", "pair", delay=2) as bar:
+        for rows, labels in (part.to(codes.device).unbind(1) for part in pairs.split(batch_size)):
+            sums.append(code_log_probs(generator, codes[rows], labels).sum(1))
+            bar.update(len(rows))
     return torch.cat(sums).view(len(codes), n_classes)

@@ -20,7 +20,7 @@ from moveimg.config import SamplingOptions, SamplingSettings
 from moveimg.device import pick_device, pick_dtype
 from moveimg.dist import print_rank0
 from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw, resample
-from moveimg.errors import validate
+from moveimg.errors import shorten, validate
 from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
 from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
 from moveimg.model import Transformer, decoding_model
@@ -215,6 +215,8 @@ class Pipeline:
 
         By Bayes' rule with equal priors: p(class | codes) = p(codes | class) / sum over classes.
         """
+        if top_k < 1:
+            raise ValueError(f"top_k {top_k}: expected at least 1")
         codes = self.encode(images, batch_size=batch_size)
         probabilities = class_log_likelihoods(self.decoder, codes, batch_size).softmax(dim=1)
         best = probabilities.topk(min(top_k, len(self.class_names)), dim=1)
@@ -231,13 +233,18 @@ class Pipeline:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """An image as RGB of the model's size: resized, and cropped around its centre."""
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image {shorten(image)}: expected a PIL image")
         return center_crop(to_rgb(image), self.image_size)
 
     def encode(self, images: Iterable[Image.Image], *, batch_size: int = 32) -> Tensor:
         """Codes int64 [B, T] of images, cropped to the model's size."""
+        images = [images] if isinstance(images, Image.Image) else images
         cropped = [self.crop(image) for image in images]
-        if not cropped:
-            raise ValueError("no images: expected at least one")
+        if not cropped or batch_size < 1:
+            raise ValueError(
+                f"{len(cropped)} images in batches of {batch_size}: expected 1 or more of both"
+            )
         batches = (cropped[i : i + batch_size] for i in range(0, len(cropped), batch_size))
         with torch.autocast(self.device.type, enabled=False):
             encode = self.tokenizer.encode

@@ -29,7 +29,8 @@ def write_images(folder: Path, count: int, suffix: str = ".png", start: int = 0)
 
 @pytest.mark.parametrize(
     "names",
-    [["train", "valid"], ["Train", "Val"], ["train_set", "val_set"], ["train2017", "val2017"], ["training", "testing"], ["train", "validation"],
+    [["train_set", "val_set"], ["train2017", "val2017"],
+     ["train", "valid"], ["Train", "Val"], ["training", "testing"], ["train", "validation"],
      ["TRAIN", "dev", "Test"], ["train", "valid", "test"]],
 )  # fmt: skip
 def test_usual_split_names_are_splits(tmp_path: Path, names: list[str]) -> None:

@@ -19,7 +19,7 @@ from moveimg.editing import blend, cut_blocks, resample
 from moveimg.likelihood import class_log_likelihoods, code_log_probs
 from moveimg.model.inference import StaticDecoder
 from moveimg.pipeline import Pipeline
-from moveimg.sampling import UNKNOWN, draw, guide, image_rngs, sample_codes
+from moveimg.sampling import UNKNOWN, draw, guide, image_rngs, keep_top, sample_codes
 from tests.conftest import lively, tiny_config
 from tests.test_pipeline import NAMES, tiny_tokenizer
 
@@ -165,6 +165,10 @@ def test_the_areas(pipeline):
         ((4, 0, 2, 2), "4, 0, 2, 2"),
         ((0, 0, 1, 999), "999"),
         (np.zeros((2, 2, 3)), "2, 2, 3"),
+        (np.array([[np.nan, 1.0]]), "mask"),
+        (3.5, "3.5"),
+        (None, "None"),
+        (True, "True"),
     ],
 )
 def test_an_area_that_is_none_is_refused(pipeline, area, value):
@@ -245,6 +249,31 @@ def test_an_edit_grows_into_what_edit_returns(pipeline, image):
     assert pixels(pipeline.decode_partial(codes, done, hole, image)) == wanted
 
 
+def test_filters_narrow_the_drawn_codes_and_not_the_kept_ones():
+    """Two holes and top-2 of 3 codes, against the distribution by enumeration."""
+    config = tiny_config(codebook_size=3, grid=(1, 4))
+    model, label, n = lively(config, seed=13), torch.tensor([1]), 1500
+    settings = SamplingSettings(top_k=2)
+    hole = torch.tensor([True, False, True, False])
+    fixed = torch.tensor([[0, 2, 0, 1]])
+
+    def narrow(logits):
+        filtered = keep_top(logits.flatten(0, 1), 2, 1.0).view_as(logits)
+        return torch.where(hole[:, None], filtered, logits)
+
+    every = fixed.repeat(9, 1)
+    every[:, hole] = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    target = code_log_probs(model, every, label.expand(9), narrow=narrow).sum(1).softmax(0)
+    known = fixed.masked_fill(hole, UNKNOWN).expand(n, -1)
+    rngs = image_rngs(range(n))
+    codes = sample_codes(model, label.expand(n), settings, rngs, known)
+    for _ in range(10):
+        *_, (_, codes) = resample(model, label.expand(n), codes, hole, settings, rngs)
+    counts = (codes[:, 0] * 3 + codes[:, 2]).bincount(minlength=9) / n
+    assert (counts - target).abs().sum() / 2 < 0.05
+    assert (target == 0).any()  # the filter excludes something
+
+
 def test_greedy_resampling_is_refused(pipeline, image):
     with pytest.raises(ValueError, match="temperature 0"):
         pipeline.edit(image, 0, hole="top", passes=1, temperature=0.0)
@@ -299,9 +328,15 @@ def test_classes_follow_bayes_rule(pipeline, image):
 
 
 def test_labels_and_images_must_agree_in_number(pipeline, image):
+    with pytest.raises(ValueError, match="PIL"):
+        pipeline.classify([np.asarray(image)])
+    with pytest.raises(ValueError, match="-1"):
+        pipeline.edit(image, 0, hole="top", passes=-1)
+    with pytest.raises(ValueError, match="batches of 0"):
+        pipeline.classify(image, batch_size=0)
     with pytest.raises(ValueError, match="2 classes for 3"):
         pipeline.log_likelihood([image] * 3, [0, 1])
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="0 images"):
         pipeline.classify([])
 
 

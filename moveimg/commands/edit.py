@@ -49,10 +49,16 @@ def edit(
         typer.Option(help="Complete: top, bottom, left, right, rows of codes, a box or a mask."),
     ] = None,
     hole: Annotated[
-        str | None, typer.Option(help="Draw anew: the same kinds of area; a box is 8,8,24,24.")
+        str | None,
+        typer.Option(help="Draw anew: an area; boxes are left,top,right,bottom."),
     ] = None,
     passes: Annotated[
-        int, typer.Option(min=0, max=1000, help="Resampling passes: the hole sees what follows it.")
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Resampling passes, to fit the kept codes after the hole, too.",
+        ),
     ] = 0,
     model: Model = DEFAULT_MODEL,
     num: Num = 4,
@@ -77,10 +83,13 @@ def edit(
     from moveimg.images import labelled_grid, read_image, save_png
     from moveimg.pipeline import Pipeline
 
-    area = _parse_area(keep or hole or "top")
+    if keep is None and hole is None:
+        keep = "top"
+    area = _parse_area(str(hole if keep is None else keep))
     original = read_image(image, str(image))
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype, compile=compile)
     names = pipeline.class_names
+    pipeline.hole(area)  # refused before the image is classified
     if not classes:
         likeliest, share = pipeline.classify([original], top_k=1)[0][0]
         print(f"class {likeliest} ({share:.1%} by likelihood)")
@@ -137,6 +146,8 @@ def score(
     from moveimg.pipeline import Pipeline
 
     require_file_name(out)
+    if out.suffix == ".png":
+        raise ValueError(f"--out {out}: expected another suffix, such as .csv; a .png is beside it")
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
     images, labels = _open_labelled(source, split, class_name, pipeline)
     if limit is not None and limit < len(images):
@@ -202,6 +213,8 @@ def _open_labelled(
     folder = Path(source)
     flat = folder.is_dir() and any(p.suffix.lower() in image_suffixes() for p in folder.iterdir())
     if flat:
+        if split is not None:
+            raise ValueError(f"--split {split}: '{source}' is a folder of images without splits")
         images = open_flat_folder(folder)
     elif split is None and folder.is_dir() and not find_splits(folder):
         images = open_images(source, "train", 0.0)  # all of them
@@ -211,7 +224,10 @@ def _open_labelled(
         return images, np.full(len(images), pipeline.label(class_name))
     if flat:
         return images, None
-    labels = np.array([pipeline.label(name) for name in images.class_names])
+    try:
+        labels = np.array([pipeline.label(name) for name in images.class_names])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}; --class gives all images one class") from None
     return images, labels[images.labels]
 
 
@@ -235,7 +251,7 @@ def _read_batches(
                     unreadable.append(str(error))
             if rows:
                 yield rows, batch
-            bar.update(len(rows))
+            bar.update(min(batch_size, len(images) - first))
     report_unreadable(unreadable, len(images))
     if len(unreadable) == len(images):
         raise ValueError(f"none of {len(images)} images could be read")
