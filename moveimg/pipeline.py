@@ -31,6 +31,7 @@ __all__ = ["DEFAULT_MODEL", "Pipeline", "find_label", "resolve", "search_names"]
 
 MAX_IMAGES = 2**20  # of one call
 Classes = Iterable[str | int] | str | int
+Images = Iterable[Image.Image] | Image.Image | Tensor  # PIL images, or codes int64 [B, T]
 
 
 class Pipeline:
@@ -197,9 +198,9 @@ class Pipeline:
         return self.decode_partial(codes, codes.shape[1], drawn, image)
 
     def log_likelihood(
-        self, images: Iterable[Image.Image], classes: Classes, *, batch_size: int = 32
+        self, images: Images, classes: Classes, *, batch_size: int = 32
     ) -> Likelihood:
-        """log p(codes | class) of images, each with its class, or all with the same one."""
+        """log p(codes | class) of images or codes, each with its class, or all with the same."""
         codes, labels = self.encode(images, batch_size=batch_size), self._labels(classes)
         if len(labels) not in (1, len(codes)):
             raise ValueError(f"{len(labels)} classes for {len(codes)} images: expected 1 or equal")
@@ -209,9 +210,9 @@ class Pipeline:
         return Likelihood(log_probs, math.prod(self.image_size))
 
     def classify(
-        self, images: Iterable[Image.Image], *, top_k: int = 5, batch_size: int = 32
+        self, images: Images, *, top_k: int = 5, batch_size: int = 32
     ) -> list[list[tuple[str, float]]]:
-        """The likeliest classes of each image and their probabilities.
+        """The likeliest classes of each image (or its codes) and their probabilities.
 
         By Bayes' rule with equal priors: p(class | codes) = p(codes | class) / sum over classes.
         """
@@ -237,8 +238,10 @@ class Pipeline:
             raise ValueError(f"image {shorten(image)}: expected a PIL image")
         return center_crop(to_rgb(image), self.image_size)
 
-    def encode(self, images: Iterable[Image.Image], *, batch_size: int = 32) -> Tensor:
-        """Codes int64 [B, T] of images, cropped to the model's size."""
+    def encode(self, images: Images, *, batch_size: int = 32) -> Tensor:
+        """Codes int64 [B, T] of images, cropped to the model's size; codes stay."""
+        if isinstance(images, Tensor):
+            return images
         images = [images] if isinstance(images, Image.Image) else images
         cropped = [self.crop(image) for image in images]
         if not cropped or batch_size < 1:

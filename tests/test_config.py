@@ -186,7 +186,7 @@ def test_unknown_recipes_are_named(name, value):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_builds(path):
-    assert list_recipes()[path.stem].endswith(".")  # its first line stands alone
+    assert list_recipes()[path.stem].endswith(".")  # one whole sentence
     assert yaml_of(path.stem) == path.read_text(encoding="utf-8")
     with torch.device("meta"):
         if "tokenizer" in (yaml.safe_load(path.read_text()) or {}):

@@ -29,7 +29,7 @@ from moveimg.images import to_tensor
 
 
 class PatchTokenizer:
-    """Codes that are a hash of 4x4 patches; can be told to fail at its n-th call."""
+    """Codes that are a hash of 4x4 patches; can fail at its n-th call."""
 
     downsample = 4
 

@@ -25,7 +25,7 @@ from moveimg.evaluation.sets import ImageSet, open_set, scan_image_set, write_np
 from tests.reference_metrics import array_set
 
 
-def pictures(count: int = 7, size: tuple[int, int] = (6, 5), seed: int = 0) -> np.ndarray:
+def random_images(count: int = 7, size: tuple[int, int] = (6, 5), seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
 
 
@@ -41,7 +41,7 @@ def parts_of(images: np.ndarray, batch: int = 3):
 
 
 def test_an_npz_is_adms_and_its_bytes_follow_from_its_pixels(tmp_path):
-    images, labels = pictures(), np.arange(7) % 3
+    images, labels = random_images(), np.arange(7) % 3
     write_npz(tmp_path / "a.npz", parts_of(images), labels)
     write_npz(tmp_path / "b.npz", parts_of(images, 2), labels)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
@@ -56,18 +56,18 @@ def test_an_npz_is_adms_and_its_bytes_follow_from_its_pixels(tmp_path):
 
 
 def test_a_compressed_npz_of_another_program_is_read(tmp_path):
-    np.savez_compressed(tmp_path / "c.npz", pictures())
+    np.savez_compressed(tmp_path / "c.npz", random_images())
     opened = open_set(tmp_path / "c.npz")
-    assert opened.labels is None and (read_all(opened) == pictures()).all()
+    assert opened.labels is None and (read_all(opened) == random_images()).all()
 
 
 @pytest.mark.parametrize(
     ("array", "part"),
     [
-        (pictures().astype(np.float32) / 255, "wrong-mode.*float32"),
-        (pictures()[..., 0], r"wrong-mode.*\[7, 6, 5\]"),
-        (pictures()[:0], r"wrong-mode.*\[0, "),
-        (np.moveaxis(pictures(), 3, 1).copy(), "wrong-mode"),
+        (random_images().astype(np.float32) / 255, "wrong-mode.*float32"),
+        (random_images()[..., 0], r"wrong-mode.*\[7, 6, 5\]"),
+        (random_images()[:0], r"wrong-mode.*\[0, "),
+        (np.moveaxis(random_images(), 3, 1).copy(), "wrong-mode"),
     ],
 )
 def test_arrays_that_are_no_rgb_bytes_are_refused(tmp_path, array, part):
@@ -77,13 +77,13 @@ def test_arrays_that_are_no_rgb_bytes_are_refused(tmp_path, array, part):
 
 
 def test_damaged_and_missing_sets_are_named(tmp_path):
-    write_npz(tmp_path / "a.npz", parts_of(pictures()), np.zeros(7))
+    write_npz(tmp_path / "a.npz", parts_of(random_images()), np.zeros(7))
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cut.npz"):
         open_set(tmp_path / "cut.npz")
     flipped = bytearray(whole)
-    flipped[whole.index(pictures().tobytes()[:20])] ^= 1  # the archive's checksum notices
+    flipped[whole.index(random_images().tobytes()[:20])] ^= 1  # the archive's checksum notices
     (tmp_path / "flipped.npz").write_bytes(flipped)
     with pytest.raises(ValueError, match=r"flipped.npz: .*CRC"):
         scan_image_set(open_set(tmp_path / "flipped.npz"))
@@ -122,13 +122,13 @@ def test_broken_headers_end_in_one_line(tmp_path, entry):
 
 def test_archives_that_lie_about_their_entries_are_named(tmp_path):
     path = tmp_path / "x.npz"
-    np.savez(path, pictures())
+    np.savez(path, random_images())
     raw = bytearray(path.read_bytes())
     raw[-6:-2] = (int.from_bytes(raw[-6:-2], "little") + 1000).to_bytes(4, "little")
     path.write_bytes(raw)  # the directory's place: the entries come to lie before the file
     with pytest.raises(ValueError, match=r"x\.npz"):
         open_set(path)
-    np.savez(path, pictures())
+    np.savez(path, random_images())
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("arr_1.npy", b"{}")
     with pytest.raises(ValueError, match="arr_1"):
@@ -137,31 +137,31 @@ def test_archives_that_lie_about_their_entries_are_named(tmp_path):
 
 @pytest.mark.parametrize("labels", [["a"] * 7, [0.5] * 7, [np.nan] * 7, [0] * 3, [-1] * 7])
 def test_labels_that_are_not_seven_whole_numbers_are_refused(tmp_path, labels):
-    np.savez(tmp_path / "x.npz", pictures(), labels)
+    np.savez(tmp_path / "x.npz", random_images(), labels)
     with pytest.raises(ValueError, match=r"x.npz: .*labels"):
         open_set(tmp_path / "x.npz")
 
 
-def test_subfolders_are_classes_and_odd_pictures_are_refused(tmp_path):
+def test_subfolders_are_classes_and_odd_images_are_refused(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name).mkdir()
-        Image.fromarray(pictures(1)[0]).save(tmp_path / name / "x.png")
+        Image.fromarray(random_images(1)[0]).save(tmp_path / name / "x.png")
     opened = open_set(tmp_path)
     assert opened.labels.tolist() == [0, 1] and opened.class_names == ("a", "b")
-    assert (read_all(opened) == pictures(1)[[0, 0]]).all()
-    Image.fromarray(pictures(1)[0]).convert("L").save(tmp_path / "b" / "y.png")
+    assert (read_all(opened) == random_images(1)[[0, 0]]).all()
+    Image.fromarray(random_images(1)[0]).convert("L").save(tmp_path / "b" / "y.png")
     with pytest.raises(ValueError, match=r"wrong-mode.*y.png is L: expected RGB"):
         read_all(open_set(tmp_path))
     Image.new("RGB", (9, 9)).save(tmp_path / "b" / "y.png")
     with pytest.raises(ValueError, match=r"wrong-size.*y.png is \(9, 9\)"):
         read_all(open_set(tmp_path))
-    (tmp_path / "b" / "y.png").write_text("no picture")
+    (tmp_path / "b" / "y.png").write_text("no image")
     with pytest.raises(ValueError, match=r"y.png: cannot be read"):
         read_all(open_set(tmp_path))
 
 
 def test_a_look_counts_duplicates_and_blank_images():
-    images = pictures()
+    images = random_images()
     images[3], images[5] = images[0], 0
     images[6] = (10, 20, 30)
     content = scan_image_set(array_set("set", images))
@@ -185,7 +185,7 @@ def set_of(images: np.ndarray, labels=None, width=2, n_classes=None, allowed=())
 
 
 def test_each_fault_of_a_set_has_its_name():
-    images, labels = pictures(40), class_labels(np.arange(40), 10)
+    images, labels = random_images(40), class_labels(np.arange(40), 10)
     assert set_of(images, labels, n_classes=10) == []
     assert set_of(images, labels, width=40) == ["too-few-samples"]
     assert set_of(images, labels, width=2048) == ["too-few-samples"]

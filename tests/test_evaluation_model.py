@@ -156,7 +156,7 @@ def test_resized_sets_are_scored_at_their_new_size(pipeline, tmp_path):
     assert (drawn != wanted).mean() < 0.01  # ties of rounding at the most
 
 
-def test_pictures_that_are_not_square_are_resized_where_one_side_fits(tmp_path):
+def test_images_that_are_not_square_are_resized_where_one_side_fits(tmp_path):
     generator = lively(tiny_config(grid=[2, 3]), dtype=torch.float32)
     parts = ModelParts(generator, tiny_tokenizer(), list("abcde"), SamplingSettings())
     side = 3 * parts.tokenizer.downsample
@@ -252,12 +252,12 @@ def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
 
 def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
     """A hundred images of 256 pixels at once would take tens of gigabytes on a CPU."""
-    pictures = [
+    photographs = [
         Image.fromarray(rows) for rows in np.arange(13 * 192, dtype=np.uint8).reshape(13, 8, 24)
     ]
     source = ImageSource(
         "gradients", ["a"], [str(i) for i in range(13)], np.zeros(13, np.int32),
-        lambda row: pictures[row].resize((300, 300)).convert("RGB"), lambda row: 0,
+        lambda row: photographs[row].resize((300, 300)).convert("RGB"), lambda row: 0,
     )  # fmt: skip
     tokenizer, encoded = tiny_tokenizer(), []
     encode = tokenizer.encode

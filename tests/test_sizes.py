@@ -11,7 +11,7 @@ from moveimg.config import parse_size
 from moveimg.data import PackedCodes
 from moveimg.pipeline import Pipeline
 from tests.test_cli import refused, run
-from tests.test_tokenizer_training import TINY, smooth_pictures
+from tests.test_tokenizer_training import TINY, smooth_images
 
 EVERY = {"log_every": 2, "validate_every": 4, "preview_every": 4, "checkpoint_every": 4}
 
@@ -19,7 +19,7 @@ EVERY = {"log_every": 2, "validate_every": 4, "preview_every": 4, "checkpoint_ev
 def test_images_of_24_by_16_pixels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
-    smooth_pictures(tmp_path / "photos")
+    smooth_images(tmp_path / "photos")
     shared = {"steps": 4, "batch_size": 4, "ema": 0.9, **EVERY}
     tokenizer = shared | {"out": "vq", "images": {"source": "photos", "size": [24, 16]}}
     (tmp_path / "vq.yaml").write_text(yaml.safe_dump(tokenizer | {"tokenizer": TINY}))

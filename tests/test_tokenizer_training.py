@@ -25,7 +25,7 @@ TINY = {
 JUDGE = {"start": 3, "n_layers": 1, "width": 4, "lr": 1e-3}
 
 
-def smooth_pictures(root: Path) -> Path:
+def smooth_images(root: Path) -> Path:
     """Two classes of smooth colour images, in a folder."""
     rng = np.random.default_rng(0)
     for index in range(12):
@@ -38,7 +38,7 @@ def smooth_pictures(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return smooth_pictures(tmp_path_factory.mktemp("images"))
+    return smooth_images(tmp_path_factory.mktemp("images"))
 
 
 def make_config(folder, out, quantizer=None, **changes) -> TokenizerTrainConfig:
@@ -196,7 +196,7 @@ def test_refusals_come_before_anything_is_written(folder, tmp_path):
 
 
 def test_an_unreadable_image_ends_no_run(tmp_path, capsys):
-    folder = smooth_pictures(tmp_path / "images")
+    folder = smooth_images(tmp_path / "images")
     broken = folder / "warm" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
     task = make_task(make_config(folder, tmp_path / "run"))

@@ -206,8 +206,8 @@ def test_a_non_finite_loss_stops_the_run(digits, tmp_path):
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["checkpoint due", "SIGTERM"])
-def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, monkeypatch, told):
+@pytest.mark.parametrize("stop", [False, True], ids=["checkpoint due", "SIGTERM"])
+def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, monkeypatch, stop):
     """The loss of that step is still finite, but its weights are not."""
     loss = GeneratorTask.loss
 
@@ -215,12 +215,12 @@ def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, m
         value, scalars = loss(task, step, part)
         if step == 1:
             value.register_hook(lambda gradient: gradient * torch.nan)
-            if told:
+            if stop:
                 os.kill(os.getpid(), signal.SIGTERM)
         return value, scalars
 
     monkeypatch.setattr(GeneratorTask, "loss", spoilt)
-    every = {"log_every": 50, "checkpoint_every": 50 if told else 2}
+    every = {"log_every": 50, "checkpoint_every": 50 if stop else 2}
     with pytest.raises(ValueError, match=r"loss nan at step 1 on images"):
         train_generator(train_config(digits, tmp_path, steps=8, **every), CPU)
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))

@@ -19,7 +19,7 @@ from moveimg.training.parallel import (
 )
 from moveimg.training.tokenizer import train_tokenizer
 from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, lively, random_inputs, tiny_config
-from tests.test_tokenizer_training import JUDGE, make_config, smooth_pictures
+from tests.test_tokenizer_training import JUDGE, make_config, smooth_images
 from tests.test_training import CPU, die_at_step_5, newest_state, train_config
 from tests.tools.processes import job, launch
 
@@ -38,7 +38,7 @@ RICH = {
 }  # fmt: skip
 EXPERTS = {"ffn": {"kind": "moe", "n_experts": 4, "hidden": 8, "shared_hidden": 8}}
 EXPERTS |= {"n_layer": 1, "n_head": 2, "width": 16}
-# name -> what differs from the plain run, and the step where the last process is told to stop
+# name -> what differs from the plain run, and the step where the last process is asked to stop
 JOBS: dict[str, tuple[dict, int | None]] = {
     "ddp": ({"distributed": "ddp"}, None),
     "fsdp, begun by one": ({"distributed": "fsdp"}, None),
@@ -80,7 +80,7 @@ def folder(digits, tmp_path_factory):
         begun = config("two", "fsdp, begun by one")
         die_at_step_5(patch, lambda: train_generator(begun, CPU))
     jobs = [job(config("two", name), stop) for name, (_, stop) in JOBS.items()]
-    images = smooth_pictures(folder / "images")
+    images = smooth_images(folder / "images")
     for name, changes in TOKENIZERS.items():
         changes = {"checkpoint_every": 4, **changes}
         one, two = (make_config(images, folder / many / name, **changes) for many in MANY)

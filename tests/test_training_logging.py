@@ -42,8 +42,8 @@ def test_a_full_disk_costs_logs_and_not_the_run(tmp_path, monkeypatch, capsys):
         for step in range(4, 9):
             logger.scalars("train", {"loss": 1.0, "lr": 0.1}, step)
         logger.image("", Image.new("RGB", (8, 8)), 9)
-    told = capsys.readouterr()
-    assert (told.out + told.err).count("No space left on device") == 3  # TensorBoard's once
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("No space left on device") == 3  # TensorBoard's once
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 3]
     assert (tmp_path / "preview-000009.png").is_file()

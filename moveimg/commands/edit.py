@@ -159,12 +159,13 @@ def score(
     table: list[tuple[dict[str, Any], int]] = []
     right = 0
     for rows, batch in _read_batches(images, batch_size):
+        codes = pipeline.encode(batch)
         guesses: list[tuple[int, float]] = []
         if classify or labels is None:
-            likeliest = pipeline.classify(batch, top_k=1)
+            likeliest = pipeline.classify(codes, top_k=1)
             guesses = [(names.index(name), share) for ((name, share),) in likeliest]
         given = [label for label, _ in guesses] if labels is None else labels[rows].tolist()
-        found = pipeline.log_likelihood(batch, given)
+        found = pipeline.log_likelihood(codes, given)
         for i, row in enumerate(rows):
             line: dict[str, Any] = {"image": images.identifiers[row], "class": names[given[i]]}
             for key in ("nats_per_code", "bits_per_code", "bits_per_pixel"):

@@ -214,7 +214,7 @@ def scores(result: Score, info: ModelInfo) -> str:
     name, values = short_name(info.class_names[label]), result.nats(label)
     high = float(values.max())
     heat = _image(heat_map(values, 0, high), f"nats of each code given {name}", "codes")
-    tiles = _figure(_image(result.image, "image"), ["image", "as it is encoded"])
+    tiles = _figure(_image(result.image, "image"), ["image", "cropped"])
     tiles += _figure(heat, ["nats of each code", f"given {name}"])
     bits = result.likelihood.bits_per_pixel[label].item()
     size = info.config.codebook_size

@@ -40,7 +40,7 @@ def score(
 ) -> dict[str, Any]:
     """All metrics of generated images as plain data, with what they were computed from.
 
-    The extractor is the one that made the reference's features. `n_classes` None stands for the
+    The extractor is the one that made the reference's features. `n_classes` None means the
     classes that occur. Raises ValueError, beginning with the guard's name, for a comparison that
     would mislead.
     """

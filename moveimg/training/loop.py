@@ -73,7 +73,7 @@ def fit(
                     run.checkpoints.finish()
                     name = signal.Signals(number).name
                     logger.message(
-                        f"stopped by {name} at step {run.step}; the same command goes on"
+                        f"stopped by {name} at step {run.step}; the same command continues"
                     )
                     raise SystemExit(128 + number)
         run.checkpoints.finish()
