@@ -39,9 +39,7 @@ class Refusal(StrEnum):
 
 Extractor = Annotated[
     Path | None,
-    typer.Option(
-        help="Instead of Inception: efficientnet-lite0 for colour images, or a file of --make-extractor."
-    ),
+    typer.Option(help="Instead of Inception: efficientnet-lite0, or a file of --make-extractor."),
 ]
 Inception = Annotated[
     Path | None, typer.Option(help="Weights in torch-fidelity's layout; default: downloaded.")
