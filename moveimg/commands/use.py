@@ -282,7 +282,7 @@ def inspect(
     out: Path = Option(Path("inspection"), help="The folder for the report."),
     device: Device = None,
 ) -> None:
-    """Report gates, memory, gradients and experts of a model as JSON, plots and warnings."""
+    """Report gates, memory, gradients and experts of a model as JSON, and plot its gates."""
     device_of(device)
     from moveimg.files import lock
     from moveimg.inspect import inspect_model
@@ -297,9 +297,7 @@ def inspect(
         print(f"layer {layer}: {line}; memory's share of V {gates['memory_share']:.0%}")
     for layer, load in report["experts"].items():
         print(f"layer {layer}: busiest expert {max(load) * len(load):.2f} times its even share")
-    for line in report["warnings"]:
-        print(f"warning: {line}")
-    print(f"-> {out}/ (inspection.json and plots)")
+    print(f"-> {out}/ (inspection.json, gates.png)")
 
 
 bench = Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's speed.")
