@@ -15,9 +15,12 @@ def main() -> None:
     """Run the command line. Ctrl-C ends it with one line and exit code 130 at any moment."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGINT, _interrupt)
-    from moveimg.commands import app
+    try:
+        from moveimg.commands import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # outside of the command's own work
+        _end()
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:
