@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate, pad
 from moveimg import DEFAULT_MODEL
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.class_names import find_label, search_names
-from moveimg.config import SamplingOptions, SamplingSettings
+from moveimg.config import SamplingSettings
 from moveimg.device import pick_device, pick_dtype
 from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw, resample
 from moveimg.errors import shorten, validate
@@ -118,7 +118,7 @@ class Pipeline:
         """The label of a class by its index, name, synonym or unambiguous part (see find_label)."""
         return find_label(self.class_names, name_or_index)
 
-    def settings(self, **options: Unpack[SamplingOptions]) -> SamplingSettings:
+    def settings(self, **options: Any) -> SamplingSettings:
         """The model's sampling settings with the options that are not None. ValueError if bad."""
         changes = {key: value for key, value in options.items() if value is not None}
         return validate(SamplingSettings, self.sampling.model_dump() | changes, "sampling settings")
@@ -130,7 +130,7 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         batch_size: int = 32,
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> list[Image.Image]:
         """Images of classes, `num` of each in a row.
 
@@ -155,7 +155,7 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         passes: int = 0,
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> list[Image.Image]:
         """Completions of an image: the codes of an area are kept, the others are drawn.
 
@@ -185,7 +185,7 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         passes: int = 0,
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> list[Image.Image]:
         """Versions of an image with the area `hole` drawn anew, as one of its own class or another.
 
