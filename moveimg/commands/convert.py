@@ -152,7 +152,7 @@ def push(
         raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
     if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
         raise ValueError(f"{repo!r}: expected the Hub's owner/name")
-    from moveimg.evaluation.results import read_results
+    from moveimg.evaluation.run import read_results
     from moveimg.files import atomic_directory
     from moveimg.pipeline import resolve
     from moveimg.pretrained import share
