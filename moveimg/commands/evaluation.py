@@ -26,7 +26,8 @@ Split = Literal["train", "val"]
 
 
 Extractor = Annotated[
-    Path | None, typer.Option(help="A classifier of --make-extractor, instead of Inception.")
+    Path | None,
+    typer.Option(help="Instead of Inception: efficientnet-lite0, or a file of --make-extractor."),
 ]
 Inception = Annotated[
     Path | None, typer.Option(help="Weights in torch-fidelity's layout; default: downloaded.")

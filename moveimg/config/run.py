@@ -121,20 +121,6 @@ class RunConfig(Config):
     wandb: bool = Field(False, description="log to Weights & Biases, too (moveimg[wandb])")
 
 
-class EvaluationConfig(Config):
-    """Scores of a small sample set during training, by the functions of `moveimg evaluate`."""
-
-    every: Steps = Field(description="steps between scores; the last step is scored, too")
-    images: int = Field(1000, ge=4, le=10**6, description="samples; FID depends on their number")
-    reference: Text = Field(description="imagenet256, an .npz of real training images, or `digits`")
-    extractor: FilePath | None = Field(
-        None, description="a classifier of --make-extractor; for `digits` the bundled one"
-    )
-    inception_weights: FilePath | None = Field(
-        None, description="in torch-fidelity's layout; left out: downloaded on first use"
-    )
-
-
 class TrainConfig(RunConfig):
     """`moveimg train CONFIG`: one generator."""
 
@@ -166,9 +152,6 @@ class TrainConfig(RunConfig):
     compile: bool = Field(False, description="torch.compile each block for training")
     sampling: SamplingSettings = Field(
         SamplingSettings(), description="sampling settings of previews and of the saved model"
-    )
-    evaluation: EvaluationConfig | None = Field(
-        None, description="scores at intervals while training; left out: none"
     )
 
     @model_validator(mode="after")

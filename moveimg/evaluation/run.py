@@ -18,7 +18,14 @@ from moveimg.config import SamplingSettings
 from moveimg.data import is_named_source
 from moveimg.device import hardware
 from moveimg.errors import describe
-from moveimg.evaluation.extractors import Extractor, extract, load_classifier, load_inception
+from moveimg.evaluation.extractors import (
+    EFFICIENTNET,
+    Extractor,
+    extract,
+    load_classifier,
+    load_efficientnet,
+    load_inception,
+)
 from moveimg.evaluation.metrics import (
     frechet_distance,
     inception_scores,
@@ -55,14 +62,17 @@ def open_extractor(
 ) -> Extractor:
     """The feature extractor of a comparison with `reference`, which must exist.
 
-    Without files it is the bundled classifier of a data set, else Inception with torch-fidelity's
-    weights. Raises as locate, load_classifier and load_inception.
+    `classifier` is a file of --make-extractor, or `efficientnet-lite0`. Without one it is the
+    bundled classifier of a data set, else Inception with torch-fidelity's weights.
+    Raises as locate, load_classifier, load_efficientnet and load_inception.
     """
     if reference is not None and not is_named_source(reference):
         locate(reference)
     bundled = {source: model for model, source in REFERENCES.items()}
     if reference in bundled and classifier is inception_weights is None:
         classifier = BUNDLED / bundled[reference] / "extractor.safetensors"
+    if str(classifier) == EFFICIENTNET:
+        return load_efficientnet(device)
     if classifier is not None:
         return load_classifier(classifier, device)
     return load_inception(inception_weights, device)
@@ -122,7 +132,7 @@ def score(
     warnings = []
     if count <= (width := features["fid"].shape[1]):
         warnings.append(f"{count} images for {width} features: the covariance is singular")
-    elif count < PUBLISHED_COUNT and extractor.class_names is None:
+    elif count < PUBLISHED_COUNT and "sfid" in features:
         warnings.append(f"{count} images: published FIDs are of {PUBLISHED_COUNT}, and lower")
     if duplicates:
         warnings.append(f"{duplicates} of {count} images equal an earlier one: a seed used twice?")
