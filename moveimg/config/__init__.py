@@ -3,7 +3,6 @@
 from moveimg.config.files import SUFFIXES, is_recipe, read_yaml, yaml_of
 from moveimg.config.model import SIZES, Config, ModelConfig, SwiGLUConfig
 from moveimg.config.run import (
-    EvaluationConfig,
     ImagesConfig,
     ModelFile,
     OptimizerConfig,
@@ -21,7 +20,6 @@ __all__ = [
     "SIZES",
     "SUFFIXES",
     "Config",
-    "EvaluationConfig",
     "ImagesConfig",
     "ModelConfig",
     "ModelFile",
