@@ -59,7 +59,6 @@ class RandomCodes:
 
 def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> Figures:
     """Measure the steps of `moveimg train` on random codes, from random weights."""
-    config = config.model_copy(update={"evaluation": None})
     torch.manual_seed(config.seed)
     model = Transformer(config.model).to(device)
     if config.train == "memory":

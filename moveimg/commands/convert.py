@@ -100,7 +100,7 @@ def push(
 
     Log in first: `hf auth login`. With --out alone nothing is uploaded.
     """
-    from moveimg.evaluation.results import read_results
+    from moveimg.evaluation.run import read_results
     from moveimg.pipeline import resolve
     from moveimg.pretrained import share
 

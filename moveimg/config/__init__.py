@@ -3,7 +3,6 @@
 from moveimg.config.files import SUFFIXES, list_recipes, override, yaml_of
 from moveimg.config.model import SIZES, Config, ModelConfig, SwiGLUConfig
 from moveimg.config.run import (
-    EvaluationConfig,
     ImagesConfig,
     ModelFile,
     OptimizerConfig,
@@ -18,7 +17,7 @@ from moveimg.config.run import (
 from moveimg.config.sampling import SamplingSettings
 
 __all__ = [
-    "SIZES", "SUFFIXES", "Config", "EvaluationConfig", "ImagesConfig", "ModelConfig", "ModelFile",
+    "SIZES", "SUFFIXES", "Config", "ImagesConfig", "ModelConfig", "ModelFile",
     "OptimizerConfig", "RunConfig", "SamplingSettings", "Size", "SwiGLUConfig",
     "TokenizerTrainConfig", "TrainConfig", "as_pair", "list_recipes", "load_config", "override",
     "parse_size", "yaml_of",

@@ -97,16 +97,6 @@ class RunConfig(Config):
     wandb: bool = Field(False, description="log to Weights & Biases, too (moveimg[wandb])")
 
 
-class EvaluationConfig(Config):
-    """Scores of a small sample set during training, by the functions of `moveimg evaluate`."""
-
-    every: Steps = Field(description="steps between scores; the last step is scored, too")
-    images: int = Field(1000, ge=4, le=10**6, description="samples; FID depends on their number")
-    reference: str = Field(description="imagenet256, an .npz of real training images, or `digits`")
-    extractor: Path | None = Field(None, description="a classifier of --make-extractor")
-    inception_weights: Path | None = Field(None, description="in torch-fidelity's layout")
-
-
 class TrainConfig(RunConfig):
     """`moveimg train CONFIG`: one generator."""
 
@@ -123,7 +113,6 @@ class TrainConfig(RunConfig):
     activation_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     compile: bool = Field(False, description="torch.compile each block for training")
     sampling: SamplingSettings = Field(SamplingSettings(), description="of previews, and saved")
-    evaluation: EvaluationConfig | None = Field(None, description="scores while training")
 
     @model_validator(mode="after")
     def _check_backbone(self) -> TrainConfig:
