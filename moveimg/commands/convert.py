@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -130,20 +130,14 @@ def push(
     out: Annotated[
         Path | None, typer.Option(help="Write the files into this new directory, too.")
     ] = None,
-    space: Annotated[
-        bool, typer.Option("--space", help="A Gradio Space with the demo, in place of the model.")
-    ] = False,
     private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
     license: Annotated[str | None, typer.Option(help="The weights' licence, such as mit.")] = None,
     base_model: Annotated[str | None, typer.Option(help="A Hub id; default: LlamaGen's.")] = None,
     dataset: Annotated[
         list[str] | None, typer.Option(help="A Hub id of the training data; repeatable.")
     ] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="A results.json of `moveimg evaluate`, for the card.")
-    ] = None,
 ) -> None:
-    """Upload a model to the Hugging Face Hub with a card and a pipeline for diffusers, or a Space.
+    """Upload a model to the Hugging Face Hub with a card and a pipeline for diffusers.
 
     Log in first: `hf auth login`. With --out alone nothing is uploaded.
     """
@@ -152,29 +146,23 @@ def push(
         raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
     if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
         raise ValueError(f"{repo!r}: expected the Hub's owner/name")
-    from moveimg.evaluation.results import read_results
     from moveimg.files import atomic_directory
     from moveimg.pipeline import resolve
     from moveimg.pretrained import share
 
     name = repo or f"owner/{Path(str(out)).name}"
-    scores = read_results(results) if results else None
-    about: dict[str, Any] = {"license": license, "base_model": base_model, "results": scores}
-    about |= {"datasets": dataset or (), "link": out is None}
+    about = {"license": license, "base_model": base_model, "datasets": dataset or ()}
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(TemporaryDirectory()))
         else:
             stack.enter_context(new_directory(out))
             folder = stack.enter_context(atomic_directory(out))
-        if space:
-            share.write_space(model, folder, name)
-        else:
-            share.write_model(resolve(model), folder, name, **about)
+        share.write_model(resolve(model), folder, name, **about)
         if repo is not None:
-            print(share.upload(folder, repo, private=private, space=space))
+            print(share.upload(folder, repo, private=private))
     if out is not None:
-        print(f"{out}: {'a Space' if space else 'a model'} for the Hub")
+        print(f"{out}: a model for the Hub")
 
 
 for _conversion in (llamagen, taming, upcycle):
