@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAVES = {"files", "errors", "device", "images", "progress", "dist", "class_names"}
-LEAVES |= {"tables", "plots"}
+LEAVES |= {"tables", "plots", "rng"}
 CORE = {"tokenizer", "config", "model", "sampling", "checkpoint", "pretrained"}
 # What a room may import beside the leaves.
 ALLOWED = {leaf: set() for leaf in LEAVES} | {

@@ -156,6 +156,16 @@ def test_a_tokenizer_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     assert fingerprints[0] == fingerprints[1]
 
 
+def test_training_leaves_the_default_generator_alone(digits, tmp_path):
+    """So draws of a caller or of another thread change no weight."""
+    state = torch.get_rng_state()
+    train_generator(train_config(digits, tmp_path / "model"), CPU)
+    with few_digits():
+        tokenizer = TOKENIZER | {"dropout": 0.1}
+        train_tokenizer(tokenizer_config(tmp_path / "tokenizer", tokenizer=tokenizer), CPU)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_a_finished_run_is_not_trained_again(digits, tmp_path, monkeypatch):
     config = train_config(digits, tmp_path)
     first = train_generator(config, CPU)

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from moveimg.dist import World
 from moveimg.model import Transformer
+from moveimg.rng import set_generator
 from moveimg.training.generator import train_generator
 from moveimg.training.parallel import (
     Parallelism,
@@ -194,7 +195,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
         model = Transformer(config).train()
         torch.nn.init.normal_(model.head.weight)
         parallelize(model, None, Parallelism(checkpointing=checkpointing))
-        torch.manual_seed(1)
+        set_generator(model, torch.Generator().manual_seed(1))
         loss = torch.nn.functional.cross_entropy(
             model(codes, labels).flatten(0, 1), codes.flatten()
         )

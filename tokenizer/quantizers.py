@@ -44,6 +44,7 @@ class Quantizer(nn.Module):
     """
 
     nearest = True  # else the largest dot product
+    generator: torch.Generator | None = None  # of re-seeding; torch's default one if None
 
     def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:
         super().__init__()
@@ -108,13 +109,13 @@ class Quantizer(nn.Module):
             self.idle_steps = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
         if self.awaits_data:
             self.awaits_data = False
-            weight.copy_(_sample_rows(vectors, len(weight)))
+            weight.copy_(_sample_rows(vectors, len(weight), self.generator))
             broadcast_from_rank0(weight)
             return torch.zeros_like(self.idle_steps[0])
         limit = self.config.reseed_after or torch.iinfo(torch.int64).max
         dead = (self.idle_steps >= limit).nonzero().flatten()
         if len(dead):  # on every process alike
-            chosen = torch.randperm(len(vectors), device=vectors.device)[: len(dead)]
+            chosen = _permutation(vectors, self.generator)[: len(dead)]
             dead = dead[: len(chosen)]
             weight[dead] = vectors[chosen].to(weight.dtype)
             self.idle_steps[dead] = 0
@@ -215,12 +216,16 @@ def split_vectors(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
     return vectors.split(max(1, MAX_SCORES // len(codebook)))
 
 
-def _sample_rows(vectors: Tensor, count: int) -> Tensor:
+def _sample_rows(vectors: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` rows of vectors [n, D], each once before any twice, plus a little noise."""
     rounds = -(-count // len(vectors))
-    order = [torch.randperm(len(vectors), device=vectors.device) for _ in range(rounds)]
-    chosen = vectors[torch.cat(order)[:count]]
-    return chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
+    order = torch.cat([_permutation(vectors, generator) for _ in range(rounds)])
+    noise = vectors.new_empty(count, vectors.shape[1]).normal_(generator=generator)
+    return vectors[order[:count]] + 0.01 * vectors.std() * noise
+
+
+def _permutation(vectors: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randperm(len(vectors), device=vectors.device, generator=generator)
 
 
 def _keep_loaded_codebook(module: Any, _: object) -> None:

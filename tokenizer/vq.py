@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from moveimg.rng import Dropout
 from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, VQQuantizerConfig
 from tokenizer.losses import reconstruction_losses
 from tokenizer.quantizers import QUANTIZERS, Quantizer
@@ -233,7 +234,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = _norm(config, before)
         self.conv1 = _conv3(before, after)
         self.norm2 = _norm(config, after)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv2 = _conv3(after, after)
         self.nin_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 

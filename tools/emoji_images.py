@@ -3,14 +3,15 @@
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python tools/emoji_images.py emoji-datasource-*.tgz --out emoji
 
-Noto Emoji is Apache-2.0, Twemoji CC-BY 4.0. Skin tones are left out: they would count one drawing
-six times.
+Noto Emoji is Apache-2.0, Twemoji CC-BY 4.0. Each image has one skin tone, drawn at random: all six
+would count one drawing six times.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import random
 import sys
 import tarfile
 from pathlib import Path
@@ -66,11 +67,15 @@ def write_images(package: Path, out: Path) -> int:
         file = archive.extractfile(entries["package/emoji.json"])
         assert file is not None
         vendor = next(name.split("/")[2] for name in entries if name.startswith("package/img/"))
-        count = 0
+        count, rng = 0, random.Random(0)
         for emoji in json.load(file):
-            name, member = find_class(emoji), f"package/img/{vendor}/64/{emoji['image']}"
-            if name is None or member not in entries:
+            name = find_class(emoji)
+            tones = [emoji, *emoji.get("skin_variations", {}).values()]
+            files = [f"package/img/{vendor}/64/{tone['image']}" for tone in tones]
+            files = [file for file in files if file in entries]
+            if name is None or not files:
                 continue
+            member = rng.choice(files)
             data = archive.extractfile(entries[member])
             assert data is not None
             image = Image.open(io.BytesIO(data.read())).convert("RGBA")

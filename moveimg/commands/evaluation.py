@@ -38,7 +38,8 @@ class Refusal(StrEnum):
 
 
 Extractor = Annotated[
-    Path | None, typer.Option(help="A classifier of --make-extractor, instead of Inception.")
+    Path | None,
+    typer.Option(help="Instead of Inception: efficientnet-lite0, or a file of --make-extractor."),
 ]
 Inception = Annotated[
     Path | None, typer.Option(help="Weights in torch-fidelity's layout; default: downloaded.")

@@ -97,7 +97,7 @@ def open_reference(
     if path.name in ADMS_FILES:
         about.split = "train"
     stored_by = about.extractor or "Inception"  # a file of others is of Inception
-    ours = (extractor.fingerprint, "Inception" if extractor.class_names is None else None)
+    ours = (extractor.fingerprint, "Inception" if "sfid" in extractor.layers else None)
     if "mu" in entries and stored_by not in ours:
         raise ValueError(
             f"other-extractor: {path} holds statistics of {stored_by}, the samples' features are "

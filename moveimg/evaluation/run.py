@@ -44,8 +44,9 @@ def open_extractor(
 ) -> Extractor:
     """The feature extractor of a comparison with `reference`, which is looked for first.
 
-    Without files it is the bundled classifier of a data set, else Inception with torch-fidelity's
-    weights. Raises as locate, load_classifier and load_inception.
+    `classifier` is a file of --make-extractor, or `efficientnet-lite0`. Without one it is the
+    bundled classifier of a data set, else Inception with torch-fidelity's weights.
+    Raises as locate, load_classifier, load_efficientnet and load_inception.
     """
     if classifier is not None and inception_weights is not None:
         raise ValueError("--extractor and --inception-weights: expected one of the two")
@@ -54,6 +55,10 @@ def open_extractor(
     for model, source in REFERENCES.items():
         if reference == source and classifier is inception_weights is None:
             classifier = BUNDLED / model / "extractor.safetensors"
+    if str(classifier) == "efficientnet-lite0":
+        from moveimg.evaluation.imagenet import load_efficientnet
+
+        return load_efficientnet(device)
     if classifier is not None:
         return load_classifier(classifier, device)
     from moveimg.evaluation.inception import load_inception

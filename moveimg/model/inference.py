@@ -25,6 +25,7 @@ from moveimg.model.attention import MultiHeadAttention, MultiHeadLatentAttention
 from moveimg.model.feedforward import SwiGLU
 from moveimg.model.memory import GatedMixer
 from moveimg.model.transformer import Cache, Transformer
+from moveimg.rng import Dropout
 
 ROWS = 16  # rows that oneDNN's layout is made for; it serves other numbers, too
 INT8_LIMIT = 63  # of a weight: AVX2's 16-bit sums hold two products of 7 by 8 bits
@@ -71,7 +72,7 @@ def _pack(model: Transformer, quantize: str | None) -> Transformer:
     for module in fast.modules():
         JOIN.get(type(module), lambda module: None)(module)
     kinds: dict[type, Callable[[Any], nn.Module]] = {
-        nn.Dropout: lambda dropout: nn.Identity(),
+        Dropout: lambda dropout: nn.Identity(),
         nn.Linear: linear_kind(weight, quantize),
     }
     if fast.norm.weight.dtype == torch.float32:

@@ -5,8 +5,9 @@ B batch   S positions in this call   T codes in an image   D width   V codebook 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from moveimg.config.model import ModelConfig, SlotConfig
 from moveimg.model.attention import ATTENTIONS, Index, LayerCache, rope_2d
 from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
 from moveimg.model.memory import MEMORIES, Mixer, Rows
+from moveimg.rng import Dropout, rewound
 
 CHUNK = 2**24  # logits computed at a time by the loss (64 MiB in float32), but at least one row
 
@@ -36,10 +38,10 @@ class Block(nn.Module):
         attention = config.attention
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = ATTENTIONS[attention.kind](config, attention, mixers)
-        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.resid_dropout = Dropout(config.resid_dropout)
         self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = FEEDFORWARDS[ffn.kind](config, ffn)
-        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+        self.ffn_dropout = Dropout(config.ffn_dropout)
 
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, shared: nn.Module | None,
@@ -97,7 +99,7 @@ class Transformer(nn.Module):
         site = next(site for site in memory.sites if site in sites)
         self.label_embedding = nn.Embedding(config.n_classes + 1, config.width)
         self.code_embedding = nn.Embedding(config.codebook_size, config.width)
-        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.token_dropout = Dropout(config.token_dropout)
         self.memory = memory(config, config.memory, sites[site])
         self.layers = nn.ModuleList(
             Block(config, config.ffn.at(layer, config.n_layer), {site: self.memory.mixer(layer)})
@@ -246,29 +248,31 @@ class Transformer(nn.Module):
             if cache is not None:
                 x = block(x, rows, rope, self.shared_ffn, cache.layers[layer], cache.index)
             elif self.checkpointing and self.training:
-                drop = _drop_recomputed_auxiliary(block.ffn)
                 inputs = (x, rows, rope, self.shared_ffn)
-                x = checkpoint(block, *inputs, use_reentrant=False, context_fn=drop)
+                contexts = partial(_checkpoint_contexts, block)
+                x = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
             else:
                 x = block(x, rows, rope, self.shared_ffn)
         return self.norm(x)
 
 
-def _drop_recomputed_auxiliary(ffn: Any) -> Callable[[], tuple[Any, Any]]:
-    """For checkpoint: drop the auxiliary loss that recomputing a block in the backward pass makes.
+def _checkpoint_contexts(block: Any) -> tuple[Any, Any]:
+    """The contexts in which `checkpoint` computes a block, and computes it again when going back.
 
-    Its graph would keep the block's recomputed activations until the next step: over all blocks, as
-    much memory as checkpointing saves.
+    The second pass draws the masks of the first. Its auxiliary loss is dropped, because its graph
+    would keep the recomputed activations until the next step: over all blocks, as much memory as
+    checkpointing saves.
     """
+    generator = block.resid_dropout.generator
+    state = None if generator is None else generator.get_state()
 
     @contextmanager
     def recomputing() -> Iterator[None]:
-        try:
+        with nullcontext() if generator is None or state is None else rewound(generator, state):
             yield
-        finally:
-            ffn.auxiliary = None
+        block.ffn.auxiliary = None
 
-    return lambda: (nullcontext(), recomputing())
+    return nullcontext(), recomputing()
 
 
 # --- the loss, without all logits at once ----------------------------------------------------

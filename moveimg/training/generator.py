@@ -20,6 +20,7 @@ from moveimg.dist import World
 from moveimg.files import lock
 from moveimg.images import labelled_grid, to_pil
 from moveimg.model import Transformer, model_cost
+from moveimg.rng import InitialValues
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.initial import initial_model
 from moveimg.training.logging import data_sheet_peak, gate_statistics
@@ -62,7 +63,8 @@ class GeneratorTask(Task):
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         codes, labels, _ = self.batches.batch(step, part, self.parallel.parts)
         codes, labels = codes.to(self.device), labels.to(self.device)
-        dropped = torch.rand(len(labels), device=self.device) < self.config.class_dropout
+        draws = torch.rand(len(labels), device=self.device, generator=self.rng)
+        dropped = draws < self.config.class_dropout
         labels = labels.masked_fill(dropped, self.model.null_label)
         loss, accuracy = self._loss(self.forward, codes, labels)
         scalars = {"accuracy": accuracy}
@@ -157,9 +159,9 @@ def train_generator(
     train, val = _open_codes(config, tokenizer, world, restart)
     for codes in (train, val):
         codes.require_tokenizer(tokenizer.fingerprint)
-    torch.manual_seed(config.seed)
     settings = fit_to_codes(config.model, train)
-    model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
+    with InitialValues(config.seed):
+        model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
     task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
     return fit(task, config, parallel, restart)
 

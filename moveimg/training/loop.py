@@ -29,6 +29,7 @@ from moveimg.config import RunConfig
 from moveimg.device import has_bfloat16, peak_memory
 from moveimg.dist import print_rank0
 from moveimg.files import lock, remove_temporaries
+from moveimg.rng import set_generator
 from moveimg.training.checkpoints import Checkpoints, reason
 from moveimg.training.logging import RunLogger
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
@@ -93,6 +94,8 @@ class Run:
         self.logs = config.out / "training"
         self.ema = ModelEmaV3(task.model, decay=config.ema, use_warmup=True) if config.ema else None
         average = None if self.ema is None else self.ema.module
+        self.rng = task.rng = torch.Generator(self.device)
+        set_generator(task.model, self.rng)
         task.forward = parallelize(task.model, average, parallel)
         self.optimizers = make_optimizers(task.model, config.optimizer)
         folder = self.logs / "checkpoints"
@@ -115,7 +118,8 @@ class Run:
     def advance(self) -> dict[str, Tensor]:
         """Do one optimizer step; return its scalars, on the device."""
         begun = time.perf_counter()
-        config, model, mine = self.config, self.task.model, self.parallel.mine
+        config, task, mine = self.config, self.task, self.parallel.mine
+        model = task.model
         model.train()
         rate = learning_rate(config.optimizer, self.step, config.steps)
         set_rate(self.optimizers, rate)
@@ -123,9 +127,12 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         scalars: list[dict[str, Tensor]] = []
         for part in mine:
-            torch.manual_seed(micro_batch_seed(config.seed, self.step, part))
-            with sync_gradients(self.task.forward, last=part == mine[-1]):
-                loss, more = self.task.loss(self.step, part)
+            seed = micro_batch_seed(config.seed, self.step, part)
+            self.rng.manual_seed(seed)
+            if self.parallel.compiled:  # compiled graphs draw from torch's default generator
+                torch.manual_seed(seed)
+            with sync_gradients(task.forward, last=part == mine[-1]):
+                loss, more = task.loss(self.step, part)
                 (loss / len(mine)).backward()
             scalars.append({"loss": loss.detach(), **more})
         norm = clip_gradients(self.optimizers, config.optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -15,11 +16,13 @@ class Task:
     Attributes:
         model: what is trained, on its device.
         forward: called by `loss`: the model, or DDP around it; set by the loop.
+        rng: of the random numbers of `loss`; set by the loop, which seeds it by step.
         score_every: steps between scores; 0 is never.
     """
 
     model: nn.Module
     forward: nn.Module
+    rng: torch.Generator | None = None
     score_every = 0
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from moveimg.data import (
 from moveimg.device import pick_dtype
 from moveimg.dist import World, print_rank0, reduce_mean
 from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_tensor
+from moveimg.rng import InitialValues
 from moveimg.training.loop import fit
 from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Parallelism
@@ -269,8 +270,7 @@ def train_tokenizer(
     if config.batch_size % world.size:
         raise ValueError(f"batch_size {config.batch_size}: expected a multiple of {world.size}")
     plan = Parallelism(world, parts=world.size, dtype=pick_dtype(config.dtype, world.device))
-    with torch.random.fork_rng(devices=[]):  # a caller's own draws stay what they are
-        torch.manual_seed(config.seed)
+    with InitialValues(config.seed):
         model = make_tokenizer(config).to(world.device)
         code_grid(config.images.size, model.downsample)  # refuses a size it does not divide
         task = TokenizerTask(config, model, plan)

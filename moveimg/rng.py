@@ -1,0 +1,72 @@
+"""Random numbers of a training from generators of its own, whatever other threads draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask is drawn from `generator`.
+
+    Without one, and in compiled graphs, which take no generator, from torch's default generator.
+    """
+
+    generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape -> x with elements zeroed at rate p, the others divided by 1 - p."""
+        if not self.training or torch.compiler.is_compiling() or self.generator is None:
+            return super().forward(x)
+        keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
+        return x * keep.div_(1 - self.p)
+
+
+def set_generator(model: nn.Module, generator: torch.Generator) -> None:
+    """Let all modules with an attribute `generator` draw from this one."""
+    for module in model.modules():
+        if hasattr(module, "generator"):
+            module.generator = generator  # type: ignore[assignment]
+
+
+@contextmanager
+def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
+    """Inside, the generator draws from `state` on; afterwards from where it was."""
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+class InitialValues(TorchFunctionMode):
+    """Inside, what this thread initialises is drawn from a generator seeded with `seed`.
+
+    torch's layers draw their initial values without asking for a generator.
+    """
+
+    DRAWS = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, with the generator where it draws values on the CPU."""
+        kwargs = dict(kwargs or {})
+        if func in self.DRAWS and (args[0] if args else kwargs["tensor"]).device.type == "cpu":
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
