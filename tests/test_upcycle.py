@@ -35,7 +35,11 @@ def assert_same_logits(a, b):
     codes, labels = random_inputs(a.config)
     with torch.no_grad():
         assert torch.equal(a(codes, labels), b(codes, labels))
-        assert torch.equal(decode_all(a, codes, labels), decode_all(b, codes, labels))
+        decoded = [decode_all(model, codes, labels) for model in (a, b)]
+        if a.config.attention.kind == "mla":  # where LaVE caches values, not latents alone
+            torch.testing.assert_close(*decoded)
+        else:
+            assert torch.equal(*decoded)
 
 
 # --- upcycling -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,28 +156,32 @@ def info(
         if not is_yaml:
             raise ValueError(f"--train: expected a config (YAML file or recipe), got '{model}'")
         run = load_config(model, TrainConfig, set or [])
-        from moveimg.model import comment, describe_budget, train_budget
+        from moveimg.model import train_budget
+        from moveimg.tables import format_bytes
 
         passes = run.batch_size // (run.micro_batch or run.batch_size)
         budget = train_budget(run, gpus or math.gcd(8, passes), gpu)
         if as_json:
             print_json(budget)
-        else:
-            print(describe_budget(budget), comment(budget), sep="\n\n")
+            return
+        print("Estimated: per GPU, at 25 to 50 % of its peak; checkpoints and codes on disk")
+        for key, value in budget.items():
+            text = f"{value[0]:.2g} to {value[1]:.2g}" if key == "hours" else format_bytes(value)
+            print(f"{key:<22}{f'{value:.3g}' if key.startswith('flops') else text:>15}")
         return
     config = load_config(model, ModelFile, set or []).model if is_yaml else None
     from moveimg.checkpoint import read_model_config
     from moveimg.device import DTYPES
-    from moveimg.model import describe_cost, model_cost
+    from moveimg.model import model_cost
     from moveimg.pipeline import resolve
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    cost = model_cost(config or read_model_config(resolve(model)), DTYPES[dtype])
+    cost = asdict(model_cost(config or read_model_config(resolve(model)), DTYPES[dtype]))
     if as_json:
-        print_json(cost.as_dict())
-    else:
-        print(describe_cost(cost, dtype))
+        print_json(cost)
+    for key, value in cost.items() if not as_json else ():
+        print(f"{key:<24}{value:>18,.0f}")
 
 
 @command

@@ -20,9 +20,9 @@ from moveimg.config import RunConfig
 from moveimg.files import write_text
 from moveimg.images import save_png
 from moveimg.model import (
-    DEVICES,
     NEAR_TWO,
     NEAR_ZERO,
+    PEAK_FLOPS,
     Mixing,
     Transformer,
     mixers_by_layer,
@@ -117,8 +117,8 @@ def start_wandb(logs: Path, config: RunConfig) -> Any:
 
 
 def data_sheet_peak(name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name; None if it is not in DEVICES."""
-    peaks = (device.flops for key, device in DEVICES.items() if re.search(rf"\b{key}\b", name))
+    """Dense bfloat16 FLOP/s of a device by its name; None if it is not in PEAK_FLOPS."""
+    peaks = (flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name))
     return next(peaks, None)
 
 
