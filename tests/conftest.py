@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -91,6 +92,24 @@ def digits(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def serving(models, **options):
+    """A running demo: its url and its FastAPI app."""
+    from moveimg.demo.server import build_server
+
+    running, listener = build_server(models, **options)
+    thread = threading.Thread(target=running.run, args=([listener],), daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        yield SimpleNamespace(url=url, app=running.config.app)
+    finally:
+        running.should_exit = True
+        thread.join(10)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A running demo with two models, one of them with names of ImageNet's kind."""
@@ -98,7 +117,6 @@ def server(tmp_path_factory):
 
     from moveimg.checkpoint import BUNDLED
     from moveimg.demo.jobs import Models
-    from moveimg.demo.server import build_server
 
     other = tmp_path_factory.mktemp("models") / "gallery"
     shutil.copytree(BUNDLED / "digits", other)
@@ -107,16 +125,10 @@ def server(tmp_path_factory):
     (other / "sampling.json").write_text("{}")  # every setting has a default
     models = Models(["digits", str(other)], keep=2)
     models.get()
-    running, listener = build_server(models)
-    app = next(r.app for r in running.config.app.routes if isinstance(r, Mount))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    thread = threading.Thread(target=running.run, args=([listener],), daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield SimpleNamespace(url=url, models=models, jobs=app.get_blocks()._queue.event_ids_to_events)
-    running.should_exit = True
-    thread.join(10)
+    with serving(models) as running:
+        app = next(route.app for route in running.app.routes if isinstance(route, Mount))
+        queued = app.get_blocks()._queue.event_ids_to_events
+        yield SimpleNamespace(url=running.url, models=models, jobs=queued)
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -27,7 +25,8 @@ from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
 from moveimg.demo.jobs import image_uri
 from moveimg.demo.requests import MAX_BODY
-from moveimg.demo.server import FREE_LOGINS, build_server, read_auth
+from moveimg.demo.server import FREE_LOGINS, read_auth
+from tests.conftest import serving
 
 ROOT = Path(__file__).parents[1]
 CALL = "/gradio_api/call/v2"
@@ -107,7 +106,6 @@ def test_errors_are_messages_without_traces_or_paths(server, client):
     for endpoint, values, part in (
         ("generate", {"class_name": "ten"}, "'ten'"),
         ("generate", {"class_name": "gold", "model": "gallery"}, "'gold' fits 2"),
-        ("generate", {"class_name": "1", "num": 1000}, "1000"),
         ("generate", {"class_name": "1", "model": "/etc"}, "/etc"),
         ("edit", {"class_name": "1", "image": PIXEL, "temperature": 0, "passes": 1}, "temperature"),
         ("edit", {"class_name": "1", "image": PIXEL, "hole": PIXEL}, "masked"),
@@ -124,8 +122,6 @@ def test_errors_are_messages_without_traces_or_paths(server, client):
     ("path", "body", "status"),
     [
         (f"{CALL}/generate", {"num": "many"}, 422),
-        (f"{CALL}/generate", {"temperature": -1}, 422),
-        (f"{CALL}/generate", {"class_name": [1]}, 422),
         (f"{CALL}/generate", {"colour": 1}, 422),
         (f"{CALL}/generate", ["7"], 422),
         (f"{CALL}/generate", {"class_name": "x" * 10_000_000}, 422),
@@ -165,21 +161,6 @@ def test_the_examples_of_the_api_work(server, tmp_path, monkeypatch):
     assert image_of(answer["images"][0]["png"])[0].tobytes() == expected.tobytes()
 
 
-def test_visitors_at_once_do_not_disturb_each_others_seeds(server):
-    from gradio_client import Client
-
-    def visit(seed):
-        client = Client(server.url, verbose=False)
-        answer = client.predict(class_name="five", num=2, seed=seed, api_name="/generate")
-        return [image_of(image["png"])[0].tobytes() for image in answer["images"]]
-
-    with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(visit, (5, 50, 5)))
-    pipeline = Pipeline.from_pretrained("digits")
-    assert results[0] == results[2] == [i.tobytes() for i in pipeline.sample([5, 5], seed=5)]
-    assert results[1] == [i.tobytes() for i in pipeline.sample([5, 5], seed=50)]
-
-
 def test_a_job_ends_when_its_listener_hangs_up(server, slow_model):
     body = {"class_name": "7", "num": 1}
     event = httpx.post(f"{server.url}{CALL}/generate", json=body).json()["event_id"]
@@ -214,35 +195,29 @@ def test_nothing_of_the_servers_disk_can_be_read(server):
 
 
 def test_a_password_is_asked_for_and_unknown_hosts_are_refused(server):
-    guarded, listener = build_server(
-        server.models, auth=[("me", "secret")], allow_hosts=("demo.example",), trust_proxy=True
-    )
-    thread = threading.Thread(target=guarded.run, args=([listener],), daemon=True)
-    thread.start()
-    wait_until(lambda: guarded.started)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as visitor:
-            assert visitor.get("/config").status_code == 401
-            assert visitor.post(f"{CALL}/models", json={}).status_code == 401
+    options = {"auth": [("me", "secret")], "allow_hosts": ("demo.example",), "trust_proxy": True}
+    with (
+        serving(server.models, **options) as guarded,
+        httpx.Client(base_url=guarded.url) as visitor,
+    ):
+        assert visitor.get("/config").status_code == 401
+        assert visitor.post(f"{CALL}/models", json={}).status_code == 401
 
-            def login(password, address):
-                form = {"username": "me", "password": password}
-                headers = {"x-forwarded-for": f"1.2.3.4, {address}"}
-                return visitor.post("/login", data=form, headers=headers).status_code
+        def login(password, address):
+            form = {"username": "me", "password": password}
+            headers = {"x-forwarded-for": f"1.2.3.4, {address}"}
+            return visitor.post("/login", data=form, headers=headers).status_code
 
-            guesses = [login("guess", "9.9.9.9") for _ in range(FREE_LOGINS + 3)]
-            assert guesses[:FREE_LOGINS] == [400] * FREE_LOGINS and guesses[-1] == 429
-            assert login("secret", "9.9.9.9") == 429
-            assert login("secret", "8.8.8.8") == 200  # elsewhere nobody has failed
-            assert visitor.get("/config").status_code == 200
-            for host, status in (
-                ("evil.example", 400), ("demo.example", 200), ("localhost:1", 200), ("", 400),
-                ("[::1]:80", 200), ("127.0.0.1.evil.example", 400), ("10.0.0.1", 400),
-            ):  # fmt: skip
-                assert visitor.get("/config", headers={"host": host}).status_code == status, host
-    finally:
-        guarded.should_exit = True
-        thread.join(10)
+        guesses = [login("guess", "9.9.9.9") for _ in range(FREE_LOGINS + 3)]
+        assert guesses[:FREE_LOGINS] == [400] * FREE_LOGINS and guesses[-1] == 429
+        assert login("secret", "9.9.9.9") == 429
+        assert login("secret", "8.8.8.8") == 200  # elsewhere nobody has failed
+        assert visitor.get("/config").status_code == 200
+        for host, status in (
+            ("evil.example", 400), ("demo.example", 200), ("localhost:1", 200), ("", 400),
+            ("[::1]:80", 200), ("127.0.0.1.evil.example", 400), ("10.0.0.1", 400),
+        ):  # fmt: skip
+            assert visitor.get("/config", headers={"host": host}).status_code == status, host
 
 
 def test_accounts_come_from_the_command_or_a_file(tmp_path):
@@ -255,18 +230,13 @@ def test_accounts_come_from_the_command_or_a_file(tmp_path):
             read_auth(bad)
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm():
     process = subprocess.Popen(
-        [sys.executable, "apps/demo.py", "--port", str(free_port())], text=True,
+        [sys.executable, "apps/demo.py"], text=True,
         env=os.environ | {"http_proxy": "http://127.0.0.1:9"}, stdout=subprocess.PIPE,
     )  # fmt: skip
     url = process.stdout.readline().split()[-1]
-    assert httpx.get(url, trust_env=False).status_code == 200
+    assert httpx.get(url, trust_env=False, timeout=60).status_code == 200
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
 

@@ -22,8 +22,7 @@ UPLOAD = (
 
 def text(value: Any) -> str:
     """Escape for HTML, and for the templates that gradio's components read in what they show."""
-    table = {"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"}
-    return re.sub(r"[{}$`]", lambda match: table[match[0]], escape(str(value)))
+    return re.sub(r"[{}$`]", lambda match: f"&#{ord(match[0])};", escape(str(value)))
 
 
 def status(words: str, kind: str = "") -> str:
@@ -72,8 +71,7 @@ def likelihood(answer: dict[str, Any], info: ModelInfo) -> str:
     return (
         f'<p class="what">Likeliest: <b>{text(best["name"])}</b>, with '
         f"{best['nats_per_code']:.3f} nats per code ({answer['bits_per_pixel']:.3f} bits per "
-        f"pixel); guessing among all {size:,} codes would cost {math.log(size):.3f}. An image of "
-        "none of the model's classes still gets the class that fits it best.</p>"
+        f"pixel); guessing among all {size:,} codes would cost {math.log(size):.3f}.</p>"
     )
 
 

@@ -74,9 +74,7 @@ class Models:
                 name = f"{base} ({len(self.infos)})"
             config, names = read_model_config(path), read_class_names(path)
             if len(names) != config.n_classes:
-                raise ValueError(
-                    f"{path / 'classes.json'}: expected {config.n_classes} class names"
-                )
+                raise ValueError(f"{path / 'classes.json'}: expected {config.n_classes} names")
             self.infos[name] = ModelInfo(name, path, config, names, read_sampling(path))
         self.pipelines: OrderedDict[str, Pipeline] = OrderedDict()
         self._lock = threading.Lock()
@@ -110,9 +108,7 @@ class Models:
             return Pipeline.from_pretrained(info.directory, device=self.device, dtype=self.dtype)
         except (OSError, ValueError) as error:  # names the server's files: for its log alone
             LOG.error("%s: %s", info.name, describe(error))
-            raise ValueError(
-                f"model {info.name!r} cannot be loaded; the server's log says why"
-            ) from None
+            raise ValueError(f"model {info.name!r} cannot be loaded: see the log") from None
 
 
 @dataclass(frozen=True)
@@ -162,12 +158,8 @@ def vary_guidance(row: Row, scales: Sequence[float] | None = None) -> list[Row]:
     """
     own = row.settings.cfg_scale if row.settings.cfg_scale > 1.2 else 2.0
     scales = scales or [1.0, round(1 + (own - 1) / 2, 2), own, round(1 + 2 * (own - 1), 2)]
-    rows = []
-    for scale in scales:
-        values = row.settings.model_dump() | {"cfg_scale": scale}
-        settings = validate(SamplingSettings, values, "sampling settings")
-        rows.append(row.first(settings=settings, title=f"guidance {scale:g}"))
-    return rows
+    settings = [row.settings.model_copy(update={"cfg_scale": scale}) for scale in scales]
+    return [row.first(settings=s, title=f"guidance {s.cfg_scale:g}") for s in settings]
 
 
 def turn_bank_off(row: Row) -> list[Row]:

@@ -16,26 +16,24 @@ from moveimg.demo.api import Api, explain, listener_check
 from moveimg.demo.jobs import ModelInfo, Models, Row
 from moveimg.errors import validate
 
-HERE = Path(__file__).parent
 # Jobs take turns; gradio shows their place in the queue. Other events do not wait.
 JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": 1}
 DIRECT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 HEADER = "<h1>moveimg</h1><p>A class label in, images out, one discrete code after another.</p>"
 EDIT = (
     '<p class="what">Paint over a part of an image, or choose a half to keep: the rest is drawn '
-    "anew as the class you choose. Codes are drawn from the top left to the bottom right and see "
-    "only those before them; resampling passes let them see those after them, too.</p>"
+    "anew. Codes are drawn from the top left to the bottom right and see only those before them; "
+    "resampling passes let them see those after them, too.</p>"
 )
 LIKELIHOOD = (
     '<p class="what">How likely is an image, as each of the classes? The probability of its codes '
-    "given a class is a product over the codes, so it is exact; Bayes' rule turns it into a "
-    "probability of the class. What the tokenizer loses of the image does not count.</p>"
+    "given a class is exact; Bayes' rule turns it into a probability of the class.</p>"
 )
 
 
 def read(name: str) -> str:
     """Return a text file of this folder."""
-    return (HERE / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def build_app(
@@ -46,6 +44,7 @@ def build_app(
     page.queue(max_size=queue, api_open=False)
     limit_visitors(page._queue, per_visitor)
     page.state_session_capacity = 200
+    page._queue.pending_messages_per_session.max_size = 200  # results that nobody has read
     theme = gr.themes.Base(
         primary_hue="indigo", neutral_hue="slate", radius_size="lg",
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
@@ -64,11 +63,9 @@ def limit_visitors(queue: Any, per_visitor: int) -> None:
     push, per_address = queue.push, max(per_visitor, queue.max_size // 2)
 
     async def push_within_limits(body: Any, request: Any, username: str | None) -> Any:
-        if queue.blocks.fns[body.fn_index].concurrency_id == JOB["concurrency_id"]:
-            events = [
-                event for event in queue.event_ids_to_events.values()
-                if event.concurrency_id == JOB["concurrency_id"]
-            ]  # fmt: skip
+        job, events = JOB["concurrency_id"], queue.event_ids_to_events.values()
+        if queue.blocks.fns[body.fn_index].concurrency_id == job:
+            events = [event for event in events if event.concurrency_id == job]
             visitor = username or request.client.host
             own = sum(event.session_hash == body.session_hash for event in events)
             near = sum((e.username or e.request.client.host) == visitor for e in events)
@@ -116,8 +113,8 @@ def drawing(
                 shown = html.gallery(rows, images, models, share == 1)
                 yield {status: html.progress(share), gallery: shown}
             count = sum(len(row.labels) for row in rows)
-            seconds = time.perf_counter() - begin
-            yield {status: html.status(f"{count} image{'s' * (count > 1)} in {seconds:.1f} s")}
+            took = f"{time.perf_counter() - begin:.1f} s"
+            yield {status: html.status(f"{count} image{'s' * (count > 1)} in {took}")}
         except Exception as error:
             yield {status: html.status(explain(error), "failed")}
 

@@ -68,7 +68,7 @@ class _VaryGuidance(_Generate):
     """Draw the same seeds with several guidance scales."""
 
     num: int = Field(2, ge=1, le=MAX_STRIP, description="images per scale")
-    scales: list[float] | None = Field(
+    scales: list[Annotated[float, Field(ge=0, le=1000)]] | None = Field(
         None, min_length=1, max_length=6, description="values of cfg_scale"
     )
 
