@@ -64,7 +64,7 @@ def limit_visitors(queue: Any, per_visitor: int) -> None:
 
     async def push_within_limits(body: Any, request: Any, username: str | None) -> Any:
         job, events = JOB["concurrency_id"], queue.event_ids_to_events.values()
-        if queue.blocks.fns[body.fn_index].concurrency_id == job:
+        if getattr(queue.blocks.fns.get(body.fn_index), "concurrency_id", "") == job:
             events = [event for event in events if event.concurrency_id == job]
             visitor = username or request.client.host
             own = sum(event.session_hash == body.session_hash for event in events)
