@@ -183,6 +183,8 @@ def initial_model(
     if config.init_from is None:
         return Transformer(model)
     directory = resolve(config.init_from)
+    if directory.resolve() == config.out.resolve():
+        raise ValueError(f"out and init_from are both {config.out}: expected another `out`")
     theirs = vq.load(directory / "tokenizer").fingerprint
     if theirs != fingerprint:
         raise ValueError(
