@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,14 +42,18 @@ class Reference:
 def open_reference(name: str, size: tuple[int, int], extractor: Extractor) -> Reference:
     """A reference for samples of (H, W) `size` by path or name.
 
-    It is a data set, of which the training images are read, or a folder, both cropped to `size`; an
-    .npz of ADM's layout (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; or one of
-    PUBLISHED, downloaded on first use. `extractor` computes what the file lacks.
+    It is a data set (its training images; NAME:val or NAME:test another split, NAME:val:0.1 a tenth
+    held out of the training images) or a folder, both cropped to `size`; an .npz of ADM's layout
+    (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; or one of PUBLISHED, downloaded on first
+    use. `extractor` computes what the file lacks.
     Raises FileNotFoundError, or ValueError for other content, another size, or statistics alone
     where the extractor is not Inception.
     """
-    if is_named_source(name):
-        return reference_of(source_images(open_images(name, "train"), size), extractor)
+    source, *part = name.split(":")
+    if is_named_source(source):
+        split: Any = part[0] if part else "train"
+        fraction = float(part[1]) if part[1:] else None
+        return reference_of(source_images(open_images(source, split, fraction), size), extractor)
     path = locate(name)
     if path.is_dir():
         return reference_of(source_images(open_flat_folder(path), size), extractor)

@@ -66,11 +66,12 @@ def open_extractor(
     bundled classifier of a data set, else Inception with torch-fidelity's weights.
     Raises as locate, load_classifier, load_efficientnet and load_inception.
     """
-    if reference is not None and not is_named_source(reference):
+    source = (reference or "").split(":")[0]
+    if reference is not None and not is_named_source(source):
         locate(reference)
     bundled = {source: model for model, source in REFERENCES.items()}
-    if reference in bundled and classifier is inception_weights is None:
-        classifier = BUNDLED / bundled[reference] / "extractor.safetensors"
+    if source in bundled and classifier is inception_weights is None:
+        classifier = BUNDLED / bundled[source] / "extractor.safetensors"
     if str(classifier) == EFFICIENTNET:
         return load_efficientnet(device)
     if classifier is not None:
