@@ -168,7 +168,6 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Unpickles a checkpoint's .metadata by an allow-list; torch's reader would run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class or function of an allowed name. Raises UnpicklingError for others."""
         if name in ALLOWED_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not allowed")
@@ -178,7 +177,6 @@ class RestrictedReader(dcp.FileSystemReader):
     """Reads a distributed checkpoint without running code of its .metadata."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """The checkpoint's metadata, as FileSystemReader.read_metadata returns it."""
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = RestrictedUnpickler(file).load()
         if not isinstance(metadata, Metadata):
@@ -193,7 +191,6 @@ class RestrictedPlanner(dcp.DefaultLoadPlanner):
     """Reads the values of a checkpoint that are no tensors (rates, counts) by weights_only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value read from the checkpoint into the state."""
         loaded = torch.load(value, weights_only=True)
         fqn = read_item.dest_index.fqn
         if self.flatten_state_dict:

@@ -141,12 +141,11 @@ def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
 
     Raises ValueError if the config sets one of them to another value.
     """
-    sizes: tuple[Any, ...] = (codes.codebook_size, len(codes.class_names), tuple(codes.grid))
-    needed = dict(zip(("codebook_size", "n_classes", "grid"), sizes, strict=True))
-    for key, value in needed.items():
-        chosen = getattr(config, key)
-        if key in config.model_fields_set and chosen != value:
-            raise ValueError(f"model.{key} is {chosen}, but {codes.directory} has {value}")
+    needed: dict[str, Any] = {"codebook_size": codes.codebook_size, "grid": tuple(codes.grid)}
+    needed["n_classes"] = len(codes.class_names)
+    for key in needed.keys() & config.model_fields_set:
+        if (chosen := getattr(config, key)) != needed[key]:
+            raise ValueError(f"model.{key} is {chosen}, but {codes.directory} has {needed[key]}")
     return config.model_copy(update=needed)
 
 
@@ -233,8 +232,8 @@ def adopt(config: ModelConfig, source: ModelConfig, directory: Path) -> ModelCon
     """`config` completed by the settings of `source`. Raises ValueError if they differ."""
     left_out = ModelConfig.model_fields.keys() - config.model_fields_set - FREE
     config = config.model_copy(update={key: getattr(source, key) for key in left_out})
-    wanted, there = config.model_dump(exclude=FREE), source.model_dump(exclude=FREE)
-    for key, value in wanted.items():
+    there = source.model_dump(exclude=FREE)
+    for key, value in config.model_dump(exclude=FREE).items():
         if value != there[key]:
             hint = ": see `moveimg convert upcycle`" if key == "memory" else ""
             raise ValueError(f"model.{key} is {value}, but {directory} has {there[key]}{hint}")

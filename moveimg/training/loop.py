@@ -252,27 +252,26 @@ class Run:
 
     def _log(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
         begun = time.perf_counter()
-        loss = self.require_finite()
+        self.require_finite()
         values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
         self.seconds += time.perf_counter() - begun  # the device's queued steps end here
         step, seconds = self.logged
         rate = (self.step - step) * self.config.batch_size / max(self.seconds - seconds, 1e-9)
         self.logged = (self.step, self.seconds)
-        means = dict(zip(scalars, values.tolist(), strict=True))
-        logger.scalars("train", means | {"images_per_second": rate}, self.step)
-        logger.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        means = dict(zip(scalars, values.tolist(), strict=True)) | {"images_per_second": rate}
+        logger.scalars("train", means, self.step)
+        logger.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} images/s")
 
-    def require_finite(self) -> float:
-        """The mean of the recent losses. Raises ValueError if a loss or gradient is not finite."""
+    def require_finite(self) -> None:
+        """Raise ValueError if a recent loss or gradient is not finite."""
         losses = self.world.mean(torch.stack(list(self.recent)))
-        bad = (~losses.isfinite()).nonzero()
-        if not len(bad):
-            return losses.mean().item()
-        step = self.step - len(losses) + int(bad[0])
-        raise ValueError(
-            f"loss {losses[bad[0]].item()} at step {step} (from 0): try a lower optimizer.lr (now "
-            f"{self.config.optimizer.lr}), a longer warmup or a smaller clip, and --restart"
-        )
+        if len(bad := (~losses.isfinite()).nonzero()):
+            step = self.step - len(losses) + int(bad[0])
+            raise ValueError(
+                f"loss {losses[bad[0]].item()} at step {step} (from 0): try a lower optimizer.lr "
+                f"(now {self.config.optimizer.lr}), a longer warmup or a smaller clip, and "
+                "--restart"
+            )
 
 
 @contextmanager
