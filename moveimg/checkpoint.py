@@ -6,28 +6,24 @@ classes.json  sampling.json
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import tokenizer as vq
 from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.device import shapes_only
-from moveimg.errors import describe, shorten, validate
-from moveimg.files import atomic, read_json, require_file, write_json
+from moveimg.errors import shorten, validate
+from moveimg.files import atomic, read_json, write_json
 from moveimg.model import Transformer
 
 BUNDLED = Path(__file__).parent / "bundled"
 REQUIRED = {"n_layer", "n_head", "width", "codebook_size", "n_classes", "grid"}
-FLOATS = {"F16", "BF16", "F32", "F64"}  # dtypes in a safetensors header
 ClassNames = TypeAdapter(list[Annotated[str, Field(strict=True, max_length=256)]])
 
 
@@ -94,9 +90,9 @@ def load_model(
     names, sampling = read_class_names(directory), read_sampling(directory)
     if len(names) != config.n_classes:
         raise ValueError(f"{directory}: {len(names)} class names, expected {config.n_classes}")
-    generator = _load_generator(config, directory / "model.safetensors", device, dtype)
+    generator = load_generator(directory, device, dtype)
     precise = torch.promote_types(dtype, torch.float32)
-    tokenizer = _load_tokenizer(directory / "tokenizer", device, precise)
+    tokenizer = vq.load(directory / "tokenizer", device, precise)
     if tokenizer.codebook_size != config.codebook_size:
         raise ValueError(
             f"{directory}: the generator has {config.codebook_size} codes, "
@@ -149,8 +145,11 @@ def load_generator(
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
     """The generator of a model directory, in eval mode (errors as of load_model)."""
-    weights = Path(directory) / "model.safetensors"
-    return _load_generator(read_model_config(directory), weights, device, dtype)
+    path = Path(directory) / "model.safetensors"
+    with shapes_only():
+        generator = Transformer(read_model_config(directory))
+    vq.load_weights(generator, vq.read_weights(path), str(path), dtype)
+    return generator.to(device).eval()
 
 
 def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
@@ -161,69 +160,4 @@ def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
     directory = BUNDLED / path if not path.exists() and (BUNDLED / path).is_dir() else path
     if (directory / "tokenizer" / "config.json").is_file():
         directory = directory / "tokenizer"
-    return _load_tokenizer(directory, device, torch.float32)
-
-
-def _load_tokenizer(
-    directory: Path, device: str | torch.device, dtype: torch.dtype
-) -> vq.AutoencoderTokenizer:
-    tokenizer = vq.fast_tokenizer(vq.load(directory, device=device, dtype=dtype))
-    require_finite(tokenizer.state_dict(), str(directory))
-    return tokenizer
-
-
-def _load_generator(
-    config: ModelConfig, path: Path, device: str | torch.device, dtype: torch.dtype
-) -> Transformer:
-    """Build the generator on the meta device and assign the file's tensors, one at a time.
-
-    The file's header is compared with the config before a tensor is read.
-    """
-    require_file(path)
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            layers = {match[1] for key in slices if (match := re.match(r"layers\.(\d+)\.", key))}
-            if len(layers) != config.n_layer:  # before that many layers are built
-                raise ValueError(f"{path}: {len(layers)} layers, expected {config.n_layer}")
-            if others := {value.get_dtype() for value in slices.values()} - FLOATS:
-                raise ValueError(f"{path}: weights of type {min(others)}, expected floats")
-            with shapes_only():
-                generator = Transformer(config)
-            expected = {key: tuple(value.shape) for key, value in generator.state_dict().items()}
-            shapes = {key: tuple(value.get_shape()) for key, value in slices.items()}
-            check_shapes(expected, shapes, str(path))
-            state = {key: file.get_tensor(key).to(dtype) for key in expected}
-    except SafetensorError as error:
-        size = path.stat().st_size
-        reason = describe(error, 200)
-        raise ValueError(f"{path} ({size} bytes): truncated or damaged weights: {reason}") from None
-    # Norms and biases only: reading every matrix would take seconds. Sampling checks the logits.
-    require_finite({key: value for key, value in state.items() if value.ndim == 1}, str(path))
-    generator.load_state_dict(state, assign=True)
-    return generator.eval()
-
-
-def check_shapes(
-    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], origin: str
-) -> None:
-    """Raise a one-line ValueError that names the first key missing, unknown or misshapen."""
-    missing, unknown = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
-    wrong = [key for key in expected if expected[key] != shapes.get(key)]
-    if missing:
-        problem = f"lacks {min(missing)!r}"
-    elif unknown:
-        problem = f"has {min(unknown)[:200]!r}, not in the model"
-    elif wrong:
-        problem = f"{wrong[0]!r} is {list(shapes[wrong[0]])}, expected {list(expected[wrong[0]])}"
-    else:
-        return
-    more = len(missing or unknown or wrong) - 1
-    raise ValueError(f"{origin}: {problem}{f' and {more} more' if more else ''}")
-
-
-def require_finite(state: Mapping[str, Any], origin: str) -> None:
-    """Raise ValueError, naming the tensor, where a weight is NaN or infinite."""
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{origin}: {key!r} holds NaN or infinite values: damaged weights")
+    return vq.load(directory, device)

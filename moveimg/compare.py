@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def write_report(runs: Sequence[ComparedRun], out: Path, about: dict[str, Any]) 
     for name in dict.fromkeys(run.name for run in runs):
         own = [run for run in runs if run.name == name]
         if all(run.finished() for run in own):
-            cost = model_cost(read_model_config(own[0].config.out)).as_dict()
+            cost = asdict(model_cost(read_model_config(own[0].config.out)))
             outcomes = [run.outcome() for run in own]
             baseline = results[0]["runs"] if results else outcomes
             results.append({"name": name, **cost, "runs": outcomes} | summarize(outcomes, baseline))

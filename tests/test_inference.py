@@ -66,19 +66,6 @@ def test_bfloat16_stays_within_its_rounding(native, monkeypatch):
 
 
 @needs_onednn
-@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e6])
-def test_values_beyond_half_precision_are_kept(value, monkeypatch):
-    monkeypatch.setattr("moveimg.model.inference.has_bfloat16", lambda: False)
-    model = tiny_model("mha-none-swiglu").bfloat16()
-    with torch.no_grad():
-        model.head.weight[3, 2] = value
-    codes, labels = random_inputs(model.config)
-    exact = decoded(copy.deepcopy(model).double(), codes, labels)
-    near = decoded(decoding_model(model), codes, labels)
-    torch.testing.assert_close(near.double(), exact, atol=0.1, rtol=0.05, equal_nan=True)
-
-
-@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_int8_is_near(dtype):
     model = tiny_model(MOVE, dtype)
@@ -89,16 +76,6 @@ def test_int8_is_near(dtype):
     exact = decoded(copy.deepcopy(model).double(), codes, labels)
     assert 1e-4 < (logits - exact).norm() / exact.norm() < 0.1  # rounded, but not wrong
     assert not logits[..., 3].any()
-
-
-@needs_onednn
-@pytest.mark.parametrize("name", ["code_embedding", "norm"])
-def test_int8_of_damaged_weights_is_refused(name):
-    model = tiny_model("mha-none-swiglu")
-    with torch.no_grad():
-        getattr(model, name).weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="not finite"):
-        decoded(decoding_model(model, "int8"), *random_inputs(model.config))
 
 
 @needs_onednn
@@ -117,7 +94,7 @@ def test_unpackable_models_and_unknown_settings():
     assert decoding_model(model) is model
     with pytest.raises(ValueError, match="int4"):
         decoding_model(model, "int4")
-    with pytest.raises(ValueError, match="int8 on meta"):
+    with pytest.raises(ValueError, match="int8 with meta"):
         decoding_model(copy.deepcopy(model).to("meta"), "int8")
     with pytest.raises(ValueError, match="int8 with compile"):
         decoding_model(model, "int8", compile=True)

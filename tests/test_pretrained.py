@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import tokenizer as vq
 from moveimg.checkpoint import load_model
-from moveimg.config import ModelConfig, SamplingSettings
+from moveimg.config import ModelConfig
 from moveimg.model import Transformer
 from moveimg.pipeline import Pipeline
 from moveimg.pretrained import llamagen
@@ -55,18 +55,6 @@ def llamagen_weights() -> dict[str, torch.Tensor]:
         name: torch.randn(shape, generator=g) * 0.5 + (len(shape) == 1)
         for name, shape in SHAPES.items()
     }
-
-
-def rotations(side: int = SIDE, head_dim: int = WIDTH // HEADS) -> torch.Tensor:
-    """LlamaGen's `freqs_cis`, number by number."""
-    pairs, quarter = head_dim // 2, head_dim // 4
-    table = torch.zeros(1 + side * side, pairs, 2)
-    for t in range(side * side):
-        for i in range(pairs):
-            position = t // side if i < quarter else t % side
-            angle = torch.tensor(position * 10000.0 ** (-2 * (i % quarter) / pairs))
-            table[1 + t, i] = torch.stack([angle.cos(), angle.sin()])
-    return table
 
 
 def write(folder: Path, container=None, name="gpt.pt", **changes) -> Path:
@@ -122,57 +110,44 @@ def test_config_and_types_are_read_from_the_tensors(tmp_path):
     assert load(write(tmp_path, **half)).head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("size", ["B", "L", "XL", "XXL", "3B"])
-def test_named_sizes_need_no_heads(size):
+@pytest.mark.parametrize("size", llamagen.PUBLISHED_CFG)
+def test_named_sizes_need_no_heads_and_published_files_no_image_size(tmp_path, size):
     expected = ModelConfig.model_validate({"size": size, "grid": [24, 24]})
     with torch.device("meta"):
         state = Transformer(expected).state_dict()
-    weights = {llamagen.llamagen_name(key): value for key, value in state.items()}
-    config = llamagen.llamagen_config(weights, None, "file", 16, 384, None)
-    assert config == expected
-    cfg_scale = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}[size]
-    assert llamagen.published_settings(config) == SamplingSettings(cfg_scale=cfg_scale)
-
-
-def test_a_stored_rotation_table_tells_heads_and_grid(tmp_path):
-    config = load(write(tmp_path, freqs_cis=rotations()), image_size=None, n_head=None).config
-    assert (config.n_head, config.grid) == (2, (3, 3))
-    load(write(tmp_path, freqs_cis=rotations().bfloat16()))
+    theirs = {ours: theirs for theirs, ours in llamagen.RENAMED.items()}
+    weights = {}
+    for key, value in state.items():  # one number behind every tensor: real sizes, a small file
+        for ours in theirs:
+            key = key.replace(ours, theirs[ours])
+        weights[key] = torch.zeros(1).bfloat16().expand(value.shape)
+    file = tmp_path / f"c2i_{size}_384.pt"
+    torch.save({"model": weights, "freqs_cis": None}, file)
+    assert llamagen.load_llamagen(file).config == expected
+    with pytest.raises(ValueError, match=r"256.*384"):
+        llamagen.load_llamagen(file, image_size=256)
 
 
 @pytest.mark.parametrize(
     ("changes", "arguments", "value"),
     [
-        ({"norm.weight": None}, {}, "lacks 'norm.weight'"),
-        ({"extra.weight": torch.zeros(1)}, {}, "has 'extra.weight'"),
+        ({"norm.weight": None}, {}, "'norm.weight' is nothing, expected [16]"),
+        ({"extra.weight": torch.zeros(1)}, {}, "'extra.weight' is [1], expected nothing"),
         ({"output.weight": torch.zeros(3, 16)}, {}, "is [3, 16], expected [11, 16]"),
         ({"norm.weight": torch.zeros(16, dtype=torch.int)}, {}, "'norm.weight' holds torch.int32"),
         ({"norm.weight": torch.full((16,), torch.nan)}, {}, "'norm.weight' holds NaN"),
-        ({"layers.0.ffn_norm.weight": None, "layers.1.ffn_norm.weight": None}, {}, "and 1 more"),
-        ({"tok_embeddings.weight": None}, {}, "lacks 'tok_embeddings.weight'"),
-        ({LABELS: None}, {}, f"lacks {LABELS!r}"),
-        ({"tok_embeddings.weight": torch.zeros(3)}, {}, "is [3], expected a matrix"),
+        ({LABELS: None}, {}, "label_embedding"),
+        ({"tok_embeddings.weight": torch.zeros(3)}, {}, "not a class-conditional"),
         ({}, {"image_size": None}, "--image-size"),
         ({}, {"image_size": 13}, "image size 13"),
         ({}, {"n_head": None}, "--heads"),
         ({}, {"n_head": 3}, "width 16 over 3 heads"),
-        ({"freqs_cis": rotations()}, {"n_head": 4}, "heads 4 was given"),
-        ({"freqs_cis": rotations()}, {"image_size": 16}, "image size 16 was given"),
-        ({"freqs_cis": rotations().flip(1)}, {}, "'freqs_cis'"),
-        ({"freqs_cis": torch.zeros(10, 4)}, {}, "'freqs_cis' [10, 4]"),
     ],
 )  # fmt: skip
 def test_other_files_are_refused_on_one_line(tmp_path, changes, arguments, value):
     with pytest.raises(ValueError) as error:
         load(write(tmp_path, "model", **changes), **arguments)
     assert value in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_file_name_that_contradicts_the_image_size_is_refused(tmp_path):
-    file = write(tmp_path, name="c2i_B_384.pt")
-    with pytest.raises(ValueError, match=r"256.*384"):
-        load(file, image_size=256, downsample=64)
-    assert load(file, image_size=384, downsample=128).config.grid == (3, 3)
 
 
 def test_convert_makes_a_model_directory(tmp_path, vq_file):
@@ -185,12 +160,16 @@ def test_convert_makes_a_model_directory(tmp_path, vq_file):
     assert Pipeline.from_pretrained(out, device="cpu").sample([3])[0].size == (6, 6)
     with pytest.raises(FileExistsError, match="model"):
         llamagen.convert_llamagen(gpt, vq_file, out, 6, 2)
-
-
-def test_convert_makes_a_tokenizer_directory(tmp_path, vq_file):
     assert llamagen.convert_llamagen(None, vq_file, tmp_path / "vq") is None
-    converted = vq.load(tmp_path / "vq")
-    assert converted.fingerprint == vq.load_llamagen_vq(vq_file).fingerprint
+    assert vq.load(tmp_path / "vq").fingerprint == parts.tokenizer.fingerprint
+
+
+def test_imagenet_classes_get_their_names_in_wordnet_id_order(tmp_path, vq_file):
+    file = write(tmp_path, **{LABELS: torch.zeros(1001, 16)})
+    llamagen.convert_llamagen(file, vq_file, tmp_path / "out", 6, 2)
+    names = load_model(tmp_path / "out").class_names
+    assert names[0] == "tench, Tinca tinca" and names[207] == "golden retriever"
+    assert names[388].startswith("giant panda") and names[999].startswith("toilet tissue")
 
 
 def test_a_tokenizer_of_another_codebook_is_refused_and_leaves_nothing(tmp_path, vq_file):
@@ -199,9 +178,3 @@ def test_a_tokenizer_of_another_codebook_is_refused_and_leaves_nothing(tmp_path,
     with pytest.raises(ValueError, match=r"gpt.pt has 12 codes, .*vq.pt 11"):
         llamagen.convert_llamagen(file, vq_file, tmp_path / "out", 6, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt.pt", "vq.pt"]
-
-
-def test_imagenet_names_are_in_wordnet_id_order():
-    names = llamagen.class_names(1000)
-    assert names[0] == "tench, Tinca tinca" and names[207] == "golden retriever"
-    assert names[388].startswith("giant panda") and names[999].startswith("toilet tissue")

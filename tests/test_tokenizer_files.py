@@ -66,24 +66,13 @@ def test_fingerprint_depends_on_config_and_weights_and_not_on_casts(tmp_path):
     for dtype in (torch.bfloat16, torch.float64):
         loaded = tok.load(tmp_path, dtype=dtype)
         assert loaded.quant_conv.weight.dtype == dtype and loaded.fingerprint == base
-    reloaded = tok.load(tmp_path).bfloat16()
-    assert reloaded.fingerprint == base
-    reloaded.load_state_dict(make(seed=1).state_dict())
-    assert reloaded.fingerprint != base
+    assert tok.load(tmp_path).bfloat16().fingerprint == base
 
 
 def test_the_bundled_fingerprint():
     """Codes and models of the bundled tokenizer must stay readable."""
     expected = "8c581d8aa06094f7e77f069b0d13721aace8d1300ce401b1d381d141bf08f69d"
     assert tok.load("moveimg/bundled/digits/tokenizer").fingerprint == expected
-
-
-def test_saving_what_a_cast_has_changed_is_refused(tmp_path):
-    with refusal("bfloat16"):
-        tok.save(make().freeze().bfloat16(), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    tok.save(make().freeze().double(), tmp_path / "new")  # float64 holds float32 exactly
-    assert tok.load(tmp_path / "new").fingerprint == make().fingerprint
 
 
 @pytest.mark.parametrize(
@@ -98,10 +87,8 @@ def test_saving_what_a_cast_has_changed_is_refused(tmp_path):
         ({"kind": None}, ["kind: ", "None"]),
         ({"quantizer": {"kind": "x"}}, ["quantizer", "'ibq'", "'x'"]),
         ({"quantizer": {"kind": "simvq", "reseed_after": 3}}, ["reseed_after: "]),
-        ({"quantizer": {"reseed_after": 10**30}}, ["reseed_after: "]),
-        ({"norm_groups": 5}, ["5", "8"]),
         ({"codebook_size": 70_000}, ["codebook_size: ", "70000"]),
-        ({"codebook_dim": 4}, ["quantize.embedding.weight", "[24, 5]", "[24, 4]"]),
+        ({"codebook_dim": 4}, ["post_quant_conv.weight", "[6, 5, 1, 1]", "[6, 4, 1, 1]"]),
     ],
 )
 def test_bad_configs_are_refused(tmp_path, changes, values):
@@ -120,7 +107,7 @@ def test_bad_configs_are_refused(tmp_path, changes, values):
         ({"extra": torch.zeros(1)}, ["extra"]),
         *(
             ({"quant_conv.bias": torch.zeros(5, dtype=dtype)}, ["quant_conv.bias", str(dtype)])
-            for dtype in (torch.int64, torch.bool, torch.uint8, torch.complex64)
+            for dtype in (torch.int64, torch.bool, torch.complex64)
         ),
         ({"quant_conv.bias": torch.full((5,), torch.nan)}, ["quant_conv.bias", "NaN"]),
     ],
@@ -145,11 +132,10 @@ def test_truncated_files_are_refused(tmp_path, name, keep):
         tok.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_files(tmp_path, name):
-    if name:
-        tok.save(make(), tmp_path / "t")
-        (tmp_path / "t" / name).unlink()
+    tok.save(make(), tmp_path / "t")
+    (tmp_path / "t" / name).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "t" / name))):
         tok.load(tmp_path / "t")
 
@@ -202,16 +188,13 @@ def test_llamagen_files_and_prefixes(llamagen, weights, tmp_path, suffix, prefix
     [
         ("ema", {"model": {"quant_conv.bias": torch.ones(4)}}),
         ("model", {"ema": {}, "args": argparse.Namespace(lr=1.0), "steps": 5}),
-        ("model", {"ema": None, "optimizer": {"state": {}}}),
         ("module", {}),
         ("state_dict", {"epoch": 3}),
     ],
 )
-def test_containers(llamagen, weights, tmp_path, capsys, container, beside):
+def test_containers(llamagen, weights, tmp_path, container, beside):
     torch.save({container: weights, **beside}, tmp_path / "vq.pt")
     assert tok.load_llamagen_vq(tmp_path / "vq.pt").fingerprint == llamagen.fingerprint
-    said = capsys.readouterr().err
-    assert (f"'{container}'" in said) == bool({"model", "ema"} & set(beside))
 
 
 @pytest.mark.parametrize("multipliers", [(1, 1, 2, 2, 4), (1, 2, 2, 4)], ids=["VQ-16", "VQ-8"])
@@ -234,10 +217,9 @@ def test_llamagen_sizes_are_read_from_tensors(tmp_path, multipliers):
         ({"quant_conv.weight": torch.zeros(4, 9, 1, 1)}, ["[4, 9, 1, 1]", "[4, 8, 1, 1]"]),
         ({"quantize.embedding.weight": torch.zeros(4)}, ["not a LlamaGen tokenizer"]),
         ({"quantize.embedding.weight": torch.zeros(0, 4)}, ["codebook_size", "0"]),
-        ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, ["32", "0"]),
-        ({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, ["32", "48"]),
+        ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, ["width", "0"]),
+        ({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, ["multipliers.0", "0"]),
         ({"quant_conv.bias": [0.0] * 4}, ["quant_conv.bias", "list"]),
-        ({"first_stage_model.encoder.conv_in.weight": torch.zeros(1)}, ["convert taming"]),
         ({"module.quant_conv.bias": torch.zeros(4)}, ["quant_conv.bias", "twice"]),
     ],
 )
@@ -256,8 +238,8 @@ def test_other_weights_are_refused(weights, tmp_path, changes, values):
         (b"PK\3\4" + b"x" * 99, ["damaged"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", ["git lfs pull"]),
         (b"\n<!DOCTYPE html><html>Sign in</html>", ["HTML page"]),
-        ([torch.zeros(1)], ["list"]),
-        ({"ema": {}, "args": {"lr": 1}}, ["ema, args"]),
+        ([torch.zeros(1)], ["no weights"]),
+        ({"ema": {}, "args": {"lr": 1}}, ["no weights"]),
     ],
 )
 @pytest.mark.parametrize("name", ["vq.pt", "vq.safetensors"])
@@ -309,9 +291,8 @@ def vqgan() -> tok.AutoencoderTokenizer:
 def write(vqgan, tmp_path):
     """A function that writes a Lightning checkpoint and a model.yaml."""
 
-    def write_files(config=None, prefix="", **changes):
+    def write_files(config=None, **changes):
         state = {**vqgan.state_dict(), "loss.discriminator.0.weight": torch.zeros(2), **changes}
-        state = {prefix + name: tensor for name, tensor in state.items() if tensor is not None}
         state["model_ema.decay"] = torch.zeros(())
         torch.save({"epoch": 3, "state_dict": state}, tmp_path / "last.ckpt")
         params = {**VQGAN, "lossconfig": {"target": "os.abort"}}
@@ -323,12 +304,14 @@ def write(vqgan, tmp_path):
     return write_files
 
 
-def test_taming_matches_its_own_modules(vqgan, write, capsys):
+def test_taming_matches_its_own_modules(vqgan, write, capsys, tmp_path):
     from taming.modules.diffusionmodules.model import Decoder, Encoder
 
     loaded = tok.load_taming(*write())
     assert capsys.readouterr().out == ""
     assert isinstance(loaded, tok.TamingTokenizer) and loaded.fingerprint == vqgan.fingerprint
+    tok.save(loaded, tmp_path / "out")
+    assert tok.load(tmp_path / "out").fingerprint == vqgan.fingerprint
     encoder, decoder = Encoder(**DDCONFIG).eval(), Decoder(**DDCONFIG).eval()
     weights = vqgan.state_dict()
     for name, part in (("encoder.", encoder), ("decoder.", decoder)):
@@ -346,47 +329,22 @@ def test_taming_matches_its_own_modules(vqgan, write, capsys):
     torch.testing.assert_close(loaded.decode(codes, (4, 8)), pixels, rtol=1e-4, atol=1e-5)
 
 
-FIRST_STAGE = {"params": {"first_stage_config": {"target": VQ_MODEL, "params": VQGAN}}}
-
-
-@pytest.mark.parametrize(
-    ("config", "prefix"),
-    [
-        ({"params": VQGAN}, ""),
-        ({"model": {"class_path": VQ_MODEL, "init_args": VQGAN}}, ""),
-        ({"model": {"target": "taming.models.cond_transformer.Net2NetTransformer"} | FIRST_STAGE},
-         "first_stage_model."),
-        ({"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion"} | FIRST_STAGE},
-         "first_stage_model."),
-    ],
-)  # fmt: skip
-def test_taming_layouts(vqgan, write, tmp_path, config, prefix):
-    loaded = tok.load_taming(*write(config, prefix))
-    assert loaded.fingerprint == vqgan.fingerprint
-    tok.save(loaded, tmp_path / "out")
-    assert tok.load(tmp_path / "out").fingerprint == vqgan.fingerprint
-
-
 def nested(**changes):
-    return {"model": {"params": {**VQGAN, **changes}}}
+    return {"model": {"target": VQ_MODEL, "params": {**VQGAN, **changes}}}
 
 
 @pytest.mark.parametrize(
     ("config", "values"),
     [
         ({"model": {"target": "taming.models.vqgan.GumbelVQ", "params": VQGAN}}, ["GumbelVQ"]),
-        ({"model": {"class_path": "src.IBQ.models.ibqgan.IBQ", "init_args": VQGAN}}, ["IBQ"]),
-        (nested(quantizer="ibq"), ["ibq"]),
-        ({"model": {}}, ["model.params"]),
-        ("just text", ["model.params"]),
+        ({"model": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": VQGAN}}, ["KL"]),
+        ({"model": {"target": VQ_MODEL}}, ["params"]),
+        ("just text", ["not the config"]),
         ("a: [1", ["YAML"]),
         ("a: !!python/object/apply:os.abort []", ["YAML"]),
-        (nested(ddconfig=None), ["ddconfig"]),
+        (nested(ddconfig=None), ["not the config"]),
         (nested(n_embed=0), ["n_embed: ", "0"]),
         (nested(ddconfig={**DDCONFIG, "double_z": True}), ["double_z: ", "True"]),
-        (nested(ddconfig={**DDCONFIG, "ch": 48}), ["48"]),
-        (nested(ddconfig={**DDCONFIG, "out_ch": 1}), ["3", "1"]),
-        (nested(ddconfig={**DDCONFIG, "resolution": 15}), ["resolution 15"]),
         (nested(ddconfig={**DDCONFIG, "num_res_blocks": 10**9}), ["num_res_blocks"]),
         (nested(ddconfig={**DDCONFIG, "surprise": 1}), ["surprise"]),
     ],

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-import tokenizer as tok
 from tests.test_tokenizer import make_images
 from tests.test_tokenizer_files import Hostile
 from tokenizer import losses
@@ -87,13 +86,6 @@ def test_missing_lpips_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.urlopen", fail)
     with pytest.raises(FileNotFoundError, match=rf"no network.*{tmp_path}.*{losses.VGG_FILE}"):
         losses.load_perceptual_loss(tmp_path, CPU)
-
-
-def test_total_loss_refuses_unmatched_names():
-    terms = {"l1": torch.tensor(1.0), "l2": torch.tensor(2.0)}
-    assert tok.total_loss(terms, {"l1": 3.0, "l2": 0.5}) == 4
-    with pytest.raises(ValueError, match=r"l2"):
-        tok.total_loss(terms, {"l1": 3.0})
 
 
 def test_hinge_loss():

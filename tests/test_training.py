@@ -31,7 +31,8 @@ from tests.conftest import lively, tiny_config
 CPU = torch.device("cpu")
 TOKENIZER = {
     "width": 8, "multipliers": [1, 1, 1, 1], "n_res_blocks": 1, "z_channels": 8, "norm_groups": 4,
-    "codebook_size": 16, "codebook_dim": 4, "attention": False, "quantizer": {"reseed_after": 2},
+    "codebook_size": 16, "codebook_dim": 4, "attention": False,
+    "quantizer": {"kind": "vq", "reseed_after": 2},
 }  # fmt: skip
 FEW = {"train": 160, "val": 40}
 EVERY = {"log_every": 2, "validate_every": 4, "preview_every": 8, "checkpoint_every": 2}

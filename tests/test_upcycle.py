@@ -34,7 +34,11 @@ def assert_same_logits(a, b):
     codes, labels = random_inputs(a.config)
     with torch.no_grad():
         assert torch.equal(a(codes, labels), b(codes, labels))
-        assert torch.equal(decode_all(a, codes, labels), decode_all(b, codes, labels))
+        decoded = [decode_all(model, codes, labels) for model in (a, b)]
+        if a.config.attention.kind == "mla":  # where LaVE caches values, not latents alone
+            torch.testing.assert_close(*decoded)
+        else:
+            assert torch.equal(*decoded)
 
 
 # --- upcycling -----------------------------------------------------------------------------
@@ -61,13 +65,13 @@ def test_every_dense_variant_can_be_upcycled(attention, ffn):
         assert_same_logits(upcycle(dense, memory), dense)
 
 
-def test_bank_and_routers_are_zero_and_other_weights_shared(memory):
+def test_bank_and_routers_are_zero_and_other_weights_kept(memory):
     dense = lively(tiny_config())
     model = upcycle(dense, memory)
     before = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
         if name in before:
-            assert parameter.data_ptr() == before[name].data_ptr()
+            assert torch.equal(parameter, before[name])
         else:
             assert name.startswith("memory.") or ".router." in name
             assert not parameter.any() and parameter.requires_grad
@@ -120,7 +124,7 @@ def test_convert_upcycle_makes_a_model_directory(tmp_path, memory):
         ("dense", "move", "memory"),
         ("dense", {"kind": "move", "slots": 9223372036854775807}, "9223372036854775807"),
         ("dense", {"kind": "lave", "layers": "some"}, "memory.lave.layers"),
-        ("out", MOVE, f"{memory['kind']!r} already"),
+        ("out", MOVE, f"{memory['kind']!r} to"),
     ):
         with pytest.raises(ValueError, match=value):
             convert_upcycle(tmp_path / source, settings, tmp_path / "y")

@@ -1,13 +1,11 @@
 """Images <-> codes: VQ tokenizers, their quantizers, files and training losses."""
 
-from tokenizer.base import AutoencoderTokenizer
 from tokenizer.config import IBQQuantizerConfig, TamingConfig, VQConfig, parse_config
 from tokenizer.io import build, load, load_llamagen_vq, load_taming, save
 from tokenizer.losses import total_loss
 from tokenizer.quantizers import code_statistics
-from tokenizer.vq import TamingTokenizer, VQTokenizer
+from tokenizer.vq import AutoencoderTokenizer, TamingTokenizer, VQTokenizer
 from tokenizer.weights import load_weights, read_weights
-from tokenizer.winograd import fast_tokenizer
 
 __all__ = [
     "AutoencoderTokenizer",
@@ -18,7 +16,6 @@ __all__ = [
     "VQTokenizer",
     "build",
     "code_statistics",
-    "fast_tokenizer",
     "load",
     "load_llamagen_vq",
     "load_taming",

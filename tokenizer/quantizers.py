@@ -1,12 +1,12 @@
 """Vectors -> codes -> vectors: VQ, SimVQ and IBQ.
 
-Letters: B batch size, D codebook dimension, N codebook size, h and w the grid, n = B*h*w.
+B batch size   D codebook dimension   N codebook size   h, w grid of codes   n = B*h*w vectors
 A new kind is one subclass of `Quantizer`, one config in config.py, and one line in `QUANTIZERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moveimg.dist import broadcast_from_rank0, reduce_mean, reduce_sum
-from tokenizer.config import IBQQuantizerConfig, SimVQQuantizerConfig, VQQuantizerConfig
-from tokenizer.losses import CODEBOOK_WEIGHTS, codebook_losses
+from tokenizer.losses import codebook_losses
 
 MAX_SCORES = 2**24  # elements of the score matrix [n, N] in memory at once: 64 MiB in float32
 
@@ -37,20 +36,25 @@ class Quantizer(nn.Module):
     A code that no vector chose for `reseed_after` training steps moves onto a vector of the batch.
     With several processes usage is counted over all, and new vectors come from the first one, so
     that replicas stay equal. Other kinds override what differs, and do not re-seed.
+
+    Attributes:
+        loss_weights: of the quantizer's losses; commitment is VQ-VAE's beta, the rest LlamaGen's.
+        idle_steps: int64 [N], training steps since each code was last chosen: the state that
+            resuming needs and a tokenizer file does not hold.
     """
 
-    loss_weights: Mapping[str, float] = CODEBOOK_WEIGHTS
+    nearest = True  # else the largest dot product
     generator: torch.Generator | None = None  # of re-seeding; torch's default one if None
 
     def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:
         super().__init__()
         self.config, self.l2_normalize = config, l2_normalize
+        self.loss_weights = {"codebook": 1.0, "commitment": 0.25}
         self.embedding = nn.Embedding(size, dim)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        self.reseeds = isinstance(config, VQQuantizerConfig)
+        self.reseeds = config.kind == "vq"
         self.awaits_data = self.reseeds and config.init_from_data
-        self.idle_steps: Tensor | None  # int64 [N], steps since each code was last chosen
-        self.register_buffer("idle_steps", None, persistent=False)
+        self.idle_steps: Tensor | None = None
         self.register_load_state_dict_post_hook(_keep_loaded_codebook)
 
     def codebook(self) -> Tensor:
@@ -68,14 +72,13 @@ class Quantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """Quantize z [B, D, h, w]; in training mode also re-seed unused codes."""
         vectors, stats = self._flatten(z), {}  # [n, D]
-        reseeds = self.reseeds and self.training
-        if reseeds:  # before the codebook is read, so that autograd never sees a changed one
+        if self.reseeds and self.training:  # before autograd reads the codebook
             stats["reseeded"] = self._reseed(vectors.detach())
         codebook = self.codebook()
         quantized, codes, losses = self.quantize(vectors, codebook)
         counts = codes.bincount(minlength=len(codebook))
         counts = reduce_sum(counts) if self.training else counts
-        if reseeds and self.idle_steps is not None:
+        if "reseeded" in stats and self.idle_steps is not None:
             self.idle_steps = torch.where(counts > 0, 0, self.idle_steps + 1)
         b, _, h, w = z.shape
         quantized = quantized.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous().to(z.dtype)
@@ -85,13 +88,10 @@ class Quantizer(nn.Module):
         """Codes int64 [n] of vectors [n, D]: the best score, the lowest index among equals."""
         # autocast would round the scores to 8 bits of mantissa
         with torch.autocast(vectors.device.type, enabled=False):
-            bias = self.score_bias(codebook)  # [N]
+            # |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2)
+            bias = codebook.square().sum(1) * (-0.5 if self.nearest else 0.0)  # [N]
             chunks = split_vectors(vectors, codebook)
             return torch.cat([torch.addmm(bias, x, codebook.T).argmax(1) for x in chunks])
-
-    def score_bias(self, codebook: Tensor) -> Tensor:
-        """The bias of scores v.e + bias: |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2)."""
-        return codebook.square().sum(1) / -2
 
     def quantize(
         self, vectors: Tensor, codebook: Tensor
@@ -100,15 +100,6 @@ class Quantizer(nn.Module):
         codes = self.assign(vectors.detach(), codebook.detach())
         chosen = F.embedding(codes, codebook)  # [n, D]
         return vectors + (chosen - vectors).detach(), codes, codebook_losses(vectors, chosen)
-
-    def training_state(self) -> dict[str, Tensor | None]:
-        """State that resuming needs and a tokenizer file does not hold."""
-        return {"idle_steps": self.idle_steps} if self.reseeds else {}
-
-    def load_training_state(self, state: Mapping[str, Tensor | None]) -> None:
-        """Restore the state; other keys are ignored."""
-        idle = state.get("idle_steps")
-        self.idle_steps = None if idle is None else idle.to(self.embedding.weight.device)
 
     @torch.no_grad()
     def _reseed(self, vectors: Tensor) -> Tensor:
@@ -147,8 +138,8 @@ class SimVectorQuantizer(Quantizer):
     all codes alike; there is none here.
     """
 
-    def __init__(self, config: SimVQQuantizerConfig, size: int, dim: int, *more: Any) -> None:
-        super().__init__(config, size, dim, *more)
+    def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:
+        super().__init__(config, size, dim, l2_normalize)
         self.embedding.requires_grad_(False)
         self.projection = nn.Linear(dim, dim, bias=False)
 
@@ -166,14 +157,13 @@ class IndexQuantizer(Quantizer):
     even; the mean is over the vectors of all processes.
     """
 
-    def __init__(self, config: IBQQuantizerConfig, *sizes: Any) -> None:
+    nearest = False
+
+    def __init__(self, config: Any, *sizes: Any) -> None:
         super().__init__(config, *sizes)
         # VQ-VAE's two weights are swapped, as in the authors' code
         self.loss_weights = {"codebook": 0.25, "commitment": 1.0, "double": 1.0}
         self.loss_weights["entropy"] = config.entropy_weight
-
-    def score_bias(self, codebook: Tensor) -> Tensor:
-        return codebook.new_zeros(len(codebook))
 
     def quantize(
         self, vectors: Tensor, codebook: Tensor
@@ -238,8 +228,8 @@ def _permutation(vectors: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randperm(len(vectors), device=vectors.device, generator=generator)
 
 
-def _keep_loaded_codebook(module: nn.Module, _: object) -> None:
-    module.awaits_data = False  # type: ignore[assignment]
+def _keep_loaded_codebook(module: Any, _: object) -> None:
+    module.awaits_data = False
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

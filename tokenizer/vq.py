@@ -1,40 +1,150 @@
-"""The autoencoders: LlamaGen's (arXiv 2406.06525), and taming-transformers' by its own modules.
+"""The tokenizers: LlamaGen's (arXiv 2406.06525), and taming-transformers' by its own modules.
 
 Names of modules and parameters are those of LlamaGen's checkpoints, so its weights load unchanged.
-Letters: B batch size, C channels, h and w the current resolution.
+B batch size   C channels   D codebook dimension   h, w grid of codes   T = h*w codes   H, W image
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import math
 from collections import OrderedDict
 from contextlib import redirect_stdout
 from itertools import pairwise
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from moveimg.rng import Dropout
-from tokenizer.base import AutoencoderTokenizer
-from tokenizer.config import TamingConfig, VQConfig, VQQuantizerConfig
+from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, VQQuantizerConfig
+from tokenizer.losses import reconstruction_losses
 from tokenizer.quantizers import QUANTIZERS, Quantizer
+
+
+class TrainingOutput(NamedTuple):
+    """The result of a training pass."""
+
+    reconstruction: Tensor  # [B, C, H, W], not clamped
+    losses: dict[str, Tensor]  # unweighted: l1, l2, and those of the quantizer
+    codes: Tensor  # int64 [B, T]
+    stats: dict[str, Tensor]  # scalars to log: usage, perplexity, and the quantizer's own
+
+
+class AutoencoderTokenizer(nn.Module):
+    """encoder -> quant_conv -> quantize -> post_quant_conv -> decoder.
+
+    A new one is trainable (`forward`); those read from files are frozen.
+
+    Attributes:
+        codebook_size: codes are in 0..codebook_size-1.
+        downsample: pixels per code along one side.
+    """
+
+    def __init__(
+        self, config: TokenizerConfig, levels: int,
+        encoder: nn.Module, decoder: nn.Module, quantize: Quantizer,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config, self.downsample = config, 2 ** (levels - 1)
+        self.encoder, self.decoder, self.quantize = encoder, decoder, quantize
+        self.codebook_size, dim = quantize.embedding.weight.shape
+        self.quant_conv = nn.Conv2d(config.z_channels, dim, 1)
+        self.post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
+        self._fingerprint: str | None = None
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, where an adversarial loss is balanced (VQGAN, eq. 7)."""
+        weight: nn.Parameter = self.decoder.get_parameter("conv_out.weight")
+        return weight
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the config and the float32 weights; a frozen tokenizer's stays."""
+        if self._fingerprint is not None:
+            return self._fingerprint
+        # defaults are left out, so that a setting added later changes no fingerprint
+        config = self.config.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps(
+            config | {"kind": self.config.kind}, sort_keys=True, separators=(",", ":")
+        )
+        digest = hashlib.sha256(text.encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            array = tensor.to("cpu", torch.float32).contiguous().numpy()
+            digest.update(f"\n{name} float32 {list(array.shape)}\n".encode())
+            digest.update(array.astype("<f4", copy=False))
+        return digest.hexdigest()
+
+    def freeze(self) -> Self:
+        """Turn off training and gradients, and keep the fingerprint in later casts."""
+        self._fingerprint = self.fingerprint
+        return self.eval().requires_grad_(False)
+
+    # no_grad, not inference_mode: codes made under the latter cannot index an embedding in training
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes int64 [B, T] in raster order of images [B, C, H, W] in [-1, 1], any float dtype.
+
+        A caller's autocast applies. Raises ValueError for another shape or dtype.
+        """
+        return self.quantize.lookup(self._encode(images))
+
+    @torch.no_grad()
+    def decode(
+        self, codes: Tensor, grid: tuple[int, int] | None = None, *, clip: bool = True
+    ) -> Tensor:
+        """Images [B, C, H, W] in float32 or better of integer codes [B, T] in raster order.
+
+        The grid (h, w) is a square if left out; `clip` clamps the pixels to [-1, 1]. A caller's
+        autocast is ignored. Raises ValueError for another shape, or codes out of range.
+        """
+        h, w = grid or (math.isqrt(codes.shape[-1]),) * 2
+        if codes.ndim != 2 or h < 1 or w < 1 or h * w != codes.shape[1]:
+            raise ValueError(f"codes {list(codes.shape)}: expected [B, {h} x {w}]: pass `grid`")
+        like = self.quant_conv.weight
+        codes = codes.to(like.device, torch.int64)
+        if ((codes < 0) | (codes >= self.codebook_size)).any():
+            low, high = (int(x) for x in codes.aminmax())
+            raise ValueError(f"codes {low}..{high}: expected 0..{self.codebook_size - 1}")
+        with torch.autocast(like.device.type, enabled=False):
+            z = self.quantize.embed(codes).mT.unflatten(2, (h, w))  # [B, D, h, w]
+            images: Tensor = self.decoder(self.post_quant_conv(z.contiguous().to(like.dtype)))
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        return images.clamp(-1, 1) if clip else images
+
+    def forward(self, images: Tensor) -> TrainingOutput:
+        """Encode, quantize and decode images [B, C, H, W] in [-1, 1], with gradients."""
+        quantized = self.quantize(self._encode(images))
+        reconstruction = self.decoder(self.post_quant_conv(quantized.vectors))
+        losses = reconstruction_losses(reconstruction, images.to(reconstruction.device))
+        losses |= quantized.losses
+        return TrainingOutput(reconstruction, losses, quantized.codes, quantized.stats)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Vectors [B, D, h, w] before quantization."""
+        shape, channels, f = list(images.shape), self.config.in_channels, self.downsample
+        if len(shape) != 4 or shape[1] != channels or shape[2] % f or shape[3] % f:
+            raise ValueError(f"images {shape}: expected [B, {channels}, H, W], multiples of {f}")
+        if not images.is_floating_point():
+            raise ValueError(f"images of {images.dtype}: expected floating point in [-1, 1]")
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight)))
 
 
 class VQTokenizer(AutoencoderTokenizer):
     """The tokenizer of kind `vq`."""
 
-    config: VQConfig
-
     def __init__(self, config: VQConfig) -> None:
         sizes = config.codebook_size, config.codebook_dim, config.l2_normalize
         quantize = QUANTIZERS[config.quantizer.kind](config.quantizer, *sizes)
-        super().__init__(config, Encoder(config), Decoder(config), quantize)
+        layers = make_encoder(config), make_decoder(config), quantize
+        super().__init__(config, len(config.multipliers), *layers)
 
 
 class TamingTokenizer(AutoencoderTokenizer):
     """The tokenizer of kind `taming`: a VQGAN of taming-transformers, imported when it is built."""
-
-    config: TamingConfig
 
     def __init__(self, config: TamingConfig) -> None:
         from taming.modules.diffusionmodules import model as layers
@@ -43,73 +153,69 @@ class TamingTokenizer(AutoencoderTokenizer):
         encoder = layers.Encoder(**settings)
         with redirect_stdout(io.StringIO()):  # its constructor prints
             decoder = layers.Decoder(**settings)
-        sizes = config.n_embed, config.embed_dim, False
-        quantize = Quantizer(VQQuantizerConfig(), *sizes)
-        super().__init__(config, encoder, decoder, quantize)
+        quantize = Quantizer(VQQuantizerConfig(), config.n_embed, config.embed_dim, False)
+        super().__init__(config, len(config.ch_mult), encoder, decoder, quantize)
 
 
-class Encoder(nn.Module):
-    """Images [B, C, H, W] -> [B, z_channels, H / downsample, W / downsample]."""
-
-    def __init__(self, config: VQConfig) -> None:
-        super().__init__()
-        channels = config.channels
-        self.conv_in = _conv3(config.in_channels, config.width)
-        self.conv_blocks = nn.Sequential()
-        for level, (before, after) in enumerate(pairwise((config.width, *channels))):
-            blocks = [before] + [after] * config.n_res_blocks
-            last = level == len(channels) - 1
-            self.conv_blocks.append(Level(config, blocks, last, last, "downsample"))
-        self.mid = _middle(config)
-        self.norm_out = _norm(config, channels[-1])
-        self.conv_out = _conv3(channels[-1], config.z_channels)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.mid(self.conv_blocks(self.conv_in(images)))  # [B, channels[-1], h, w]
-        return self.conv_out(_swish(self.norm_out(x)))  # [B, z_channels, h, w]
+def make_encoder(config: VQConfig) -> nn.Sequential:
+    """Images [B, C, H, W] -> [B, z_channels, h, w]."""
+    channels = (config.width, *config.channels)
+    layers = OrderedDict[str, nn.Module](
+        conv_in=_conv3(config.in_channels, config.width),
+        conv_blocks=_levels(config, channels, config.n_res_blocks, up=False),
+        mid=_middle(config),
+        norm_out=_norm(config, channels[-1]),
+        swish=Swish(),
+        conv_out=_conv3(channels[-1], config.z_channels),
+    )
+    return nn.Sequential(layers)
 
 
-class Decoder(nn.Module):
-    """[B, z_channels, h, w] -> images [B, C, h * downsample, w * downsample]."""
+def make_decoder(config: VQConfig) -> nn.Sequential:
+    """[B, z_channels, h, w] -> images [B, C, H, W]."""
+    channels = config.channels[::-1]  # lowest resolution first
+    layers = OrderedDict[str, nn.Module](
+        conv_in=_conv3(config.z_channels, channels[0]),
+        mid=_middle(config),
+        conv_blocks=_levels(config, (channels[0], *channels), config.n_res_blocks + 1, up=True),
+        norm_out=_norm(config, channels[-1]),
+        swish=Swish(),
+        conv_out=_conv3(channels[-1], config.in_channels),
+    )
+    return nn.Sequential(layers)
 
-    def __init__(self, config: VQConfig) -> None:
-        super().__init__()
-        channels = config.channels[::-1]  # lowest resolution first
-        self.conv_in = _conv3(config.z_channels, channels[0])
-        self.mid = _middle(config)
-        self.conv_blocks = nn.Sequential()
-        for level, (before, after) in enumerate(pairwise((channels[0], *channels))):
-            blocks = [before] + [after] * (config.n_res_blocks + 1)
-            last = level == len(channels) - 1
-            self.conv_blocks.append(Level(config, blocks, level == 0, last, "upsample"))
-        self.norm_out = _norm(config, channels[-1])
-        self.conv_out = _conv3(channels[-1], config.in_channels)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_blocks(self.mid(self.conv_in(z)))  # [B, channels[-1], H, W]
-        return self.conv_out(_swish(self.norm_out(x)))  # [B, C, H, W]
+def _levels(config: VQConfig, channels: tuple[int, ...], n_blocks: int, up: bool) -> nn.Sequential:
+    last = len(channels) - 2
+    lowest = 0 if up else last
+    return nn.Sequential(
+        *(
+            Level(config, [before] + [after] * n_blocks, level == lowest, level == last, up)
+            for level, (before, after) in enumerate(pairwise(channels))
+        )
+    )
 
 
 class Level(nn.Module):
     """Residual blocks of one resolution, attention after each if it is the lowest, a resampling."""
 
     def __init__(
-        self, config: VQConfig, channels: list[int], lowest: bool, last: bool, resampling: str
+        self, config: VQConfig, channels: list[int], lowest: bool, last: bool, up: bool
     ) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(config, a, b) for a, b in pairwise(channels))
         attention = channels[1:] if lowest and config.attention else []
         self.attn = nn.ModuleList(AttentionBlock(config, c) for c in attention)
         c = channels[-1]
-        steps: dict[str, nn.Module]
-        if resampling == "downsample":  # VQGAN's weights expect padding right and bottom only
-            steps = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(c, c, 3, stride=2)}
-        else:
-            steps = {"nearest": nn.Upsample(scale_factor=2), "conv": _conv3(c, c)}
+        steps = OrderedDict[str, nn.Module]()
+        if up:
+            steps |= {"nearest": nn.Upsample(scale_factor=2), "conv": _conv3(c, c)}
+        else:  # VQGAN's weights expect padding right and bottom only
+            steps |= {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(c, c, 3, stride=2)}
         if last:  # made all the same, so that a seed keeps giving the same weights
-            steps = {}
-        self.resampling = resampling
-        self.add_module(resampling, nn.Sequential(OrderedDict(steps)))
+            steps.clear()
+        self.resampling = "upsample" if up else "downsample"
+        self.add_module(self.resampling, nn.Sequential(steps))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, res in enumerate(self.res):
@@ -124,6 +230,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, config: VQConfig, before: int, after: int) -> None:
         super().__init__()
+        self.swish = Swish()
         self.norm1 = _norm(config, before)
         self.conv1 = _conv3(before, after)
         self.norm2 = _norm(config, after)
@@ -132,8 +239,8 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(_swish(self.norm1(x)))
-        y = self.conv2(self.dropout(_swish(self.norm2(y))))
+        y = self.conv1(self.swish(self.norm1(x)))
+        y = self.conv2(self.dropout(self.swish(self.norm2(y))))
         return self.nin_shortcut(x) + y
 
 
@@ -153,10 +260,12 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(torch.bmm(v, weights.mT).view(x.shape))
 
 
-def _swish(x: Tensor) -> Tensor:
+class Swish(nn.Module):
     """x * sigmoid(x) in two roundings, as LlamaGen computes it; F.silu rounds once."""
-    gate = torch.sigmoid(x)
-    return x * gate if torch.is_grad_enabled() else gate.mul_(x)  # in place: a third less memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(x)
+        return x * gate if torch.is_grad_enabled() else gate.mul_(x)  # a third less memory
 
 
 def _middle(config: VQConfig) -> nn.Sequential:
@@ -172,3 +281,20 @@ def _norm(config: VQConfig, channels: int) -> nn.GroupNorm:
 
 def _conv3(before: int, after: int) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, padding=1)
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A 3 x 3 convolution of stride 1, by torch's NNPACK on a CPU (Winograd, arXiv 1509.09308).
+
+    Values differ by rounding from nn.Conv2d's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # on smaller inputs the transforms cost about what they save
+        small = x.shape[1] < 128 or x.shape[2] * x.shape[3] < 64 * 64
+        plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if small or not plain or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        # one image per call: NNPACK is slower on larger batches
+        convolve, more = torch._nnpack_spatial_convolution, (self.weight, self.bias, [1, 1], [1, 1])
+        return torch.cat([convolve(image, *more) for image in x.contiguous().split(1)])

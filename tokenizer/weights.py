@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moveimg.dist import print_rank0
-from moveimg.errors import describe, list_names
+from moveimg.errors import describe
 from moveimg.files import require_file
 
 CONTAINERS = ("ema", "model", "module", "state_dict")
@@ -23,9 +23,9 @@ CONTAINERS = ("ema", "model", "module", "state_dict")
 def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Names and tensors of a safetensors file (by its suffix) or a PyTorch checkpoint.
 
-    In a checkpoint they are the first of `CONTAINERS` that holds tensors, or at its top; where it
-    has several, a line on stderr names the one that is read. The prefixes `module.` (DDP) and
-    `_orig_mod.` (torch.compile) are removed. Tensors stay in the file until they are used.
+    In a checkpoint they are the first of `CONTAINERS` that holds tensors, or at its top. The
+    prefixes `module.` (DDP) and `_orig_mod.` (torch.compile) are removed. Tensors stay in the file
+    until they are used.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, holds no weights, or needs
     code to be run.
@@ -40,7 +40,13 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"{file}: damaged or not a safetensors file ({describe(error, 200)})"
             ) from None
     else:
-        content = _find_weights(_unpickle(file), file)
+        whole = _unpickle(file)
+        candidates = [whole.get(key) for key in CONTAINERS] if isinstance(whole, dict) else []
+        for content in (*candidates, whole):
+            if isinstance(content, dict) and any(isinstance(x, Tensor) for x in content.values()):
+                break
+        else:
+            raise ValueError(f"{file}: no weights, neither bare nor in {', '.join(CONTAINERS)}")
     weights: dict[str, Tensor] = {}
     for key, value in content.items():
         name = str(key).replace("_orig_mod.", "").removeprefix("module.")
@@ -51,47 +57,37 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     return weights
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Set all weights of `module`, in float32; on the meta device it takes the tensors themselves.
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    dtype: torch.dtype | None = torch.float32,
+) -> None:
+    """Set all weights of `module`, cast to `dtype` (None: as they are stored).
 
-    Raises ValueError, one line that starts with `source`, where names or shapes differ, or a
-    tensor is not of finite floats.
+    A module on the meta device takes the tensors themselves. Raises ValueError, one line that
+    starts with `source`, for a tensor that is missing, unknown, misshapen or not of floats, and
+    for a norm or bias that is not finite (reading every matrix would take seconds).
     """
     expected, state = module.state_dict(), {}
-    if names := sorted(expected.keys() ^ weights.keys()):
-        kind = "missing" if names[0] in expected else "unexpected"
-        raise ValueError(f"{source}: {kind} weight {list_names(names, 1)}")
-    for name, parameter in expected.items():
-        tensor, shape = weights[name], list(parameter.shape)
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, expected {shape}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{source}: {name} holds {tensor.dtype}, expected floats")
-        state[name] = tensor.detach().to(torch.float32)
-        if not state[name].isfinite().all():
-            raise ValueError(f"{source}: {name} holds NaN or infinite values")
+    for name in sorted(expected.keys() | weights.keys()):
+        there, wanted = (
+            list(tensors[name].shape) if name in tensors else "nothing"
+            for tensors in (weights, expected)
+        )
+        if there != wanted:
+            raise ValueError(f"{source}: {name[:200]!r} is {there}, expected {wanted}")
+        if not weights[name].is_floating_point():
+            raise ValueError(f"{source}: {name!r} holds {weights[name].dtype}, expected floats")
+        state[name] = weights[name].detach().to(dtype=dtype)
+        if state[name].ndim == 1 and not state[name].isfinite().all():
+            raise ValueError(f"{source}: {name!r} holds NaN or infinite values: damaged weights")
     module.load_state_dict(state, assign=next(module.parameters()).is_meta)
-
-
-def _find_weights(content: Any, file: Path) -> Mapping[Any, Any]:
-    """The mapping of a checkpoint that holds its weights."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, expected a dict of weights")
-    there = [key for key in CONTAINERS if key in content]
-    for chosen in (*(content[key] for key in there), content):
-        if isinstance(chosen, Mapping) and any(isinstance(x, Tensor) for x in chosen.values()):
-            if len(there) > 1:
-                name = next(key for key in there if content[key] is chosen)
-                print_rank0(f"{file}: reading {name!r} out of {', '.join(there)}")
-            return chosen
-    keys = list_names(str(key) for key in content)
-    raise ValueError(f"{file}: no weights under any of {', '.join(CONTAINERS)} (keys: {keys})")
 
 
 def _unpickle(file: Path) -> Any:
     """torch.load that never runs code; training arguments (argparse.Namespace) are plain data."""
-    with file.open("rb") as opened:
-        mappable = opened.read(4) == b"PK\3\4"  # the format of torch 1.6 and later
+    mappable = zipfile.is_zipfile(file)  # the format of torch 1.6 and later
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)

@@ -115,8 +115,7 @@ def push(
         if space:
             share.write_space(model, folder, name)
         else:
-            options = about | {"datasets": dataset, "link": out is None}
-            share.write_model(resolve(model), folder, name, **options)
+            share.write_model(resolve(model), folder, name, datasets=dataset, **about)
         if repo is not None:
             print(share.upload(folder, repo, private=private, space=space))
     if out is not None:

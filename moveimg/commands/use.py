@@ -7,6 +7,7 @@ import io
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -255,21 +256,29 @@ def info(
     """Show the parameters, FLOPs and cache size of a model, or what its training needs."""
     import torch
 
-    from moveimg import model as models
     from moveimg.checkpoint import read_model_config
+    from moveimg.model import model_cost, train_budget
     from moveimg.pipeline import resolve
+    from moveimg.tables import format_bytes
 
+    lines = {}
     if train:
         run = load_config(model, TrainConfig, set or [])
         passes = run.batch_size // (run.micro_batch or run.batch_size)
-        data = models.train_budget(run, gpus or math.gcd(8, passes), gpu)
-        text = models.describe_budget(data)
+        data = train_budget(run, gpus or math.gcd(8, passes), gpu)
+        print("Estimated: per GPU, at 25 to 50 % of its peak; checkpoints and codes on disk")
+        for key, value in data.items():
+            text = f"{value[0]:.2g} to {value[1]:.2g}" if key == "hours" else format_bytes(value)
+            lines[key] = f"{value:.3g}" if key.startswith("flops") else text
     else:
         config = find_config(model, ModelFile, set)
         settings = config.model if config else read_model_config(resolve(model))
-        cost = models.model_cost(settings, torch.bfloat16)
-        data, text = cost.as_dict(), models.describe_cost(cost, "bfloat16")
-    print(json.dumps(data, indent=2) if as_json else text)
+        data = asdict(model_cost(settings, torch.bfloat16))
+        lines = {key: f"{value:,.0f}" for key, value in data.items()}
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        print("\n".join(f"{key:<24}{text:>18}" for key, text in lines.items()))
 
 
 @command

@@ -47,7 +47,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = x.to(wide).view(*x.shape[:-1], -1, 2)  # [B, S, H, K / 2, 2]
     rope = rope[:, None].to(wide)  # [S, 1, K / 2, 2]
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and _complex_aligned(pairs):
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and not any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
         # One kernel instead of eight: a quarter of a small model's training step. Compilers fuse
         # the real form below by themselves, and cannot generate code for complex numbers.
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
@@ -57,13 +58,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def _complex_aligned(pairs: Tensor) -> bool:
-    """Whether pairs [..., 2] can be viewed as complex numbers: no odd offset or stride."""
-    return not any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1]))
-
-
 class LayerCache:
-    """Tensors of one layer, [..., L, width] each, with an entry per position.
+    """Tensors of one layer, [..., L, width] each (or None), with an entry per position.
 
     Values are cached after the mix, so the memory is read once per position. An index that is an
     int makes the cache grow: attention sees the entries written so far. An index that is a tensor
@@ -102,15 +98,7 @@ class LayerCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """Softmax attention over K-wide heads; the mixer adds value memory to V.
-
-    Args:
-        config: the transformer's config.
-        spec: no settings.
-        mixers: by site (see `sites`), the mixer of value memory.
-    """
-
-    joined: list[int] | None = None  # inference: output widths of wqkv with the router's rows added
+    """Softmax attention over K-wide heads; the mixer of site `value` adds value memory to V."""
 
     def __init__(self, config: ModelConfig, spec: MHAConfig, mixers: dict[str, Mixer]) -> None:
         super().__init__()
@@ -138,13 +126,6 @@ class MultiHeadAttention(nn.Module):
         shape = (batch, self.config.n_head, length, self.config.head_dim)
         return LayerCache(like.new_zeros(shape), like.new_zeros(shape))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> queries, keys and values [B, S, 3 D], and the input of the mixer."""
-        if self.joined is None:
-            return self.wqkv(x), x
-        qkv, gate_logits, _ = self.wqkv(x).split(self.joined, dim=-1)
-        return qkv, gate_logits
-
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, cache: LayerCache | None = None, index: Index = 0
     ) -> Tensor:
@@ -153,8 +134,7 @@ class MultiHeadAttention(nn.Module):
         With a cache, S is 1, or the S positions are the first ones.
         """
         heads, mask = self.config.n_head, None
-        qkv, x = self.project(x)
-        qk, v = qkv.unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), dim=2)
+        qk, v = self.wqkv(x).unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), dim=2)
         v = self.mixer(x, v, rows)  # [B, S, H, K]
         q, k = rotate(qk, rope).chunk(2, dim=2)  # both in one kernel
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K]
@@ -179,14 +159,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     Teacher forcing unfolds keys and values. Decoding does not: W_UK is absorbed into the query, and
     W_UV is applied to the weighted sum of latents, the same sum in another order.
-
-    Args:
-        config: the transformer's config.
-        spec: ranks.
-        mixers: by site: latent (before the up-projection) or value (after it).
     """
 
-    joined: list[int] | None = None  # inference: output widths of one product for all projections
     unpacked = ("wkv_up",)  # decoding multiplies queries and sums by its halves
 
     def __init__(self, config: ModelConfig, spec: MLAConfig, mixers: dict[str, Mixer]) -> None:
@@ -224,73 +198,60 @@ class MultiHeadLatentAttention(nn.Module):
 
     def decoding_flops(self, context: float) -> float:
         """The same in the latent, as decoding computes it."""
-        latent = self.config.n_head * (2 * self.spec.kv_rank + self.spec.rope_dim)
-        return 2 * context * (latent + self.value_mixer.value_width)
+        heads, rank = self.config.n_head, self.spec.kv_rank
+        values = self.value_mixer.value_width or heads * rank
+        return 2 * context * (heads * (rank + self.spec.rope_dim) + values)
 
     def make_cache(self, batch: int, length: int, like: Tensor) -> LayerCache:
         """A cache of latent and rotary key [B, length, C + R].
 
-        A layer with memory at its values (LaVE) also caches the memory's sum [B, H, length, K] and
-        g_0 [B, H, length, 1], because neither can be computed from the latent.
+        A layer with memory at its values (LaVE) also caches its mixed values [B, H, length, K],
+        because they cannot be computed from the latent.
         """
-        heads, mixer = self.config.n_head, self.value_mixer
-        joint = like.new_zeros(batch, length, self.spec.kv_rank + self.spec.rope_dim)
-        memory = g_0 = None
-        if mixer.value_width:
-            memory = like.new_zeros(batch, heads, length, mixer.value_width // heads)
-        if mixer.gate_standard:
-            g_0 = like.new_zeros(batch, heads, length, 1)
-        return LayerCache(joint, g_0, memory)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, D] -> queries [B, S, H (K + R)], latent and rotary key, input of the mixer."""
-        if self.joined is None:
-            return self.wq(x), self.wkv_down(x), x
-        q, joint, gate_logits, _ = self.wkv_down(x).split(self.joined, dim=-1)
-        return self.wq(q), joint, gate_logits
+        joint, values = like.new_zeros(batch, length, self.spec.kv_rank + self.spec.rope_dim), None
+        if self.value_mixer.value_width:
+            values = like.new_zeros(batch, self.config.n_head, length, self.config.head_dim)
+        return LayerCache(joint, values)
 
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, cache: LayerCache | None = None, index: Index = 0
     ) -> Tensor:
         """As MultiHeadAttention.forward; rope [S, R / 2, 2], rows in chunks of C / H or K."""
         heads, spec = self.config.n_head, self.spec
-        q, joint, x = self.project(x)
-        q = q.unflatten(-1, (heads, -1))  # [B, S, H, K + R]
+        q = self.wq(x).unflatten(-1, (heads, -1))  # [B, S, H, K + R]
         q, q_rope = q.split([self.config.head_dim, spec.rope_dim], dim=-1)
-        latent, key = joint.split([spec.kv_rank, spec.rope_dim], dim=-1)
+        latent, key = self.wkv_down(x).split([spec.kv_rank, spec.rope_dim], dim=-1)
         latent = self.kv_norm(latent)  # [B, S, C]
-        if not isinstance(self.latent_mixer, PassThrough):
+        if self.latent_mixer.value_width:
             chunks = latent.unflatten(-1, (heads, -1))  # [B, S, H, C / H]
             latent = self.latent_mixer(x, chunks, rows).flatten(-2)
         q_rope, key = rotate(q_rope, rope), rotate(key[:, :, None], rope)  # key [B, S, 1, R]
+        values = None
         if cache is None or x.shape[1] > 1:
-            out = self._unfolded(x, rows, torch.cat([q, q_rope], dim=-1), latent, key)
+            k, v = self.wkv_up(latent).unflatten(-1, (heads, 2, -1)).unbind(-2)  # [B, S, H, K]
+            k = torch.cat([k, key.to(k.dtype).expand(-1, -1, heads, -1)], dim=-1)
+            q, v = torch.cat([q, q_rope], dim=-1), self.value_mixer(x, v, rows)
+            q, k, values = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, ...]
+            out = F.scaled_dot_product_attention(q, k, values, is_causal=True).transpose(1, 2)
+        elif self.value_mixer.value_width:
+            v = torch.einsum("bsc,hkc->bshk", latent, self._up()[1])
+            values = self.value_mixer(x, v, rows).transpose(1, 2)
         if cache is not None:
             joint = torch.cat([latent, key[:, :, 0]], dim=-1)
-            g_0, memory = (
-                None if part is None else part.transpose(1, 2)
-                for part in self.value_mixer.gate_and_memory(x, rows)
-            )
-            entries = cache.update(index, joint, g_0, memory)
+            entries = cache.update(index, joint, values)
             if x.shape[1] == 1:
                 out = self._absorbed(q, q_rope, cache.mask(index), *entries)
         return self.wo(out.flatten(-2))
 
-    def _unfolded(self, x: Tensor, rows: Rows, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
-        """Keys and values of every head: q [B, S, H, K + R], latent [B, S, C] -> [B, S, H, K]."""
-        k, v = self.wkv_up(latent).unflatten(-1, (self.config.n_head, 2, -1)).unbind(-2)
-        v = self.value_mixer(x, v, rows)
-        k = torch.cat([k, key.to(k.dtype).expand(-1, -1, self.config.n_head, -1)], dim=-1)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K + R or K]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    def _up(self) -> tuple[Tensor, ...]:
+        """W_UK and W_UV, [H, K, C] each."""
+        return self.wkv_up.weight.unflatten(0, (self.config.n_head, 2, -1)).unbind(1)
 
     def _absorbed(
-        self, q: Tensor, q_rope: Tensor, mask: Tensor | None,
-        joint: Tensor, g_0: Tensor | None, memory: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self, q: Tensor, q_rope: Tensor, mask: Tensor | None, joint: Tensor, values: Tensor | None
+    ) -> Tensor:
         """q [B, 1, H, K], q_rope [B, 1, H, R] and the cache's entries -> [B, 1, H, K]."""
-        up = self.wkv_up.weight.unflatten(0, (self.config.n_head, 2, -1))  # [H, 2, K, C]
-        up_k, up_v = up.unbind(1)
+        up_k, up_v = self._up()
         q = torch.cat([torch.einsum("bshk,hkc->bshc", q, up_k), q_rope], dim=-1)
         scores = torch.einsum("bshc,blc->bhsl", q, joint)
         scores = scores / math.sqrt(self.config.head_dim + self.spec.rope_dim)
@@ -298,12 +259,10 @@ class MultiHeadLatentAttention(nn.Module):
             scores = scores.masked_fill(~mask, -torch.inf)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=wide).to(joint.dtype)  # [B, H, 1, L]
-        gated = weights if g_0 is None else weights * g_0.transpose(-2, -1)
-        latent = torch.einsum("bhsl,blc->bshc", gated, joint[..., : self.spec.kv_rank])
-        out = torch.einsum("bshc,hkc->bshk", latent, up_v)
-        if memory is not None:
-            out = out + torch.einsum("bhsl,bhlk->bshk", weights, memory)
-        return out
+        if values is not None:
+            return torch.einsum("bhsl,bhlk->bshk", weights, values)
+        latent = torch.einsum("bhsl,blc->bshc", weights, joint[..., : self.spec.kv_rank])
+        return torch.einsum("bshc,hkc->bshk", latent, up_v)
 
 
 ATTENTIONS: dict[str, Any] = {"mha": MultiHeadAttention, "mla": MultiHeadLatentAttention}

@@ -1,113 +1,73 @@
-"""What a model costs, from its config alone: parameters, FLOPs, bytes.
+"""What a model and its training cost, from the config alone: parameters, FLOPs, bytes.
 
 FLOPs count a multiply and an add as two, in matrix products only, as torch's FlopCounterMode does.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from moveimg.config.model import ModelConfig
+from moveimg.config import TrainConfig
+from moveimg.config.model import ModelConfig, SwiGLUConfig
 from moveimg.device import shapes_only
+from moveimg.model import transformer
+from moveimg.model.feedforward import SwiGLU, TableLayer, swiglu_hidden
 from moveimg.model.memory import GatedMixer, ValueBank
 from moveimg.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one model; bytes are those of the cache's and the bank's number type.
-
-    Attributes:
-        parameters: all of them; backbone, embeddings, router and bank add up to it.
-        active: those used per code: a row of each table looked up by code, the chosen experts,
-            the rows that product keys find.
-        backbone, embeddings, router, bank: blocks, norms and head; label and code tables;
-            gates' W_G; value memory.
-        flops_per_token: of a forward pass, averaged over the T positions of an image.
-        router_share: the gates' share of it, 2 D H (gates per head) per token and layer.
-        flops_per_image: of generating T codes with the cache, without guidance, which doubles it.
-        cache_bytes_per_token: kept per position while generating, all layers.
-        mha_cache_bytes_per_token: the same for multi-head attention of the same size.
-        bank_bytes_per_token: of value memory gathered per position, once for all layers.
-        bank_bytes_per_layer: of those, the bytes that each layer reads.
-        table_bytes_per_layer: read per position by each layer from rows that product keys find.
-        seq_len: T.
-    """
+    """The cost of one model; bytes are those of the cache's and the bank's number type."""
 
     parameters: int
-    active: int
-    backbone: int
-    embeddings: int
-    router: int
-    bank: int
-    flops_per_token: float
-    router_share: float
-    flops_per_image: float
-    cache_bytes_per_token: int
-    mha_cache_bytes_per_token: int
-    bank_bytes_per_token: int
-    bank_bytes_per_layer: tuple[int, ...]
-    table_bytes_per_layer: tuple[int, ...]
-    seq_len: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    active: int  # used per code: a row of each table, the chosen experts, the rows found by keys
+    backbone: int  # blocks, norms and head
+    embeddings: int  # label and code tables
+    router: int  # gates' W_G
+    bank: int  # value memory
+    flops_per_token: float  # of a forward pass, averaged over the T positions of an image
+    flops_per_image: float  # generating T codes with the cache; guidance doubles it
+    cache_bytes_per_token: int  # kept per position while generating, all layers
+    bank_bytes_per_token: int  # of value memory gathered per position, once for all layers
+    table_bytes_per_token: int  # read per position, by all layers, of rows found by product keys
 
 
 @cache
 def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     """The cost of the model of `config`, with its cache and bank in `dtype`."""
     with shapes_only():
-        return cost_of(Transformer(config), dtype)
-
-
-def cost_of(model: Transformer, dtype: torch.dtype = torch.float32) -> Cost:
-    """The cost of a model, which may be on the meta device."""
-    config, length, memory = model.config, model.config.seq_len, model.memory
+        model = Transformer(config)
+    memory, length = model.memory, config.seq_len
     context = (length + 1) / 2  # position t attends to t + 1
-    flops = token_flops(model, context)
-    router = sum(token_flops(m.router, 0) for m in model.modules() if isinstance(m, GatedMixer))
-    bank = memory.slots * memory.value_width if isinstance(memory, ValueBank) else 0
     caches = [layer.make_cache(1, length, model.norm.weight) for layer in model.attentions()]
-    bank_reads, table_reads = [], []
-    for layer in model.layers:
-        readers: list[Any] = [m for m in layer.modules() if hasattr(m, "table_reads")]
-        mixers = [m for m in readers if isinstance(m, GatedMixer)]
-        bank_reads.append(sum(m.table_reads() for m in mixers) * dtype.itemsize)
-        all_reads = sum(m.table_reads() for m in readers) * dtype.itemsize
-        table_reads.append(all_reads - bank_reads[-1])
+    bank = memory.slots * memory.value_width if isinstance(memory, ValueBank) else 0
+    reads = sum(ffn.active_own() for ffn in model.feedforwards() if isinstance(ffn, TableLayer))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         active=active_parameters(model),
         **count_parameters(model),
-        flops_per_token=flops,
-        router_share=router / flops,
+        flops_per_token=token_flops(model, context),
         flops_per_image=token_flops(model, context, decoding=True) * length,
         cache_bytes_per_token=sum(c.numel_per_token() for c in caches) * dtype.itemsize,
-        mha_cache_bytes_per_token=2 * config.n_layer * config.width * dtype.itemsize,
         bank_bytes_per_token=bank * dtype.itemsize,
-        bank_bytes_per_layer=tuple(bank_reads),
-        table_bytes_per_layer=tuple(table_reads),
-        seq_len=length,
+        table_bytes_per_token=reads * dtype.itemsize,
     )
 
 
 def count_parameters(model: Transformer) -> dict[str, int]:
     """The number of parameters by part (see Cost)."""
     counts = {"backbone": 0, "embeddings": 0, "router": 0, "bank": 0}
+    parts = {"memory.": "bank", "label_embedding.": "embeddings", "code_embedding.": "embeddings"}
     for name, parameter in model.named_parameters():
-        part = "backbone"
-        if name.startswith("memory."):
-            part = "bank"
-        elif ".router." in name:
-            part = "router"
-        elif name.startswith(("label_embedding.", "code_embedding.")):
-            part = "embeddings"
+        part = "router" if ".router." in name else "backbone"
+        for prefix in parts:
+            part = parts[prefix] if name.startswith(prefix) else part
         counts[part] += parameter.numel()
     return counts
 
@@ -145,29 +105,91 @@ def token_flops(module: nn.Module, context: float, decoding: bool = False) -> fl
     return sum(own(m) for m in module.modules())
 
 
-def describe_cost(cost: Cost, dtype: str) -> str:
-    """The cost as text for people."""
-    cache = dtype
-    if cost.cache_bytes_per_token != cost.mha_cache_bytes_per_token:
-        cache = f"{dtype}; with MHA {cost.mha_cache_bytes_per_token:,}"
-    rows: list[tuple[str, float, str]] = [("parameters", cost.parameters, "")]
-    rows += [(f"  {p}", getattr(cost, p), "") for p in ("backbone", "embeddings", "router", "bank")]
-    rows += [
-        ("  active per token", cost.active, ""),
-        ("FLOPs per token", cost.flops_per_token, f"router {cost.router_share:.2%} of FLOPs"),
-        ("FLOPs per image", cost.flops_per_image, f"{cost.seq_len} codes, unguided"),
-        ("cache bytes per token", cost.cache_bytes_per_token, cache),
-        ("bank bytes per token", cost.bank_bytes_per_token, f"{dtype}, gathered once per pass"),
-        ("  read by a layer", *_layers(cost.bank_bytes_per_layer)),
-    ]
-    if any(cost.table_bytes_per_layer):
-        total = sum(cost.table_bytes_per_layer)
-        rows.append(("product-key bytes", total, f"{dtype}, rows found per token"))
-        rows.append(("  read by a layer", *_layers(cost.table_bytes_per_layer)))
-    return "\n".join(
-        f"{name:<22}{value:>15,.0f}" + (f"  ({note})" if note else "") for name, value, note in rows
-    )
+# --- the training of a model -----------------------------------------------------------------
+
+PEAK_FLOPS = {  # dense bfloat16, of the data sheet, by a part of the device's name; first match
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+IMAGENET_CLASSES, IMAGENET_IMAGES, IMAGENET_VIEWS = 1000, 1_281_167, 20
 
 
-def _layers(by_layer: tuple[int, ...]) -> tuple[int, str]:
-    return max(by_layer), f"{sum(size > 0 for size in by_layer)} of {len(by_layer)} layers"
+def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[str, Any]:
+    """The estimated budget of a run on `gpus` devices, as plain data; nothing is run.
+
+    Sizes are bytes per device, without CUDA's own (about 1 GB); `state` holds float32 weights,
+    gradients, Adam's moments and the average; `hours` those at a half and a quarter of the GPU's
+    peak; `codes` are ImageNet's on disk. Raises ValueError for an unknown GPU, or a batch that
+    `gpus` cannot share.
+    """
+    if gpu not in PEAK_FLOPS:
+        raise ValueError(f"gpu {gpu!r}: expected one of {', '.join(PEAK_FLOPS)}")
+    micro = min(config.micro_batch or config.batch_size, config.batch_size)
+    if gpus < 1 or config.batch_size % (micro * gpus):
+        raise ValueError(
+            f"batch_size {config.batch_size} in micro-batches of {micro}: "
+            f"expected a multiple of {micro} x {gpus} GPUs"
+        )
+    with shapes_only():
+        model = Transformer(config.model)
+    cost, length = model_cost(config.model, torch.bfloat16), config.model.seq_len
+    total, tokens = cost.parameters, micro * length
+    sharded = config.distributed == "fsdp" and gpus > 1
+    state = total * (20 if config.ema else 16)
+    copies = 2 * total  # autocast keeps the matrices' bfloat16 copies for the backward pass
+    if sharded:
+        # Two blocks and the root are gathered in bfloat16; gradients of a block and of the root
+        # are whole in bfloat16, then in float32 for the sum.
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers]
+        block, root = max(blocks), total - sum(blocks)
+        state, copies = state // gpus, 2 * (2 * block + root) + 6 * (block + root)
+    by_block = [block_activations(config.model, block) for block in model.layers]
+    kept = sum(by_block)
+    if config.activation_checkpointing:
+        kept = config.model.n_layer * 4 * config.model.width + max(by_block)
+    activations = tokens * (kept + 2 * cost.bank_bytes_per_token)  # rows and their gradient
+    head = head_bytes(config.model, tokens)
+    # Previews and validation gather whole float32 weights when the rest is free again.
+    working = max(copies + activations + head, total * 4 if sharded else 0)
+    passes = 4 if config.activation_checkpointing else 3
+    flops = passes * cost.flops_per_token * length * config.batch_size
+    hours = config.steps * flops / gpus / PEAK_FLOPS[gpu] / 3600
+    imagenet = config.model.n_classes == IMAGENET_CLASSES
+    return {
+        "memory": state + working,
+        "state": state,
+        "copies": copies,
+        "activations": activations,
+        "head": head,
+        "flops_per_step": flops,
+        "hours": (2 * hours, 4 * hours),
+        # those kept, the best, the one being written, and the model
+        "checkpoints": total * (16 * (config.keep_checkpoints + 2) + 4),
+        "codes": IMAGENET_IMAGES * (IMAGENET_VIEWS * length * 2 + 4) if imagenet else 0,
+    }
+
+
+def head_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes that the loss holds at a time, in bfloat16 autocast.
+
+    Of a chunk's logits the float32 ones and their log-softmax; the head in bfloat16, its gradient
+    in float32, and the gradient of the head's input.
+    """
+    size = config.codebook_size
+    logits = min(max(transformer.CHUNK, size), tokens * size)
+    return 8 * logits + 6 * size * config.width + 4 * tokens * config.width
+
+
+def block_activations(config: ModelConfig, block: nn.Module) -> int:
+    """Bytes per token that a block keeps for the backward pass, in bfloat16 autocast.
+
+    Counted for MHA and SwiGLU in eager mode (a test counts again); other kinds are assumed alike.
+    """
+    ffn: Any = block.ffn
+    hidden = swiglu_hidden(config.width, SwiGLUConfig())
+    if isinstance(ffn, SwiGLU):
+        hidden = ffn.w1.out_features
+    mixers = [module for module in block.modules() if isinstance(module, GatedMixer)]
+    mixed = sum(4 * m.value_width + 4 * m.router.out_features for m in mixers)
+    mixed -= sum(6 * config.width for m in mixers if not m.gate_standard)  # V itself is not kept
+    return 38 * config.width + 8 * hidden + 4 * config.n_head + 8 + mixed

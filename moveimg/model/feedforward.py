@@ -48,14 +48,12 @@ class FeedForward(nn.Module):
         self.auxiliary = None
         return super().train(mode)
 
-    def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, shared: Any = None) -> Tensor:
         raise NotImplementedError
 
 
 class SwiGLU(FeedForward):
     """w2(silu(w1 x) * w3 x) (arXiv 2002.05202), no biases."""
-
-    joined: list[int] | None = None  # inference: output widths of w1 with the rows of w3 added
 
     def __init__(self, config: ModelConfig, spec: SwiGLUConfig) -> None:
         super().__init__()
@@ -64,34 +62,16 @@ class SwiGLU(FeedForward):
         self.w2 = nn.Linear(hidden, config.width, bias=False)
         self.w3 = nn.Linear(config.width, hidden, bias=False)
 
-    def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
-        if self.joined is None:
-            gate, up = self.w1(x), self.w3(x)
-        else:
-            gate, up, _ = self.w1(x).split(self.joined, dim=-1)
-        return self.w2(F.silu(gate) * up)
+    def forward(self, x: Tensor, shared: Any = None) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 def swiglu_hidden(width: int, spec: SwiGLUConfig) -> int:
     """The hidden width: `spec.hidden`, or 2/3 of 4 * width rounded up to `multiple_of`."""
-    if spec.hidden is not None:
-        return spec.hidden
-    return -(-(8 * width // 3) // spec.multiple_of) * spec.multiple_of
+    return spec.hidden or -(-(8 * width // 3) // spec.multiple_of) * spec.multiple_of
 
 
 # --- mixture of experts ----------------------------------------------------------------------
-
-
-class Router(nn.Linear):
-    """x [N, D] -> logits of the experts [N, E], in float32 at least.
-
-    Under autocast, too: in bfloat16 two nearly equal experts would change places.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.weight.to(wide))
 
 
 class MoE(FeedForward):
@@ -99,8 +79,10 @@ class MoE(FeedForward):
 
     p = softmax(x W_r), scaled to sum to 1 over the chosen k (Mixtral, arXiv 2401.04088); shared
     expert as in DeepSeekMoE (arXiv 2401.06066). No expert has a capacity and no token is dropped,
-    so the experts of a token depend on that token alone, as cached decoding requires. In train mode
-    a forward pass keeps the load-balancing loss in `auxiliary`, and `load`.
+    so the experts of a token depend on that token alone, as cached decoding requires.
+
+    In train mode a forward pass keeps `load` and the load-balancing loss in `auxiliary`: E * sum_e
+    load_e * mean probability_e (arXiv 2101.03961, equation 4), times its weight; 1 when balanced.
     """
 
     unpacked = ("expert_router",)  # keeps its number type in a model prepared for inference
@@ -108,7 +90,7 @@ class MoE(FeedForward):
     def __init__(self, config: ModelConfig, spec: MoEConfig) -> None:
         super().__init__()
         self.spec, self.width = spec, config.width
-        self.expert_router = Router(config.width, spec.n_experts, bias=False)
+        self.expert_router = nn.Linear(config.width, spec.n_experts, bias=False)
         self.w_in = nn.Parameter(torch.empty(spec.n_experts, config.width, 2 * spec.hidden))
         self.w_out = nn.Parameter(torch.empty(spec.n_experts, spec.hidden, config.width))
         self.shared_expert = SwiGLU(config, SwiGLUConfig(hidden=spec.shared_hidden))
@@ -126,14 +108,19 @@ class MoE(FeedForward):
         """Parameters of the routed experts that a token uses."""
         return self.spec.top_k * 3 * self.width * self.spec.hidden
 
-    def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
-        tokens = x.flatten(0, -2)  # [N, D]
-        probabilities = self.expert_router(tokens).softmax(dim=-1)  # [N, E]
+    def forward(self, x: Tensor, shared: Any = None) -> Tensor:
+        tokens, n_experts = x.flatten(0, -2), self.spec.n_experts  # [N, D]
+        router = self.expert_router.weight
+        wide = torch.promote_types(router.dtype, torch.float32)
+        # in bfloat16 two nearly equal experts would change places
+        with torch.autocast(x.device.type, enabled=False):
+            probabilities = F.linear(tokens.to(wide), router.to(wide)).softmax(dim=-1)  # [N, E]
         weights, chosen = probabilities.topk(self.spec.top_k, dim=-1)  # [N, k]
         weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.training:
-            self.load = expert_load(chosen, self.spec.n_experts)
-            self.auxiliary = self.spec.balance * balance_loss(probabilities, self.load)
+            self.load = F.one_hot(chosen, n_experts).float().mean(dim=(0, 1))
+            balance = n_experts * (self.load * probabilities.mean(dim=0)).sum()
+            self.auxiliary = self.spec.balance * balance
         shared_out = self.shared_expert(x)  # its dtype is autocast's, to which tokens are cast
         routed = self._experts(tokens.to(shared_out.dtype), chosen)  # [N, k, D]
         mixed = torch.einsum("nk,nkd->nd", weights.to(routed.dtype), routed)
@@ -158,16 +145,6 @@ class MoE(FeedForward):
         return out.flatten(0, 1)[place].unflatten(0, (n, k))
 
 
-def expert_load(chosen: Tensor, n_experts: int) -> Tensor:
-    """chosen [N, k] -> each expert's share of the choices [E]; they add up to 1."""
-    return F.one_hot(chosen, n_experts).float().mean(dim=(0, 1))
-
-
-def balance_loss(probabilities: Tensor, load: Tensor) -> Tensor:
-    """E * sum_e load_e * mean probability_e (arXiv 2101.03961, equation 4): 1 when balanced."""
-    return load.numel() * (load * probabilities.mean(dim=0)).sum()
-
-
 def block_shape(rows: int, n_experts: int) -> tuple[int, int]:
     """Rows per block, and the number of blocks that `rows` rows of E experts need at most.
 
@@ -180,14 +157,10 @@ def block_shape(rows: int, n_experts: int) -> tuple[int, int]:
 
 
 def sort_by_expert(experts: Tensor, n_experts: int, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """The place of each row when rows are sorted by expert, in blocks of one expert each.
+    """The place of each row when rows are sorted by expert, in `count` blocks of `size` rows.
 
-    Args:
-        experts: the expert of each row, [R].
-        n_experts, size, count: E, and the result of `block_shape`.
-
-    Returns:
-        place [R] in 0..count * size - 1, and the expert of each block [count].
+    `experts` [R] is the expert of each row. Returns the places [R] in 0..count * size - 1, and the
+    one expert of each block [count].
     """
     n = torch.zeros(n_experts, dtype=experts.dtype, device=experts.device)
     n = n.scatter_add(0, experts, torch.ones_like(experts))
@@ -234,7 +207,7 @@ class ProductKeys(nn.Module):
         return 2.0 * self.spec.key_heads * self.spec.n_keys * self.spec.key_width
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> rows int64 [B, S, h, k] in 0..n^2-1, weights [B, S, h, k]."""
+        """x [B, S, D] -> rows int64 in 0..n^2-1 and weights of all look-ups, [B, S, h * k]."""
         spec = self.spec
         query = self.query(x).unflatten(-1, (spec.key_heads, 2, -1))  # [B, S, h, 2, Q / 2]
         scores = torch.einsum("bshpc,hpnc->bshpn", query, self.keys)
@@ -242,8 +215,8 @@ class ProductKeys(nn.Module):
         sums = best[..., 0, :, None] + best[..., 1, None, :]  # [B, S, h, k, k]
         rows = index[..., 0, :, None] * spec.n_keys + index[..., 1, None, :]
         best, index = sums.flatten(-2).topk(spec.top_k, dim=-1)
-        wide = torch.promote_types(best.dtype, torch.float32)
-        return rows.flatten(-2).gather(-1, index), best.softmax(dim=-1, dtype=wide)
+        weights = best.softmax(dim=-1, dtype=torch.promote_types(best.dtype, torch.float32))
+        return rows.flatten(-2).gather(-1, index).flatten(-2), weights.flatten(-2)
 
 
 class Table(nn.Module):
@@ -280,17 +253,13 @@ class TableLayer(FeedForward):
         self.spec, self.row_width = spec, row_width
         self.lookup = ProductKeys(config, spec)
 
-    def table_reads(self) -> int:
-        """Numbers of the tables read per token."""
-        return self.spec.key_heads * self.spec.top_k * self.row_width
-
     def active_own(self) -> int:
-        """Parameters of the tables that a token uses."""
-        return self.table_reads()
+        """Numbers of the tables that a token reads."""
+        return self.spec.key_heads * self.spec.top_k * self.row_width
 
     def own_flops(self, context: float) -> float:
         """A multiply and an add per number read."""
-        return 2.0 * self.table_reads()
+        return 2.0 * self.active_own()
 
 
 class ProductKeyMemory(TableLayer):
@@ -316,12 +285,8 @@ class ProductKeyMemory(TableLayer):
         """The values, [n^2, W]."""
         return ValueTable(spec.n_keys**2, spec.value_width or config.width)
 
-    def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
-        if shared is None:
-            raise ValueError("a product-key memory received no value table")
-        rows, weights = self.lookup(x)
-        memory = shared(rows.flatten(-2), weights.flatten(-2))  # [B, S, W]
-        return self.out(memory * F.silu(self.gate(x)))
+    def forward(self, x: Tensor, shared: Any = None) -> Tensor:
+        return self.out(shared(*self.lookup(x)) * F.silu(self.gate(x)))
 
 
 class PEER(TableLayer):
@@ -336,8 +301,8 @@ class PEER(TableLayer):
         self.u = Table(spec.n_keys**2, config.width)
         self.v = Table(spec.n_keys**2, config.width)
 
-    def forward(self, x: Tensor, shared: nn.Module | None = None) -> Tensor:
-        rows, weights = (part.flatten(-2) for part in self.lookup(x))  # [B, S, h * k]
+    def forward(self, x: Tensor, shared: Any = None) -> Tensor:
+        rows, weights = self.lookup(x)
         neurons = torch.einsum("bsd,bskd->bsk", x, F.embedding(rows, self.u.weight))
         return self.v(rows, weights * F.gelu(neurons))
 

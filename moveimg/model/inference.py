@@ -3,9 +3,8 @@
 A decoding step multiplies a few rows (two per image with guidance) by every weight matrix, so on a
 CPU reading the weights takes most of the time. Here they are laid out once for such products:
 float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no bfloat16
-instructions; and optionally 8 bits by FBGEMM. Matrices applied to the same rows are joined, and a
-norm takes four kernels instead of seven. A module lists matrices that it reads in another way in
-`unpacked`: they stay linear layers.
+instructions; and optionally 8 bits by FBGEMM. A module lists matrices that it reads in another way
+in `unpacked`: they stay linear layers.
 """
 
 from __future__ import annotations
@@ -14,22 +13,17 @@ import copy
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moveimg.device import has_bfloat16
-from moveimg.model.attention import MultiHeadAttention, MultiHeadLatentAttention
-from moveimg.model.feedforward import SwiGLU
-from moveimg.model.memory import GatedMixer
 from moveimg.model.transformer import Cache, Transformer
 from moveimg.rng import Dropout
 
 ROWS = 16  # rows that oneDNN's layout is made for; it serves other numbers, too
 INT8_LIMIT = 63  # of a weight: AVX2's 16-bit sums hold two products of 7 by 8 bits
-QUANTIZED = ("int8",)
 
 
 def decoding_model(
@@ -50,47 +44,40 @@ def decoding_model(
     Raises ValueError where `quantize` is unknown, the device is not a CPU, or `compile` is set too.
     """
     weight = model.head.weight
-    if quantize is not None and quantize not in QUANTIZED:
-        raise ValueError(f"quantize {quantize!r}: expected {' or '.join(QUANTIZED)}")
-    if quantize is not None and weight.device.type != "cpu":
-        raise ValueError(f"quantize {quantize} on {weight.device.type}: expected a CPU")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize {quantize!r}: expected int8")
+    if quantize and (compile or weight.device.type != "cpu"):
+        where = "compile" if compile else weight.device.type
+        raise ValueError(f"quantize {quantize} with {where}: expected a CPU, without compile")
     if compile:
-        if quantize is not None:
-            raise ValueError(f"quantize {quantize} with compile: expected one of the two")
         return StaticDecoder(model, mode="reduce-overhead", fullgraph=True)
-    return model if quantize is None and not packable(weight) else _pack(model, quantize)
+    return _pack(model, quantize) if quantize or packable(weight) else model
 
 
 def _pack(model: Transformer, quantize: str | None) -> Transformer:
-    """A copy of `model` with joined matrices, in the layout for this processor."""
-    weight = model.head.weight
-    emulated = weight.dtype == torch.bfloat16 and not has_bfloat16()
-    if emulated or (quantize is not None and weight.dtype != torch.float32):
+    """A copy of `model` with matrices in the layout for this processor."""
+    dtype = model.head.weight.dtype
+    emulated = dtype == torch.bfloat16 and not has_bfloat16()
+    fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    kind = Int8Linear if quantize else HalfLinear if emulated and fbgemm else PackedLinear
+    if emulated or (quantize and dtype != torch.float32):
         fast = copy.deepcopy(model).float()
     else:
-        fast = clone_sharing_weights(model)
-    for module in fast.modules():
-        JOIN.get(type(module), lambda module: None)(module)
-    kinds: dict[type, Callable[[Any], nn.Module]] = {
-        Dropout: lambda dropout: nn.Identity(),
-        nn.Linear: linear_kind(weight, quantize),
-    }
-    if fast.norm.weight.dtype == torch.float32:
-        kinds[nn.RMSNorm] = FastRMSNorm
+        tensors = (*model.parameters(), *model.buffers())
+        fast = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for module in list(fast.modules()):
         for name, child in module.named_children():
-            if type(child) in kinds and name not in getattr(module, "unpacked", ()):
-                setattr(module, name, kinds[type(child)](child))
+            if type(child) is Dropout:
+                setattr(module, name, nn.Identity())
+            elif type(child) is nn.Linear and name not in getattr(module, "unpacked", ()):
+                setattr(module, name, kind(child))
     return fast
 
 
-def clone_sharing_weights(model: Transformer) -> Transformer:
-    """A copy of the modules of `model` with the same parameter and buffer tensors."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-# --- matrix layouts --------------------------------------------------------------------------
+def packable(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout for matrices of this type and device."""
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return weight.device.type == "cpu" and known and torch.backends.mkldnn.is_available()
 
 
 class PackedLinear(nn.Module):
@@ -140,106 +127,7 @@ class Int8Linear(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        try:
-            return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
-        except RuntimeError:  # there is no scale for NaN and infinity
-            if torch.isfinite(x).all():
-                raise
-            raise ValueError(
-                "activations are not finite: the model's weights are damaged"
-            ) from None
-
-
-class FastRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight [..., D] by way of the length of x, in float32."""
-
-    def __init__(self, norm: nn.RMSNorm) -> None:
-        super().__init__()
-        size = norm.weight.numel()
-        self.weight = norm.weight
-        self.scaled = norm.weight.detach() * size**0.5
-        self.epsilon = self.scaled.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / torch.hypot(length, self.epsilon) * self.scaled
-
-
-def linear_kind(weight: Tensor, quantize: str | None) -> Callable[[nn.Linear], nn.Module]:
-    """The constructor of the layer that replaces a linear layer, for a model with such a weight."""
-    if quantize is not None:
-        return Int8Linear
-    if not packable(weight):
-        return lambda linear: linear
-    fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
-    if weight.dtype == torch.bfloat16 and not has_bfloat16() and fbgemm:
-        largest = torch.finfo(torch.float16).max
-        return lambda linear: (
-            HalfLinear if linear.weight.abs().max() <= largest else PackedLinear  # or not finite
-        )(linear)
-    return PackedLinear
-
-
-def packable(weight: Tensor) -> bool:
-    """Whether oneDNN has a layout for matrices of this type and device."""
-    known = weight.dtype in (torch.float32, torch.bfloat16)
-    return weight.device.type == "cpu" and known and torch.backends.mkldnn.is_available()
-
-
-# --- joining matrices that are applied to the same rows ----------------------------------------
-
-
-def concat_linears(*linears: nn.Linear) -> tuple[nn.Linear, list[int]]:
-    """One linear layer x -> all outputs in order, and their widths. None may have a bias.
-
-    The last width is that of zeros, up to a multiple of 16 outputs.
-    """
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    padding = -len(weight) % 16
-    weight = nn.functional.pad(weight, (0, 0, 0, padding))
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    joined.weight = nn.Parameter(weight, requires_grad=False)
-    return joined, [*(linear.out_features for linear in linears), padding]
-
-
-def join_mha(attention: MultiHeadAttention) -> None:
-    """Compute gates together with queries, keys and values."""
-    mixer = attention.mixer
-    if isinstance(mixer, GatedMixer):
-        attention.wqkv, attention.joined = concat_linears(attention.wqkv, mixer.router)
-        mixer.router = nn.Identity()  # type: ignore[assignment]
-
-
-def join_mla(attention: MultiHeadLatentAttention) -> None:
-    """Compute queries (or their low-rank latent), the latent and gates together."""
-    linears: list[Any] = [attention.wq, attention.wkv_down]
-    if isinstance(attention.wq, nn.Sequential):  # low-rank queries: its first matrix reads x
-        linears[0], attention.wq = attention.wq[0], attention.wq[1:]
-    else:
-        attention.wq = nn.Identity()
-    mixers = (attention.latent_mixer, attention.value_mixer)
-    gated = [mixer for mixer in mixers if isinstance(mixer, GatedMixer)]
-    linears += [mixer.router for mixer in gated]
-    for mixer in gated:
-        mixer.router = nn.Identity()  # type: ignore[assignment]
-    attention.wkv_down, widths = concat_linears(*linears)
-    attention.joined = widths if gated else [*widths[:2], 0, widths[2]]
-
-
-def join_swiglu(ffn: SwiGLU) -> None:
-    """Compute both inner products together."""
-    ffn.w1, ffn.joined = concat_linears(ffn.w1, ffn.w3)
-    del ffn.w3
-
-
-JOIN: dict[type, Callable[[Any], None]] = {
-    MultiHeadAttention: join_mha,
-    MultiHeadLatentAttention: join_mla,
-    SwiGLU: join_swiglu,
-}
-
-
-# --- one decoding step over a static cache -----------------------------------------------------
+        return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
 
 
 class StaticDecoder(Transformer):
@@ -268,21 +156,17 @@ class StaticDecoder(Transformer):
 
         CUDA graphs hold addresses, so tensors are used again once their decoding has ended.
         """
-        idle = self._idle[1 << (batch - 1).bit_length()]
-        buffers = idle.pop() if idle else self._make_buffers(1 << (batch - 1).bit_length())
+        size = 1 << (batch - 1).bit_length()
+        idle = self._idle[size]
+        buffers = idle.pop() if idle else Cache(self, size, static=True)
+        tensors = [tensor for layer in buffers.layers for tensor in layer.tensors]
+        for tensor in (*tensors, buffers.rope, buffers.index) if self._compiled else ():
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor)
         cache = copy.copy(buffers)  # the same tensors, at position 0
         cache.index.zero_()  # type: ignore[union-attr]
         weakref.finalize(cache, idle.append, buffers).atexit = False
         return cache
-
-    def _make_buffers(self, size: int) -> Cache:
-        buffers = Cache(self, size, static=True)
-        if self._compiled:
-            tensors = [tensor for layer in buffers.layers for tensor in layer.tensors]
-            for tensor in (*tensors, buffers.rope, buffers.index):
-                if isinstance(tensor, Tensor):
-                    torch._dynamo.mark_static_address(tensor)
-        return buffers
 
     @torch.inference_mode()
     def start(self, labels: Tensor, cache: Cache, codes: Tensor | None = None) -> Tensor:

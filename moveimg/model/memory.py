@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +33,6 @@ class PassThrough(nn.Module):
     """The mixer of a layer without memory: returns v."""
 
     value_width = 0
-    gate_standard = False
-
-    def gate_and_memory(self, x: Tensor, rows: Rows) -> tuple[None, None]:
-        return None, None
 
     def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
         return v
@@ -68,31 +63,23 @@ class GatedMixer(nn.Module):
 
     def own_flops(self, context: float) -> float:
         """The weighted sum of M rows of `value_width`."""
-        return 2.0 * self.table_reads()
-
-    def table_reads(self) -> int:
-        """Numbers of the memory read per token."""
-        return len(self.slots) * self.value_width
+        return 2.0 * len(self.slots) * self.value_width
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """x [B, S, D] -> g_0 [B, S, H, 1] (None where ungated) and g_1.. [B, S, H, M]."""
         gates = 2 * torch.sigmoid(self.router(x).unflatten(-1, (self.n_head, -1)))
         return (gates[..., :1], gates[..., 1:]) if self.gate_standard else (None, gates)
 
-    def gate_and_memory(self, x: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor]:
-        """g_0 [B, S, H, 1] or None, and the weighted sum of this layer's rows [B, S, H, K]."""
-        if rows is None:
-            raise ValueError("this layer mixes value memory into V and received no rows")
-        g_0, g_i = self.gates(x)
-        if rows.shape[-2] != len(self.slots):
-            rows = rows[..., self.slots.start : self.slots.stop, :]
-        # Not a matrix product, which takes twice as long at one position.
-        return g_0, (g_i[..., None] * rows.to(g_i.dtype)).sum(dim=-2)
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """The rows of this layer's slots, [B, S, H, M, K]."""
+        return rows[..., self.slots.start : self.slots.stop, :]
 
     def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """x [B, S, D], v [B, S, H, K], rows [B, S, H, all slots, K] -> v [B, S, H, K]."""
-        g_0, memory = self.gate_and_memory(x, rows)
-        memory = memory.to(v.dtype)
+        assert rows is not None
+        g_0, g_i = self.gates(x)
+        # Not a matrix product, which takes twice as long at one position.
+        memory = (g_i[..., None] * self.own_rows(rows).to(g_i.dtype)).sum(dim=-2).to(v.dtype)
         return memory + v if g_0 is None else torch.addcmul(memory, g_0.to(v.dtype), v)
 
 
@@ -126,8 +113,6 @@ class ValueBank(nn.Module):
         reads: for each layer, the slots it reads, or None.
         slots: value vectors of `value_width` per code.
         value_width: H * K, the width of the values mixed into.
-
-    Raises ValueError where `value_width` cannot be cut into H heads.
     """
 
     sites: tuple[str, ...]
@@ -137,11 +122,6 @@ class ValueBank(nn.Module):
         slots: int, value_width: int,
     ) -> None:  # fmt: skip
         super().__init__()
-        if value_width % config.n_head:
-            raise ValueError(
-                f"value memory of width {value_width} over {config.n_head} heads: expected a "
-                "multiple of n_head (each head mixes its own chunk)"
-            )
         self.config, self.spec, self.reads = config, spec, reads
         self.slots, self.value_width = slots, value_width
         self.bank = nn.Embedding(config.codebook_size, slots * value_width)
@@ -210,21 +190,13 @@ class MoVE(ValueBank):
 MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """What one layer mixes into its values, without the class token's position.
+class Mixing(NamedTuple):
+    """What one layer mixes into its values, without the class token's position."""
 
-    Attributes:
-        g_0: gate of the standard values [B, S, H, 1]; None where the layer has none.
-        g_i: gates of the slots [B, S, H, M].
-        values: the standard values before the gate [B, S, H, K].
-        rows: bank rows of the layer's slots [B, S, H, M, K].
-    """
-
-    g_0: Tensor | None
-    g_i: Tensor
-    values: Tensor
-    rows: Tensor
+    g_0: Tensor | None  # gate of the standard values [B, S, H, 1]; None where the layer has none
+    g_i: Tensor  # gates of the slots [B, S, H, M]
+    values: Tensor  # the standard values before the gate [B, S, H, K]
+    rows: Tensor  # bank rows of the layer's slots [B, S, H, M, K]
 
 
 def mixers_by_layer(model: nn.Module) -> dict[int, GatedMixer]:
@@ -245,8 +217,7 @@ def record_mixing(model: nn.Module, record: Callable[[int, Mixing], None]) -> It
     def make_hook(layer: int) -> Callable[..., None]:
         def hook(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, v, rows = (part[:, 1:] for part in args)
-            rows = rows[..., mixer.slots.start : mixer.slots.stop, :]
-            record(layer, Mixing(*mixer.gates(x), v, rows))
+            record(layer, Mixing(*mixer.gates(x), v, mixer.own_rows(rows)))
 
         return hook
 

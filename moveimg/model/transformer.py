@@ -27,10 +27,8 @@ CHUNK = 2**24  # logits computed at a time by the loss (64 MiB in float32), but 
 class Block(nn.Module):
     """Attention and feed-forward, each after an RMS norm and added to the residual stream.
 
-    Args:
-        config: the transformer's config.
-        ffn: settings of this layer's feed-forward.
-        mixers: this layer's value memory, by the site in attention where it is mixed in.
+    `ffn` holds the settings of this layer's feed-forward, `mixers` its value memory, by the site in
+    attention where it is mixed in.
     """
 
     def __init__(self, config: ModelConfig, ffn: SlotConfig, mixers: dict[str, Mixer]) -> None:
@@ -69,8 +67,8 @@ class Cache:
         self.layers = [layer.make_cache(batch, length, like) for layer in model.attentions()]
         self.rope = model.rope()[:length]
 
-    def advance(self, positions: int = 1) -> None:
-        """Go to the next position, or by several."""
+    def advance(self, positions: int) -> None:
+        """Go to a later position."""
         self.position += positions
         self.index += positions  # in place where it is a tensor
 
@@ -134,7 +132,7 @@ class Transformer(nn.Module):
     def auxiliary_loss(self) -> Tensor:
         """The sum of the layers' auxiliary losses in the last forward pass in train mode, a scalar.
 
-        Zero where no layer has one. Each is returned once, so that no graph stays in the model.
+        Each is returned once, so that no graph stays in the model.
         """
         total = torch.zeros((), device=self.norm.weight.device)
         for ffn in self.feedforwards():
@@ -170,11 +168,9 @@ class Transformer(nn.Module):
         scalars, without all logits in memory at once. This is not a method of its own because
         DDP and FSDP2 gather weights and gradients around `forward` alone.
         """
-        config = self.config
-        if codes.shape != (len(labels), config.seq_len):
+        if codes.shape != (len(labels), self.config.seq_len):
             raise ValueError(
-                f"codes {tuple(codes.shape)} for {len(labels)} labels: expected "
-                f"[{len(labels)}, {config.seq_len}] ({config.grid[0]} x {config.grid[1]} codes)"
+                f"codes {tuple(codes.shape)}: expected [{len(labels)}, {self.config.seq_len}]"
             )
         x = self.hidden(codes, labels)
         if loss:
@@ -203,21 +199,14 @@ class Transformer(nn.Module):
         next code; all positions are computed in one pass (prefill). Raises ValueError for a cache
         that is not empty, or for other shapes.
         """
-        if cache.position or cache.batch != len(labels):
-            raise ValueError(
-                f"start expects an empty cache for {len(labels)} labels, got one for "
-                f"{cache.batch} at position {cache.position}"
-            )
-        if codes is not None and not (
-            len(codes) == len(labels) and codes.shape[1] < self.config.seq_len
-        ):
-            raise ValueError(
-                f"codes {tuple(codes.shape)}: expected [{len(labels)}, fewer than "
-                f"{self.config.seq_len}]"
-            )
         x = self.label_embedding(labels)[:, None]
         if codes is not None:
             x = torch.cat([x, self.code_embedding(codes)], dim=1)
+        if cache.position or cache.batch != len(x) or x.shape[1] > self.config.seq_len:
+            raise ValueError(
+                f"start of {len(x)} x {x.shape[1]} positions at position {cache.position} of a "
+                f"cache for {cache.batch} x {self.config.seq_len}: expected an empty one that fits"
+            )
         logits = self._step(x, self.memory.rows(labels, codes), cache)
         cache.advance(x.shape[1])
         return logits
@@ -226,11 +215,10 @@ class Transformer(nn.Module):
         """Next decoding step: the codes just drawn [B] -> logits of the next ones [B, V]."""
         if not 0 < cache.position < self.config.seq_len:
             raise ValueError(
-                f"decode at position {cache.position}: expected 1..{self.config.seq_len - 1}, "
-                "after start and before the last code"
+                f"decode at position {cache.position}: expected 1..{self.config.seq_len - 1}"
             )
         logits = self.decoding_step(codes, cache)
-        cache.advance()
+        cache.advance(1)
         return logits
 
     def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
@@ -305,30 +293,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, train: bool
     ) -> tuple[Tensor, Tensor]:
         low, wide = weight.to(dtype), torch.promote_types(dtype, torch.float32)
-        for_x, for_weight = (train and needed for needed in ctx.needs_input_grad[:2])
-        grad_x = torch.empty_like(x) if for_x else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
-        loss, hits = (torch.zeros((), dtype=wide, device=x.device) for _ in range(2))
-        size = max(1, CHUNK // len(weight))
-        for rows, target, start in zip(
-            x.split(size), targets[:, None].split(size), range(0, len(x), size), strict=True
-        ):
-            rows = rows.to(dtype)
+        grad_x, loss = torch.empty_like(x), torch.zeros((), dtype=wide, device=x.device)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if train else None
+        hits, size = torch.zeros_like(loss), max(1, CHUNK // len(weight))
+        for start in range(0, len(x), size):
+            rows, target = x[start : start + size].to(dtype), targets[start : start + size, None]
             logits = (rows @ low.T).to(wide)
             hits += (logits.argmax(dim=1, keepdim=True) == target).sum()
             logits = logits.log_softmax(dim=1)
             loss -= logits.gather(1, target).sum()
-            if for_x or for_weight:
+            if grad_weight is not None:
                 ones = logits.new_ones(target.shape)
                 error = logits.exp_().scatter_add_(1, target, -ones).to(dtype)  # p - e
-                if grad_x is not None:
-                    grad_x[start : start + size] = error @ low
-                if grad_weight is not None:
-                    grad_weight += error.T @ rows
+                grad_x[start : start + size] = error @ low
+                grad_weight += error.T @ rows
                 del error
             del logits  # before those of the next chunk
-        accuracy = hits / len(x)
-        ctx.rows = len(x)
+        accuracy, ctx.rows = hits / len(x), len(x)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(accuracy)
         return loss / len(x), accuracy
@@ -336,8 +317,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad / ctx.rows
-        grad_x, grad_weight = (
-            None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors
-        )
+        grad_x, grad_weight = (g * (grad / ctx.rows).to(g.dtype) for g in ctx.saved_tensors)
         return grad_x, grad_weight, None, None, None

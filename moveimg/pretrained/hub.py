@@ -39,43 +39,14 @@ def resolve(name_or_path: str | Path) -> Path:
     if Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no model here (it has no config.json)")
     if name in PUBLISHED:
-        return fetch_published(name)
+        return _fetch_published(name)
     if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name, re.ASCII):
-        folder, missing, reason = _download(name, MODEL_FILES)
-        if missing:
-            raise FileNotFoundError(
-                f"no model {name!r}: no such directory here, and {', '.join(missing)} cannot be "
-                f"downloaded from the Hugging Face Hub ({reason})"
-            )
-        return folder
-    bundled = ", ".join(sorted(path.name for path in BUNDLED.glob("*"))) or "none"
+        return _download(name, MODEL_FILES, f"no model {name!r} here")
+    bundled = ", ".join(sorted(path.name for path in BUNDLED.glob("*")))
     raise FileNotFoundError(
         f"no model {name[:200]!r}: expected a model directory, a bundled name ({bundled}), "
         f"public weights ({', '.join(PUBLISHED)}) or a Hugging Face Hub id (owner/name)"
     )
-
-
-def fetch_published(name: str) -> Path:
-    """The converted model directory of a published name (errors as of resolve)."""
-    directory = cache_directory() / name
-    if (directory / "config.json").is_file():
-        return directory
-    gpt, image_size = PUBLISHED[name]
-    folder, missing, reason = _download(REPO, (gpt, TOKENIZER_FILE))
-    if missing:
-        raise FileNotFoundError(
-            f"{name}: {' and '.join(missing)} of huggingface.co/{REPO} cannot be downloaded "
-            f"({reason}); copy {gpt} and {TOKENIZER_FILE} from where there is a network, then run "
-            f"`moveimg convert llamagen --gpt {gpt} --vq {TOKENIZER_FILE} "
-            f"--image-size {image_size} --out {directory}`"
-        )
-    print_rank0(f"{name}: converting, once, into {directory}")
-    try:
-        convert_llamagen(folder / gpt, folder / TOKENIZER_FILE, directory, image_size)
-    except OSError:  # another rank was faster
-        if not (directory / "config.json").is_file():
-            raise
-    return directory
 
 
 def cache_directory() -> Path:
@@ -87,19 +58,36 @@ def cache_directory() -> Path:
     return Path(HF_HOME) / "moveimg"
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error of huggingface_hub, whose messages have many."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _fetch_published(name: str) -> Path:
+    """The converted model directory of a published name (errors as of resolve)."""
+    directory = cache_directory() / name
+    if (directory / "config.json").is_file():
+        return directory
+    gpt, image_size = PUBLISHED[name]
+    help = (
+        f"copy {gpt} and {TOKENIZER_FILE} from where there is a network, then run `moveimg convert "
+        f"llamagen --gpt {gpt} --vq {TOKENIZER_FILE} --image-size {image_size} --out {directory}`"
+    )
+    folder = _download(REPO, (gpt, TOKENIZER_FILE), help)
+    print_rank0(f"{name}: converting, once, into {directory}")
+    try:
+        convert_llamagen(folder / gpt, folder / TOKENIZER_FILE, directory, image_size)
+    except OSError:  # another rank was faster
+        if not (directory / "config.json").is_file():
+            raise
+    return directory
 
 
-def _download(repo_id: str, files: Sequence[str]) -> tuple[Path, list[str], str]:
-    """The local folder of a repository, those of `files` it lacks, and the reason."""
+def _download(repo_id: str, files: Sequence[str], help: str) -> Path:
+    """The local folder of a repository's files; FileNotFoundError, with `help`, without them."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=list(files)))
+        missing = [file for file in files if not (folder / file).is_file()]
+        reason = f"it lacks {', '.join(missing)}" if missing else ""
     except Exception as error:  # its kind depends on huggingface_hub's transport
-        return Path(), [*files], first_line(error)
-    missing = [file for file in files if not (folder / file).is_file()]
-    return folder, missing, "the repository lacks it"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if reason:
+        raise FileNotFoundError(f"huggingface.co/{repo_id}: not downloaded ({reason}): {help}")
+    return folder

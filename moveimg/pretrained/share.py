@@ -1,4 +1,4 @@
-"""Publishing on the Hugging Face Hub: models with their cards, and Spaces with the web demo."""
+"""Publishing on the Hugging Face Hub: models with their cards, Spaces with the demo."""
 
 from __future__ import annotations
 
@@ -11,42 +11,31 @@ from typing import Any
 
 from moveimg import __version__
 from moveimg.checkpoint import BUNDLED, read_class_names, read_description, read_sampling
-from moveimg.errors import list_names
+from moveimg.errors import describe, list_names
 from moveimg.files import read_json, read_text, write_json, write_text
 from moveimg.model import model_cost
-from moveimg.pretrained.hub import MODEL_FILES, PUBLISHED, REPO, first_line
+from moveimg.pretrained.hub import MODEL_FILES, REPO
 
 TEMPLATES = Path(__file__).parent / "templates"
 TASK = "unconditional-image-generation"  # the Hub's name for images of classes, too
-TAGS = ("image-generation", "class-conditional", "autoregressive", "diffusers")
-# Settings of a run that name files and folders of its machine, and the values that are public
-LOCAL = {
-    "out", "codes", "source", "tokenizer", "init_from",
-    "reference", "extractor", "inception_weights",
-}  # fmt: skip
-PUBLIC = (None, "digits", "fashion", *PUBLISHED)
+PUBLIC = ("source", "step", "val")  # of `about`: other notes name files and folders
 
 
-def write_model(
-    directory: Path, out: Path, repo_id: str, *, link: bool = False, **metadata: Any
-) -> None:
+def write_model(directory: Path, out: Path, repo_id: str, **metadata: Any) -> None:
     """Write what the Hub gets of a model directory: its files, a card, and those of diffusers.
 
-    The card is the directory's README.md, or else model_card with `metadata`. Names of local files
-    and folders are removed from config.json. With `link`, weights are links and not copies. Raises
+    The card is the directory's README.md, or else model_card with `metadata`. Of the notes on how
+    the model was made, config.json keeps those without names of files and folders. Raises
     FileNotFoundError where a file is missing.
     """
-    if missing := [file for file in MODEL_FILES if not (directory / file).is_file()]:
-        raise FileNotFoundError(f"{directory}: not a whole model (it lacks {missing[0]})")
     own = directory / "README.md"
     card = read_text(own) if own.is_file() else model_card(directory, repo_id, **metadata)
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-    for file in MODEL_FILES[1:]:
-        if link:
-            (out / file).symlink_to((directory / file).resolve())
-        else:
-            shutil.copyfile(directory / file, out / file)
-    write_json(out / "config.json", public_config(directory))
+    for file in MODEL_FILES:
+        shutil.copyfile(directory / file, out / file)
+    config = read_json(directory / "config.json")
+    config["about"] = {key: value for key, value in config["about"].items() if key in PUBLIC}
+    write_json(out / "config.json", config)
     write_text(out / "README.md", card)
     write_diffusers(out)
 
@@ -75,43 +64,21 @@ def write_space(model: str, out: Path, name: str) -> None:
     write_text(out / "README.md", str(SpaceCard.from_template(data, str(TEMPLATES / "space.md"))))
 
 
-def upload(
-    folder: Path, repo_id: str, *, private: bool = False, space: bool = False, api: Any = None
-) -> str:
+def upload(folder: Path, repo_id: str, *, private: bool = False, space: bool = False) -> str:
     """Upload a folder in one commit, as a model or a Space; returns the repository's address.
 
-    `api` replaces `huggingface_hub.HfApi()`. Raises OSError where the Hub cannot be reached or
-    refuses, with its reason.
+    Raises OSError where the Hub cannot be reached or refuses, with its reason.
     """
-    if api is None:
-        from huggingface_hub import HfApi
+    from huggingface_hub import HfApi
 
-        api = HfApi()
-    kind = {"repo_type": "space" if space else "model"}
-    sdk = {"space_sdk": "gradio"} if space else {}
+    kind: dict[str, Any] = {"repo_type": "space" if space else "model"}
+    sdk: dict[str, Any] = {"space_sdk": "gradio"} if space else {}
     try:
-        api.create_repo(repo_id, exist_ok=True, private=private, **kind, **sdk)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="moveimg", **kind)
+        HfApi().create_repo(repo_id, exist_ok=True, private=private, **kind, **sdk)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **kind)
     except Exception as error:  # its kind depends on huggingface_hub's transport
-        raise OSError(f"huggingface.co/{repo_id}: not uploaded: {first_line(error)}") from None
+        raise OSError(f"huggingface.co/{repo_id}: not uploaded: {describe(error)}") from None
     return f"https://huggingface.co/{'spaces/' if space else ''}{repo_id}"
-
-
-def public_config(directory: Path) -> dict[str, Any]:
-    """The config.json to publish: without names of files and folders of this machine."""
-    about = read_description(directory).about
-    return read_json(directory / "config.json") | {"about": _without_paths(about)}
-
-
-def _without_paths(about: dict[str, Any], in_run: bool = False) -> dict[str, Any]:
-    """`about` without the folder a model was made from, and without its run's LOCAL settings."""
-    public: dict[str, Any] = {}
-    for key, value in about.items():
-        if isinstance(value, dict):
-            public[key] = _without_paths(value, in_run or key == "run")
-        elif not (key in LOCAL if in_run else key == "from") or value in PUBLIC:
-            public[key] = value
-    return public
 
 
 def model_card(
@@ -135,48 +102,43 @@ def model_card(
 
     description = read_description(directory)
     config, about = description.model, description.about
-    cost = model_cost(config)
-    memory = ", ".join(f"{key} {value}" for key, value in config.memory.model_dump().items())
-    if base_model is None and "llamagen" in json.dumps(public_config(directory)).lower():
+    cost, name = model_cost(config), repo_id.rsplit("/", 1)[-1]
+    if base_model is None and "llamagen" in json.dumps(about).lower():
         base_model = REPO
     if license is None and directory.parent == BUNDLED:
         license = "mit"
-    reference = results["reference"]["name"].rsplit("/", 1)[-1] if results else ""
-    held_out, scores = _numbers(about.get("val")), _numbers((results or {}).get("metrics"))
-    evaluations = [
-        EvalResult(TASK, datasets[0] if datasets else name, name, key, value, dataset_split=split)
-        for figures, name, split in ((held_out, "held-out images", "held out"),
-                                     (scores, reference, None))
-        for key, value in figures.items()
-    ]  # fmt: skip
-    name = repo_id.rsplit("/", 1)[-1]
+    figures = {"held-out images": about.get("val", {})}
+    if results is not None:
+        figures[results["reference"]["name"].rsplit("/", 1)[-1]] = results["metrics"]
+    figures = {
+        source: {key: round(x, 4) for key, x in numbers.items() if isinstance(x, int | float)}
+        for source, numbers in figures.items()
+    }
     data = ModelCardData(
         library_name="moveimg", pipeline_tag=TASK, license=license, base_model=base_model,
-        datasets=[*datasets] or None, tags=[*TAGS, f"{config.memory.kind}-memory"],
-        model_name=name, eval_results=evaluations or None,
+        datasets=[*datasets] or None, model_name=name,
+        eval_results=[
+            EvalResult(TASK, source, source, key, value)
+            for source, numbers in figures.items()
+            for key, value in numbers.items()
+        ],
+        tags=["image-generation", "class-conditional", "autoregressive", "diffusers",
+              f"{config.memory.kind}-memory"],
     )  # fmt: skip
     architecture = {
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.width}",
         "parameters": f"{cost.parameters:,} (value memory {cost.bank:,})",
-        "attention, memory, feed-forward": f"{config.attention.kind}; {memory}; {config.ffn.kind}",
+        "attention, feed-forward": f"{config.attention.kind}, {config.ffn.kind}",
+        "memory": ", ".join(f"{key} {value}" for key, value in config.memory),
         "codes": f"{config.grid[0]} x {config.grid[1]} of {config.codebook_size:,}",
-        "origin": about.get("source", "trained with moveimg"),
     }
     tables = {
         "Model": architecture,
         "Sampling settings": read_sampling(directory).model_dump(),
-        f"Results, held out, after {about.get('step')} steps": held_out,
-        f"Results against {reference}": scores,
+        **{f"Results, {source}": numbers for source, numbers in figures.items()},
     }
-    classes = list_names(read_class_names(directory), 20)
     card = ModelCard.from_template(
         data, str(TEMPLATES / "card.md"), name=name, repo_id=repo_id, tables=tables,
-        n_classes=config.n_classes, classes=classes,
+        n_classes=config.n_classes, classes=list_names(read_class_names(directory), 20),
     )  # fmt: skip
     return str(card)
-
-
-def _numbers(figures: Any) -> dict[str, float]:
-    """The single numbers of a dictionary, rounded; empty for anything else."""
-    items = figures.items() if isinstance(figures, dict) else ()
-    return {key: round(value, 4) for key, value in items if isinstance(value, int | float)}

@@ -14,7 +14,6 @@ import torch
 
 from moveimg.checkpoint import load_model, save_model
 from moveimg.config import ModelConfig
-from moveimg.device import shapes_only
 from moveimg.errors import validate
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer
@@ -35,21 +34,17 @@ def convert_upcycle(source: str | Path, memory: dict[str, Any], out: str | Path)
 
 
 def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
-    """A transformer with a zero memory that shares the dense one's weights.
+    """A transformer with a zero memory and a dense one's weights, in train mode as that one.
 
     Raises ValueError if the model has a memory already, or for settings that are not valid.
     """
-    if dense.config.memory.kind != "none":
-        kind = dense.config.memory.kind
-        raise ValueError(f"the model has a memory of kind {kind!r} already: expected none")
     config = validate(ModelConfig, dense.config.model_dump() | {"memory": memory}, "upcycle")
-    if config.memory.kind == "none":
-        raise ValueError("upcycle: memory.kind is none: expected lave or move")
-    with shapes_only():
-        model = Transformer(config)
-    state, like = dense.state_dict(), dense.head.weight
-    for key, value in model.state_dict().items():
-        if key not in state:
-            state[key] = torch.zeros(value.shape, dtype=like.dtype, device=like.device)
-    model.load_state_dict(state, assign=True)
+    if dense.config.memory.kind != "none" or config.memory.kind == "none":
+        raise ValueError(
+            f"upcycle: memory of kind {dense.config.memory.kind!r} to {config.memory.kind!r}: "
+            "expected 'none' to lave or move"
+        )
+    model = Transformer(config).to(dense.head.weight)
+    zeros = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    model.load_state_dict(zeros | dense.state_dict())
     return model.train(dense.training)

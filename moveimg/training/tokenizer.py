@@ -195,14 +195,15 @@ class TokenizerTask(Task):
 
     def extra_state(self) -> dict[str, Any]:
         """The state of the quantizer's training, and of the discriminator with its optimizer."""
-        state: dict[str, Any] = {**self.model.quantize.training_state()}
+        state: dict[str, Any] = {"idle_steps": self.model.quantize.idle_steps}
         if self.adversary is not None:
             state["discriminator"] = self.adversary.discriminator.state_dict()
             state["discriminator_optimizer"] = self.adversary.optimizer.state_dict()
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.model.quantize.load_training_state(state)
+        idle = state.get("idle_steps")
+        self.model.quantize.idle_steps = None if idle is None else idle.to(self.device)
         if self.adversary is not None:
             self.adversary.discriminator.load_state_dict(state["discriminator"])
             self.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
