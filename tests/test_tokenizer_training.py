@@ -181,13 +181,6 @@ def test_init_from_continues_with_the_weights_of_a_tokenizer(folder, tmp_path):
         training.make_tokenizer(other)
 
 
-def test_bfloat16_trains(folder, tmp_path):
-    config = make_config(
-        folder, tmp_path, {"kind": "ibq"}, dtype="bfloat16", adversarial=JUDGE, steps=4
-    )
-    assert np.isfinite(train_tokenizer(config, CPU)["mse"])
-
-
 def test_refusals_come_before_anything_is_written(folder, tmp_path):
     with pytest.raises(ValueError, match=r"images.size 16.* 24"):
         judge = JUDGE | {"n_layers": 3}
