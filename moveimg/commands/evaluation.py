@@ -13,16 +13,8 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option
 
 from moveimg import DEFAULT_MODEL
-from moveimg.commands.common import (
-    BatchSize,
-    Device,
-    Dtype,
-    ImageSize,
-    Seed,
-    Set,
-    command,
-    device_of,
-)
+from moveimg.commands import common
+from moveimg.commands.common import command, device_of
 from moveimg.config import SamplingSettings, as_pair, override, parse_size
 
 Split = Literal["train", "val"]
@@ -55,9 +47,9 @@ def evaluate(
     num: int | None = Option(
         None, "--num-samples", min=4, help="50,000, or 2,000 with classifier."
     ),
-    seed: Seed = 0,
-    batch_size: BatchSize = 100,
-    set: Set = None,
+    seed: common.Seed = 0,
+    batch_size: common.BatchSize = 100,
+    set: common.Set = None,
     sweep: str | None = Option(None, metavar="KEY=A:B:STEP", help="As cfg_scale=1.25:2.5:0.25."),
     resize: int | None = Option(None, min=1, max=4096, help="Pixels to score at (bicubic)."),
     out: Path | None = Option(None, help="Folder; default: evaluation/MODEL-HASH."),
@@ -68,9 +60,9 @@ def evaluate(
     make_reference: Path | None = Option(None, metavar="FILE", help="Make an .npz of images."),
     make_extractor: Path | None = Option(None, metavar="FILE", help="Train a classifier on them."),
     split: Split = Option("train", help="Of the images (--make-reference)."),
-    size: ImageSize = "256",
-    device: Device = None,
-    dtype: Dtype = None,
+    size: common.ImageSize = "256",
+    device: common.Device = None,
+    dtype: common.Dtype = None,
 ) -> None:
     """Checkpoint, or a set of samples -> FID, sFID, IS, precision, recall, KID."""
     from moveimg.evaluation import results
@@ -117,7 +109,7 @@ def evaluate(
 def reconstruct(
     images: str = Argument(help="A data set's name, or a folder."),
     tokenizer: Path = Option(help="Directory of a tokenizer or model, or a bundled name."),
-    size: ImageSize = "256",
+    size: common.ImageSize = "256",
     split: Split = Option("val", help="Of the images."),
     out: Path | None = Option(None, help="A PNG of images and reconstructions."),
     rfid: bool = Option(True, help="Compute rFID, too."),
@@ -125,7 +117,7 @@ def reconstruct(
     extractor: Extractor = None,
     inception_weights: Inception = None,
     allow: Allow = None,
-    device: Device = None,
+    device: common.Device = None,
 ) -> None:
     """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
     from moveimg.checkpoint import load_tokenizer
