@@ -106,6 +106,8 @@ def push(
 
     if repo is None and out is None:
         raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
+    if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
+        raise ValueError(f"{repo!r}: expected the Hub's owner/name")
     name = repo or f"owner/{Path(str(out)).name}"
     scores = read_results(results) if results else None
     about: dict[str, Any] = {"license": license, "base_model": base_model, "results": scores}
