@@ -21,7 +21,7 @@ from moveimg.model.inference import StaticDecoder
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import UNKNOWN, draw, guide, image_rngs, keep_top, sample_codes
 from tests.conftest import lively, tiny_config
-from tests.test_cli import refused, run
+from tests.test_cli import run
 from tests.test_pipeline import NAMES, tiny_tokenizer
 
 GUIDED = SamplingSettings(cfg_scale=1.5, temperature=0.8, top_k=9)
@@ -284,18 +284,3 @@ def test_score_writes_the_strangest_image_first(tmp_path):
     right = sum(row["class"] == row["likeliest"] for row in rows) / 12
     assert f"{right:.2%}" in done.output
     assert Image.open(tmp_path / "scores.png").width > 100
-
-
-@pytest.mark.parametrize(
-    ("arguments", "value"),
-    [
-        (("edit", "none.png"), "none.png"),
-        (("edit", "digit.png", "--keep", "top", "--hole", "top"), "--hole"),
-        (("edit", "digit.png", "--keep", "sideways"), "sideways"),
-        (("score", "nowhere"), "nowhere"),
-    ],
-)
-def test_bad_input_of_edit_and_score(tmp_path, monkeypatch, arguments, value):
-    monkeypatch.chdir(tmp_path)
-    Image.new("L", (8, 8)).save("digit.png")
-    assert value in refused(*arguments, "--model", "digits")
