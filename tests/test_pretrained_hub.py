@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from moveimg.checkpoint import BUNDLED, ModelParts, load_model, save_model
 from moveimg.cli import app
-from moveimg.config import SIZES, SamplingSettings
+from moveimg.config import SamplingSettings
 from moveimg.files import atomic_directory, write_json
 from moveimg.pipeline import Pipeline, resolve
-from moveimg.pretrained import hub, llamagen, share
+from moveimg.pretrained import hub, share
 from tests.conftest import lively, tiny_config
 from tests.test_pipeline import NAMES, tiny_tokenizer
 
@@ -87,20 +87,6 @@ def test_published_names_are_converted_once(tmp_path, monkeypatch, directory):
     for _ in range(2):
         assert resolve("llamagen-xl-384") == tmp_path / "cache" / "llamagen-xl-384"
     assert calls == [("c2i_XL_384.pt", "vq_ds16_c2i.pt", 384)]
-
-
-def test_published_names_have_sizes_and_settings():
-    assert len(hub.PUBLISHED) == 7 and hub.PUBLISHED["llamagen-3b-384"] == ("c2i_3B_384.pt", 384)
-    for file, _ in hub.PUBLISHED.values():
-        assert file.split("_")[1] in SIZES.keys() & llamagen.PUBLISHED_CFG.keys()
-
-
-def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path))
-    assert hub.cache_directory() == tmp_path
-    monkeypatch.delenv("MOVEIMG_CACHE")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "/elsewhere")
-    assert hub.cache_directory() == Path("/elsewhere/moveimg")
 
 
 def test_hub_ids_load_what_push_uploads(monkeypatch, directory, tmp_path):
@@ -192,17 +178,6 @@ def test_diffusers_draws_what_moveimg_draws(diffusion, directory):
             diffusion(1, **wrong)
     with pytest.raises(ValueError):
         diffusion("no such class")
-
-
-def test_diffusers_calls_back_after_every_code_and_can_be_interrupted(diffusion):
-    seen = []
-
-    def stop(pipeline, step, _, state):
-        seen.append((step, state["codes"].shape))
-        pipeline._interrupt = step == 4
-
-    (images,) = diffusion([0, 1], callback_on_step_end=stop, return_dict=False)
-    assert seen == [(step, (2, 12)) for step in range(5)] and len(images) == 2
 
 
 def test_a_pipeline_of_diffusers_moves_and_saves(diffusion, tmp_path):
