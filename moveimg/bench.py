@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
+from moveimg.config import SamplingSettings, TrainConfig
 from moveimg.device import hardware, peak_memory
 from moveimg.dist import World
 from moveimg.model import Transformer, decoding_model, token_flops
-from moveimg.sampling import image_rngs, iter_codes
+from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import GeneratorTask
 from moveimg.training.initial import freeze_backbone
 from moveimg.training.loop import Run
@@ -32,68 +30,53 @@ def bench_sample(
     quantize: str | None = None,
 ) -> Figures:
     """Measure drawing the codes of `batch_size` images; with guidance an image is two rows."""
-    config, device = model.config, model.head.weight.device
+    length, device = model.config.seq_len, model.head.weight.device
     fast, rngs = decoding_model(model, quantize), image_rngs(range(batch_size))
-    labels = torch.arange(batch_size, device=device) % config.n_classes
-    first_rows: list[float] = []
-
-    def draw() -> None:
-        begun = time.perf_counter()
-        for done, _ in enumerate(iter_codes(fast, labels, settings, rngs), 1):
-            if done == config.grid[1]:
-                synchronize(device)
-                first_rows.append(time.perf_counter() - begun)
-
-    length, rows = config.seq_len, batch_size * (1 if settings.cfg_scale == 1 else 2)
+    labels = torch.arange(batch_size, device=device) % model.config.n_classes
+    rows = batch_size * (1 if settings.cfg_scale == 1 else 2)
     flops = length * rows * token_flops(model, (length + 1) / 2, decoding=True)
-    figures = measure(draw, device, repeats, batch_size, batch_size * length, flops)
-    return figures | {"seconds to the first row": first_rows[1:]}
+    work = {"images": batch_size, "codes": batch_size * length, "GFLOPs": flops / 1e9}
+    return measure(lambda: sample_codes(fast, labels, settings, rngs), device, repeats, work)
 
 
 class RandomCodes:
-    """Packed codes of n images in memory, random codes and classes."""
+    """Packed codes in memory: a batch of random codes and classes."""
 
     n_crops = 1
 
-    def __init__(self, config: ModelConfig, n: int) -> None:
-        self.codes = torch.randint(config.codebook_size, (n, config.seq_len))
-        self.labels = torch.randint(config.n_classes, (n,))
-        self.class_names = [str(i) for i in range(config.n_classes)]
+    def __init__(self, config: TrainConfig) -> None:
+        model, n = config.model, config.batch_size
+        self.codes = torch.randint(model.codebook_size, (n, model.seq_len))
+        self.labels = torch.randint(model.n_classes, (n,))
+        self.class_names = [str(i) for i in range(model.n_classes)]
 
     def __len__(self) -> int:
         return len(self.codes)
 
-    def get(self, indices: np.ndarray, crops: np.ndarray) -> tuple[Tensor, Tensor]:
+    def get(self, indices: Any, crops: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return self.codes[indices], self.labels[indices]
 
 
 def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> Figures:
     """Measure the steps of `moveimg train` on random codes, from random weights."""
-    config = config.model_copy(update={"evaluation": None})
     torch.manual_seed(config.seed)
     model = Transformer(config.model).to(device)
     if config.train == "memory":
         freeze_backbone(model)
-    parallel = choose_parallelism(config, World(device=device))
-    codes: Any = RandomCodes(config.model, config.batch_size)
+    parallel, codes = choose_parallelism(config, World(device=device)), RandomCodes(config)
     tokenizer: Any = None  # previews alone need one
-    task = GeneratorTask(config, model, tokenizer, codes, codes, parallel)
-    run = Run(task, config, parallel)
-    tokens = config.batch_size * config.model.seq_len
-    flops = 3 * tokens * token_flops(model, (config.model.seq_len + 1) / 2)
-    figures = measure(run.advance, device, repeats, config.batch_size, tokens, flops)
-    return figures | {"steps per second": [1 / seconds for seconds in figures["seconds"]]}
+    task = GeneratorTask(config, model, tokenizer, codes, codes, parallel)  # type: ignore[arg-type]
+    length = config.model.seq_len
+    tokens = config.batch_size * length
+    flops = 3 * tokens * token_flops(model, (length + 1) / 2)
+    work = {"images": config.batch_size, "codes": tokens, "GFLOPs": flops / 1e9, "steps": 1}
+    return measure(Run(task, config, parallel).advance, device, repeats, work)
 
 
 def measure(
-    call: Callable[[], object],
-    device: torch.device,
-    repeats: int,
-    images: int,
-    codes: int,
-    flops: float,
+    call: Callable[[], object], device: torch.device, repeats: int, work: dict[str, float]
 ) -> Figures:
-    """Time `repeats` calls, after one that is not counted; each makes `images`, `codes`, `flops`.
+    """Time `repeats` calls, after one that is not counted; each does `work`.
 
     torch.utils.benchmark.Timer would warm up by two calls before every single measurement.
     """
@@ -101,17 +84,11 @@ def measure(
     for _ in range(repeats + 1):
         begun = time.perf_counter()
         call()
-        synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - begun)
-    work = {"images": images, "codes": codes, "GFLOPs": flops / 1e9}
     rates = {f"{unit} per second": [done / s for s in seconds[1:]] for unit, done in work.items()}
     return {"seconds": seconds[1:], **rates}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def describe_figures(figures: Figures, device: torch.device) -> str:

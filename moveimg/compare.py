@@ -7,7 +7,6 @@ table is made from what it leaves in its directory: metrics.jsonl and config.jso
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -27,7 +26,6 @@ from moveimg.checkpoint import read_about, read_model_config
 from moveimg.config import TrainConfig, load_config
 from moveimg.device import hardware
 from moveimg.dist import die_with_parent, signals_raise
-from moveimg.errors import shorten
 from moveimg.files import write_json, write_text
 from moveimg.model import model_cost
 from moveimg.progress import progress_bar
@@ -40,10 +38,10 @@ from moveimg.training.settings import (
     read_measurements,
 )
 
-# Keys in which the configs may differ: the model's three slots and its size.
+# Keys in which the configs may differ: the model's slots and size, and what the codes decide.
 COMPARED = ("out", "seed", "model.attention", "model.memory", "model.ffn", "model.n_layer",
-            "model.n_head", "model.width")  # fmt: skip
-OF_THE_CODES = ("model.codebook_size", "model.n_classes", "model.grid")  # may be left out
+            "model.n_head", "model.width", "model.codebook_size", "model.n_classes",
+            "model.grid")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,16 @@ class ComparedRun:
         """The lines of metrics.jsonl."""
         return read_measurements(self.config.out / "training" / "metrics.jsonl")
 
-    def finished(self) -> bool:
-        """Whether the directory holds this run, exported (and before that measured) at its end."""
-        if not (self.config.out / "config.json").is_file() or self.changed_settings():
-            return False
-        lines, steps = self.measurements(), self.config.steps
-        return bool(lines and lines[-1].loss) and read_about(self.config.out).get("step") == steps
-
     def changed_settings(self) -> dict[str, tuple[Any, Any]]:
         """Settings in which the run in the directory differs from this one: before and now."""
         path = self.config.out / "training" / "config.yaml"
         return changed_settings(path, self.config) if path.is_file() else {}
+
+    def finished(self) -> bool:
+        """Whether the directory holds the model of this run's last step, and its measurement."""
+        if not (self.config.out / "config.json").is_file() or not self.measurements():
+            return False
+        return read_about(self.config.out).get("step") == self.config.steps
 
     def outcome(self) -> dict[str, Any]:
         """The last measurement and the learning curve of a finished run.
@@ -93,7 +90,7 @@ def parse_seeds(text: str) -> list[int]:
     """The seeds of `0,1,2`. Raises ValueError for anything else, or a repeated seed."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 11 for part in parts) or len({*parts}) < len(parts):
-        raise ValueError(f"seeds {shorten(text)}: expected different whole numbers, as in 0,1,2")
+        raise ValueError(f"seeds {text[:60]!r}: expected different whole numbers, as in 0,1,2")
     return [int(part) for part in parts]
 
 
@@ -126,7 +123,6 @@ def compare(
     }
     missing = [run for run in runs if not run.finished()]
     table, failures = write_report(runs, out, about), []
-    (out / "logs").mkdir(parents=True, exist_ok=True)
     trainings = train_all(missing, overrides, device, jobs, out / "logs")
     with progress_bar(len(missing), "compare", "run") as bar, closing(trainings):
         for run, failure in trainings:
@@ -134,8 +130,7 @@ def compare(
             if failure is None and not run.finished():
                 failure = "ended without the model of its last step"
             if failure is None:
-                loss = run.measurements()[-1].loss
-                bar.write(f"{run}: loss {loss:.4f}", file=sys.stderr)
+                bar.write(f"{run}: loss {run.measurements()[-1].loss:.4f}", file=sys.stderr)
                 table = write_report(runs, out, about)
             else:
                 failures.append(f"{run}: {failure}")
@@ -143,9 +138,6 @@ def compare(
     if failures:
         raise ValueError("; ".join(failures))
     return table
-
-
-# --- the runs --------------------------------------------------------------------------------
 
 
 def list_runs(
@@ -159,16 +151,12 @@ def list_runs(
     loaded = {path.stem: (path, load_config(path, TrainConfig, overrides)) for path in configs}
     if len(loaded) != len(configs):
         raise ValueError("two configs have the same file name: expected different ones")
-    (first, (_, config)), *others = loaded.items()
-    shared = flatten_settings(config, (*COMPARED, *vary))
-    for name, (_, other) in others:
-        for key, values in differing(shared, flatten_settings(other, (*COMPARED, *vary))).items():
-            in_both = config.model.model_fields_set & other.model.model_fields_set
-            if key in OF_THE_CODES and key.removeprefix("model.") not in in_both:
-                continue  # the codes decide it, the same for all
+    shared = [flatten_settings(config, (*COMPARED, *vary)) for _, config in loaded.values()]
+    for name, other in zip(loaded, shared, strict=True):
+        for key, (first, value) in differing(shared[0], other).items():
             raise ValueError(
-                f"{first} and {name} differ in {key} ({values[0]}, {values[1]}): expected "
-                f"differences in the model's slots and size only (or --vary {key})"
+                f"{key} is {first} in the first config, {value} in {name}: expected differences in "
+                f"the model's slots and size only (or --vary {key})"
             )
     runs = []
     for name, (path, config) in loaded.items():
@@ -184,9 +172,6 @@ def list_runs(
     return runs
 
 
-# --- the trainings ---------------------------------------------------------------------------
-
-
 def train_all(
     runs: Sequence[ComparedRun],
     overrides: Sequence[str],
@@ -199,6 +184,7 @@ def train_all(
     Closing the iterator (or SIGTERM, SIGHUP, Ctrl-C) ends those that run: they get SIGTERM, write
     a checkpoint, and are waited for.
     """
+    logs.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if jobs > 1:  # else they would compete for the cores
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -238,80 +224,65 @@ def train_command(run: ComparedRun, overrides: Sequence[str], device: torch.devi
     return command + [word for text in (*overrides, *own) for word in ("--set", text)]
 
 
-# --- the table -------------------------------------------------------------------------------
-
-
 def write_report(runs: Sequence[ComparedRun], out: Path, about: dict[str, Any]) -> str:
     """Write table and plots of the configs whose runs are all finished; return the table."""
-    results = []
+    results: list[dict[str, Any]] = []
     for name in dict.fromkeys(run.name for run in runs):
         own = [run for run in runs if run.name == name]
         if all(run.finished() for run in own):
             cost = asdict(model_cost(read_model_config(own[0].config.out)))
-            results.append({"name": name} | cost | {"runs": [run.outcome() for run in own]})
+            outcomes = [run.outcome() for run in own]
+            baseline = results[0]["runs"] if results else outcomes
+            results.append({"name": name, **cost, "runs": outcomes} | summarize(outcomes, baseline))
     if not results:
         return ""
-    summaries = summarize(results)
-    table = comparison_table(summaries)
-    write_json(out / "table.json", {**about, "configs": summaries})
+    table = markdown_table([describe_result(result) for result in results])
+    write_json(out / "table.json", {**about, "configs": results})
     write_text(out / "table.md", table + "\n")
-    plots.plot_comparison(summaries, out)
+    plots.plot_comparison(results, out)
     return table
 
 
-def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each config's result with its statistics over seeds; the first config is the baseline.
+def summarize(
+    runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    """Statistics over a config's outcomes and the baseline's with the same seeds.
 
     loss_mean, loss_std     held-out loss over seeds; the deviation is of the sample (n - 1)
     difference, interval    mean over seeds of (loss - baseline's with the same seed), and half
                             its 95 % confidence interval by Student's t (None with one seed)
     """
-    baseline = {run["seed"]: run["loss"] for run in results[0]["runs"]}
-    summaries = []
-    for result in results:
-        runs = result["runs"]
-        losses = [run["loss"] for run in runs]
-        differences = [run["loss"] - baseline[run["seed"]] for run in runs]
-        several = len(runs) > 1
-        statistics_of_seeds = {
-            "loss_mean": statistics.mean(losses),
-            "loss_std": statistics.stdev(losses) if several else None,
-            "difference": statistics.mean(differences),
-            "interval": half_interval(differences) if several else None,
-            "steps_per_second": statistics.median(run["steps_per_second"] for run in runs),
-            "peak_memory": max(run["peak_memory"] for run in runs),
-        }
-        summaries.append(result | statistics_of_seeds)
-    return summaries
+    losses, several = [run["loss"] for run in runs], len(runs) > 1
+    differences = [run["loss"] - other["loss"] for run, other in zip(runs, baseline, strict=True)]
+    interval = None
+    if several:
+        error = statistics.stdev(differences) / len(runs) ** 0.5
+        interval = float(student.ppf(0.975, len(runs) - 1)) * error
+    return {
+        "loss_mean": statistics.mean(losses),
+        "loss_std": statistics.stdev(losses) if several else None,
+        "difference": statistics.mean(differences),
+        "interval": interval,
+        "steps_per_second": statistics.median(run["steps_per_second"] for run in runs),
+        "peak_memory": max(run["peak_memory"] for run in runs),
+    }
 
 
-def half_interval(values: Sequence[float]) -> float:
-    """Half the 95 % confidence interval of the mean of at least two values."""
-    quantile = float(student.ppf(0.975, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def comparison_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table with a row per config, rounded for people."""
-
-    def with_deviation(value: float, deviation: float | None, sign: str = "") -> str:
-        return f"{value:{sign}.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
-
-    return markdown_table(
-        [
-            {
-                "config": row["name"],
-                "held-out loss (nats per code)": with_deviation(row["loss_mean"], row["loss_std"]),
-                "seeds": len(row["runs"]),
-                "to the first (95 %)": with_deviation(row["difference"], row["interval"], "+"),
-                "parameters": f"{row['parameters']:,}",
-                "active per token": f"{row['active']:,}",
-                "MFLOPs per token (forward)": f"{row['flops_per_token'] / 1e6:.3f}",
-                "GFLOPs per image (decoding)": f"{row['flops_per_image'] / 1e9:.3f}",
-                "cache bytes per token (float32)": f"{row['cache_bytes_per_token']:,}",
-                "steps/s": f"{row['steps_per_second']:.2f}",
-                "peak memory (MiB)": f"{row['peak_memory'] / 2**20:,.0f}",
-            }
-            for row in summaries
-        ]
+def describe_result(result: dict[str, Any]) -> dict[str, Any]:
+    """The table's row of a config, rounded for people."""
+    spread, interval = (
+        "" if result[key] is None else f" ± {result[key]:.4f}" for key in ("loss_std", "interval")
     )
+    return {
+        "config": result["name"],
+        "held-out loss (nats per code)": f"{result['loss_mean']:.4f}{spread}",
+        "seeds": len(result["runs"]),
+        "to the first (95 %)": f"{result['difference']:+.4f}{interval}",
+        "parameters": f"{result['parameters']:,}",
+        "active per token": f"{result['active']:,}",
+        "MFLOPs per token (forward)": f"{result['flops_per_token'] / 1e6:.3f}",
+        "GFLOPs per image (decoding)": f"{result['flops_per_image'] / 1e9:.3f}",
+        "cache bytes per token (float32)": f"{result['cache_bytes_per_token']:,}",
+        "steps/s": f"{result['steps_per_second']:.2f}",
+        "peak memory (MiB)": f"{result['peak_memory'] / 2**20:,.0f}",
+    }

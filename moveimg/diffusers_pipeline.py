@@ -20,8 +20,6 @@ from moveimg.pipeline import Classes, Pipeline
 from moveimg.pretrained.share import write_diffusers
 from moveimg.sampling import MAX_SEED, image_rngs, iter_codes
 
-Step = Callable[[DiffusionPipeline, int, int, dict[str, Any]], dict[str, Any] | None]
-
 
 class MoveimgPipeline(DiffusionPipeline):
     """Images of classes by moveimg, with the interface of diffusers' pipelines.
@@ -47,54 +45,50 @@ class MoveimgPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Step | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        **options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Images of classes, `num_images_per_prompt` of each in a row.
 
         Args:
             class_labels: names or indices of classes, or one of them.
-            guidance_scale: the scale of classifier-free guidance, 1 for none; like temperature,
-                top_k and top_p the model's own where left out.
+            guidance_scale: the scale of classifier-free guidance, 1 for none; default: the model's.
             generator: where the images' seeds come from, one for all images or one for each.
             output_type: pil, or np: float32 [B, H, W, 3] in 0..1.
             callback_on_step_end: called as (pipeline, step, step, {"codes": int64 [B, T]}) after
                 each code. Where it sets `pipeline._interrupt`, the codes to come stay mid-grey.
+            options: other fields of moveimg's SamplingSettings, such as temperature.
 
         Raises ValueError for an unknown class or output type and settings out of range.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type {output_type!r}: expected pil or np")
         pipeline, self._interrupt = self.moveimg, False
-        settings = pipeline.settings(
-            cfg_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        settings = pipeline.settings(cfg_scale=guidance_scale, **options)
         classes = [class_labels] if isinstance(class_labels, str | int) else class_labels
         indices = [pipeline.label(name) for name in classes for _ in range(num_images_per_prompt)]
         labels = torch.tensor(indices, device=pipeline.device)
         codes = labels.new_zeros(len(labels), pipeline.generator.config.seq_len)
-        rngs, done = image_rngs(_seeds(generator, len(labels))), 0
-        with self.progress_bar(total=codes.shape[1]) as bar:
-            for drawn in iter_codes(pipeline.decoder, labels, settings, rngs):
-                codes[:, done] = drawn
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, done, done, {"codes": codes})
-                done += 1
-                bar.update()
-                if self._interrupt:
-                    break
-        images: Any = pipeline.decode_partial(codes, done)
+        rngs = image_rngs(_draw_seeds(generator, len(labels)))
+        for step, drawn in enumerate(
+            self.progress_bar(iter_codes(pipeline.decoder, labels, settings, rngs))
+        ):
+            codes[:, step] = drawn
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, step, {"codes": codes})
+            if self._interrupt:
+                break
+        images: Any = pipeline.decode_partial(codes, step + 1)
         if output_type == "np":
             images = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def to(self, *args: Any, **options: Any) -> MoveimgPipeline:
+    def to(
+        self, *args: Any, silence_dtype_warnings: bool = True, **options: Any
+    ) -> MoveimgPipeline:
         """Move the model to a device and its generator to a number type; returns the pipeline."""
-        options.pop("silence_dtype_warnings", None)
         device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
         self.moveimg.generator.to(device, dtype)
         self.moveimg.tokenizer.to(device)  # decodes in float32
@@ -119,7 +113,7 @@ class MoveimgPipeline(DiffusionPipeline):
         write_diffusers(directory)
 
 
-def _seeds(generator: Any, number: int) -> list[int]:
+def _draw_seeds(generator: Any, number: int) -> list[int]:
     """A seed for each image, drawn from its torch generator (None: torch's own)."""
     generators = [generator] * number if not isinstance(generator, Iterable) else [*generator]
     if len(generators) != number:

@@ -10,7 +10,6 @@ not see the kept codes behind it; `resample` corrects this by Metropolis-Hasting
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from operator import index
 
 import numpy as np
@@ -24,19 +23,16 @@ from moveimg.errors import shorten
 from moveimg.images import center_crop
 from moveimg.likelihood import code_log_probs
 from moveimg.model import Transformer
-from moveimg.progress import progress_bar
 from moveimg.sampling import (
     UNKNOWN,
     guidance_scales,
     image_rngs,
-    iter_codes,
     keep_top,
     sample_codes,
 )
 
 HALVES = ("top", "bottom", "left", "right")
 KINDS = "top, bottom, left, right, a number of rows of codes, a box of four pixels, or a mask"
-NEEDS_CHANCE = "expected 0 passes, or more at a temperature above 0, to accept or reject by chance"
 BLOCK = 4  # codes proposed together by `resample`; longer blocks are accepted too rarely
 
 Area = str | int | Sequence[int] | Image.Image | np.ndarray
@@ -55,38 +51,32 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     Raises ValueError for an area of another form, or outside the image.
     """
     height, width = size
-    inside = torch.zeros(size, dtype=torch.bool)
-    if isinstance(area, str):
-        if area not in HALVES:
-            raise ValueError(f"area {shorten(area)}: expected {KINDS}")
-        # a half is made of whole codes
-        middle_row, middle_column = (
-            side // downsample // 2 * downsample for side in (height, width)
-        )
-        rows = {"top": slice(middle_row), "bottom": slice(middle_row, None)}
-        columns = {"left": slice(middle_column), "right": slice(middle_column, None)}
-        inside[rows.get(area, slice(None)), columns.get(area, slice(None))] = True
-    elif isinstance(area, Integral) and not isinstance(area, bool):
-        if not 0 <= int(area) <= height // downsample:
-            raise ValueError(f"{area} rows of codes: expected 0..{height // downsample}")
-        inside[: int(area) * downsample] = True
-    elif isinstance(area, Image.Image | np.ndarray):
+    if isinstance(area, Image.Image | np.ndarray):
         mask = np.asarray(area.convert("L") if isinstance(area, Image.Image) else area)
         if mask.ndim != 2 or not mask.size or not np.isfinite(mask).all():
             raise ValueError(f"mask {list(mask.shape)}: expected finite numbers [H, W]")
         whole = Image.fromarray(np.where(mask > mask.max() / 2, 255, 0).astype(np.uint8))
-        inside = torch.from_numpy(np.array(center_crop(whole, size))) > 127
-    else:
-        try:
-            left, top, right, bottom = (index(side) for side in area)  # type: ignore[union-attr]
-        except (TypeError, ValueError):
-            raise ValueError(f"area {shorten(area)}: expected {KINDS}") from None
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise ValueError(
-                f"box {[left, top, right, bottom]}: expected left, top, right, bottom within "
-                f"{width} x {height} pixels"
-            )
-        inside[top:bottom, left:right] = True
+        return torch.from_numpy(np.array(center_crop(whole, size))) > 127
+    row, column = (side // downsample // 2 * downsample for side in size)  # halves of whole codes
+    halves = {
+        "top": (0, 0, width, row),
+        "bottom": (0, row, width, height),
+        "left": (0, 0, column, height),
+        "right": (column, 0, width, height),
+    }
+    try:
+        if isinstance(area, str):
+            left, top, right, bottom = halves[area]
+        elif isinstance(area, Sequence):
+            left, top, right, bottom = (index(side) for side in area)  # type: ignore[arg-type]
+        else:
+            left, top, right, bottom = 0, 0, width, index(area) * downsample
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"area {shorten(area)}: expected {KINDS}") from None
+    if not (0 <= left <= right <= width and 0 <= top <= bottom <= height):
+        raise ValueError(f"area {shorten(area)}: expected it within {width} x {height} pixels")
+    inside = torch.zeros(size, dtype=torch.bool)
+    inside[top:bottom, left:right] = True
     return inside
 
 
@@ -120,34 +110,18 @@ def redraw(
 ) -> Tensor:
     """Codes int64 [B, T] with the known codes of one image, int64 [T], and the others drawn.
 
-    Args:
-        generator, labels, settings: as of sample_codes.
-        known: UNKNOWN where a code is drawn.
-        seed: image i is drawn with seed + i.
-        passes: resampling passes after the first drawing.
-        batch_size: images drawn at once.
-
-    Raises ValueError for passes below 0, or at temperature 0.
+    `known` is UNKNOWN where a code is drawn; image i is drawn with seed + i, `batch_size` images at
+    once, then resampled `passes` times. Raises ValueError for passes at temperature 0.
     """
-    if passes < 0 or (passes and settings.temperature == 0):
-        raise ValueError(f"passes {passes} at temperature {settings.temperature}: {NEEDS_CHANCE}")
-    hole, batches = known == UNKNOWN, []
-    passes = passes if hole.any() else 0
-    rngs = image_rngs(range(seed, seed + len(labels)))
-    total = len(labels) * (len(known) + passes * int(hole.sum()))
-    with progress_bar(total, "draw", "code", delay=2) as bar:
-        for first in range(0, len(labels), batch_size):
-            chosen, rng = labels[first : first + batch_size], rngs[first : first + batch_size]
-            drawn = []
-            for code in iter_codes(generator, chosen, settings, rng, known.expand(len(chosen), -1)):
-                drawn.append(code)
-                bar.update(len(chosen))
-            codes = torch.stack(drawn, dim=1)
-            for _ in range(passes):
-                for block, changed in resample(generator, chosen, codes, hole, settings, rng):
-                    codes = changed
-                    bar.update(len(chosen) * (block.stop - block.start))
-            batches.append(codes)
+    batches = []
+    for chosen in labels.split(batch_size):
+        rng = image_rngs(range(seed, seed + len(chosen)))
+        codes = sample_codes(generator, chosen, settings, rng, known.expand(len(chosen), -1))
+        for _ in range(passes):
+            for _, changed in resample(generator, chosen, codes, known == UNKNOWN, settings, rng):
+                codes = changed
+        batches.append(codes)
+        seed += len(chosen)
     return torch.cat(batches)
 
 
@@ -168,16 +142,10 @@ def resample(
     min(1, p(codes after | new block) / p(codes after | old block)). Many passes sample the hole
     from the distribution proportional to the product over all codes of q, from which drawn codes
     come (guidance, temperature, top-k, top-p), and for kept codes p (guidance and temperature).
-
-    Args:
-        generator, labels, settings, rng: as of sample_codes.
-        codes: int64 [B, T], kept and drawn.
-        hole: the codes to draw again, bool [T].
-
-    Raises ValueError for temperature 0.
+    `hole` has the codes to draw again, bool [T]. Raises ValueError for temperature 0.
     """
     if settings.temperature == 0:
-        raise ValueError(f"temperature 0: {NEEDS_CHANCE}")
+        raise ValueError("temperature 0: expected above 0, for passes accept or reject by chance")
     scales = guidance_scales(settings, codes.shape[1])
 
     def filter_hole(logits: Tensor) -> Tensor:  # [B, T, V]; keep_top takes rows

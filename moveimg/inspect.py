@@ -1,14 +1,14 @@
 """The inside of a trained model: its gates, its value bank, its gradients and its experts.
 
-B batch   S positions (without the class token's)   H heads   M slots   G gates: g_0, then slots
-V codebook size
+B batch   S positions (without the class token's)   H heads   G gates: g_0, then slots
 
-Reports, plots and warnings count layers from 1.
+Reports and plots count layers from 1.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,6 @@ from moveimg.model import (
 from moveimg.pipeline import Pipeline
 
 Batches = list[tuple[Tensor, Tensor]]  # codes [B, T] and labels [B]
-# Failure signs: mean gates below CLOSED or gates near 2 in more than a share MANY; unread codes.
-CLOSED, MANY, UNREAD = 0.2, 0.5, 0.05
-READS_PER_CODE = 20  # with fewer reads per code on average, an unread code says little
-GRADIENT_BATCHES = 4
 
 
 def inspect_model(
@@ -47,36 +43,30 @@ def inspect_model(
     batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write out/inspection.json and its plots; return the report.
+    """Write out/inspection.json and gates.png; return the report.
 
     The model reads `num` images of packed codes (or of val/ in their folder), or else of its own
-    samples. Gradients are those of the first four full batches.
+    samples. Gradients are those of the first batch.
 
     Raises ValueError for a model with neither memory nor experts, or codes of another tokenizer.
     """
-    model, memory = pipeline.generator, pipeline.generator.memory
+    model = pipeline.generator
     batches = read_codes(pipeline, codes_folder, num, batch_size, seed)
-    loads = expert_loads(model, batches)
-    if not isinstance(memory, ValueBank) and not loads:
-        raise ValueError(
-            f"memory of kind {model.config.memory.kind}, feed-forward of kind "
-            f"{model.config.ffn.kind}: expected a value bank or experts"
-        )
     report: dict[str, Any] = {
         "model": model.config.model_dump(mode="json"),
         "codes": "its own samples" if codes_folder is None else str(codes_folder),
         "images": sum(len(labels) for _, labels in batches),
-        "experts": loads,
-        "warnings": [],
+        "experts": expert_loads(model, batches),
     }
-    if isinstance(memory, ValueBank):
+    if isinstance(model.memory, ValueBank):
         report["layers"] = gather_gates(model, batches)
-        report["bank"] = count_reads(memory, batches)
-        # full batches only: a mean gradient's norm shrinks with the batch size
-        full = [batch for batch in batches if len(batch[1]) == len(batches[0][1])]
-        report["gradients"] = gradient_norms(model, full[:GRADIENT_BATCHES])
-        report["warnings"] = list_warnings(report)
-        plots.plot_memory(report, out)
+        report["gradients"] = gradient_norms(model, *batches[0])
+        plots.plot_gates(report["layers"], out)
+    elif not report["experts"]:
+        raise ValueError(
+            f"memory of kind {model.config.memory.kind}, feed-forward of kind "
+            f"{model.config.ffn.kind}: expected a value bank or experts"
+        )
     write_json(out / "inspection.json", report)
     return report
 
@@ -95,11 +85,8 @@ def read_codes(
         packed.require_tokenizer(pipeline.tokenizer.fingerprint)
         picked = torch.linspace(0, len(packed) - 1, min(num, len(packed))).long().numpy()
         codes, labels = packed.get(picked, 0 * picked)
-    pairs = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
-    return [(c.to(pipeline.device), label.to(pipeline.device)) for c, label in pairs]
-
-
-# --- gates and experts -----------------------------------------------------------------------
+    codes, labels = codes.to(pipeline.device), labels.to(pipeline.device)
+    return list(zip(codes.split(batch_size), labels.split(batch_size), strict=True))
 
 
 @dataclass(frozen=True)
@@ -164,19 +151,19 @@ def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, An
     mean, spread, near_zero, near_two       per head and gate, [H, G]; shares below 0.1, above 1.9
     memory_share                            mean norm of sum_i g_i M_i over its sum with g_0 V's
     """
-    gates: dict[int, list[Tensor]] = {}  # sums over a batch's images and positions, [4, H, G]
-    norms: dict[int, list[Tensor]] = {}  # likewise, [2]
-    for codes, labels in batches:
-        for layer, found in bank_maps(model, codes, labels).items():
+    sums: dict[int, Any] = defaultdict(int)  # over images and positions, [4, H, G]
+    norms: dict[int, Any] = defaultdict(int)  # likewise, [2]
+    for batch in batches:
+        for layer, found in bank_maps(model, *batch).items():
             g = found.gates
             each = torch.stack([g, g.square(), (g < NEAR_ZERO).double(), (g > NEAR_TWO).double()])
-            gates.setdefault(layer, []).append(each.sum((1, 2)))
-            norms.setdefault(layer, []).append(torch.stack([found.kept.sum(), found.memory.sum()]))
+            sums[layer] += each.sum((1, 2))
+            norms[layer] += torch.stack([found.kept.sum(), found.memory.sum()])
     count = sum(len(labels) for _, labels in batches) * (model.config.seq_len - 1)
     report = {}
     for layer, mixer in mixers_by_layer(model).items():
-        mean, square, near_zero, near_two = torch.stack(gates[layer]).sum(0) / count
-        kept, memory = (torch.stack(norms[layer]).sum(0) / count).tolist()
+        mean, square, near_zero, near_two = sums[layer] / count
+        kept, memory = norms[layer].tolist()
         names = [f"slot {slot}" for slot in mixer.slots]
         report[layer + 1] = {
             "gates": ["g_0", *names] if mixer.gate_standard else names,
@@ -193,15 +180,16 @@ def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, An
 def expert_loads(model: Transformer, batches: Batches) -> dict[int, list[float]]:
     """Each expert's share of the choices, of every layer with experts."""
     experts = {i: ffn for i, ffn in enumerate(model.feedforwards(), 1) if isinstance(ffn, MoE)}
-    loads: list[Tensor] = []
+    loads: dict[int, list[Any]] = {i: [] for i in experts}
     for ffn in experts.values():
         ffn.training = True  # it keeps its load
     for codes, labels in batches if experts else ():
         model(codes, labels)
-        loads.append(torch.stack([ffn.load for ffn in experts.values() if ffn.load is not None]))
+        for i, ffn in experts.items():
+            loads[i].append(ffn.load)
     for ffn in experts.values():
         ffn.training, ffn.auxiliary = False, None
-    return dict(zip(experts, torch.stack(loads).mean(0).tolist(), strict=True)) if loads else {}
+    return {i: torch.stack(found).mean(0).tolist() for i, found in loads.items()}
 
 
 class EmptyRows(nn.Module):
@@ -224,55 +212,21 @@ def without_bank(model: Transformer) -> Transformer:
     return bare
 
 
-# --- the bank --------------------------------------------------------------------------------
-
-
-def count_reads(memory: ValueBank, batches: Batches) -> dict[str, Any]:
-    """How often each code's row was read in `batches`: `reads` [V], and the codes `unread`."""
-    read = torch.cat([codes[:, :-1].flatten().cpu() for codes, _ in batches])  # not the last code
-    reads = read.bincount(minlength=memory.bank.num_embeddings)
-    return {"reads": reads.tolist(), "unread": int((reads == 0).sum())}
-
-
-def gradient_norms(model: Transformer, batches: Batches) -> dict[str, Any]:
+def gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> dict[str, Any]:
     """Norms of the cross-entropy's gradient with respect to the bank, by the layer it comes from.
 
     Each layer gets rows of its own (equal in value), so their gradient is that layer's part alone:
     what a local table there would get. A shared bank gets the sum over layers. That sum's norm
     over the sum of norms, `alignment`, is 1 where all layers pull the same way.
-
-    Numbers are means over batches; their `_spread` is the standard deviation over batches (0 for
-    one batch).
     """
-    norms = torch.stack([_gradient_norms(model, *batch) for batch in batches])  # [batches, L + 1]
-    by_layer, bank = norms[:, :-1], norms[:, -1]
-    numbers = {
-        "bank": bank,
-        "bank_over_largest_layer": bank / by_layer.amax(1).clamp(min=1e-30),
-        "alignment": bank / by_layer.sum(1).clamp(min=1e-30),
-    }
-    report: dict[str, Any] = {"batches": len(batches), "by_layer": {}, "by_layer_spread": {}}
-    for key, values in numbers.items():
-        report[key], report[f"{key}_spread"] = values.mean().item(), _deviation(values)
-    for layer, values in zip(mixers_by_layer(model), by_layer.T, strict=True):
-        report["by_layer"][layer + 1] = values.mean().item()
-        report["by_layer_spread"][layer + 1] = _deviation(values)
-    return report
-
-
-def _deviation(values: Tensor) -> float:
-    return values.std().item() if len(values) > 1 else 0.0
-
-
-def _gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> Tensor:
-    """Of one batch: the norm from each layer with memory, then that of their sum, float64."""
     leaves: list[Tensor] = []
 
     def replace(mixer: nn.Module, args: tuple[Tensor, Tensor, Any]) -> tuple:
         leaves.append(args[2].detach().requires_grad_())
         return args[0], args[1], leaves[-1]
 
-    handles = [m.register_forward_pre_hook(replace) for m in mixers_by_layer(model).values()]
+    mixers, weight = mixers_by_layer(model), model.memory.bank.weight
+    handles = [mixer.register_forward_pre_hook(replace) for mixer in mixers.values()]
     try:
         with torch.enable_grad():
             loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
@@ -280,43 +234,13 @@ def _gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> Tensor
     finally:
         for handle in handles:
             handle.remove()
-    assert isinstance(model.memory, ValueBank)
-    weight = model.memory.bank.weight
     total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    norms = []
-    for gradient in gradients:
+    norms: dict[int, float] = {}
+    for layer, gradient in zip(mixers, gradients, strict=True):
         by_slot = gradient[:, 1:].transpose(2, 3).flatten(2)  # in the order of the bank's columns
         part = torch.zeros_like(total)
         part.index_add_(0, codes[:, :-1].flatten(), by_slot.flatten(0, 1).to(part.dtype))
-        norms.append(part.norm().item())
+        norms[layer + 1] = part.norm().item()
         total += part
-    return torch.tensor([*norms, total.norm().item()], dtype=torch.float64)
-
-
-# --- warnings --------------------------------------------------------------------------------
-
-
-def list_warnings(report: dict[str, Any]) -> list[str]:
-    """The failure signs in a report, a line each."""
-    lines = []
-    largest: dict[str, float] = {}  # mean gate of each slot, over layers and heads
-    for layer, gates in report["layers"].items():
-        gated = int(gates["gates"][0] == "g_0")
-        means, near_two = torch.tensor(gates["mean"]), torch.tensor(gates["near_two"])  # [H, G]
-        shares = {
-            "heads with all slots closed": means[:, gated:].amax(1) < CLOSED,
-            "heads with a closed g_0 (context suppressed)": means[:, :gated] < CLOSED,
-            "slot gates near 2 (saturated)": near_two[:, gated:],
-        }
-        for sign, values in shares.items():
-            if (share := values.double().mean()) > MANY:  # NaN without g_0
-                lines.append(f"layer {layer}: {share:.0%} {sign}")
-        for name, value in zip(gates["gates"][gated:], means[:, gated:].amax(0), strict=True):
-            largest[name] = max(largest.get(name, 0.0), value.item())
-    for slot, gate in largest.items():
-        if gate < CLOSED:
-            lines.append(f"{slot}: idle (mean gate at most {gate:.2f})")
-    reads, unread = report["bank"]["reads"], report["bank"]["unread"]
-    if sum(reads) >= READS_PER_CODE * len(reads) and unread > UNREAD * len(reads):
-        lines.append(f"{unread} of {len(reads)} codes not read in these images")
-    return lines
+    bank = total.norm().item()
+    return {"bank": bank, "by_layer": norms, "alignment": bank / max(sum(norms.values()), 1e-30)}

@@ -23,12 +23,7 @@ from moveimg.sampling import guided_labels, no_autocast
 
 @dataclass(frozen=True)
 class Likelihood:
-    """log p(codes | label) of B images.
-
-    Attributes:
-        log_probs: of each code in nats, float64 [B, T].
-        pixels: pixels of an image.
-    """
+    """log p of each code of B images in nats, float64 [B, T], and the pixels of an image."""
 
     log_probs: Tensor
     pixels: int
@@ -65,13 +60,8 @@ def code_log_probs(
 ) -> Tensor:
     """log p(code | label, codes before it) in nats, float64 [B, T].
 
-    Args:
-        generator: the model, in eval mode.
-        codes: int64 [B, T].
-        labels: int64 [B] in 0..C, where C is the null label.
-        scales: guidance of each of the T positions, or of all; 1 is the model's own distribution.
-        temperature: divides the (guided) logits.
-        narrow: changes the logits [B, T, V] after that, such as by a filter.
+    Labels int64 [B] are in 0..C, where C is the null label. `scales` are the guidance of each of
+    the T positions, or of all; `narrow` changes the guided logits [B, T, V].
     """
     labels, guided = guided_labels(generator, labels, scales)
     with no_autocast(labels.device):

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,9 +16,8 @@ from torch.nn.functional import interpolate, pad
 from moveimg import DEFAULT_MODEL
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.class_names import find_label, search_names
-from moveimg.config import SamplingOptions, SamplingSettings
+from moveimg.config import SamplingSettings
 from moveimg.device import pick_device, pick_dtype
-from moveimg.dist import print_rank0
 from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw, resample
 from moveimg.errors import shorten, validate
 from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
@@ -56,7 +55,6 @@ class Pipeline:
         self.class_names, self.sampling, self.about = parts.class_names, parts.sampling, parts.about
         self.device, self.quantize, self.compile, self.name = device, quantize, compile, name
         self._prepared: tuple[tuple, Transformer] | None = None
-        self._warned = False
 
     @classmethod
     def from_pretrained(
@@ -120,7 +118,7 @@ class Pipeline:
         """The label of a class by its index, name, synonym or unambiguous part (see find_label)."""
         return find_label(self.class_names, name_or_index)
 
-    def settings(self, **options: Unpack[SamplingOptions]) -> SamplingSettings:
+    def settings(self, **options: Any) -> SamplingSettings:
         """The model's sampling settings with the options that are not None. ValueError if bad."""
         changes = {key: value for key, value in options.items() if value is not None}
         return validate(SamplingSettings, self.sampling.model_dump() | changes, "sampling settings")
@@ -132,7 +130,7 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         batch_size: int = 32,
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> list[Image.Image]:
         """Images of classes, `num` of each in a row.
 
@@ -157,7 +155,7 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         passes: int = 0,
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> list[Image.Image]:
         """Completions of an image: the codes of an area are kept, the others are drawn.
 
@@ -175,7 +173,8 @@ class Pipeline:
             options: fields of SamplingSettings; those left out are the model's own.
         """
         hole = self.hole(keep, kept=True)
-        return self.decode(self._redraw(image, classes, hole, num, seed, passes, options))
+        labels = self._repeat(classes, num)
+        return self.decode(self._redraw(image, labels, hole, seed, passes, options))
 
     def edit(
         self,
@@ -186,7 +185,7 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         passes: int = 0,
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> list[Image.Image]:
         """Versions of an image with the area `hole` drawn anew, as one of its own class or another.
 
@@ -194,7 +193,7 @@ class Pipeline:
         complete, but `hole` is the area to draw.
         """
         drawn = self.hole(hole)
-        codes = self._redraw(image, classes, drawn, num, seed, passes, options)
+        codes = self._redraw(image, self._repeat(classes, num), drawn, seed, passes, options)
         return self.decode_partial(codes, codes.shape[1], drawn, image)
 
     def log_likelihood(
@@ -259,20 +258,11 @@ class Pipeline:
         return hole_codes(pixels ^ kept, self.tokenizer.downsample).to(self.device)
 
     def _redraw(
-        self,
-        image: Image.Image,
-        classes: Classes,
-        hole: Tensor,
-        num: int,
-        seed: int,
-        passes: int,
-        options: SamplingOptions,
+        self, image: Image.Image, labels: Tensor, hole: Tensor, seed: int, passes: int, options: Any
     ) -> Tensor:
-        """Codes [B, T] of an image with those in the hole drawn, `num` per class."""
-        settings, labels = self.settings(**options), self._repeat(classes, num)
+        """Codes [B, T] of an image with those in the hole drawn anew, by labels [B]."""
         known = self.encode([image])[0].masked_fill(hole, UNKNOWN)
-        self._check_guidance(settings)
-        return redraw(self.decoder, labels, known, settings, seed, passes)
+        return redraw(self.decoder, labels, known, self.settings(**options), seed, passes)
 
     def sample_codes(
         self, classes: Classes, settings: SamplingSettings, *, seed: int = 0, batch_size: int = 32
@@ -295,7 +285,6 @@ class Pipeline:
         moveimg.sampling.sample_codes. Where it is one image's, passes: resampling passes over the
         other codes (see moveimg.editing), which count on beyond T.
         """
-        self._check_guidance(settings)
         labels, length = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
         if known is not None:
@@ -366,20 +355,7 @@ class Pipeline:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: expected at least 1")
         image_rngs([seed, seed + len(labels) - 1])  # refuse a bad seed before the first batch
-        self._check_guidance(settings)
         for batch in labels.split(min(batch_size, len(labels))):
             rngs = image_rngs(range(seed, seed + len(batch)))
             yield sample_codes(self.decoder, batch, settings, rngs)
             seed += len(batch)
-
-    def _check_guidance(self, settings: SamplingSettings) -> None:
-        """Warn, once, of guidance by a null label that was never trained."""
-        before = self.about.get("before")  # of an upcycled model
-        run = (before if isinstance(before, dict) else self.about).get("run")
-        untrained = isinstance(run, dict) and run.get("class_dropout") == 0
-        if untrained and settings.cfg_scale != 1 and not self._warned:
-            self._warned = True
-            print_rank0(
-                f"cfg_scale {settings.cfg_scale}: the model was trained with class_dropout 0, so "
-                "its null label is untrained and guidance is meaningless; use cfg_scale 1"
-            )

@@ -1,4 +1,4 @@
-"""Plots of comparisons and inspections.   G gates: g_0 where a layer has one, then its slots"""
+"""Plots of comparisons and inspections."""
 
 from __future__ import annotations
 
@@ -32,60 +32,39 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
 
 
-# --- comparisons -----------------------------------------------------------------------------
-
-
 def plot_comparison(configs: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write curves.png and costs.png of summaries (see moveimg.compare)."""
-    colours = [matplotlib.colormaps["tab20"](i % 20) for i in range(len(configs))]
-    save_figure(learning_curves(configs, colours), out / "curves.png")
-    figure = Figure(figsize=(18, 5), layout="constrained")
-    panels = figure.subplots(1, len(COSTS), sharey=True)
-    for axes, (key, title) in zip(panels, COSTS.items(), strict=True):
-        for config, colour in zip(configs, colours, strict=True):
-            axes.errorbar(config[key], config["loss_mean"], yerr=config["loss_std"] or 0,
-                          fmt="o", color=colour, capsize=3, label=config["name"])  # fmt: skip
-        axes.set(xlabel=title, ylabel=LOSS)
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-    save_figure(figure, out / "costs.png")
+    """Write curves.png and costs.png of results (see moveimg.compare).
 
-
-def learning_curves(configs: Sequence[dict[str, Any]], colours: Sequence[Any]) -> Figure:
-    """Held-out loss over steps: the mean over seeds, and a band of one standard deviation."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    ends = []
-    for config, colour in zip(configs, colours, strict=True):
+    A curve is the mean held-out loss over seeds, with a band of one standard deviation.
+    """
+    curves, costs = Figure(figsize=(8, 5), layout="constrained"), Figure(figsize=(18, 5))
+    axes, panels, ends = curves.add_subplot(), costs.subplots(1, len(COSTS), sharey=True), []
+    for i, config in enumerate(configs):
+        style = {"label": config["name"], "color": matplotlib.colormaps["tab20"](i % 20)}
         runs = [dict(map(tuple, run["curve"])) for run in config["runs"]]
-        steps = sorted(set.intersection(*(set(run) for run in runs)))
+        steps = sorted(set.intersection(*map(set, runs)))
         losses = np.array([[run[step] for step in steps] for run in runs])
-        mean = losses.mean(axis=0)
-        axes.plot(steps, mean, label=config["name"], color=colour)
-        if len(runs) > 1:
-            std = losses.std(axis=0, ddof=1)
-            axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        mean, spread = losses.mean(axis=0), losses.std(axis=0, ddof=int(len(runs) > 1))
+        axes.plot(steps, mean, **style)
+        axes.fill_between(steps, mean - spread, mean + spread, color=style["color"], alpha=0.2)
         ends += list(mean[len(mean) // 4 :])
+        for panel, key in zip(panels, COSTS, strict=True):
+            panel.errorbar(config[key], config["loss_mean"], yerr=config["loss_std"] or 0, fmt="o",
+                           capsize=3, **style)  # fmt: skip
     if min(ends) < max(ends):  # the high losses of the first steps would hide the others
         margin = 0.1 * (max(ends) - min(ends))
         axes.set_ylim(min(ends) - margin, max(ends) + margin)
-    axes.set(xlabel="step", ylabel=LOSS)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-    return figure
+    for panel, label in zip((axes, *panels), ("step", *COSTS.values()), strict=True):
+        panel.set(xlabel=label, ylabel=LOSS)
+        panel.grid(alpha=0.3)
+    for panel in (axes, panels[-1]):
+        panel.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save_figure(curves, out / "curves.png")
+    save_figure(costs, out / "costs.png")
 
 
-# --- inspections -----------------------------------------------------------------------------
-
-
-def plot_memory(report: dict[str, Any], out: Path) -> None:
-    """Write gates.png and gradients.png of an inspection's report."""
-    save_figure(gates_by_layer(report["layers"]), out / "gates.png")
-    save_figure(gradients(report["gradients"]), out / "gradients.png")
-
-
-def gates_by_layer(layers: dict[int, Any]) -> Figure:
-    """Mean, deviation and extremes of each gate over layers, heads averaged."""
+def plot_gates(layers: dict[int, Any], out: Path) -> None:
+    """Write gates.png: mean, deviation and extremes of each gate over layers, heads averaged."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
     for axes, (key, title) in zip(panels, STATISTICS.items(), strict=True):
@@ -100,17 +79,4 @@ def gates_by_layer(layers: dict[int, Any]) -> Figure:
         axes.grid(alpha=0.3)
     if len(lines) <= 13:
         panels[0].legend(fontsize=7)
-    return figure
-
-
-def gradients(norms: dict[str, Any]) -> Figure:
-    """The gradient norm that each layer sends to the memory, and that of their sum."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar([str(layer) for layer in norms["by_layer"]], norms["by_layer"].values(),
-             yerr=list(norms["by_layer_spread"].values()), capsize=3)  # fmt: skip
-    axes.axhline(norms["bank"], color="black", ls="--", label="the whole memory")
-    axes.set_xlabel("layer (what a local table there gets)")
-    axes.set_ylabel(f"gradient norm (mean and spread of {norms['batches']} batches)", fontsize=8)
-    axes.legend()
-    return figure
+    save_figure(figure, out / "gates.png")

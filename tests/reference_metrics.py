@@ -7,22 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from moveimg.evaluation.sets import ImageSet
-
-
-class Tensors(Dataset):
-    """uint8 [3, H, W] images, the input of torch-fidelity."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 def array_set(name: str, images: np.ndarray, labels=None) -> ImageSet:

@@ -36,21 +36,25 @@ FILES = [p for d in ("moveimg", "tokenizer") for p in sorted((ROOT / d).rglob("*
 def room_of(module: str) -> str:
     """`moveimg.model.memory` -> model, `tokenizer.vq` -> tokenizer, other packages -> ''."""
     top, *inner = module.split(".")
-    if top in ("tokenizer", "apps", "tools"):
-        return top
-    return inner[0] if top == "moveimg" and inner else ""
+    return (
+        top
+        if top in ("tokenizer", "apps", "tools")
+        else (inner or [""])[0]
+        if top == "moveimg"
+        else ""
+    )
 
 
 def imported_rooms(path: Path) -> set[str]:
     """The rooms that a file imports anywhere, inside functions too."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = {alias.name for alias in getattr(node, "names", ())}
         if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "moveimg":
-            modules |= {f"moveimg.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules.add(node.module)
+            modules |= names
+        elif isinstance(node, ast.ImportFrom):
+            parent = str(node.module)
+            modules |= {f"moveimg.{name}" for name in names} if parent == "moveimg" else {parent}
     return {room_of(module) for module in modules} - {"", "__version__", "DEFAULT_MODEL"}
 
 

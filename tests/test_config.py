@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import torch
@@ -13,14 +12,13 @@ from pydantic import ValidationError
 import tokenizer as vq
 from moveimg.config import (
     ModelConfig,
-    SamplingOptions,
     SamplingSettings,
     TokenizerTrainConfig,
     TrainConfig,
+    list_recipes,
     load_config,
     yaml_of,
 )
-from moveimg.config.recipes import list_recipes
 from moveimg.errors import validate
 from moveimg.model import Transformer
 
@@ -50,6 +48,8 @@ def test_inheritance_and_overrides(tmp_path):
     config = load(tmp_path, overrides=chosen)
     assert config.model.memory.slots == 3
     assert config.optimizer.lr == 1e-3 and config.optimizer.betas == (0.8, 0.9)
+    config = load(tmp_path, "steps: 7", base="base: digits-move-x2\n")  # a recipe
+    assert config.steps == 7 and config.model.memory.slots == 6
 
 
 @pytest.mark.parametrize(
@@ -60,22 +60,24 @@ def test_inheritance_and_overrides(tmp_path):
         ("model: {memory: {slots: 0}}", "(got 0)"),
         ("model: {memory: {kind: mov}}", "'none', 'lave', 'move'"),
         ("model: {n_head: 7}", "width 768 over 7 heads"),
+        ("model: {width: 792}", "66"),
         ("model: {memory: {kind: lave, layers: [12]}}", "0..11"),
         ("model: {attention: {kind: mla, kv_rank: 100, rope_dim: 32}}", "kv_rank 100 over 12"),
-        ("model: {attention: {kind: mla, kv_rank: 192, rope_dim: 6}}", "rope_dim 6"),
+        ("model: {attention: {kind: mla, kv_rank: 192, rope_dim: 6}}", "rope_dim"),
         (f"model: {{ffn: {MOE} top_k: 5}}}}", "ffn.top_k 5: expected 1..n_experts (4)"),
         (f"model: {{ffn: {MOE} top_k: 1}}}}", "(got 1)"),
-        ("model: {ffn: {kind: product_key, layers: [1, 1]}}", "ffn.layers [1, 1]"),
+        ("model: {ffn: {kind: product_key, layers: [1, 1]}}", "[1, 1]"),
         ("model: {ffn: {kind: peer, n_keys: 8}}", "ffn.top_k 16: expected 1..n_keys (8)"),
-        ("model: {ffn: {kind: product_key, key_width: 5}}", "ffn.key_width 5"),
+        ("model: {ffn: {kind: product_key, key_width: 5}}", "key_width"),
         ("model: {grid: [500, 500]}", "500"),
         ("model: {grid: [256, 256]}", "[256, 256]"),
         ("model: {memory: {slots: 9223372036854775807}}", "9223372036854775807"),
         ("data: {images: {source: digits}}", "`codes`"),
-        ("data: {codes: ''}", "data.codes"),
-        ("out: ''", "out: expected a path"),
+        ("train: memory", "init_from"),
+        ("sampling: {temperature: 1.0e-5}", "1e-05"),
         ("steps: nan", "steps"),
         ("steps: 3\nsteps: 4", "'steps'"),
+        ("model: {b: [", "YAML"),
     ],
 )
 def test_bad_configs_get_one_line(tmp_path, text, value):
@@ -85,25 +87,21 @@ def test_bad_configs_get_one_line(tmp_path, text, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("text", "overrides", "value"),
     [
-        ("base: child.yaml", "child.yaml"),
-        ("base: no.yaml", "no.yaml"),
-        ("a: [", "YAML"),
-        ("- 1", ""),
+        ("base: child.yaml", [], "child.yaml"),
+        ("base: no.yaml", [], "no.yaml"),
+        ("base: 3", [], "3"),
+        ("- 1", [], "child.yaml"),
+        (BASE, ["steps"], "steps"),
+        (BASE, ["=3"], "=3"),
+        (BASE, ["steps=["], "YAML"),
     ],
 )
-def test_bad_files_get_one_line(tmp_path, text, value):
+def test_bad_files_and_overrides_get_one_line(tmp_path, text, overrides, value):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        load(tmp_path, text, base="")
+        load(tmp_path, text, overrides, base="")
     assert value in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("override", ["steps", "=3", "steps=[", "model.size=Q"])
-def test_bad_overrides_get_one_line(tmp_path, override):
-    with pytest.raises(ValueError) as error:
-        load(tmp_path, overrides=[override])
-    assert "\n" not in str(error.value)
 
 
 def numbers(schema, path=()):
@@ -127,13 +125,6 @@ def test_every_number_is_bounded_where_it_is_declared(cls):
         assert schema.keys() & {"minimum", "exclusiveMinimum"}, name
 
 
-def test_options_of_sampling_are_the_fields_of_its_settings():
-    fields = {
-        name: field.annotation | None for name, field in SamplingSettings.model_fields.items()
-    }
-    assert get_type_hints(SamplingOptions) == fields
-
-
 def test_configs_are_frozen_and_survive_json():
     config = ModelConfig.model_validate({"size": "digits", "memory": {"kind": "move", "slots": 3}})
     with pytest.raises(ValidationError):
@@ -143,13 +134,12 @@ def test_configs_are_frozen_and_survive_json():
     assert validate(SamplingSettings, settings.model_dump(), "") == settings
 
 
-def test_names_put_recipes_together():
+def test_names_put_recipes_together(tmp_path):
     def model(name):
         return load_config(name, TrainConfig).model
 
-    assert model("fashion") == model("fashion-move") == load_config(
+    assert model("fashion") == model("fashion-move-x2") == load_config(
         CONFIGS / "fashion-move.yaml", TrainConfig).model  # fmt: skip
-    assert model("fashion-move-x2") == model("fashion") and model("fashion-move").memory.slots == 6
     assert model("digits").memory.slots == 3 and model("digits-mla-move-x2").memory.slots == 12
     assert model("digits-moe-lave-x2").memory.layers == "all"
     large = load_config("imagenet-3b-384-mla-move-x2", TrainConfig)
@@ -158,11 +148,9 @@ def test_names_put_recipes_together():
     assert large.model.attention.kv_rank == 800 and large.model.memory.slots == 96
     small = load_config("imagenet-l-256-standard", TrainConfig)
     assert small.distributed == "ddp" and small.model.memory.kind == "none"
-
-
-def test_a_file_may_have_a_recipe_as_its_base(tmp_path):
-    config = load(tmp_path, "steps: 7", base="base: digits-move-x2\n")
-    assert config.steps == 7 and config.model.memory.slots == 6
+    (tmp_path / "printed.yaml").write_text(yaml_of("imagenet-l-256-mla-move-x2"))
+    printed = load_config(tmp_path / "printed.yaml", TrainConfig)
+    assert printed == load_config("imagenet-l-256-mla-move-x2", TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +182,6 @@ def test_every_shipped_config_builds(path):
             assert sum(p.numel() for p in vq.build(vq.parse_config(settings, "")).parameters())
         else:
             Transformer(load_config(path, TrainConfig).model)
-
-
-def test_a_printed_recipe_is_the_recipe(tmp_path):
-    (tmp_path / "printed.yaml").write_text(yaml_of("imagenet-l-256-mla-move-x2"))
-    printed = load_config(tmp_path / "printed.yaml", TrainConfig)
-    assert printed == load_config("imagenet-l-256-mla-move-x2", TrainConfig)
 
 
 def test_the_wheel_holds_all_that_the_program_reads():

@@ -10,17 +10,18 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 from moveimg.checkpoint import ModelParts, save_model
-from moveimg.cli import app
 from moveimg.config import SamplingSettings
+from moveimg.data import open_images
+from moveimg.data.images import DIGITS
 from moveimg.editing import blend, cut_blocks, resample
 from moveimg.likelihood import class_log_likelihoods, code_log_probs
 from moveimg.model.inference import StaticDecoder
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import UNKNOWN, draw, guide, image_rngs, keep_top, sample_codes
 from tests.conftest import lively, tiny_config
+from tests.test_cli import refused, run
 from tests.test_pipeline import NAMES, tiny_tokenizer
 
 GUIDED = SamplingSettings(cfg_scale=1.5, temperature=0.8, top_k=9)
@@ -42,12 +43,6 @@ def image(pipeline):
     return Image.fromarray(pixels)
 
 
-@pytest.fixture
-def run_cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def pixels(images):
     return [image.tobytes() for image in images]
 
@@ -55,9 +50,6 @@ def pixels(images):
 def random_codes(config, n, seed=0):
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(config.codebook_size, (n, config.seq_len), generator=rng)
-
-
-# --- prefill ---------------------------------------------------------------------------------
 
 
 def test_a_prefix_gives_the_logits_and_cache_of_single_steps(variant):
@@ -72,16 +64,6 @@ def test_a_prefix_gives_the_logits_and_cache_of_single_steps(variant):
                 torch.testing.assert_close(logits, wanted[:, length])
                 logits = decoder.decode(codes[:, length], cache)
                 torch.testing.assert_close(logits, wanted[:, length + 1])
-
-
-def test_a_prefix_of_all_codes_is_refused():
-    config = tiny_config()
-    model = lively(config)
-    with pytest.raises(ValueError, match=str(config.seq_len)):
-        model.start(torch.tensor([0]), model.make_cache(1), random_codes(config, 1))
-
-
-# --- known codes -----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -106,35 +88,19 @@ def test_known_codes_are_kept_and_the_others_drawn_given_them(positions):
     model = lively(tiny_config())
     labels, known = torch.tensor([1, 0]), torch.full((2, 12), UNKNOWN)
     known[:, list(positions)] = random_codes(model.config, 2)[:, list(positions)]
+    known[0, :6] = 3  # images may differ in what is known
     codes = sample_codes(model, labels, GUIDED, image_rngs([3, 4]), known)
     assert torch.equal(codes, draw_step_by_step(model, labels, known, GUIDED, [3, 4]))
 
 
-def test_images_may_differ_in_what_is_known():
-    model = lively(tiny_config())
-    labels, known = torch.tensor([1, 0]), torch.full((2, 12), UNKNOWN)
-    known[0, :6] = 3
-    codes = sample_codes(model, labels, GUIDED, image_rngs([3, 4]), known)
-    assert torch.equal(codes, draw_step_by_step(model, labels, known, GUIDED, [3, 4]))
-
-
-# --- complete and edit -----------------------------------------------------------------------
-
-
-def test_with_everything_kept_the_image_is_reconstructed(pipeline, image):
+def test_a_completion_is_between_reconstruction_and_sample(pipeline, image):
     rows = pipeline.generator.config.grid[0]
     wanted = pixels(pipeline.decode(pipeline.encode([image])))
     assert pixels(pipeline.complete(image, 1, keep=rows)) == wanted
-
-
-def test_with_nothing_kept_it_is_sampled(pipeline, image):
     wanted = pixels(pipeline.sample([1, 2], num=2, seed=7))
     assert pixels(pipeline.complete(image, [1, 2], keep=0, num=2, seed=7)) == wanted
-
-
-def test_a_completion_depends_on_its_seed_alone(pipeline, image):
     several = pixels(pipeline.complete(image, 0, num=3, seed=5))
-    assert several[2] == pixels(pipeline.complete(image, 0, seed=7))[0]
+    assert several[2] == pixels(pipeline.complete(image, 0, seed=7))[0]  # by its seed alone
 
 
 def test_the_areas(pipeline):
@@ -168,7 +134,6 @@ def test_the_areas(pipeline):
         (np.array([[np.nan, 1.0]]), "mask"),
         (3.5, "3.5"),
         (None, "None"),
-        (True, "True"),
     ],
 )
 def test_an_area_that_is_none_is_refused(pipeline, area, value):
@@ -206,9 +171,6 @@ def test_partial_images_show_kept_codes_from_the_start(pipeline, image):
     assert pixels(last) == pixels(pipeline.complete(image, 0, keep="top"))
 
 
-# --- resampling ------------------------------------------------------------------------------
-
-
 def test_blocks_cover_the_hole_and_stay_in_a_row():
     hole = torch.zeros(24, dtype=torch.bool)
     hole[[1, 2, 5, 6, 7]] = True
@@ -217,26 +179,6 @@ def test_blocks_cover_the_hole_and_stay_in_a_row():
     assert [(b.start, b.stop) for b in blocks] == [
         (1, 3), (5, 6), (6, 8), (12, 16), (16, 18), (18, 22),
     ]  # fmt: skip
-
-
-def test_resampling_draws_from_the_hole_given_all_other_codes():
-    """A model of 2 codes: the exact distribution of one code given those before and after it."""
-    config = tiny_config(codebook_size=2, grid=(1, 4))
-    model, label, n = lively(config, seed=11), torch.tensor([1]), 1500
-    fixed = torch.tensor([[1, 0, 1, 1]])
-    joint = []
-    for value in (0, 1):
-        codes = fixed.clone()
-        codes[0, 1] = value
-        joint.append(code_log_probs(model, codes, label).sum())
-    wanted = torch.stack(joint).softmax(0)[1].item()
-    alone = code_log_probs(model, torch.tensor([[1, 1, 0, 0]]), label)[0, 1].exp().item()
-    assert abs(wanted - alone) > 0.1  # else the codes behind the hole would tell nothing
-    hole = torch.tensor([False, True, False, False])
-    codes, rngs = fixed.expand(n, -1).clone(), image_rngs(range(n))
-    for _ in range(8):
-        ((_, codes),) = resample(model, label.expand(n), codes, hole, SamplingSettings(), rngs)
-    assert codes[:, 1].float().mean().item() == pytest.approx(wanted, abs=4 * 0.5 / n**0.5)
 
 
 def test_an_edit_grows_into_what_edit_returns(pipeline, image):
@@ -272,14 +214,6 @@ def test_filters_narrow_the_drawn_codes_and_not_the_kept_ones():
     counts = (codes[:, 0] * 3 + codes[:, 2]).bincount(minlength=9) / n
     assert (counts - target).abs().sum() / 2 < 0.05
     assert (target == 0).any()  # the filter excludes something
-
-
-def test_greedy_resampling_is_refused(pipeline, image):
-    with pytest.raises(ValueError, match="temperature 0"):
-        pipeline.edit(image, 0, hole="top", passes=1, temperature=0.0)
-
-
-# --- likelihood ------------------------------------------------------------------------------
 
 
 def test_likelihoods_equal_a_sum_over_single_steps(variant):
@@ -327,43 +261,40 @@ def test_classes_follow_bayes_rule(pipeline, image):
     assert likelihoods[0].tolist() == pytest.approx(singly, rel=1e-5)
 
 
-def test_labels_and_images_must_agree_in_number(pipeline, image):
-    with pytest.raises(ValueError, match="PIL"):
-        pipeline.classify([np.asarray(image)])
-    with pytest.raises(ValueError, match="-1"):
-        pipeline.edit(image, 0, hole="top", passes=-1)
-    with pytest.raises(ValueError, match="batches of 0"):
-        pipeline.classify(image, batch_size=0)
-    with pytest.raises(ValueError, match="2 classes for 3"):
-        pipeline.log_likelihood([image] * 3, [0, 1])
-    with pytest.raises(ValueError, match="0 images"):
-        pipeline.classify([])
+@pytest.mark.parametrize(
+    ("method", "arguments", "options", "value"),
+    [
+        ("edit", (0,), {"hole": "top", "passes": 1, "temperature": 0.0}, "temperature 0"),
+        ("classify", (), {"batch_size": 0}, "batches of 0"),
+        ("log_likelihood", ([0, 1],), {}, "2 classes for 1"),
+    ],
+)
+def test_bad_arguments_are_named(pipeline, image, method, arguments, options, value):
+    with pytest.raises(ValueError, match=value):
+        getattr(pipeline, method)(image, *arguments, **options)
 
 
-# --- commands --------------------------------------------------------------------------------
-
-
-def test_edit_writes_images_beside_the_original(run_cli, tmp_path):
-    from moveimg.data import open_images
-
-    source = open_images("digits", "val")
-    source[0][0].save(tmp_path / "digit.png")
-    done = run_cli("edit", tmp_path / "digit.png", "--model", "digits", "--num", 2, "--out", "out")
-    assert done.exit_code == 0, done.output
+def test_edit_writes_images_beside_the_original(tmp_path):
+    digit, options = open_images("digits", "val")[0][0], ("--model", "digits", "--num")
+    digit.save(tmp_path / "digit.png")
+    run("edit", tmp_path / "digit.png", *options, 2, "--out", tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert len(files) == 3 and "grid.png" in files
-    mask = Image.new("L", source[0][0].size, 255)
-    mask.save(tmp_path / "mask.png")
-    options = ("--model", "digits", "--num", 1, "--hole", tmp_path / "mask.png", "--out", "two")
-    done = run_cli("edit", tmp_path / "digit.png", "zero", "one", *options)
-    assert done.exit_code == 0, done.output
+    Image.new("L", digit.size, 255).save(tmp_path / "mask.png")
+    mask = ("--hole", tmp_path / "mask.png", "--out", tmp_path / "two")
+    run("edit", tmp_path / "digit.png", "zero", "one", *options, 1, *mask)
     assert len(list((tmp_path / "two").iterdir())) == 3
 
 
-def test_score_writes_the_strangest_image_first(run_cli, tmp_path):
-    done = run_cli("score", "digits", "--model", "digits", "--limit", 12, "--classify")
-    assert done.exit_code == 0, done.output
-    with (tmp_path / "scores.csv").open(encoding="utf-8") as file:
+def test_score_writes_the_strangest_image_first(tmp_path):
+    for row in range(12):
+        image, label = open_images("digits", "val")[row]
+        folder = tmp_path / "images" / DIGITS[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{row}.png")
+    out = tmp_path / "scores.csv"
+    done = run("score", tmp_path / "images", "--model", "digits", "--classify", "--out", out)
+    with out.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     nats = [float(row["nats_per_code"]) for row in rows]
     assert len(rows) == 12 and nats == sorted(nats, reverse=True)
@@ -378,13 +309,10 @@ def test_score_writes_the_strangest_image_first(run_cli, tmp_path):
         (("edit", "none.png"), "none.png"),
         (("edit", "digit.png", "--keep", "top", "--hole", "top"), "--hole"),
         (("edit", "digit.png", "--keep", "sideways"), "sideways"),
-        (("score", "folder", "--class", "hat"), "hat"),
         (("score", "nowhere"), "nowhere"),
     ],
 )
-def test_bad_input_of_edit_and_score(run_cli, tmp_path, arguments, value):
-    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
-    (tmp_path / "folder").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "folder/a.png")
-    done = run_cli(*arguments, "--model", "digits")
-    assert done.exit_code == 2 and value in done.output.splitlines()[-1]
+def test_bad_input_of_edit_and_score(tmp_path, monkeypatch, arguments, value):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("digit.png")
+    assert value in refused(*arguments, "--model", "digits")

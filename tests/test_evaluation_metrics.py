@@ -12,7 +12,6 @@ from moveimg.evaluation.metrics import (
     inception_scores,
     kernel_distance,
     precision_recall,
-    psnr,
     ssim,
     statistics_of,
 )
@@ -79,21 +78,22 @@ def test_both_inception_scores(monkeypatch):
 def test_adms_score_suffers_from_class_sorted_images_and_the_shuffled_one_does_not(monkeypatch):
     monkeypatch.setattr(metrics, "ADM_SPLIT", 40)
     logits = (10 * np.eye(5)[np.arange(200) % 5]).astype(np.float32)
-    mixed, classed = inception_scores(logits), inception_scores(np.sort(logits, axis=0))
+    mixed = inception_scores(logits)
     classed = inception_scores(logits[np.argsort(np.arange(200) % 5, kind="stable")])
     assert mixed["inception_score_adm"] == pytest.approx(5, abs=0.01)
     assert classed["inception_score_adm"] == pytest.approx(1, abs=0.01)
     assert classed["inception_score_shuffled"] > 4
 
 
-def test_statistics_in_blocks_are_those_of_all(monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", 32)
+def test_statistics_are_float64():
     features = (1e4 + RNG.normal(size=(150, D))).astype(np.float32)
     found = statistics_of(features)
     exact = features.astype(np.float64)
     assert np.allclose(found.mu, exact.mean(0), rtol=1e-14)
     assert np.allclose(found.sigma, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-12)
     assert found.count == 150
+    with pytest.raises(ValueError, match=r"12 features.* 5"):
+        frechet_distance(found, statistics_of(features[:, :5]))
 
 
 def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -113,26 +113,11 @@ def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(found))
 
 
-def test_ssim_and_psnr_against_their_definitions(monkeypatch):
+def test_ssim_is_its_definition():
     a = RNG.random((2, 3, 14, 17))
     b = np.clip(a + 0.2 * RNG.normal(size=a.shape), 0, 1)
     found = ssim(torch.from_numpy(a), torch.from_numpy(b))
     for i in range(2):
         wanted = np.mean([slow_ssim(a[i, c], b[i, c]) for c in range(3)])
         assert found[i].item() == pytest.approx(wanted, rel=1e-9)
-    wanted = [10 * np.log10(1 / np.mean((a[i] - b[i]) ** 2)) for i in range(2)]
-    assert psnr(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(wanted)
     assert ssim(torch.from_numpy(a), torch.from_numpy(a)).tolist() == pytest.approx([1, 1])
-    # float64 on a CPU copies the window's numbers of every pixel: 121 would be gigabytes
-    sizes = []
-    plain = torch.nn.functional.conv2d
-
-    def seen(images, window, **options):
-        sizes.append(window[0].numel())
-        return plain(images, window, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "conv2d", seen)
-    ssim(torch.from_numpy(a), torch.from_numpy(b))
-    assert set(sizes) == {11}
-    with pytest.raises(ValueError, match="11 x 11"):
-        ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from moveimg.checkpoint import BUNDLED, ModelParts
+from moveimg.checkpoint import ModelParts
 from moveimg.config import SamplingSettings
 from moveimg.data.encode import default_batch_size
 from moveimg.data.images import ImageSource
@@ -19,9 +17,7 @@ from moveimg.dist import World
 from moveimg.evaluation import run as evaluate
 from moveimg.evaluation import sample as sample_sets
 from moveimg.evaluation.reconstruct import reconstruct
-from moveimg.evaluation.reference import open_reference
 from moveimg.evaluation.sample import make_plan, sample_set
-from moveimg.evaluation.scoring import Guards
 from moveimg.pipeline import Pipeline
 from tests.conftest import lively, tiny_config
 from tests.test_cli import refused, run
@@ -34,29 +30,19 @@ def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def digest():
-    """The models of these tests are in no directory."""
-    with pytest.MonkeyPatch.context() as patch:
-        digest = sample_sets.model_digest
-        known = lambda path: "model" if not path.name else digest(path)  # noqa: E731
-        patch.setattr(sample_sets, "model_digest", known)
-        resolve = sample_sets.resolve
-        patch.setattr(sample_sets, "resolve", lambda name: resolve(name) if name else Path())
-        yield
-
-
 @pytest.fixture(scope="module")
 def pipeline():
-    """Pictures of 3 x 3 codes: what is tested here is who draws which of them when."""
+    """Images of 3 x 3 codes: what is tested here is who draws which of them when."""
     generator = lively(tiny_config(grid=[3, 3]), dtype=torch.float32)
-    names = ["a", "b", "c", "d", "e"]
-    parts = ModelParts(generator, tiny_tokenizer(), names, SamplingSettings(top_k=9))
+    parts = ModelParts(generator, tiny_tokenizer(), list("abcde"), SamplingSettings(top_k=9))
     return Pipeline(parts, torch.device("cpu"))
 
 
 def plan_for(pipeline, **changes):
-    return make_plan(pipeline, **{"num": 11, "seed": 3, "batch_size": 3} | changes)
+    with pytest.MonkeyPatch.context() as patch:  # the model is in no directory
+        patch.setattr(sample_sets, "model_digest", lambda _: "model")
+        patch.setattr(sample_sets, "resolve", lambda _: None)
+        return make_plan(pipeline, **{"num": 11, "seed": 3, "batch_size": 3} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +117,10 @@ def test_image_i_is_drawn_with_its_own_seed_and_class(pipeline, tmp_path):
 
 def test_another_plan_in_the_same_folder_is_refused(pipeline, tmp_path):
     sample_set(pipeline, plan_for(pipeline, num=1), tmp_path / "set")
-    with pytest.raises(ValueError, match=r"another plan \(seed: 3, now 4\)"):
+    with pytest.raises(ValueError, match=r"another plan .*'seed': 3"):
         sample_set(pipeline, plan_for(pipeline, num=1, seed=4), tmp_path / "set")
     (tmp_path / "set" / "plan.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"plan.json: .*\[1\]"):
+    with pytest.raises(ValueError, match=r"plan.json"):
         sample_set(pipeline, plan_for(pipeline, num=1), tmp_path / "set")
     with pytest.raises(ValueError, match="seed 4294967295"):
         plan_for(pipeline, seed=2**32 - 1)
@@ -156,98 +142,44 @@ def test_resized_sets_are_scored_at_their_new_size(pipeline, tmp_path):
     assert (drawn != wanted).mean() < 0.01  # ties of rounding at the most
 
 
-def test_images_that_are_not_square_are_resized_where_one_side_fits(tmp_path):
-    generator = lively(tiny_config(grid=[2, 3]), dtype=torch.float32)
-    parts = ModelParts(generator, tiny_tokenizer(), list("abcde"), SamplingSettings())
-    side = 3 * parts.tokenizer.downsample
-    oblong = Pipeline(parts, torch.device("cpu"))
-    path = sample_set(oblong, plan_for(oblong, num=1, resize=side), tmp_path / "set")
-    with np.load(path) as arrays:
-        assert arrays["arr_0"].shape == (1, side, side, 3)
-
-
 def test_a_bundled_model_is_scored_without_any_download(tmp_path):
     options = ["--num-samples", 20, "--batch-size", 10, "--out", tmp_path / "out"]
     shown = run("evaluate", "digits", *options)
     assert "compares with nothing but itself" in shown.output
-    assert "warning: too-few-samples" in shown.stderr
+    assert "20 images for 64 features" in shown.stderr
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(data["metrics"]) >= {"fid", "precision", "recall", "kid", "accuracy", "distinct"}
     assert data["metrics"]["accuracy"] > 0.8 and data["metrics"]["fid"] > 0
-    assert len(data["metrics"]["accuracy_by_class"]) == 10
-    assert data["reference"]["split"] == "train" and len(data["reference"]["sha256"]) == 64
+    assert data["reference"]["name"] == "digits (train)" and len(data["reference"]["sha256"]) == 64
     assert data["plan"]["seed"] == 0 and len(data["plan"]["model"]) == 64
     assert data["plan"]["sampling"]["cfg_scale"] == 2.5  # the model's own
     assert data["samples"]["count"] == 20 and "torch" in data["versions"]
     table = run("evaluate", "--show", tmp_path / "out/results.json", tmp_path / "out/results.json")
-    assert table.output.count("| digits | 20 |") == 2 and "published" not in table.output
+    assert table.output.count("| digits | 20 |") == 2
 
 
-def test_a_sweep_draws_a_set_once(tmp_path, monkeypatch):
-    command = ["evaluate", "digits", "--num-samples", 5, "--sweep", "cfg_scale=1:2:1",
-               "--out", tmp_path / "sweep"]  # fmt: skip
-    monkeypatch.setattr(matplotlib, "use", None)  # the backend is the user's
-    first = run(*command).output
-    assert "| cfg_scale 1 | 5 |" in first and "| cfg_scale 2 | 5 |" in first
-    with Image.open(tmp_path / "sweep" / "sweep.png") as plot:
-        assert plot.size[0] > 300
-    assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| cfg_scale") == 2
-    drawn, draw = [], sample_sets._draw
-    monkeypatch.setattr(
-        sample_sets, "_draw", lambda _, plan, start: drawn.append(plan) or draw(_, plan, start)
-    )
-    command[-3] = "cfg_scale=1:3:1"
-    assert "| cfg_scale 3 | 5 |" in run(*command).output
-    assert [plan.sampling["cfg_scale"] for plan in drawn] == [3]
-
-
-def test_a_sweep_scores_with_the_reference_of_now(tmp_path):
-    common = ["digits", "--num-samples", 4, "--reference", "r.npz", "--out", tmp_path / "sweep",
-              "--extractor", BUNDLED / "digits/extractor.safetensors", "--sweep",
-              "cfg_scale=1:1:1"]  # fmt: skip
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-    seen = []
-    for part in (pixels[:5], pixels[3:], pixels[3:]):  # the file is replaced by another
-        np.savez("r.npz", arr_0=part)
-        run("evaluate", *common)
-        path = tmp_path / "sweep/cfg_scale-1/results.json"
-        result = json.loads(path.read_text())
-        seen.append((result["reference"]["sha256"], result["metrics"]))
-    assert seen[0][0] != seen[1][0] and seen[0][1] != seen[1][1] and seen[1] == seen[2]
-
-
-def test_references_and_extractors_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("moveimg.evaluation.classifier.STEPS", 2)
+def test_an_extractor_of_ones_own_and_samples_of_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("moveimg.evaluation.extractors.STEPS", 2)
     made = run("evaluate", "digits", "--make-extractor", tmp_path / "e.safetensors", "--size", 16)
     assert "held-out real images recognised" in made.output
-    common = ["--extractor", tmp_path / "e.safetensors"]
-    for split in ("train", "val"):
-        run("evaluate", "digits", "--make-reference", tmp_path / f"{split}.npz", "--split", split,
-            "--size", 32, *common)  # fmt: skip
-    reference = ["--reference", tmp_path / "val.npz"]
-    samples = ["evaluate", "--samples", tmp_path / "val.npz"]
-    run("evaluate", "digits", "--make-reference", tmp_path / "small.npz", "--split", "val",
-        "--size", 24, *common)  # fmt: skip
-
-    found = run(*samples, "--reference", tmp_path / "train.npz", *common)
-    assert "| val.npz | 360 |" in found.output and "missing-labels" in found.stderr
-    assert "validation-reference" in refused(*samples, *reference, *common)
-    allowed = run(*samples, *reference, *common, "--allow", "validation-reference")
-    assert "| 0.000 | 1.000 | 1.000 |" in allowed.output.replace("-0.000", "0.000")
-    # the bundled extractor sees otherwise than the one that made the statistics
-    bundled = ["--extractor", BUNDLED / "digits/extractor.safetensors"]
-    assert "other-extractor" in refused(*samples, "--reference", tmp_path / "train.npz", *bundled)
-    small = ["evaluate", "--samples", tmp_path / "small.npz", "--reference"]
-    line = refused(*small, tmp_path / "train.npz", *common)
-    assert "wrong-size" in line and "24x24" in line and "32x32" in line
-
-    rfid = ["reconstruct", "digits", "--tokenizer", "digits", "--size", "32"]
-    assert "training-reference" in refused(*rfid, "--reference", tmp_path / "train.npz", *common)
-    figures = json.loads(run(*rfid).stdout)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    for name, part in (("samples", pixels[:6]), ("same", pixels[:6]), ("other", pixels[3:])):
+        np.savez(tmp_path / f"{name}.npz", arr_0=part, arr_1=np.arange(6))
+    own = ["--extractor", tmp_path / "e.safetensors", "--out", tmp_path / "out"]
+    samples = ["evaluate", "--samples", tmp_path / "samples.npz", *own]
+    metrics = []
+    for name in ("same", "other"):
+        shown = run(*samples, "--reference", tmp_path / f"{name}.npz")
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        metrics.append(results["metrics"])
+    assert "compares with nothing but itself" in shown.output and "singular" in shown.stderr
+    assert abs(metrics[0]["fid"]) < 1e-6 < metrics[1]["fid"] and metrics[0]["precision"] == 1
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((tmp_path / "e.safetensors").read_bytes()[:1000])
+    assert "damaged extractor" in refused(*samples[:3], "--reference", "digits", "--extractor", cut)
+    figures = json.loads(run("reconstruct", "digits", "--tokenizer", "digits", "--size", 32).stdout)
     assert 0 < figures["rfid"] < 0.1 and figures["rfid_reference"] == "digits (val)"
     assert 30 < figures["psnr"] < 34 and 0.9 < figures["ssim"] < 1 and figures["usage"] > 0.9
-    cut = ["--extractor", _cut(tmp_path / "e.safetensors")]
-    assert "damaged extractor" in refused(*samples, *reference, *cut)
 
 
 def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
@@ -264,12 +196,13 @@ def test_large_images_are_reconstructed_few_at_a_time(monkeypatch):
     monkeypatch.setattr(
         tokenizer, "encode", lambda images: encoded.append(len(images)) or encode(images)
     )
-    few, shown = reconstruct(source, tokenizer, (256, 256), None, None, Guards())
-    assert sum(encoded) == 13 and max(encoded) == default_batch_size(256, torch.device("cpu")) < 10
+    few, shown = reconstruct(source, tokenizer, (256, 256), None, None)
+    assert sum(encoded) == 13 + 10  # ten are shown
+    assert max(encoded) == default_batch_size(256, torch.device("cpu")) < 10
     monkeypatch.setattr("moveimg.evaluation.reconstruct.default_batch_size", lambda *_: 13)
-    whole, same = reconstruct(source, tokenizer, (256, 256), None, None, Guards())
+    whole, same = reconstruct(source, tokenizer, (256, 256), None, None)
     assert few["mse"] == pytest.approx(whole["mse"], rel=1e-5) and few["usage"] == whole["usage"]
-    assert shown.size == same.size  # the first ten images, however they were cut
+    assert shown.size == same.size
 
 
 def test_rfid_against_a_reference_that_was_named_is_not_left_out(tmp_path, monkeypatch):
@@ -285,12 +218,6 @@ def test_rfid_against_a_reference_that_was_named_is_not_left_out(tmp_path, monke
     assert "no Inception weights" in refused(*command, "--reference", "nowhere.npz")
 
 
-def _cut(path):
-    shorter = path.with_name("cut.safetensors")
-    shorter.write_bytes(path.read_bytes()[:1000])
-    return shorter
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -300,42 +227,11 @@ def _cut(path):
         (["--samples", "x.npz"], ["--reference"]),
         (["--set", "cfg_scale=much"], ["cfg_scale"]),
         (["--set", "cfg"], ["--set cfg", "KEY=VALUE"]),
-        (["--sweep", "cfg_scale=1:2"], ["FIRST:LAST:STEP"]),
-        (["--sweep", "cfg_scale=2:1:1"], ["LAST beyond FIRST"]),
-        (["--sweep", "cfg=1:2:1"], ["--sweep cfg", "cfg_scale"]),
-        (["--allow", "everything"], ["everything", "wrong-size"]),
         (["--show"], ["results.json"]),
-        (["--extractor", "nowhere"], ["nowhere: no such extractor"]),
+        (["--extractor", "nowhere"], ["nowhere: no such file"]),
     ],
 )
 def test_bad_input_gets_one_line(arguments, parts, tmp_path):
     line = refused("evaluate", *arguments)
     assert all(part in line for part in parts), line
     assert not (tmp_path / "evaluation").exists()
-
-
-def test_a_reference_of_statistics_alone_gives_fid_alone(tmp_path):
-    extractor = evaluate.open_extractor("digits", None, None, torch.device("cpu"))
-    about = json.dumps({"extractor": extractor.fingerprint, "count": 9, "split": "train"})
-
-    def opened(name, **arrays):
-        np.savez(tmp_path / name, **arrays)
-        return open_reference(str(tmp_path / name), (32, 32), extractor, tmp_path)
-
-    statistics = {"mu": np.zeros(64), "sigma": np.eye(64)}
-    reference = opened("s.npz", **statistics, about=about)
-    assert reference.features is None and reference.count == 9 and reference.size is None
-    # ADM's own files are known by their names, whatever was left out of them
-    known = json.dumps({"extractor": extractor.fingerprint})
-    adms = opened("VIRTUAL_imagenet128_labeled.npz", **statistics, about=known)
-    assert adms.split == "train"
-    for arrays, part in (
-        ({"mu": np.zeros(64), "sigma": np.eye(9), "about": about}, r"expected real .*\[D, D\]"),
-        ({"mu": np.zeros(64), "about": about}, "sigma"),
-        ({"mu": np.array(["a"]), "sigma": np.eye(1), "about": about}, "real numbers"),
-        (statistics | {"about": "{"}, "about: not valid JSON"),
-        (statistics | {"about": '{"size": 3}'}, "about: size"),
-        (statistics, "other-extractor"),
-    ):
-        with pytest.raises(ValueError, match=part):
-            opened("bad.npz", **arrays)

@@ -6,21 +6,14 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
-TOUR = Path(__file__).parents[1] / "docs/tour.ipynb"
 
 
 def test_the_tour_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(TOUR, as_version=4)
+    notebook = nbformat.read(Path(__file__).parents[1] / "docs/tour.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without outputs
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": tmp_path}}
-    )
-    client.execute()
-    kinds = [
-        kind
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        for kind in output.get("data", {})
-    ]
+    resources = {"metadata": {"path": tmp_path}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    kinds = [kind for output in outputs for kind in output.get("data", {})]
     assert kinds.count("image/png") >= 5 and "text/html" in kinds

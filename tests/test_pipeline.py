@@ -146,18 +146,6 @@ def test_the_decoder_follows_the_generator(pipeline):
     assert torch.equal(swapped, sample_codes(pipeline.generator, labels, settings, rngs))
 
 
-def test_guidance_by_an_untrained_null_label_warns_once(directory, capsys):
-    parts = load_model(directory)
-    for dropout in (0, 0.1):
-        save_model(directory, parts, {"run": {"class_dropout": dropout}})
-        pipeline = Pipeline.from_pretrained(directory, device="cpu")
-        pipeline.sample(0, cfg_scale=1)
-        assert "class_dropout" not in capsys.readouterr().err
-        pipeline.sample(0)
-        pipeline.sample(0)
-        assert capsys.readouterr().err.count("class_dropout") == (dropout == 0)
-
-
 def test_int8_samples_and_others_are_refused(directory):
     pipeline = Pipeline.from_pretrained(directory, device="cpu", quantize="int8")
     assert pipeline.sample_codes([0, 1], pipeline.settings()).shape == (2, 12)

@@ -154,14 +154,14 @@ def test_init_from_continues_with_the_weights_of_a_tokenizer(folder, tmp_path):
         training.make_tokenizer(other)
 
 
-def test_an_unreadable_image_ends_no_run(tmp_path, capsys):
+def test_an_unreadable_image_ends_no_run(tmp_path):
     folder = smooth_images(tmp_path / "images")
     broken = folder / "warm" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
     task = make_task(make_config(folder, tmp_path / "run"))
-    for step in range(4):
-        assert task.loss(step, 0)[0].isfinite()
-    assert capsys.readouterr().err.count("warm/1.png") == 1
+    with pytest.warns(UserWarning, match=r"warm/1.png"):
+        for step in range(4):
+            assert task.loss(step, 0)[0].isfinite()
     for path in folder.rglob("*.png"):
         path.write_text("no image")
     with pytest.raises(ValueError, match="none of its 2 images"):

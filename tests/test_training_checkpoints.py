@@ -1,61 +1,38 @@
-"""Checkpoints: kept, checked, replaced; runs that are killed, stopped, or out of disk."""
+"""Runs that are killed, stopped, lengthened, restarted or out of disk; hostile checkpoints."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
+import pickle
 import shutil
+import signal
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from moveimg.checkpoint import load_generator, read_about
+from moveimg.data.codes import PackedCodes
 from moveimg.training.checkpoints import read_index
 from moveimg.training.generator import train_generator
-from moveimg.training.logging import gate_statistics
-from moveimg.training.loop import Run
-from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
-from tests.test_training import CPU, die_at_step_5, newest_state, same_end, train_config
-from tools.kill import kill_command, leftovers, list_commands
+from moveimg.training.loop import Run, catch_stop
+from moveimg.training.settings import read_measurements
+from tests.test_training import (
+    CPU,
+    die_at_step_5,
+    few_digits,
+    newest_state,
+    same_end,
+    train_config,
+)
+from tools.kill import kill_command, list_commands
 
-
-def kept(out) -> list[int]:
-    names = (path.name for path in (out / "training/checkpoints").glob("step-*"))
-    return sorted(int(name.split("-")[1]) for name in names if name[-1].isdigit())
-
-
-@pytest.mark.parametrize("name", ["train", "encode", "evaluate", "convert"])
-def test_killed_commands_end_with_the_same_bytes(digits, tmp_path, name):
-    command = list_commands(digits, tmp_path, steps=16)[name]
-    assert kill_command(command, tmp_path, kills=2 if name == "train" else 1, seed=3)
-
-
-def test_the_newest_checkpoints_and_the_best_model_stay(digits, tmp_path, monkeypatch):
-    scores = iter([3.0, 1.0, 2.0, 2.5])
-    monkeypatch.setattr(Run, "_validate", score_by(scores))
-    config = train_config(digits, tmp_path, validate_every=2, keep_checkpoints=1)
-    train_generator(config, CPU)
-    assert kept(tmp_path) == [8]
-    assert read_index(tmp_path / "training/checkpoints/step-0000008")["best"] == 1.0
-    assert read_about(tmp_path / "training/best")["step"] == 4
-    state = newest_state(tmp_path)
-    exported = load_generator(tmp_path).state_dict()
-    assert all(torch.equal(value, state[f"ema.{key}"]) for key, value in exported.items())
-
-
-def score_by(scores):
-    def validate(run, model, logger):
-        run.held_out, run.validated = {"loss": next(scores)}, run.step
-
-    return validate
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+CONSTANT = {"lr": 3e-3, "schedule": "constant"}
 
 
 @pytest.fixture(scope="module")
@@ -66,56 +43,79 @@ def whole(digits, tmp_path_factory):
     return config
 
 
+@pytest.mark.parametrize("name", ["train", "encode", "evaluate", "convert"])
+def test_killed_commands_end_with_the_same_bytes(digits, tmp_path, name):
+    command = list_commands(digits, tmp_path, steps=16)[name]
+    assert kill_command(command, tmp_path, kills=2 if name == "train" else 1, seed=3)
+
+
+def test_the_newest_checkpoints_and_the_best_model_stay(digits, tmp_path, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 2.5])
+
+    def validate(run, model, logger):
+        run.held_out, run.validated = {"loss": next(scores)}, run.step
+
+    monkeypatch.setattr(Run, "_validate", validate)
+    config = train_config(digits, tmp_path, validate_every=2, keep_checkpoints=1)
+    train_generator(config, CPU)
+    (path,) = (tmp_path / "training/checkpoints").iterdir()
+    assert path.name == "step-0000008" and read_index(path).best == 1.0
+    assert read_about(tmp_path / "training/best")["step"] == 4
+    state, exported = newest_state(tmp_path), load_generator(tmp_path).state_dict()
+    assert all(torch.equal(value, state[f"ema.{key}"]) for key, value in exported.items())
+
+
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "extra.pt", "checkpoint.json"])
-def test_a_damaged_newest_checkpoint_falls_back(digits, whole, tmp_path, capsys, file):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(
+    digits, whole, tmp_path, file
+):
     parted = train_config(digits, tmp_path / "parted", steps=6)
     shutil.copytree(whole.out, parted.out)
-    (parted.out / "model.safetensors").unlink()
-    flip_a_bit(tmp_path / "parted/training/checkpoints/step-0000006" / file)
+    newest = parted.out / "training/checkpoints/step-0000006"
+    (newest / file).write_bytes((newest / file).read_bytes()[:40])
+    with pytest.raises(ValueError, match=newest.name):
+        train_generator(parted, CPU)
+    shutil.rmtree(newest)
     train_generator(parted, CPU)
-    said = capsys.readouterr().err
-    assert f"{file} " in said and "set aside, going back to step-0000004" in said
-    assert same_end(whole.out, parted.out) and (parted.out / "model.safetensors").is_file()
-    assert (parted.out / "training/checkpoints/step-0000006.damaged").is_dir()
+    assert same_end(whole.out, parted.out)
 
 
-@pytest.mark.parametrize("full_at", [4, 8])
-def test_a_full_disk_leaves_the_one_before(digits, tmp_path, monkeypatch, capsys, full_at):
-    write, step = filesystem._write_item, 0
-    save = Run.save
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
+    digits, whole, tmp_path, monkeypatch
+):
+    write, advance, step = filesystem._write_item, Run.advance, 0
 
-    def saving(run, model):
+    def advancing(run):
         nonlocal step
         run.checkpoints.wait()
-        step = run.step
-        save(run, model)
+        step = run.step + 1
+        return advance(run)
 
     def writing(*args):
-        if step == full_at:
+        if step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*args)
 
-    monkeypatch.setattr(Run, "save", saving)
-    monkeypatch.setattr(filesystem, "_write_item", writing)
-    config = train_config(digits, tmp_path)
-    message = f"checkpoint of step {full_at} not written (No space left on device)"
-    if full_at == 8:  # the last one: the run has not kept what it was for
-        with pytest.raises(OSError, match="step 8 not written"):
+    config = train_config(digits, tmp_path, steps=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", advancing)
+        patch.setattr(filesystem, "_write_item", writing)
+        with pytest.raises(OSError, match=r"step-0000004.*No space left"):
             train_generator(config, CPU)
-        assert kept(tmp_path) == [4, 6]
-    else:
-        train_generator(config, CPU)
-        assert kept(tmp_path) == [6, 8]
-    assert message in capsys.readouterr().err
-    assert not leftovers(tmp_path)
+    assert (tmp_path / "training/checkpoints/step-0000002").is_dir()
+    partial = tmp_path / "training/checkpoints/.step-0000009.partial"
+    partial.mkdir()  # of a killed run
+    (tmp_path / "training/.metrics.jsonl.ab12_xyz.jsonl").write_text("x")
+    train_generator(config, CPU)
+    assert same_end(whole.out, tmp_path) and not partial.exists()
+    assert not list((tmp_path / "training").glob(".metrics*"))
 
 
-def test_muon_resumes_to_the_same_bits_and_learns(digits, tmp_path):
+def test_muon_resumes_to_the_same_bits_and_learns(digits, tmp_path, monkeypatch):
     muon = {"optimizer": {"kind": "muon", "lr": 3e-3, "warmup": 2}}
     whole, parted = (train_config(digits, tmp_path / name, **muon) for name in ("whole", "parted"))
     train_generator(whole, CPU)
-    with pytest.MonkeyPatch.context() as patch:
-        die_at_step_5(patch, lambda: train_generator(parted, CPU))
+    die_at_step_5(monkeypatch, lambda: train_generator(parted, CPU))
     train_generator(parted, CPU)
     assert same_end(whole.out, parted.out)
     state = newest_state(whole.out)
@@ -127,55 +127,129 @@ def test_muon_resumes_to_the_same_bits_and_learns(digits, tmp_path):
     assert len(momentum) + len(adam) == len(weights)
 
 
-def test_what_a_killed_run_left_half_written_is_swept(digits, tmp_path):
-    config = train_config(digits, tmp_path, steps=2)
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("data.json", '{"tokenizer": "another"}', "data.json"),
+        ("config.yaml", "steps: [", "config.yaml"),
+        ("metrics.jsonl", '{"step": "x"}', "metrics.jsonl"),
+        ("metrics.jsonl", '{"step": 1', "metrics.jsonl"),
+        ("checkpoints/step-0000006/checkpoint.json", '{"checkpoint": {"step": "two"}}', "step"),
+        ("checkpoints/step-0000006/checkpoint.json", "[]", "checkpoint.json"),
+    ],
+)
+def test_a_run_of_other_data_or_with_bad_files_is_refused(
+    digits, whole, tmp_path, file, text, named
+):
+    out = tmp_path / "run"
+    shutil.copytree(whole.out, out)
+    (out / "training" / file).write_text(text)
+    with pytest.raises(ValueError, match=named):
+        if file == "metrics.jsonl":
+            read_measurements(out / "training" / file)
+        train_generator(train_config(digits, out, steps=6), CPU)
+
+
+def test_more_steps_continue_to_the_bits_of_a_longer_run(digits, tmp_path):
+    for out, lengths in (("whole", [12]), ("longer", [8, 12])):
+        for steps in lengths:
+            config = train_config(digits, tmp_path / out, optimizer=CONSTANT, steps=steps)
+            train_generator(config, CPU)
+    assert same_end(tmp_path / "whole", tmp_path / "longer")
+
+
+def test_a_cosine_run_cannot_be_lengthened(digits, whole):
+    with pytest.raises(ValueError, match=r"steps 6, now 8.*init_from"):
+        train_generator(train_config(digits, whole.out, steps=8), CPU)
+
+
+def test_restart_makes_the_codes_of_the_run_anew(digits, tmp_path):
+    def config(size):
+        data = {"images": {"source": "digits", "size": size}, "tokenizer": digits / "tokenizer"}
+        return train_config(digits, tmp_path, data=data, steps=1)
+
+    with few_digits():
+        train_generator(config(32), CPU)
+        with pytest.raises(ValueError, match=r"image_size is 32 there, 16 asked"):
+            train_generator(config(16), CPU)
+        train_generator(config(16), CPU, restart=True)
+    assert PackedCodes(tmp_path / "codes/train").image_size == 16
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_with_a_checkpoint(digits, whole, tmp_path, monkeypatch, number):
+    config, advance = train_config(digits, tmp_path, steps=6, checkpoint_every=50), Run.advance
+    handler = signal.getsignal(number)
+
+    def interrupted(run):
+        if run.step == 4:
+            os.kill(os.getpid(), number)
+        return advance(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            train_generator(config, CPU)
+    assert caught.value.code == 128 + number and signal.getsignal(number) == handler
+    assert (tmp_path / "training/checkpoints/step-0000005").is_dir()
     train_generator(config, CPU)
-    partial = tmp_path / "training/checkpoints/.step-0000004.partial"
-    partial.mkdir()
-    left = [tmp_path / ".model.safetensors.ab12_xyz.safetensors"]
-    left.append(tmp_path / "training/.metrics.jsonl.ab12_xyz.jsonl")
-    mine = tmp_path / ".notes.original"
-    for path in (*left, mine):
-        path.write_text("x")
-    train_generator(config, CPU)
-    assert not partial.exists() and not any(path.exists() for path in left) and mine.exists()
+    assert same_end(whole.out, tmp_path)
 
 
-def test_a_run_on_other_data_or_without_settings_is_refused(digits, tmp_path):
-    config = train_config(digits, tmp_path, steps=2)
-    train_generator(config, CPU)
-    data = tmp_path / "training/data.json"
-    before = data.read_text()
-    data.write_text(before.replace('"train codes": "', '"train codes": "0'))
-    with pytest.raises(ValueError, match=r"holds a run on other data \(the train codes"):
-        train_generator(config, CPU)
-    data.write_text(before)
-    (tmp_path / "training/config.yaml").write_text("steps: [")
-    with pytest.raises(ValueError, match=r"config.yaml: not valid YAML"):
-        train_generator(config, CPU)
+def test_a_second_ctrl_c_ends_the_run_at_once():
+    with catch_stop() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_rates_and_gates_are_logged(digits, tmp_path):
-    train_generator(train_config(digits, tmp_path, steps=4), CPU)
-    events = EventAccumulator(str(tmp_path / "training")).Reload()
-    found = set(events.Tags()["scalars"])
-    rates = {"images_per_second", "tokens_per_second", "grad_norm", "lr", "accuracy", "loss"}
-    assert {f"train/{key}" for key in rates} | {"val/loss", "gates/g_0", "gates/g_i"} <= found
-    last = {key: events.Scalars(f"train/{key}")[-1].value for key in rates}
-    assert last["tokens_per_second"] == pytest.approx(16 * last["images_per_second"])
-    assert set(events.Tags()["images"]) == {"preview", "preview-raw"}
+def test_rates_are_logged_and_those_of_the_schedule(whole):
+    events = EventAccumulator(str(whole.out / "training")).Reload()
+    rates = {"images_per_second", "grad_norm", "lr", "accuracy", "loss"}
+    assert {f"train/{key}" for key in rates} | {"val/loss"} <= set(events.Tags()["scalars"])
+    first, *later = (event.value for event in events.Scalars("train/lr"))
+    assert first == pytest.approx(3e-3) and later == sorted(later, reverse=True)
+    assert events.Tags()["images"] == ["preview"]
 
 
-def test_gate_statistics_are_those_of_the_gates():
-    model = lively(tiny_config(**VARIANTS["mha-move-3-class-rows-swiglu"]))
-    codes, labels = random_inputs(model.config)
-    seen = []
-    for block in model.layers:
-        mixer = next(m for m in block.modules() if type(m).__name__ == "GatedMixer")
-        mixer.register_forward_pre_hook(lambda mixer, args: seen.append(mixer.router(args[0])))
-    found = gate_statistics(model, lambda: model(codes, labels))
-    gates = torch.stack(seen)[:, :, 1:].sigmoid() * 2  # [layers, B, S, H * G]
-    gates = gates.unflatten(-1, (2, 4))
-    assert found["g_0"] == pytest.approx(gates[..., 0].mean().item(), abs=1e-6)
-    assert found["g_i_near_2"] == pytest.approx((gates[..., 1:] > 1.9).double().mean().item())
-    assert found["g_i_near_0"] == pytest.approx((gates[..., 1:] < 0.1).double().mean().item())
+class Bomb:
+    """Unpickling it freely writes a marker file."""
+
+    def __init__(self, marker) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def put_in_values(path, data: bytes) -> None:
+    """Let .metadata say that every value of a checkpoint that is no tensor is `data`."""
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    file = path / "__0_0.distcp"
+    start = file.stat().st_size
+    with file.open("ab") as out:
+        out.write(data)
+    count = 0
+    for index, about in metadata.state_dict_metadata.items():
+        if isinstance(about, BytesStorageMetadata):
+            place = metadata.storage_data[MetadataIndex(index)]
+            place.offset, place.length, count = start, len(data), count + 1
+    assert count
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("name", [".metadata", "extra.pt", "__0_0.distcp"])
+def test_hostile_checkpoints_run_nothing(digits, whole, tmp_path, name):
+    shutil.copytree(whole.out, tmp_path / "run")
+    path = tmp_path / "run/training/checkpoints/step-0000006"
+    marker = tmp_path / "marker"
+    if name == "__0_0.distcp":
+        payload = io.BytesIO()
+        torch.save(Bomb(marker), payload)
+        put_in_values(path, payload.getvalue())
+    else:
+        (path / name).write_bytes(pickle.dumps(Bomb(marker), protocol=2))
+    with pytest.raises(ValueError, match=path.name):
+        train_generator(train_config(digits, tmp_path / "run", steps=6), CPU)
+    assert not marker.exists()

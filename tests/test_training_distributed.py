@@ -148,9 +148,9 @@ def test_both_processes_wrote_shards(folder):
 @pytest.mark.parametrize(
     ("settings", "size", "message"),
     [
-        ({"micro_batch": 5}, 1, "micro_batch 5: expected a divisor of batch_size"),
-        ({}, 2, "micro_batch 16 .* into 1: .* 2 processes"),
-        ({"micro_batch": 4}, 3, "into 4: .* 3 processes"),
+        ({"micro_batch": 5}, 1, "micro_batch 5"),
+        ({}, 2, "micro_batch 16 .* 2 micro-batches"),
+        ({"micro_batch": 4}, 3, "micro_batch 4 .* 3 micro-batches"),
         ({"distributed": "fsdp", "optimizer": {"kind": "muon"}}, 1, "muon needs whole matrices"),
     ],
 )

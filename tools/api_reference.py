@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from functools import cached_property
 from typing import Any
 
 import moveimg
@@ -24,7 +23,7 @@ CLASSES = (moveimg.Pipeline, tokenizer.AutoencoderTokenizer)
 
 
 def api_reference() -> str:
-    """Markdown with a section for each public function, class and method of a class."""
+    """Markdown with a section for each public function, class and member of a class."""
     sections = [HEADER]
     for module in (moveimg, tokenizer):
         sections.append(f"## {module.__name__}")
@@ -32,22 +31,17 @@ def api_reference() -> str:
             item = getattr(module, name)
             if inspect.isfunction(item) or item in CLASSES:
                 sections.append(describe(f"{module.__name__}.{name}", item))
-            for key in vars(item) if item in CLASSES else ():
-                member = getattr(item, key)
-                if not key.startswith("_") and (inspect.isroutine(member) or is_property(member)):
-                    sections.append(describe(f"{name}.{key}", member))
+            for key, member in vars(item).items() if item in CLASSES else ():
+                if not key.startswith("_") and (member := inspect.unwrap(member)).__doc__:
+                    sections.append(describe(f"{name}.{key}", getattr(member, "__func__", member)))
     return "\n\n".join(sections)
-
-
-def is_property(member: Any) -> bool:
-    """Whether a class's attribute is a property."""
-    return isinstance(member, property | cached_property)
 
 
 def describe(title: str, item: Any) -> str:
     """A heading, the signature of `item` and its docstring, whose lists are shown as they are."""
-    signature = "" if is_property(item) else str(inspect.signature(item)).replace("(self, ", "(")
-    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature).replace("(self)", "()")
+    signature = str(inspect.signature(item)) if callable(item) else ""
+    signature = re.sub(r"\((self|cls)(, |(?=\)))", "(", signature)
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature)
     text = re.sub(r"(?m)^(\w+:\n(?: {4}.*\n)+)", r"```text\n\1```\n", f"{inspect.getdoc(item)}\n")
     text = re.sub(r"(?m)((?:^>>> .*\n)+)", r"```python\n\1```\n", text)
     return f"### {title}\n\n```python\n{title}{signature}\n```\n\n{text.strip()}"

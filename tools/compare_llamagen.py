@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from moveimg.model import Transformer, decoding_model
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.optimizer import make_optimizers
 
-CODES, CLASSES, GRID = 16384, 1000, (16, 16)
+CODES, CLASSES = 16384, 1000
 MEMORIES: dict[str, dict[str, Any]] = {
     "dense": {"kind": "none"},
     "MoVE x1": {"kind": "move", "slots": 6},
@@ -37,46 +36,37 @@ MEMORIES: dict[str, dict[str, Any]] = {
 LLAMAGEN = "LlamaGen"
 
 
-def import_theirs(checkout: Path, module: str) -> Any:
-    """Import a module of LlamaGen's `autoregressive`, which imports nothing of its tokenizer."""
-    sys.path.insert(0, str(checkout))
-    try:
-        return importlib.import_module(module)
-    finally:
-        sys.path.remove(str(checkout))
-
-
-def make_generator(name: str, checkout: Path, dropout: float = 0.0) -> Any:
+def make_generator(name: str, dropout: float) -> Any:
     """Build GPT-B; its head, which starts at zero, is drawn as other matrices are."""
     if name == LLAMAGEN:
         names = ("resid_dropout_p", "ffn_dropout_p", "token_dropout_p", "class_dropout_prob")
-        model: Any = import_theirs(checkout, "autoregressive.models.gpt").GPT_models["GPT-B"](
+        model: Any = importlib.import_module("autoregressive.models.gpt").GPT_models["GPT-B"](
             vocab_size=CODES, block_size=256, num_classes=CLASSES, cls_token_num=1,
             model_type="c2i", **dict.fromkeys(names, dropout),
         )  # fmt: skip
         torch.nn.init.normal_(model.output.weight, std=0.02)
         return model
     rates = dict.fromkeys(("token_dropout", "resid_dropout", "ffn_dropout"), dropout)
-    values = {"size": "B", "codebook_size": CODES, "n_classes": CLASSES, "grid": GRID}
-    model = Transformer(ModelConfig.model_validate(values | rates | {"memory": MEMORIES[name]}))
+    values = {"size": "B", "codebook_size": CODES, "n_classes": CLASSES, "memory": MEMORIES[name]}
+    model = Transformer(ModelConfig.model_validate(values | rates))
     torch.nn.init.normal_(model.head.weight, std=0.02)
     return model
 
 
-def prepare_sample(name: str, options: Any) -> Callable[[], object]:
-    model = make_generator(name, options.checkout).eval().to(getattr(torch, options.dtype))
-    labels = torch.zeros(options.batch_size, dtype=torch.long)
+def prepare_sample(name: str, batch_size: int, dtype: str, quantize: str) -> Callable[[], object]:
+    model = make_generator(name, 0.0).eval().to(getattr(torch, dtype))
+    labels = torch.zeros(batch_size, dtype=torch.long)
     if name == LLAMAGEN:
-        generate = import_theirs(options.checkout, "autoregressive.models.generate").generate
+        generate = importlib.import_module("autoregressive.models.generate").generate
         return lambda: generate(model, labels, 256, cfg_scale=2.0, top_k=0, top_p=1.0)
-    settings, fast = SamplingSettings(cfg_scale=2.0), decoding_model(model, options.quantize)
-    return lambda: sample_codes(fast, labels, settings, image_rngs(range(options.batch_size)))
+    settings, fast = SamplingSettings(cfg_scale=2.0), decoding_model(model, quantize or None)
+    return lambda: sample_codes(fast, labels, settings, image_rngs(range(batch_size)))
 
 
-def prepare_train(name: str, options: Any) -> Callable[[], object]:
-    model = make_generator(name, options.checkout, dropout=0.1).train()
-    codes = torch.randint(CODES, (options.batch_size, 256))
-    labels = torch.randint(CLASSES, (options.batch_size,))
+def prepare_train(name: str, batch_size: int, *_: str) -> Callable[[], object]:
+    model = make_generator(name, 0.1).train()
+    codes = torch.randint(CODES, (batch_size, 256))
+    labels = torch.randint(CLASSES, (batch_size,))
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     optimizers = [adamw] if name == LLAMAGEN else make_optimizers(model, OptimizerConfig())
 
@@ -95,16 +85,18 @@ def prepare_train(name: str, options: Any) -> Callable[[], object]:
     return step
 
 
-def prepare(name: str, options: Any) -> None:
+def prepare(checkout: Path, work: str, *options: Any) -> None:
     """Build the work in a process of its own."""
+    sys.path.append(str(checkout))  # whose `tokenizer` must not hide ours
     torch.manual_seed(0)
-    globals()["work"] = globals()[f"prepare_{options.work}"](name, options)
+    make: Any = {"sample": prepare_sample, "train": prepare_train}[work]
+    globals()["call"] = make(*options)
 
 
 def run() -> float:
     """Do the work once; return the seconds."""
     begin = time.perf_counter()
-    globals()["work"]()
+    globals()["call"]()
     return time.perf_counter() - begin
 
 
@@ -113,17 +105,14 @@ def main(
     work: str,
     batch_size: int = 1,
     dtype: str = "float32",
-    quantize: str = typer.Option(None, help="int8, of ours alone"),
+    quantize: str = typer.Option("", help="int8, of ours alone"),
     rounds: int = typer.Option(3, help="after one that is not counted"),
 ) -> None:
-    options = SimpleNamespace(
-        checkout=checkout, work=work, batch_size=batch_size, dtype=dtype, quantize=quantize
-    )
     context = multiprocessing.get_context("spawn")
-    pools = {
-        name: ProcessPoolExecutor(1, context, prepare, (name, options))
-        for name in (LLAMAGEN, *MEMORIES)
-    }
+    pools = {}
+    for name in (LLAMAGEN, *MEMORIES):
+        options = (checkout, work, name, batch_size, dtype, quantize)
+        pools[name] = ProcessPoolExecutor(1, context, prepare, options)
     times: dict[str, list[float]] = {name: [] for name in pools}
     for number in range(rounds + 1):
         for name in times if number % 2 else reversed(times):

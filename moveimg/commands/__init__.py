@@ -1,10 +1,10 @@
-"""The commands of `moveimg`, a file for each panel of its help; importing a file registers them.
+"""The commands of `moveimg`; importing a file registers its commands.
 
 Each command checks its arguments, makes one call and prints the result. torch is imported inside
-the commands, so that help and refusals come at once.
+the commands, so that help comes at once.
 """
 
-from moveimg.commands import bench, convert, demo, edit, evaluation, train, use  # noqa: F401
+from moveimg.commands import use, demo, train, evaluation, convert  # noqa: F401, I001 (the help's order)
 from moveimg.commands.common import app
 
 __all__ = ["app"]

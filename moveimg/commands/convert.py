@@ -2,65 +2,39 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
-from moveimg.commands.common import app, check_model_name, check_source, command
+from moveimg.commands.common import app, command
+from moveimg.files import atomic_directory, parse_yaml
 
-convert = typer.Typer(
+convert = Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Convert LlamaGen's, taming's or a dense model to a model directory.",
 )
 app.add_typer(convert, name="convert")
+conversion = convert.command()
 
-Out = Annotated[Path, typer.Option(help="The directory to make.")]
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[None]:
-    """Lock the directory that a conversion makes, and remove what a killed one has left beside it.
-
-    Raises FileExistsError where `out` exists, ValueError where another process is making it.
-    """
-    from moveimg.files import lock
-
-    with lock(out, "moveimg convert"):
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise FileExistsError(f"{out} is there already: expected a name for a new directory")
-        for left in out.absolute().parent.glob(f".{out.name}.????????"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-        yield
+Out = Annotated[Path, Option(help="The directory to make.")]
 
 
+@conversion
 def llamagen(
     out: Out,
-    vq: Annotated[Path, typer.Option(help="The tokenizer's weights, such as vq_ds16_c2i.pt.")],
-    gpt: Annotated[
-        Path | None,
-        typer.Option(help="The generator's weights, such as c2i_B_256.pt; default: tokenizer only"),
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, max=8192, help="Pixels per side, if the file has none.")
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Attention heads, if the file has none.")
-    ] = None,
+    vq: Path = Option(help="The tokenizer's weights, such as vq_ds16_c2i.pt."),
+    gpt: Path | None = Option(None, help="The generator's; default: the tokenizer only."),
+    image_size: int | None = Option(None, min=1, max=8192, help="Pixels per side, if not known."),
+    heads: int | None = Option(None, min=1, max=4096, help="Attention heads, if not known."),
 ) -> None:
     """Convert LlamaGen's generator and tokenizer, or its tokenizer alone."""
-    for path in filter(None, (gpt, vq)):
-        check_source(path, "file")
-    with new_directory(out):
-        from moveimg.pretrained.llamagen import convert_llamagen
+    from moveimg.pretrained.llamagen import convert_llamagen
 
-        config = convert_llamagen(gpt, vq, out, image_size, heads)
+    config = convert_llamagen(gpt, vq, out, image_size, heads)
     if config is None:
         print(f"{out}: the tokenizer of {vq.name}")
         return
@@ -71,100 +45,71 @@ def llamagen(
     )
 
 
+@conversion
 def taming(
-    checkpoint: Annotated[Path, typer.Option(help="The checkpoint of a VQGAN, such as last.ckpt.")],
-    yaml: Annotated[Path, typer.Option(help="The model.yaml of the checkpoint.")],
     out: Out,
+    checkpoint: Path = Option(help="The checkpoint of a VQGAN, such as last.ckpt."),
+    yaml: Path = Option(help="The model.yaml of the checkpoint."),
 ) -> None:
     """Convert a VQGAN of taming-transformers to a tokenizer directory."""
-    for path in (checkpoint, yaml):
-        check_source(path, "file")
-    with new_directory(out):
-        import tokenizer as vq
-        from moveimg.files import atomic_directory
+    import tokenizer as vq
 
-        with atomic_directory(out) as temporary:
-            vqgan = vq.load_taming(checkpoint, yaml)
-            vq.save(vqgan, temporary)
-    size = vqgan.downsample
-    print(f"{out}: {vqgan.codebook_size} codes, one for each {size} x {size} pixels")
+    with atomic_directory(out) as temporary:
+        vqgan = vq.load_taming(checkpoint, yaml)
+        vq.save(vqgan, temporary)
+    side = vqgan.downsample
+    print(f"{out}: {vqgan.codebook_size} codes, one for each {side} x {side} pixels")
 
 
+@conversion
 def upcycle(
-    model: Annotated[
-        str, typer.Argument(help="A bundled name, a model directory or a Hub id; without memory.")
-    ],
     out: Out,
-    slots: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="MoVE with this many slots.")
-    ] = None,
-    lave: Annotated[str | None, typer.Option(help="LaVE on alternate or all layers.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Any memory, as in a config: '{kind: move, slots: 6}'.")
-    ] = None,
+    model: str = Argument(help="A model without memory: its name, directory or Hub id."),
+    slots: int | None = Option(None, help="MoVE with this many slots."),
+    lave: str | None = Option(None, help="LaVE on alternate or all layers."),
+    memory: str | None = Option(None, help="Any memory, as '{kind: move, slots: 6}'."),
 ) -> None:
     """Add a zero-initialised value memory to a dense model; its logits stay the same bits."""
-    from moveimg.files import parse_yaml
+    from moveimg.pipeline import resolve
+    from moveimg.pretrained.upcycle import convert_upcycle
 
     if [slots, lave, memory].count(None) != 2:
         raise ValueError("give one of --slots M (MoVE), --lave alternate|all or --memory SETTINGS")
-    settings = {"kind": "move", "slots": slots}
+    settings: Any = {"kind": "move", "slots": slots}
     if memory is not None:
         settings = parse_yaml(memory, "--memory")
     elif lave is not None:
         settings = {"kind": "lave", "layers": lave}
-    check_model_name(model)
-    with new_directory(out):
-        from moveimg.pipeline import resolve
-        from moveimg.pretrained.upcycle import convert_upcycle
-
-        config = convert_upcycle(resolve(model), settings, out)
+    config = convert_upcycle(resolve(model), settings, out)
     print(f"{out}: memory {config.memory.model_dump()}")
 
 
+@command
 def push(
-    model: Annotated[str, typer.Argument(help="A bundled name or a model directory.")],
-    repo: Annotated[
-        str | None, typer.Argument(metavar="OWNER/NAME", help="On the Hugging Face Hub.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the files into this new directory, too.")
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
-    license: Annotated[str | None, typer.Option(help="The weights' licence, such as mit.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="A Hub id; default: LlamaGen's.")] = None,
-    dataset: Annotated[
-        list[str] | None, typer.Option(help="A Hub id of the training data; repeatable.")
-    ] = None,
+    model: str = Argument(help="A bundled name or a model directory."),
+    repo: str | None = Argument(None, metavar="OWNER/NAME", help="On the Hugging Face Hub."),
+    out: Path | None = Option(None, help="Write the files into this directory."),
+    private: bool = Option(False, help="Make the repository private."),
+    license: str | None = Option(None, help="The weights' licence, such as mit."),
+    base_model: str | None = Option(None, help="A Hub id; default: LlamaGen's."),
+    dataset: list[str] = Option([], help="A Hub id of the training data; repeatable."),
 ) -> None:
     """Upload a model to the Hugging Face Hub with a card and a pipeline for diffusers.
 
     Log in first: `hf auth login`. With --out alone nothing is uploaded.
     """
-    check_model_name(model)
-    if repo is None and out is None:
-        raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
-    if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
-        raise ValueError(f"{repo!r}: expected the Hub's owner/name")
-    from moveimg.files import atomic_directory
     from moveimg.pipeline import resolve
     from moveimg.pretrained import share
 
+    if repo is None and out is None:
+        raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
     name = repo or f"owner/{Path(str(out)).name}"
-    about = {"license": license, "base_model": base_model, "datasets": dataset or ()}
+    about: Any = {"license": license, "base_model": base_model, "datasets": dataset}
     with ExitStack() as stack:
-        if out is None:
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-        else:
-            stack.enter_context(new_directory(out))
-            folder = stack.enter_context(atomic_directory(out))
+        made: Any = atomic_directory(out) if out else TemporaryDirectory()
+        folder = Path(stack.enter_context(made))
         share.write_model(resolve(model), folder, name, **about)
         if repo is not None:
             print(share.upload(folder, repo, private=private))
     if out is not None:
         print(f"{out}: a model for the Hub")
-
-
-for _conversion in (llamagen, taming, upcycle):
-    command(_conversion, convert)
-command(push)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from moveimg import DEFAULT_MODEL
-from moveimg.commands.common import Device, Dtype, check_model_name, command
+from moveimg.commands.common import Device, Dtype, command
 
 
 @command
@@ -43,8 +43,6 @@ def demo(
     dtype: Dtype = None,
 ) -> None:
     """Serve the web demo until it is interrupted: choose a class, see it drawn code by code."""
-    for name in model or []:
-        check_model_name(name)
     from moveimg.demo import configure_gradio
 
     folder = configure_gradio()

@@ -10,10 +10,6 @@ from pydantic import BaseModel
 from moveimg.config import TokenizerTrainConfig, TrainConfig
 from moveimg.tables import markdown_table
 
-COMMANDS: dict[str, type[BaseModel]] = {
-    "moveimg train": TrainConfig,
-    "moveimg train-tokenizer": TokenizerTrainConfig,
-}
 HEADER = """\
 # All keys of the configs
 
@@ -21,48 +17,39 @@ Made by `moveimg config-reference` from moveimg/config/. A key of a nested group
 `group.key` on the command line: `--set optimizer.lr=1e-3`. A file may name another file or a recipe
 (`moveimg configs`) as its `base:`; its own keys win. `model.size` (B, L, XL, XXL, 3B, digits) sets
 `n_layer`, `n_head` and `width`. A group with a `kind` takes the keys of that kind."""
-LIMITS = {
-    "minimum": "at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-}
+LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most",
+          "exclusiveMaximum": "below", "multipleOf": "a multiple of"}  # fmt: skip
 
 
 def config_reference() -> str:
     """Markdown tables of every key: its type, default and meaning."""
-    sections, seen = [HEADER], set()
-    for command, cls in COMMANDS.items():
-        schema = cls.model_json_schema()
-        sections.append(_section(f"`{command}`", "##", schema, schema.get("$defs", {})))
-        for name, group in schema.get("$defs", {}).items():
-            if name not in seen and "properties" in group:
-                sections.append(_section(name, "###", group, schema["$defs"]))
-                seen.add(name)
-    return "\n\n".join(sections)
+    sections = {}
+    runs: dict[str, type[BaseModel]] = {
+        "train": TrainConfig,
+        "train-tokenizer": TokenizerTrainConfig,
+    }
+    for name, run in runs.items():
+        schema = run.model_json_schema()
+        sections[name] = f"## `moveimg {name}`\n\n{_table(schema)}"
+        for group, described in schema["$defs"].items():
+            sections.setdefault(group, f"### {group}\n\n{_table(described)}")
+    return "\n\n".join([HEADER, *sections.values()])
 
 
-def _section(title: str, level: str, schema: dict[str, Any], groups: dict[str, Any]) -> str:
-    required = schema.get("required", [])
-    rows = [
-        {
+def _table(schema: dict[str, Any]) -> str:
+    """The description of a group and its keys, from a JSON schema."""
+    rows = []
+    for key, field in schema["properties"].items():
+        default = field.get("default")
+        shown = "see there" if isinstance(default, dict) else f"`{json.dumps(default)}`"
+        required = key in schema.get("required", [])
+        rows.append({
             "key": f"`{key}`",
             "type": _type(field),
-            "default": "required" if key in required else _default(field),
-            "meaning": " ".join(field.get("description", "").split()).replace("|", "\\|"),
-        }
-        for key, field in schema["properties"].items()
-    ]
-    about = " ".join(schema.get("description", "").split("\n\n")[0].split())
-    table = markdown_table(rows)
-    return f"{level} {title}\n\n{about}\n\n{table}" if about else f"{level} {title}\n\n{table}"
-
-
-def _default(field: dict[str, Any]) -> str:
-    default = field.get("default")
-    if default is None:
-        return "left out"
-    return "see there" if isinstance(default, dict) else f"`{json.dumps(default)}`"
+            "default": "required" if required else shown,
+            "meaning": field.get("description", "").replace("|", "\\|"),
+        })  # fmt: skip
+    return f"{schema['description']}\n\n{markdown_table(rows)}"
 
 
 def _type(field: dict[str, Any]) -> str:
@@ -70,18 +57,12 @@ def _type(field: dict[str, Any]) -> str:
     if "$ref" in field:
         name = field["$ref"].rsplit("/", 1)[-1]
         return f"[{name}](#{name.lower()})"
-    if "const" in field:
-        return f"`{field['const']}`"
-    if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
-    for key in ("anyOf", "oneOf"):
-        if key in field:
-            kinds = [_type(part) for part in field[key] if part.get("type") != "null"]
-            return " or ".join(kinds)
-    kind = field.get("type", "any")
-    if kind == "array":
-        items = field.get("items") or (field.get("prefixItems") or [{}])[0]
+    if values := field.get("enum", [field["const"]] if "const" in field else []):
+        return ", ".join(f"`{value}`" for value in values)
+    if choices := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(_type(choice) for choice in choices if choice.get("type") != "null")
+    if field.get("type") == "array":
         length = f" of {field['maxItems']}" if "maxItems" in field else ""
-        return f"list{length}: {_type(items)}"
+        return f"list{length}: {_type(field.get('items') or field['prefixItems'][0])}"
     limits = [f"{words} {field[limit]:g}" for limit, words in LIMITS.items() if limit in field]
-    return ", ".join([kind, *limits])
+    return ", ".join([field.get("type", "any"), *limits])

@@ -1,100 +1,63 @@
-"""`moveimg encode`, `train-tokenizer`, `train`, `compare` `configs` and `config-reference`."""
+"""`moveimg encode`, `train-tokenizer`, `train`, `compare`, `configs` and `config-reference`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from typer import Argument, Option
 
 from moveimg.commands.common import (
+    Config,
     Device,
     Dtype,
     ImageSize,
     Restart,
     Set,
-    Views,
-    check_images,
-    check_model_name,
-    check_source,
     command,
     count,
     device_of,
     numbers,
     processes_of,
 )
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Recipes' names that begin with a word; the shell completes files where there is none."""
-    from moveimg.config.recipes import list_recipes
-
-    return [name for name in list_recipes() if name.startswith(incomplete) and "{" not in name]
-
-
-Config = Annotated[
-    Path,
-    typer.Argument(
-        help="A YAML file or a recipe: see `moveimg configs`.", autocompletion=complete_recipe
-    ),
-]
+from moveimg.config import (
+    ImagesConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+    list_recipes,
+    load_config,
+    parse_size,
+    yaml_of,
+)
+from moveimg.errors import validate
 
 
 @command
 def encode(
-    images: Annotated[
-        str, typer.Argument(help="A folder of class folders, archives, Parquet, or a data set.")
-    ],
-    tokenizer: Annotated[
-        Path, typer.Option(help="A tokenizer or model directory, or a bundled name.")
-    ],
-    out: Annotated[Path, typer.Option(help="The folder for train/ and val/ codes.")],
+    images: str = Argument(help="A folder of class folders, archives, Parquet, or a data set."),
+    tokenizer: Path = Option(help="A tokenizer or model directory, or a bundled name."),
+    out: Path = Option(help="The folder for train/ and val/ codes."),
     size: ImageSize = "256",
-    crops: Annotated[str, typer.Option(help="Views: center, flip, five or ten.")] = "center",
-    ranges: Annotated[
-        list[float], typer.Option("--range", help="Cut from size * range pixels; repeatable.")
-    ] = [1.0],  # noqa: B006
-    val_fraction: Annotated[
-        float | None,
-        typer.Option(help="Share of the training images held out; default: the source's split."),
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder of downloaded data sets; default: $MOVEIMG_DATA.")
-    ] = None,
-    batch_size: Views = None,
+    crops: str = Option("center", help="Views: center, flip, five or ten."),
+    ranges: list[float] = Option([1.0], "--range", help="Cut from size * range; repeatable."),
+    val_fraction: float | None = Option(None, help="Share held out; default: the source's split."),
+    data_root: Path | None = Option(None, help="Of downloaded sets; default: $MOVEIMG_DATA."),
+    batch_size: int | None = Option(None, min=1, max=65536, help="Views; default: by device."),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Encode images as packed codes.
-
-    The same command continues a run that was stopped. On several devices:
-    torchrun --nproc-per-node N -m moveimg encode ...
-    """
-    from moveimg.config import ImagesConfig, parse_size
-    from moveimg.errors import validate
-
-    data: dict[str, Any] = {
-        "source": images,
-        "size": parse_size(size),
-        "crops": crops,
-        "ranges": ranges,
-    }
-    data["val_fraction"] = val_fraction
-    check_images(images)
-    settings = validate(ImagesConfig, data, "encode")
-    check_source(tokenizer, "tokenizer")
+    """Encode images as packed codes; the same command continues a run that was stopped."""
+    data = {"source": images, "size": parse_size(size), "crops": crops, "ranges": ranges}
+    settings = validate(ImagesConfig, data | {"val_fraction": val_fraction}, "encode")
     with processes_of(device) as world:
         from moveimg.checkpoint import load_tokenizer
         from moveimg.data import encode_splits
         from moveimg.device import pick_dtype
 
         vq = load_tokenizer(tokenizer, world.device)
-        chosen: dict[str, Any] = {}
-        if dtype is not None:
-            chosen["dtype"] = pick_dtype(dtype, world.device)
-        if batch_size is not None:
-            chosen["batch_size"] = batch_size
+        chosen: dict[str, Any] = {"batch_size": batch_size} if batch_size else {}
+        chosen |= {"dtype": pick_dtype(dtype, world.device)} if dtype else {}
         manifests = encode_splits(settings, vq, out, data_root, device=world.device, **chosen)
         if world.main:
             for split, manifest in manifests.items():
@@ -107,15 +70,8 @@ def encode(
 def train_tokenizer(
     config: Config, set: Set = None, restart: Restart = False, device: Device = None
 ) -> None:
-    """Train a tokenizer on images.
-
-    The same command continues a run that was stopped. On several devices:
-    torchrun --nproc-per-node N -m moveimg train-tokenizer CONFIG
-    """
-    from moveimg.config import TokenizerTrainConfig, load_config
-
+    """Train a tokenizer on images; the same command continues a run that was stopped."""
     settings = load_config(config, TokenizerTrainConfig, set or [])
-    check_images(settings.images.source)
     with processes_of(device) as world:
         from moveimg.training import tokenizer
 
@@ -128,32 +84,15 @@ def train_tokenizer(
 def train(
     config: Config,
     set: Set = None,
-    init_from: Annotated[
-        str | None, typer.Option(help="Start from this model: a directory or a name.")
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="all, or memory: bank and routers (with --init-from).")
-    ] = None,
+    init_from: str | None = Option(None, help="Start from this model: a directory or a name."),
+    train: str | None = Option(None, help="all, or memory: bank and routers (with --init-from)."),
     restart: Restart = False,
     device: Device = None,
 ) -> None:
-    """Train a generator on packed codes or on images.
-
-    The same command continues a run that was stopped. On several devices:
-    torchrun --nproc-per-node N -m moveimg train CONFIG
-    """
-    from moveimg.config import TrainConfig, load_config
-
-    options = {"init_from": init_from, "train": train}
-    chosen = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    settings = load_config(config, TrainConfig, [*(set or []), *chosen])
-    if settings.data.codes is not None:
-        check_source(settings.data.codes, "packed codes (data.codes)")
-    if settings.data.images is not None:
-        check_images(settings.data.images.source)
-    check_source(settings.data.tokenizer, "tokenizer (data.tokenizer)")
-    if init_from is not None:
-        check_model_name(init_from)
+    """Train a generator on codes or images; the same command continues a run that was stopped."""
+    chosen = {"init_from": init_from, "train": train}
+    extra = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
+    settings = load_config(config, TrainConfig, [*(set or []), *extra])
     with processes_of(device) as world:
         from moveimg.training.generator import train_generator
 
@@ -164,31 +103,24 @@ def train(
 
 @command
 def compare(
-    configs: Annotated[list[Path], typer.Argument(help="YAML files or recipes, as for `train`.")],
-    out: Annotated[Path, typer.Option(help="The folder for the runs and the table.")],
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
-    jobs: Annotated[int, typer.Option(min=1, max=256, help="Trainings at the same time.")] = 1,
+    configs: list[Path] = Argument(help="YAML files or recipes, as for `train`."),
+    out: Path = Option(help="The folder for the runs and the table."),
+    seeds: str = Option("0,1,2", help="Comma-separated seeds."),
+    jobs: int = Option(1, min=1, max=256, help="Trainings at the same time."),
     set: Set = None,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY.PATH", help="A key in which the configs may differ, too."),
-    ] = None,
+    vary: list[str] = Option([], metavar="KEY.PATH", help="A key in which they may differ, too."),
     device: Device = None,
 ) -> None:
     """Train several configs with several seeds, and write a table and plots.
 
     Finished runs are read, not repeated; the same command continues what was stopped.
     """
-    from moveimg.config import TrainConfig, load_config
-
-    for config in configs:  # refused before torch is imported
-        load_config(config, TrainConfig, set or [])
     where = device_of(device)
     from moveimg.compare import compare, parse_seeds
     from moveimg.files import lock
 
     with lock(out, "moveimg compare"):
-        print(compare(configs, parse_seeds(seeds), out, set or [], where, jobs, vary or []))
+        print(compare(configs, parse_seeds(seeds), out, set or [], where, jobs, vary))
 
 
 @command
@@ -201,15 +133,11 @@ def config_reference() -> None:
 
 @command
 def configs(
-    name: Annotated[
-        str | None, typer.Argument(help="Print this recipe; default: list all.")
-    ] = None,
+    name: str | None = Argument(None, help="Print this recipe; default: list all."),
 ) -> None:
     """List the recipes that `train` and others take by name, or print one as YAML."""
-    from moveimg.config import recipes, yaml_of
-
     if name is not None:
         print(yaml_of(name), end="")
         return
-    for recipe, about in recipes.list_recipes().items():
+    for recipe, about in list_recipes().items():
         print(f"{recipe:<36}{about}")

@@ -1,9 +1,8 @@
 """Every setting of the program, with its default, its range and its help text."""
 
-from moveimg.config.files import SUFFIXES, is_recipe, read_yaml, yaml_of
+from moveimg.config.files import SUFFIXES, list_recipes, override, yaml_of
 from moveimg.config.model import SIZES, Config, ModelConfig, SwiGLUConfig
 from moveimg.config.run import (
-    EvaluationConfig,
     ImagesConfig,
     ModelFile,
     OptimizerConfig,
@@ -15,28 +14,11 @@ from moveimg.config.run import (
     load_config,
     parse_size,
 )
-from moveimg.config.sampling import SamplingOptions, SamplingSettings
+from moveimg.config.sampling import SamplingSettings
 
 __all__ = [
-    "SIZES",
-    "SUFFIXES",
-    "Config",
-    "EvaluationConfig",
-    "ImagesConfig",
-    "ModelConfig",
-    "ModelFile",
-    "OptimizerConfig",
-    "RunConfig",
-    "SamplingOptions",
-    "SamplingSettings",
-    "Size",
-    "SwiGLUConfig",
-    "TokenizerTrainConfig",
-    "TrainConfig",
-    "as_pair",
-    "is_recipe",
-    "load_config",
-    "parse_size",
-    "read_yaml",
-    "yaml_of",
-]
+    "SIZES", "SUFFIXES", "Config", "ImagesConfig", "ModelConfig", "ModelFile",
+    "OptimizerConfig", "RunConfig", "SamplingSettings", "Size", "SwiGLUConfig",
+    "TokenizerTrainConfig", "TrainConfig", "as_pair", "list_recipes", "load_config", "override",
+    "parse_size", "yaml_of",
+]  # fmt: skip

@@ -6,17 +6,16 @@ a slot requires of the rest of the model, it checks itself when the config is re
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=1024)]  # layers, heads, experts
-Slots = Annotated[int, Field(ge=1, le=256)]
-Keys = Annotated[int, Field(ge=1, le=4096)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Side = Annotated[int, Field(ge=1, le=256)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Layers = Literal["alternate", "all"] | tuple[Annotated[int, Field(ge=0, le=1023)], ...]
+ClassRows = Annotated[bool, Field(description="memory rows for the class token; else zeros")]
 
 
 class Config(BaseModel):
@@ -39,22 +38,14 @@ class SlotConfig(Config):
 
 
 def pick_layers(layers: Layers, n_layer: int) -> tuple[int, ...]:
-    """The chosen layers' indices, in order."""
+    """The chosen layers' indices, in order. ValueError unless they are distinct layers."""
     if layers == "all":
         return tuple(range(n_layer))
     if layers == "alternate":
         return tuple(layer for layer in range(n_layer) if (n_layer - layer) % 2)
-    return tuple(sorted(layers))
-
-
-def check_layers(name: str, layers: Layers, n_layer: int) -> None:
-    """Raise ValueError, naming the key, unless `layers` are distinct indices of layers."""
-    if isinstance(layers, str):
-        return
     if not layers or max(layers) >= n_layer or len(set(layers)) != len(layers):
-        raise ValueError(
-            f"{name} {list(layers)} must be distinct layer indices in 0..{n_layer - 1}"
-        )
+        raise ValueError(f"layers {list(layers)}: expected distinct indices in 0..{n_layer - 1}")
+    return tuple(sorted(layers))
 
 
 class MHAConfig(SlotConfig):
@@ -64,10 +55,7 @@ class MHAConfig(SlotConfig):
 
     def check(self, model: ModelConfig) -> None:
         if model.head_dim % 4:
-            raise ValueError(
-                f"width {model.width} over {model.n_head} heads: {model.head_dim} per head must be "
-                "a multiple of 4 (2D rotary positions)"
-            )
+            raise ValueError(f"width per head {model.head_dim}: expected a multiple of 4 (2D RoPE)")
 
 
 class MLAConfig(SlotConfig):
@@ -75,14 +63,8 @@ class MLAConfig(SlotConfig):
 
     kind: Literal["mla"] = "mla"
     kv_rank: Width = Field(description="d_c, width of the cached latent of keys and values")
-    q_rank: Width | None = Field(
-        None, description="width of the queries' latent; left out: full rank"
-    )
-    rope_dim: Width = Field(description="width of the rotary key, shared by all heads and cached")
-
-    def check(self, model: ModelConfig) -> None:
-        if self.rope_dim % 4:
-            raise ValueError(f"attention.rope_dim {self.rope_dim} must be a multiple of 4")
+    q_rank: Width | None = Field(None, description="width of the queries' latent; null: full rank")
+    rope_dim: Width = Field(multiple_of=4, description="width of the rotary key of all heads")
 
 
 class NoMemoryConfig(SlotConfig):
@@ -91,117 +73,86 @@ class NoMemoryConfig(SlotConfig):
     kind: Literal["none"] = "none"
 
 
-class ValueMemoryConfig(SlotConfig):
-    """Settings that all value memories share."""
-
-    class_rows: bool = Field(
-        False, description="memory rows for the class token, too; else zero rows"
-    )
-
-
-class LaVEConfig(ValueMemoryConfig):
+class LaVEConfig(SlotConfig):
     """Layer-wise value embeddings: each chosen layer has its own table with one slot."""
 
     kind: Literal["lave"] = "lave"
     layers: Layers = Field(
-        "alternate",
-        description="alternate (every second, the last included: x1), all (x2), or layer indices",
+        "alternate", description="alternate (x1, with the last), all (x2), a list"
     )
-    gate_standard: bool = Field(
-        False, description="also gate the standard path V by g_0 (an ablation for LaVE)"
-    )
+    gate_standard: bool = Field(False, description="also gate the standard path V by g_0")
+    class_rows: ClassRows = False
 
     def check(self, model: ModelConfig) -> None:
-        check_layers("memory.layers", self.layers, model.n_layer)
+        pick_layers(self.layers, model.n_layer)
 
 
-class MoVEConfig(ValueMemoryConfig):
+class MoVEConfig(SlotConfig):
     """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
 
     kind: Literal["move"] = "move"
-    slots: Slots = Field(
-        description="M, value embeddings per code; the paper's x1 is n_layer / 2, x2 is n_layer"
-    )
+    slots: int = Field(ge=1, le=256, description="value embeddings per code; n_layer / 2 is x1")
     gate_standard: bool = Field(True, description="gate the standard path V by g_0")
+    class_rows: ClassRows = False
 
     def check(self, model: ModelConfig) -> None:
         rank = model.attention.kv_rank if isinstance(model.attention, MLAConfig) else 0
-        if rank % model.n_head:
-            raise ValueError(
-                f"attention.kv_rank {rank} over {model.n_head} heads: must be a multiple of n_head "
-                "(MoVE cuts the latent into one chunk per head)"
-            )
+        if rank % model.n_head:  # MoVE cuts the latent into one chunk per head
+            raise ValueError(f"kv_rank {rank} over {model.n_head} heads: expected a multiple")
 
 
 class SwiGLUConfig(SlotConfig):
     """w2(silu(w1 x) * w3 x), as in Llama."""
 
     kind: Literal["swiglu"] = "swiglu"
-    hidden: Width | None = Field(
-        None, description="hidden width; left out: 2/3 of 4 * width, rounded up to multiple_of"
-    )
+    hidden: Width | None = Field(None, description="hidden width; null: 8/3 width, rounded up")
     multiple_of: Width = Field(256, description="a derived hidden width is a multiple of this")
 
 
 class SparseConfig(SlotConfig):
     """A feed-forward of chosen layers that uses a part of its weights per token."""
 
-    layers: Layers = Field(
-        "all", description="all, alternate (every second, the last included), or layer indices"
-    )
-    elsewhere: SwiGLUConfig = Field(
-        SwiGLUConfig(), description="the feed-forward of the other layers"
-    )
+    layers: Layers = Field("all", description="all, alternate (the last included), or a list")
+    elsewhere: SwiGLUConfig = Field(SwiGLUConfig(), description="that of the other layers")
+    top_k: Count
+    choices: ClassVar[str] = "n_keys"  # top_k is at most this key's value
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
         """The settings of the feed-forward in one layer."""
         return self if layer in pick_layers(self.layers, n_layer) else self.elsewhere
 
     def check(self, model: ModelConfig) -> None:
-        check_layers("ffn.layers", self.layers, model.n_layer)
+        pick_layers(self.layers, model.n_layer)
+        if self.top_k > (choices := getattr(self, self.choices)):
+            raise ValueError(f"ffn.top_k {self.top_k}: expected 1..{self.choices} ({choices})")
 
 
 class MoEConfig(SparseConfig):
     """A mixture of SwiGLU experts: the top k per token, and one shared by all tokens."""
 
+    choices: ClassVar[str] = "n_experts"
     kind: Literal["moe"] = "moe"
     n_experts: Count = Field(description="routed experts")
-    top_k: int = Field(
-        2, ge=2, le=1024, description="experts per token; with one, the router would not learn"
-    )
+    top_k: int = Field(2, ge=2, le=1024, description="experts per token; one would not learn")
     hidden: Width = Field(description="hidden width of an expert")
     shared_hidden: Width = Field(description="hidden width of the shared expert")
-    balance: float = Field(
-        0.01, ge=0, le=100, description="weight of the load-balancing loss (arXiv 2101.03961)"
-    )
-
-    def check(self, model: ModelConfig) -> None:
-        super().check(model)
-        if self.top_k > self.n_experts:
-            raise ValueError(f"ffn.top_k {self.top_k}: expected 1..n_experts ({self.n_experts})")
+    balance: float = Field(0.01, ge=0, le=100, description="weight of the load-balancing loss")
 
 
 class ProductKeyLookup(SparseConfig):
     """Product keys: the k best of n_keys^2 rows, by two searches among n_keys."""
 
-    n_keys: Keys = Field(1024, description="keys of each half; the table has n_keys^2 rows")
+    n_keys: int = Field(1024, ge=1, le=4096, description="keys per half: n_keys^2 rows")
     key_heads: Count = Field(4, description="look-ups per token, each with its own query")
     top_k: Count = Field(32, description="rows that a look-up reads")
-    key_width: Width = Field(512, description="width of a query, both halves together")
-
-    def check(self, model: ModelConfig) -> None:
-        super().check(model)
-        if self.top_k > self.n_keys:
-            raise ValueError(f"ffn.top_k {self.top_k}: expected 1..n_keys ({self.n_keys})")
-        if self.key_width % 2:
-            raise ValueError(f"ffn.key_width {self.key_width} must be even")
+    key_width: Width = Field(512, multiple_of=2, description="width of a query, both halves")
 
 
 class ProductKeyConfig(ProductKeyLookup):
     """Product-key memory, Memory+ (arXiv 2412.09764): one value table for all its layers."""
 
     kind: Literal["product_key"] = "product_key"
-    value_width: Width | None = Field(None, description="width of a value; left out: the model's")
+    value_width: Width | None = Field(None, description="width of a value; null: the model's")
 
 
 class PEERConfig(ProductKeyLookup):
@@ -211,12 +162,7 @@ class PEERConfig(ProductKeyLookup):
     top_k: Count = Field(16, description="experts that a look-up reads")
 
 
-AttentionConfig = Annotated[MHAConfig | MLAConfig, Field(discriminator="kind")]
-MemoryConfig = Annotated[NoMemoryConfig | LaVEConfig | MoVEConfig, Field(discriminator="kind")]
-FeedForwardConfig = Annotated[
-    SwiGLUConfig | MoEConfig | ProductKeyConfig | PEERConfig, Field(discriminator="kind")
-]
-
+AnyFeedForward = SwiGLUConfig | MoEConfig | ProductKeyConfig | PEERConfig
 # LlamaGen's named sizes (arXiv 2406.06525, table 1), and one for the digits.
 SIZES: dict[str, dict[str, int]] = {
     "digits": {"n_layer": 6, "n_head": 4, "width": 96},
@@ -237,9 +183,9 @@ class ModelConfig(Config):
     codebook_size: int = Field(16384, ge=1, le=2**20, description="codes of the tokenizer, V")
     n_classes: int = Field(1000, ge=1, le=10**6, description="classes; the null label is n_classes")
     grid: tuple[Side, Side] = Field((16, 16), description="rows and columns of codes in an image")
-    attention: AttentionConfig = MHAConfig()
-    memory: MemoryConfig = NoMemoryConfig()
-    ffn: FeedForwardConfig = SwiGLUConfig()
+    attention: MHAConfig | MLAConfig = Field(MHAConfig(), discriminator="kind")
+    memory: NoMemoryConfig | LaVEConfig | MoVEConfig = Field(NoMemoryConfig(), discriminator="kind")
+    ffn: AnyFeedForward = Field(SwiGLUConfig(), discriminator="kind")
     token_dropout: Rate = Field(0.1, description="dropout on the embedded label and codes")
     resid_dropout: Rate = Field(0.1, description="dropout on the output of attention")
     ffn_dropout: Rate = Field(0.1, description="dropout on the output of the feed-forward")
@@ -252,11 +198,9 @@ class ModelConfig(Config):
         """Expand `size: B` into n_layer, n_head and width; explicit keys win."""
         if not isinstance(data, dict) or "size" not in data:
             return data
-        data = dict(data)
-        size = data.pop("size")
-        if not isinstance(size, str) or size not in SIZES:
-            raise ValueError(f"unknown size {str(size)[:60]!r}: expected {', '.join(SIZES)}")
-        return SIZES[size] | data
+        if (size := str(data["size"])) not in SIZES:
+            raise ValueError(f"unknown size {size[:60]!r}: expected {', '.join(SIZES)}")
+        return SIZES[size] | {key: value for key, value in data.items() if key != "size"}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ModelConfig:

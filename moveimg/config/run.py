@@ -6,22 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from moveimg.config.files import read_yaml
 from moveimg.config.model import Config, ModelConfig, Rate, Width
 from moveimg.config.sampling import SamplingSettings
 from moveimg.errors import validate
 
-
-def _refuse_empty(value: Any) -> Any:
-    if value == "":  # Path("") would be the current folder
-        raise ValueError("expected a path (got '')")
-    return value
-
-
-FilePath = Annotated[Path, BeforeValidator(_refuse_empty)]
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
@@ -36,7 +27,7 @@ Crops = Literal["center", "flip", "five", "ten"]
 
 def as_pair(size: Size) -> tuple[int, int]:
     """(height, width) of a size."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return (size, size) if isinstance(size, int) else size
 
 
 def parse_size(text: str) -> Size:
@@ -50,27 +41,21 @@ def parse_size(text: str) -> Size:
 class ImagesConfig(Config):
     """Where images come from and how they are cropped."""
 
-    source: Text = Field(description="a folder of class subfolders, or a data set")
+    source: str = Field(description="a folder of class subfolders, or a data set")
     size: Size = Field(256, description="pixels of a square's side, or [height, width]")
     crops: Crops = Field("center", description="views of an image: center, flip, five or ten crops")
     ranges: tuple[Annotated[float, Field(ge=1, le=16)], ...] = Field(
         (1.0,), min_length=1, max_length=64, description="each view is cut from size * range pixels"
     )
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
-        description="share of the training images held out as the validation split; left out: the "
-        "source's own validation or test split, or 0.2 of a folder without one",
-    )
+    val_fraction: float | None = Field(None, gt=0, lt=1, description="share to hold out, if any")
 
 
 class DataConfig(Config):
     """The generator's training data: codes made by `moveimg encode`, or images."""
 
-    codes: FilePath | None = Field(None, description="packed codes, with train/ and val/ in it")
+    codes: Path | None = Field(None, description="packed codes, with train/ and val/ in it")
     images: ImagesConfig | None = Field(None, description="images to encode first, once")
-    tokenizer: FilePath = Field(
-        description="directory of the tokenizer (or of a model holding one)"
-    )
+    tokenizer: Path = Field(description="directory of the tokenizer (or a model holding one)")
 
     @model_validator(mode="after")
     def _check_one_source(self) -> DataConfig:
@@ -82,10 +67,7 @@ class DataConfig(Config):
 class OptimizerConfig(Config):
     """AdamW or Muon; weight decay falls on tensors of two or more dimensions only."""
 
-    kind: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon: Muon for the blocks' matrices, AdamW for the rest (arXiv 2502.16982)",
-    )
+    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: of the blocks' matrices")
     lr: LearningRate = Field(1e-4, description="peak learning rate (LlamaGen: 1e-4 per 256 images)")
     betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="Adam's moment decays")
     momentum: Rate = Field(0.95, description="Muon's momentum")
@@ -94,25 +76,19 @@ class OptimizerConfig(Config):
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     warmup: StepsFromZero = Field(0, description="steps of linear warm-up")
     final_lr: Probability = Field(0.0, description="end of the cosine, as a share of lr")
-    table_lr: LearningRate = Field(
-        1e-3, description="learning rate of product-key value tables (Memory+, arXiv 2412.09764)"
-    )
-    table_clip: GradientNorm = Field(
-        1.0, description="largest norm of the value tables' gradient, which is clipped separately"
-    )
+    table_lr: LearningRate = Field(1e-3, description="of product-key value tables (Memory+)")
+    table_clip: GradientNorm = Field(1.0, description="largest norm of the value tables' gradient")
 
 
 class RunConfig(Config):
     """Settings that training a generator and training a tokenizer share."""
 
-    out: FilePath = Field(description="the directory to make")
+    out: Path = Field(description="the directory to make")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seeds weights, data order and dropout")
     steps: Steps = Field(description="optimizer steps")
     batch_size: BatchSize = Field(256, description="images per step, over all processes")
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema: Rate = Field(
-        0.9999, description="decay of the weights' moving average, warmed up; 0 turns it off"
-    )
+    ema: Rate = Field(0.9999, description="decay of the weights' moving average; 0: no average")
     log_every: Steps = Field(20, description="steps between log lines")
     validate_every: Steps = Field(500, description="steps between held-out losses")
     preview_every: Steps = Field(1000, description="steps between preview images")
@@ -121,55 +97,22 @@ class RunConfig(Config):
     wandb: bool = Field(False, description="log to Weights & Biases, too (moveimg[wandb])")
 
 
-class EvaluationConfig(Config):
-    """Scores of a small sample set during training, by the functions of `moveimg evaluate`."""
-
-    every: Steps = Field(description="steps between scores; the last step is scored, too")
-    images: int = Field(1000, ge=4, le=10**6, description="samples; FID depends on their number")
-    reference: Text = Field(description="imagenet256, an .npz of real training images, or `digits`")
-    extractor: FilePath | None = Field(
-        None, description="a classifier of --make-extractor; for `digits` the bundled one"
-    )
-    inception_weights: FilePath | None = Field(
-        None, description="in torch-fidelity's layout; left out: downloaded on first use"
-    )
-
-
 class TrainConfig(RunConfig):
     """`moveimg train CONFIG`: one generator."""
 
     data: DataConfig
     model: ModelConfig
-    init_from: FilePath | None = Field(
-        None, description="start from this model; settings of `model` left out are its own"
-    )
-    train: Literal["all", "memory"] = Field(
-        "all", description="what learns: all, or the value memory (bank and routers) alone"
-    )
-    class_dropout: Probability = Field(
-        0.1, description="share of labels replaced by the null label, for guidance"
-    )
+    init_from: Path | None = Field(None, description="start from this model (and its settings)")
+    train: Literal["all", "memory"] = Field("all", description="memory: bank and routers alone")
+    class_dropout: Probability = Field(0.1, description="share of null labels, for guidance")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="autocast type; auto: bfloat16 on CUDA from capability 8.0, else float32",
+        "auto", description="autocast type; auto: bfloat16 on CUDA from capability 8.0"
     )
-    micro_batch: BatchSize | None = Field(
-        None,
-        description="images per forward pass; gradients are accumulated up to batch_size",
-    )
-    distributed: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="several processes: replicated (ddp) or sharded weights (FSDP2)"
-    )
-    activation_checkpointing: bool = Field(
-        False, description="recompute a block's activations in the backward pass: less memory"
-    )
+    micro_batch: BatchSize | None = Field(None, description="images per forward pass (accumulated)")
+    distributed: Literal["ddp", "fsdp"] = Field("ddp", description="replicated or sharded weights")
+    activation_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     compile: bool = Field(False, description="torch.compile each block for training")
-    sampling: SamplingSettings = Field(
-        SamplingSettings(), description="sampling settings of previews and of the saved model"
-    )
-    evaluation: EvaluationConfig | None = Field(
-        None, description="scores at intervals while training; left out: none"
-    )
+    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews, and saved")
 
     @model_validator(mode="after")
     def _check_backbone(self) -> TrainConfig:
@@ -181,26 +124,12 @@ class TrainConfig(RunConfig):
 class AdversarialConfig(Config):
     """A PatchGAN that judges reconstructions (VQGAN, arXiv 2012.09841)."""
 
-    weight: float = Field(
-        0.8,
-        gt=0,
-        le=1e6,
-        description="weight of its loss (taming: 0.8; LlamaGen: 0.5, not adaptive)",
-    )
-    adaptive: bool = Field(
-        True,
-        description="scale its loss by |other losses' gradient| / |its own| at the last layer",
-    )
-    start: StepsFromZero = Field(
-        20_000, description="step from which it learns and is used (LlamaGen: 20000)"
-    )
-    lr: LearningRate = Field(
-        1e-4, description="its learning rate, under the run's warm-up and schedule"
-    )
+    weight: float = Field(0.8, gt=0, le=1e6, description="weight of its loss (taming: 0.8)")
+    adaptive: bool = Field(True, description="scale by |other gradients| / |its own|, last layer")
+    start: StepsFromZero = Field(20_000, description="step from which it learns and is used")
+    lr: LearningRate = Field(1e-4, description="peak learning rate, under the run's schedule")
     width: Width = Field(64, description="channels of its first layer")
-    n_layers: int = Field(
-        3, ge=1, le=8, description="halving layers after the first; with 3, a patch is 70 pixels"
-    )
+    n_layers: int = Field(3, ge=1, le=8, description="halving layers; with 3, a patch is 70 pixels")
 
 
 class TokenizerTrainConfig(RunConfig):
@@ -208,23 +137,13 @@ class TokenizerTrainConfig(RunConfig):
 
     images: ImagesConfig
     tokenizer: dict[str, Any] = Field(description="the tokenizer's own config (see tokenizer/)")
-    init_from: FilePath | None = Field(
-        None, description="start from this tokenizer; settings of `tokenizer` left out are its own"
-    )
+    init_from: Path | None = Field(None, description="start from this tokenizer (and its settings)")
     l1_weight: Weight = Field(0.0, description="weight of |x - y|")
     l2_weight: Weight = Field(1.0, description="weight of (x - y)^2")
-    perceptual_weight: Weight = Field(
-        0.0, description="weight of LPIPS (LlamaGen, taming: 1); downloads 528 MiB at first use"
-    )
-    perceptual_folder: FilePath | None = Field(
-        None, description="torch.hub folder of LPIPS's weights; left out: ~/.cache/torch/hub"
-    )
-    adversarial: AdversarialConfig | None = Field(
-        None, description="the discriminator; left out: none"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="autocast type of the forward pass"
-    )
+    perceptual_weight: Weight = Field(0.0, description="weight of LPIPS (LlamaGen, taming: 1)")
+    perceptual_folder: Path | None = Field(None, description="LPIPS's torch.hub folder")
+    adversarial: AdversarialConfig | None = Field(None, description="the discriminator")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type")
 
 
 class ModelFile(BaseModel):

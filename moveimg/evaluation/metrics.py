@@ -21,9 +21,8 @@ NEIGHBOURS = 3  # k of the manifolds of precision and recall (Kynkäänniemi et 
 KID_SUBSET, KID_SUBSETS = 1000, 100  # torch-fidelity's defaults
 IS_SPLITS, ADM_SPLIT = 10, 5000
 PRC_BLOCK = 1000  # rows of a distance matrix in memory at once: 0.2 GB for 50,000 images
-BLOCK = 2048  # rows converted to float64 at once
 WINDOW, SIGMA = 11, 1.5  # of SSIM
-K1, K2 = 0.01, 0.03
+C1, C2 = 0.01**2, 0.03**2
 
 
 @dataclass(frozen=True)
@@ -36,26 +35,22 @@ class Statistics:
 
 
 def statistics_of(features: np.ndarray) -> Statistics:
-    """Mean and unbiased covariance of features [N, D], which may be a memory map.
+    """Mean and unbiased covariance of features [N, D], in float64.
 
-    Two passes in float64. torch-fidelity and ADM average float32 features in float32, which loses
-    digits where N is large.
+    torch-fidelity and ADM average float32 features in float32, which loses digits where N is large.
     """
-    count = len(features)
-    blocks = [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
-    total = np.zeros(features.shape[1])
-    for block in blocks:
-        total += features[block].sum(axis=0, dtype=np.float64)
-    mu = total / count
-    scatter = np.zeros((len(mu), len(mu)))
-    for block in blocks:
-        centred = features[block].astype(np.float64) - mu
-        scatter += centred.T @ centred
-    return Statistics(mu, scatter / (count - 1), count)
+    mu, count = features.mean(axis=0, dtype=np.float64), len(features)
+    centred = features - mu
+    return Statistics(mu, centred.T @ centred / (count - 1), count)
 
 
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017): FID and sFID."""
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017): FID and sFID.
+
+    Raises ValueError for statistics of different numbers of features.
+    """
+    if samples.mu.shape != reference.mu.shape:
+        raise ValueError(f"{len(samples.mu)} features, the reference has {len(reference.mu)}")
     pair = [{"mu": s.mu, "sigma": s.sigma} for s in (samples, reference)]
     return fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
 
@@ -67,7 +62,7 @@ def inception_scores(logits: np.ndarray) -> dict[str, float]:
     deviation over the splits. inception_score_adm: ADM's, the mean over contiguous runs of 5,000
     images in file order; it is wrong for a class-sorted set.
     """
-    features = torch.from_numpy(np.asarray(logits))
+    features = torch.from_numpy(logits)
     shuffled = isc_features_to_metric(features, splits=min(IS_SPLITS, len(features)), shuffle=True)
     runs = [
         isc_features_to_metric(run, splits=1, shuffle=False)["inception_score_mean"]
@@ -85,14 +80,9 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray) -> dict[str, fl
 
     Both need more than k images.
     """
-    metrics = prc_features_to_metric(
-        torch.from_numpy(np.asarray(samples)),
-        torch.from_numpy(np.asarray(reference)),
-        prc_neighborhood=NEIGHBOURS,
-        prc_batch_size=PRC_BLOCK,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    pair = torch.from_numpy(samples), torch.from_numpy(reference)
+    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": PRC_BLOCK, "save_cpu_ram": True}
+    metrics = prc_features_to_metric(*pair, verbose=False, **options)
     return {"precision": metrics["precision"], "recall": metrics["recall"]}
 
 
@@ -101,14 +91,10 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> dict[str, flo
 
     A subset has 1,000 images, or as many as the smaller set.
     """
+    pair = torch.from_numpy(samples), torch.from_numpy(reference)
     subset = min(KID_SUBSET, len(samples), len(reference))
-    metrics = kid_features_to_metric(
-        torch.from_numpy(np.asarray(samples)),
-        torch.from_numpy(np.asarray(reference)),
-        kid_subsets=KID_SUBSETS,
-        kid_subset_size=subset,
-        verbose=False,
-    )
+    options = {"kid_subsets": KID_SUBSETS, "kid_subset_size": subset}
+    metrics = kid_features_to_metric(*pair, verbose=False, **options)
     return {
         "kid": metrics["kernel_inception_distance_mean"],
         "kid_std": metrics["kernel_inception_distance_std"],
@@ -116,19 +102,12 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> dict[str, flo
     }
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """10 log10(1 / mean squared error) of each pair [B, C, H, W], in dB; inf where equal."""
-    return -10 * (a - b).square().flatten(1).mean(1).log10()
-
-
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair [B, C, H, W], mean over channels and pixels: [B].
 
     Wang et al. 2004: Gaussian window of 11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, at the
-    positions where the window lies inside the image. Raises ValueError for smaller images.
+    positions where the window lies inside the image, which must be as large.
     """
-    if min(a.shape[-2:]) < WINDOW:
-        raise ValueError(f"images are {list(a.shape[-2:])}: SSIM needs {WINDOW} x {WINDOW} or more")
     channels = a.shape[1]
     offsets = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
@@ -140,10 +119,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         return F.conv2d(rows, window.transpose(2, 3), groups=channels)
 
     mean_a, mean_b = blur(a), blur(b)
-    variance_a = blur(a * a) - mean_a**2
-    variance_b = blur(b * b) - mean_b**2
+    variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
-    c1, c2 = K1**2, K2**2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    structure = (2 * covariance + C2) / (variances + C2)
     return (luminance * structure).flatten(1).mean(1)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 import tokenizer as vq
 from moveimg.data import ImageSource, code_grid, default_batch_size, drop_unreadable
-from moveimg.evaluation.features import Extractor, run
-from moveimg.evaluation.metrics import WINDOW, frechet_distance, psnr, ssim, statistics_of
+from moveimg.evaluation.extractors import Extractor, run
+from moveimg.evaluation.metrics import WINDOW, frechet_distance, ssim, statistics_of
 from moveimg.evaluation.reference import Reference
-from moveimg.evaluation.scoring import Guards, check_pair
 from moveimg.evaluation.sets import source_images
 from moveimg.images import labelled_grid, normalize, to_pil, to_uint8
 from moveimg.progress import progress_bar
@@ -29,7 +28,6 @@ def reconstruct(
     size: tuple[int, int],
     extractor: Extractor | None,
     reference: Reference | None,
-    guards: Guards,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Encode and decode the centre `size` pixels of every image of `source` that can be read.
 
@@ -41,64 +39,57 @@ def reconstruct(
         images              number of images read
         mse                 mean squared error, pixels in [-1, 1]
         psnr                10 log10(2^2 / mse), in dB, of the mean error over all images
-        psnr_of_images      mean PSNR, of pixels rounded to 0..255, of the images that are not equal
         ssim                structural similarity, a mean over images; None below 11 x 11 pixels
         usage, perplexity   share of the codebook that occurred; exp of the codes' entropy
         rfid, rfid_space, rfid_reference    Fréchet distance between reconstructions and reference
 
-    Raises ValueError for a reference of training images or of another size.
+    Raises ValueError for reconstructions that are not finite.
     """
-    if reference is not None:
-        check_pair(size, reference, guards, wanted="val")
     source = drop_unreadable(source)
-    spread = set(np.linspace(0, len(source) - 1, SHOWN).round().astype(int).tolist())
-    shown: list[list[Image.Image]] = [[], []]
     counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
-    numbers: dict[str, list[Tensor]] = {"mse": [], "psnr": [], "ssim": []}
+    errors, similarities = [], []
     features: list[list[np.ndarray]] = [[], []]  # of the images, of their reconstructions
-    step, start = default_batch_size(size, next(tokenizer.parameters()).device), 0
     grid = code_grid(size, tokenizer.downsample)
+
+    def decode(views: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        images = normalize(torch.from_numpy(views).permute(0, 3, 1, 2))
+        codes = tokenizer.encode(images)
+        return images, codes, tokenizer.decode(codes, grid).float().cpu()
+
+    step = default_batch_size(size, next(tokenizer.parameters()).device)
     with progress_bar(len(source), "reconstruct", "image") as bar:
         for views in source_images(source, size).read(step):
-            images = normalize(torch.from_numpy(views).permute(0, 3, 1, 2))
-            codes = tokenizer.encode(images)
-            decoded = tokenizer.decode(codes, grid).float().cpu()
-            if not torch.isfinite(decoded).all():
-                raise ValueError(f"non-finite: reconstructions of images {start}.. are not finite")
+            images, codes, decoded = decode(views)
             counts += codes.flatten().bincount(minlength=len(counts)).cpu()
-            numbers["mse"].append((decoded - images).square().flatten(1).mean(1))
+            errors.append((decoded - images).square().flatten(1).mean(1))
             pair = views, to_uint8(decoded)
-            a, b = (torch.from_numpy(p).permute(0, 3, 1, 2).double() / 255 for p in pair)
-            numbers["psnr"].append(psnr(a, b))
             if min(size) >= WINDOW:
-                numbers["ssim"].append(ssim(a, b))
-            for pixels, found in zip(pair, features, strict=True):
-                if extractor is not None and (reference is None or found is features[1]):
-                    found.append(run(extractor, pixels)["fid"])
-            chosen = [i for i in range(len(views)) if start + i in spread]
-            for row, batch in zip(shown, (images, decoded), strict=True):
-                row += to_pil(batch[chosen])
-            start += len(views)
+                a, b = (torch.from_numpy(p).permute(0, 3, 1, 2).double() / 255 for p in pair)
+                similarities.append(ssim(a, b))
+            if extractor is not None:
+                features[1].append(run(extractor, pair[1])["fid"])
+                if reference is None:
+                    features[0].append(run(extractor, views)["fid"])
             bar.update(len(views))
-    mse = torch.cat(numbers["mse"]).double().mean().item()
-    own = torch.cat(numbers["psnr"])
+    mse = torch.cat(errors).double().mean().item()
+    if not math.isfinite(mse):
+        raise ValueError(f"{source.name}: reconstructions are not finite")
     figures: dict[str, Any] = {
         "images": len(source),
         "mse": mse,
         "psnr": 10 * math.log10(4 / mse) if mse else math.inf,
-        "psnr_of_images": own[own.isfinite()].mean().item() if own.isfinite().any() else math.inf,
-        "ssim": torch.cat(numbers["ssim"]).mean().item() if numbers["ssim"] else None,
+        "ssim": torch.cat(similarities).mean().item() if similarities else None,
         **{key: value.item() for key, value in vq.code_statistics(counts).items()},
         "rfid": None,
     }
     if extractor is not None:
-        decoded_statistics = statistics_of(np.concatenate(features[1]))
         if reference is None:
-            theirs = statistics_of(np.concatenate(features[0]))
+            theirs, name = statistics_of(np.concatenate(features[0])), source.name
         else:
-            theirs = reference.statistics["fid"]
-        figures["rfid"] = frechet_distance(decoded_statistics, theirs)
-        figures["rfid_space"] = extractor.space
-        figures["rfid_reference"] = source.name if reference is None else reference.name
-    figures["warnings"] = guards.lines
-    return figures, labelled_grid(shown, ["image", "decoded"])
+            theirs, name = reference.statistics["fid"], reference.name
+        figures["rfid"] = frechet_distance(statistics_of(np.concatenate(features[1])), theirs)
+        figures |= {"rfid_space": extractor.space, "rfid_reference": name}
+    spread = np.unique(np.linspace(0, len(source) - 1, SHOWN).round().astype(int))
+    shown = [decode(views) for views in source_images(source.select(spread), size).read(step)]
+    rows = [to_pil(torch.cat([batch[k] for batch in shown])) for k in (0, 2)]
+    return figures, labelled_grid(rows, ["image", "decoded"])

@@ -1,39 +1,57 @@
-"""`moveimg evaluate`: sample sets drawn and scored, sweeps, references and extractors."""
+"""`moveimg evaluate`: sample sets drawn and scored, and tables of their results."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from moveimg import __version__
 from moveimg.checkpoint import BUNDLED
-from moveimg.data import ImageSource, Split, drop_unreadable, is_named_source, open_images
-from moveimg.evaluation.classifier import load_classifier, save_classifier, train_classifier
-from moveimg.evaluation.features import Extractor
-from moveimg.evaluation.reference import locate, open_reference, write_reference
-from moveimg.evaluation.results import environment, write_results, write_sweep
-from moveimg.evaluation.sample import SamplePlan, sample_set
-from moveimg.evaluation.scoring import Guards, check_pair, score
-from moveimg.evaluation.sets import open_set, source_images
-from moveimg.files import lock
+from moveimg.config import SamplingSettings
+from moveimg.data import is_named_source
+from moveimg.device import hardware
+from moveimg.errors import describe
+from moveimg.evaluation.extractors import (
+    EFFICIENTNET,
+    Extractor,
+    extract,
+    load_classifier,
+    load_efficientnet,
+    load_inception,
+)
+from moveimg.evaluation.metrics import (
+    frechet_distance,
+    inception_scores,
+    kernel_distance,
+    precision_recall,
+    statistics_of,
+)
+from moveimg.evaluation.reference import locate, open_reference
+from moveimg.evaluation.sample import sample_set
+from moveimg.evaluation.sets import open_set, scan_image_set
+from moveimg.files import lock, read_json, write_json
 from moveimg.pipeline import Pipeline
-from moveimg.pretrained.hub import cache_directory
+from moveimg.tables import markdown_table
 
 REFERENCES = {"digits": "digits", "fashion": "fashion-mnist"}  # of the bundled models
-RESULTS = "results.json"
-
-
-def features_cache() -> Path:
-    """The folder where features and references are cached."""
-    return cache_directory() / "evaluation"
+PUBLISHED_COUNT = 50_000  # samples behind published FIDs
+COLUMNS = {  # of a table of results: title and format
+    "fid": ("FID", ".4g"),
+    "sfid": ("sFID", ".4g"),
+    "inception_score_adm": ("IS (ADM)", ".4g"),
+    "inception_score_shuffled": ("IS (shuffled)", ".4g"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "kid": ("KID", ".6f"),
+    "accuracy": ("class shown", ".1%"),
+}
 
 
 def open_extractor(
@@ -42,135 +60,141 @@ def open_extractor(
     inception_weights: Path | None,
     device: torch.device,
 ) -> Extractor:
-    """The feature extractor of a comparison with `reference`, which is looked for first.
+    """The feature extractor of a comparison with `reference`, which must exist.
 
     `classifier` is a file of --make-extractor, or `efficientnet-lite0`. Without one it is the
     bundled classifier of a data set, else Inception with torch-fidelity's weights.
     Raises as locate, load_classifier, load_efficientnet and load_inception.
     """
-    if classifier is not None and inception_weights is not None:
-        raise ValueError("--extractor and --inception-weights: expected one of the two")
-    if reference is not None and not is_named_source(reference):
-        locate(reference, features_cache())
-    for model, source in REFERENCES.items():
-        if reference == source and classifier is inception_weights is None:
-            classifier = BUNDLED / model / "extractor.safetensors"
-    if str(classifier) == "efficientnet-lite0":
-        from moveimg.evaluation.imagenet import load_efficientnet
-
+    source = (reference or "").split(":")[0]
+    if reference is not None and not is_named_source(source):
+        locate(reference)
+    bundled = {source: model for model, source in REFERENCES.items()}
+    if source in bundled and classifier is inception_weights is None:
+        classifier = BUNDLED / bundled[source] / "extractor.safetensors"
+    if str(classifier) == EFFICIENTNET:
         return load_efficientnet(device)
     if classifier is not None:
         return load_classifier(classifier, device)
-    from moveimg.evaluation.inception import load_inception
-
     return load_inception(inception_weights, device)
 
 
-def default_reference(model: str) -> str:
-    """The data set of a bundled model. Raises ValueError for another model."""
-    if model not in REFERENCES:
-        raise ValueError(
-            "give a --reference: imagenet256, an .npz of ADM's layout or a folder of real images "
-            "(moveimg evaluate FOLDER --make-reference FILE makes one)"
-        )
-    return REFERENCES[model]
-
-
 def evaluate_model(
-    pipeline: Pipeline,
-    plans: Sequence[SamplePlan],
-    reference: str,
-    extractor: Extractor,
-    allowed: Sequence[str],
-    out: Path | None,
-    sweep: tuple[str, Sequence[float]] | None = None,
-) -> tuple[list[dict[str, Any]], Path] | None:
+    pipeline: Pipeline, plan: dict[str, Any], reference: str, extractor: Extractor, out: Path | None
+) -> tuple[dict[str, Any], Path] | None:
     """Draw a model's samples (or continue to), score them, write results.json beside them.
 
-    A sweep is a sampling setting and its values; each has a plan and a folder of its own in `out`
-    (by default evaluation/MODEL-HASH, by the first plan), beside sweep.md and sweep.png.
-    Returns the results, one for each plan, and their folder; None on every rank but 0.
+    `plan` is that of make_plan; `out` is by default evaluation/MODEL-HASH, by the plan. Returns the
+    results and their folder; None on every rank but 0.
     """
-    name, (key, values) = Path(pipeline.name).name, sweep or ("", ())
-    described = json.dumps(asdict(plans[0]), sort_keys=True).encode()
-    parts = [name, key, hashlib.sha256(described).hexdigest()[:8]]
-    root = out or Path("evaluation") / "-".join(filter(None, parts))
+    name = Path(pipeline.name).name
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    folder = out or Path("evaluation") / f"{name}-{digest[:8]}"
     height, width = (n * pipeline.tokenizer.downsample for n in pipeline.generator.config.grid)
-    size = (height, width) if plans[0].resize is None else (plans[0].resize, plans[0].resize)
-    cache, real, results = features_cache(), None, []
     if os.environ.get("RANK", "0") == "0":  # before the samples are drawn: it may be refused
-        real = open_reference(reference, size, extractor, cache)
-        check_pair(size, real, Guards(allowed))
-    names = [f"{key} {value:g}" for value in values] or [name]
-    for title, plan in zip(names, plans, strict=True):
-        folder = root / title.replace(" ", "-") if sweep else root
-        begun = time.perf_counter()
-        with lock(folder, "moveimg evaluate"):
-            path = sample_set(pipeline, plan, folder)
-        if path is None or real is None:
-            continue
-        drawn = time.perf_counter()
-        scored = score(open_set(path), real, extractor, cache, Guards(allowed), plan.n_classes)
-        seconds = {"sampling": drawn - begun, "scoring": time.perf_counter() - drawn}
-        result = {
-            "name": name,
-            "model": pipeline.name,
-            "plan": asdict(plan),
-            "reference_given": reference,
-            **scored,
-            **environment(pipeline.device),
-            "seconds": {key: round(value, 1) for key, value in seconds.items()},
-        }
-        write_results(folder / RESULTS, result)
-        results.append(result | {"name": title})
-    if not results:
+        open_reference(reference, (plan["resize"] or height, plan["resize"] or width), extractor)
+    with lock(folder, "moveimg evaluate"):
+        path = sample_set(pipeline, plan, folder)
+    if path is None:
         return None
-    if sweep is not None:
-        write_sweep(root, key, values, results)
-    return results, root
+    about = {"name": name, "model": pipeline.name, "plan": plan}
+    return score(path, reference, extractor, folder, about), folder
 
 
-def score_files(
-    samples: Path, reference: str, extractor: Extractor, allowed: Sequence[str], out: Path | None
+def score(
+    samples: Path,
+    reference: str,
+    extractor: Extractor,
+    out: Path | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Score a set of any program: ADM's .npz or a folder of images."""
-    images, cache = open_set(samples), features_cache()
-    real = open_reference(reference, images.size, extractor, cache)
-    scored = score(images, real, extractor, cache, Guards(allowed))
-    results = {"name": samples.name, **scored, **environment(extractor.device)}
+    """All metrics of a set of any program, with what they were computed from, as plain data.
+
+    FID; sFID and IS where the extractor has their layers; precision, recall and KID where the
+    reference has images. Written with `about` to results.json in `out`. `samples` is ADM's .npz or
+    a folder of images. Raises as open_set, open_reference and extract.
+    """
+    images = open_set(samples)
+    real, count = open_reference(reference, images.size, extractor), len(images)
+    digest, duplicates = scan_image_set(images)
+    features = extract(images, digest, extractor)
+    metrics: dict[str, Any] = {
+        role: frechet_distance(statistics_of(features[role]), statistics)
+        for role, statistics in real.statistics.items()
+    }
+    if "sfid" in features:  # only Inception has sFID's layer, and IS is defined by its classes
+        metrics |= inception_scores(features["logits"])
+    if real.features is not None:
+        metrics |= precision_recall(features["fid"], real.features)
+        metrics |= kernel_distance(features["fid"], real.features)
+    metrics["distinct"] = 1 - duplicates / count
+    if extractor.class_names is not None and images.labels is not None:
+        metrics["accuracy"] = float((features["logits"].argmax(1) == images.labels).mean())
+    warnings = []
+    if count <= (width := features["fid"].shape[1]):
+        warnings.append(f"{count} images for {width} features: the covariance is singular")
+    elif count < PUBLISHED_COUNT and "sfid" in features:
+        warnings.append(f"{count} images: published FIDs are of {PUBLISHED_COUNT}, and lower")
+    if duplicates:
+        warnings.append(f"{duplicates} of {count} images equal an earlier one: a seed used twice?")
+    versions = {name: version(name) for name in ("torch", "torch-fidelity", "numpy")}
+    results = {
+        "format": 1,
+        "name": samples.name,
+        **(about or {}),
+        "metrics": metrics,
+        "samples": {"count": count, "size": images.size, "sha256": digest},
+        "reference": {
+            "name": real.name,
+            "sha256": real.digest,
+            "images_of_statistics": real.statistics["fid"].count,
+            "images_of_precision_recall_kid": None if real.features is None else len(real.features),
+        },
+        "extractor": {
+            "name": extractor.name,
+            "space": extractor.space,
+            "sha256": extractor.fingerprint,
+            "held_out_accuracy": extractor.held_out,
+        },
+        "warnings": warnings,
+        "versions": versions | {"moveimg": __version__},
+        "hardware": hardware(extractor.device),
+    }
     if out is not None:
-        write_results(out / RESULTS, results)
+        write_json(out / "results.json", results)
     return results
 
 
-def make_reference(
-    images: str, split: Split, size: tuple[int, int], extractor: Extractor, out: Path
-) -> dict[str, Any]:
-    """Write statistics and images of a folder or data set, cropped as ADM does, as one .npz."""
-    with lock(out, "moveimg evaluate"):
-        source = drop_unreadable(open_images(images, split))
-        return write_reference(out, source_images(source, size), extractor, features_cache(), split)
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results.json. Raises FileNotFoundError, or ValueError for other content."""
+    results = read_json(path)
+    try:
+        _row(results)
+    except Exception as error:  # of another program's JSON
+        raise ValueError(f"{path}: not results of moveimg evaluate ({describe(error)})") from None
+    return results
 
 
-def make_extractor(
-    images: str, size: tuple[int, int], device: torch.device, out: Path, seed: int = 0
-) -> float:
-    """Train a small classifier on the train split of `images`; returns its val accuracy."""
-    source = drop_unreadable(open_images(images, "train"))
-    names = source.class_names
-    held_out = drop_unreadable(open_images(images, "val"))
-    if held_out.class_names != names:  # labels are compared by number below
-        raise ValueError(f"{images}: the classes of the train and val splits differ")
-    model = train_classifier(*_read_source(source, size), len(names), device, seed)
-    pixels, labels = _read_source(held_out, size)
-    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)
-    predicted = torch.cat([model(batch.to(device))["logits"].argmax(1).cpu() for batch in batches])
-    accuracy = float((predicted.numpy() == labels).mean())
-    save_classifier(model, out, names, source.name, accuracy)
-    return accuracy
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table with a row for each result; columns without any value are left out."""
+    rows = [_row(result) for result in results]
+    columns = {"name": "", "images": "images"} | {key: title for key, (title, _) in COLUMNS.items()}
+    columns |= {key: key for key in ("settings", "reference", "feature space")}
+    used = {key: title for key, title in columns.items() if any(row.get(key) for row in rows)}
+    return markdown_table(rows, used)
 
 
-def _read_source(source: ImageSource, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Centre crops uint8 [N, H, W, 3] and labels int64 [N] of a source."""
-    images = source_images(source, size)
-    return np.concatenate(list(images.read(256))), np.asarray(source.labels, np.int64)
+def _row(result: dict[str, Any]) -> dict[str, str]:
+    metrics = result["metrics"]
+    shown = {key: form for key, (_, form) in COLUMNS.items() if metrics.get(key) is not None}
+    row = {key: format(metrics[key], form) for key, form in shown.items()}
+    if plan := result.get("plan"):  # the guidance scale, and what differs from the defaults
+        default = SamplingSettings().model_dump() | {"cfg_scale": None}
+        changed = {k: v for k, v in plan["sampling"].items() if v != default.get(k)}
+        row["settings"] = ", ".join(f"{k} {v}".removesuffix(".0") for k, v in changed.items())
+    return row | {
+        "name": result["name"],
+        "images": f"{result['samples']['count']:,}",
+        "reference": result["reference"]["name"].rsplit("/", 1)[-1],
+        "feature space": result["extractor"]["space"],
+    }

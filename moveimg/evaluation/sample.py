@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +28,6 @@ from moveimg.progress import progress_bar
 from moveimg.sampling import MAX_SEED
 
 
-@dataclass(frozen=True)
-class SamplePlan:
-    """Everything that determines the bytes of a set; plan.json holds it."""
-
-    model: str  # sha256 of the generator's config and weights
-    tokenizer: str  # fingerprint
-    n_classes: int
-    sampling: dict[str, Any]
-    num: int
-    seed: int  # image i is drawn with seed + i
-    batch_size: int  # the rounding of matrix products depends on it
-    resize: int | None  # side in pixels to resize the images to, bicubically
-    device: str
-    dtype: str
-
-    def batches(self) -> range:
-        """The index of each batch's first image."""
-        return range(0, self.num, self.batch_size)
-
-
 def make_plan(
     pipeline: Pipeline,
     num: int,
@@ -57,28 +35,31 @@ def make_plan(
     batch_size: int = 100,
     resize: int | None = None,
     changes: dict[str, Any] | None = None,
-) -> SamplePlan:
-    """The plan of a set; its sampling settings are the model's own with the `changes`.
+) -> dict[str, Any]:
+    """Everything that determines the bytes of a set of `num` images, the content of plan.json.
 
+    Image i is drawn with seed + i, and resized to `resize` pixels (bicubic). `changes` are those of
+    the model's own sampling settings; the rounding of matrix products depends on `batch_size`.
     Raises ValueError for bad settings, or where the last image's seed exceeds 2^32 - 1.
     """
     if not 0 <= seed <= MAX_SEED - num:
         raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED - num}")
-    return SamplePlan(
-        model=model_digest(resolve(pipeline.name)),
-        tokenizer=pipeline.tokenizer.fingerprint,
-        n_classes=len(pipeline.class_names),
-        sampling=pipeline.settings(**(changes or {})).model_dump(),
-        num=num,
-        seed=seed,
-        batch_size=batch_size,
-        resize=resize,
-        device=pipeline.device.type,
-        dtype=str(pipeline.generator.head.weight.dtype).removeprefix("torch."),
-    )
+    settings = pipeline.settings(**(changes or {})).model_dump(mode="json")
+    dtype = str(pipeline.generator.head.weight.dtype).removeprefix("torch.")
+    return {
+        "model": model_digest(resolve(pipeline.name)),
+        "tokenizer": pipeline.tokenizer.fingerprint,
+        "n_classes": len(pipeline.class_names),
+        "sampling": settings,
+        "num": num,
+        "seed": seed,
+        "batch_size": batch_size,
+        "resize": resize,
+        "device": pipeline.device.type,
+        "dtype": dtype,
+    }
 
 
-@cache
 def model_digest(directory: Path) -> str:
     """sha256 over a model directory's generator: the model's config and its weights."""
     described = read_json(directory / "config.json")["model"]
@@ -103,74 +84,59 @@ def class_labels(indices: np.ndarray, n_classes: int) -> np.ndarray:
     return labels
 
 
-def sample_set(pipeline: Pipeline, plan: SamplePlan, folder: Path) -> Path | None:
+def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path | None:
     """Draw the images of `plan` into `folder`, which gets plan.json and samples.npz (ADM's layout).
 
     Batches that are there already are kept. Returns the set's path; None on every rank but 0.
     Raises ValueError where `folder` holds images of another plan.
     """
     target, parts = folder / "samples.npz", folder / "parts"
+    num, batch_size = plan["num"], plan["batch_size"]
+    starts = range(0, num, batch_size)
+    files = {start: parts / f"part-{start:09d}.npy" for start in starts}
     with all_ranks() as ranks:
         ranks.run_first(lambda: _write_plan(folder / "plan.json", plan))
         if not target.exists():
-            mine = plan.batches()[ranks.rank :: ranks.size]
-            what = f"sample (rank {ranks.rank})" if ranks.rank else "sample"
-            with progress_bar(len(mine) * plan.batch_size, what, "image") as bar:
+            mine = starts[ranks.rank :: ranks.size]
+            with progress_bar(len(mine) * batch_size, "sample", "image") as bar:
                 for start in mine:
-                    if not (path := _batch_file(parts, start)).is_file():
+                    if not files[start].is_file():
                         pixels = _draw(pipeline, plan, start)
-                        with atomic(path) as temporary, temporary.open("wb") as file:
+                        with atomic(files[start]) as temporary, temporary.open("wb") as file:
                             np.save(file, pixels)
-                    bar.update(plan.batch_size)
+                    bar.update(batch_size)
         ranks.wait()
         if ranks.rank:
             return None
     if not target.exists():
-        files = [_batch_file(parts, start) for start in plan.batches()]
-        if missing := [file for file in files if not file.is_file()]:
-            raise FileNotFoundError(
-                f"{missing[0]}: missing, of {len(files)} batches: the ranks need a folder that all "
-                "of them see"
-            )
-        batches = (np.load(file, allow_pickle=False) for file in files)
-        write_npz(target, batches, class_labels(np.arange(plan.num), plan.n_classes))
+        batches = (np.load(file, allow_pickle=False) for file in files.values())
+        labels = class_labels(np.arange(num), plan["n_classes"])
+        write_npz(target, batches, labels)
     shutil.rmtree(parts, ignore_errors=True)
     return target
 
 
-def _write_plan(path: Path, plan: SamplePlan) -> None:
+def _write_plan(path: Path, plan: dict[str, Any]) -> None:
     """Write plan.json. Raises ValueError where the one there is of another plan."""
-    wanted = json.loads(json.dumps(asdict(plan)))
     if not path.is_file():
-        write_json(path, wanted)
-        return
-    present = read_json(path)
-    if not isinstance(present, dict):
-        raise ValueError(f"{path}: expected the plan of a sample set (got {shorten(present)})")
-    for key, value in wanted.items():
-        if present.get(key) != value:
-            raise ValueError(
-                f"{path.parent}: holds samples of another plan ({key}: "
-                f"{shorten(present.get(key))}, now {shorten(value)}): choose another --out"
-            )
+        write_json(path, plan)
+    elif (present := read_json(path)) != plan:
+        have = present if isinstance(present, dict) else {}
+        changes = {key: have.get(key) for key in plan if have.get(key) != plan[key]}
+        raise ValueError(f"{path}: of another plan ({shorten(changes)}): choose another --out")
 
 
-def _draw(pipeline: Pipeline, plan: SamplePlan, start: int) -> np.ndarray:
+def _draw(pipeline: Pipeline, plan: dict[str, Any], start: int) -> np.ndarray:
     """Images uint8 [b, H, W, 3] of the batch that begins at index `start`."""
-    indices = np.arange(start, min(start + plan.batch_size, plan.num))
-    labels = class_labels(indices, plan.n_classes).tolist()
-    settings = SamplingSettings.model_validate(plan.sampling)
-    codes = pipeline.sample_codes(
-        labels, settings, seed=plan.seed + start, batch_size=plan.batch_size
-    )
+    size, side = plan["batch_size"], plan["resize"]
+    indices = np.arange(start, min(start + size, plan["num"]))
+    labels = class_labels(indices, plan["n_classes"]).tolist()
+    settings = SamplingSettings.model_validate(plan["sampling"])
+    codes = pipeline.sample_codes(labels, settings, seed=plan["seed"] + start, batch_size=size)
     # as LlamaGen resizes 384 to 256: bicubic, not antialiased, and clipped afterwards
     images = pipeline.tokenizer.decode(codes, pipeline.generator.config.grid, clip=False)
     if not torch.isfinite(images).all():
-        raise ValueError(f"non-finite: decoded images {start}.. are not finite")
-    if plan.resize is not None and images.shape[-2:] != (plan.resize, plan.resize):
-        images = F.interpolate(images.float(), (plan.resize, plan.resize), mode="bicubic")
+        raise ValueError(f"decoded images {start}.. are not finite")
+    if side is not None and images.shape[-2:] != (side, side):
+        images = F.interpolate(images.float(), (side, side), mode="bicubic")
     return to_uint8(images)
-
-
-def _batch_file(folder: Path, start: int) -> Path:
-    return folder / f"part-{start:09d}.npy"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,18 @@ from moveimg.data import MANIFEST, Batches, PackedCodes, sha256_file
 from moveimg.dist import World
 from moveimg.files import lock
 from moveimg.images import labelled_grid, to_pil
-from moveimg.model import Transformer, model_cost
+from moveimg.model import Transformer
 from moveimg.rng import InitialValues
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.initial import initial_model
-from moveimg.training.logging import data_sheet_peak, gate_statistics
-from moveimg.training.loop import fit
+from moveimg.training.loop import Task, fit
 from moveimg.training.parallel import Parallelism, choose_parallelism
-from moveimg.training.task import Task
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 10, 6
-GATE_IMAGES = 8  # held-out images whose gates are logged
 
 
 class GeneratorTask(Task):
     """loss = mean over positions of -log p(code | label, codes before it)."""
-
-    model: Transformer
 
     def __init__(
         self,
@@ -47,18 +41,10 @@ class GeneratorTask(Task):
         parallel: Parallelism,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
-        self.parallel, self.world = parallel, parallel.world
-        self.device = self.world.device
-        self.forward = model
-        self.codes, self.val = train, val
+        self.parallel, self.world, self.device = parallel, parallel.world, parallel.world.device
+        self.forward, self.codes, self.val = model, train, val
         self.class_names = train.class_names
         self.batches = Batches(train, config.batch_size, config.seed)
-        if config.evaluation is not None:
-            from moveimg.training.scoring import Scorer  # torch-fidelity is not loaded without need
-
-            settings = (config.evaluation, config.sampling)
-            self.scorer = Scorer(*settings, tokenizer, model.config.grid, self.world)
-            self.score_every = config.evaluation.every
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         codes, labels, _ = self.batches.batch(step, part, self.parallel.parts)
@@ -99,43 +85,9 @@ class GeneratorTask(Task):
         rows = [images[i : i + PREVIEW_COLUMNS] for i in range(0, len(images), PREVIEW_COLUMNS)]
         return labelled_grid(rows, [self.class_names[i] for i in classes])
 
-    def scores(self, model: Transformer) -> dict[str, float]:
-        return self.scorer(model)
-
     def export(self, model: Transformer, directory: Path, about: dict[str, Any]) -> None:
         parts = ModelParts(model, self.tokenizer, self.class_names, self.config.sampling)
         save_model(directory, parts, about)
-
-    def identity(self) -> dict[str, str]:
-        """Digests of the codes (their manifests name every shard's) and of the tokenizer."""
-        return {
-            "tokenizer": self.tokenizer.fingerprint,
-            "train codes": sha256_file(self.codes.directory / MANIFEST),
-            "val codes": sha256_file(self.val.directory / MANIFEST),
-        }
-
-    def indices(self, step: int) -> list[int]:
-        return self.batches.batch(step)[2].tolist()
-
-    def watch(self, images_per_second: float) -> dict[str, dict[str, float]]:
-        """Tokens per second, gate statistics and, on a known GPU, MFU.
-
-        Training costs three times the matrix products of a forward pass: the backward pass has two.
-        """
-        config = self.model.config
-        rates = {"tokens_per_second": images_per_second * config.seq_len}
-        if self.device.type == "cuda":
-            peak = data_sheet_peak(torch.cuda.get_device_name(self.device))
-            flops = 3 * model_cost(config).flops_per_token * rates["tokens_per_second"]
-            rates["mfu"] = flops / (peak * self.world.size) if peak else math.nan
-
-        def forward() -> None:  # held-out images spread over the split, and so over its classes
-            count = min(len(self.val), GATE_IMAGES)
-            indices = np.linspace(0, len(self.val) - 1, count).round().astype(np.int64)
-            codes, labels = self.val.get(indices, 0 * indices)
-            self._loss(self.model, codes.to(self.device), labels.to(self.device))
-
-        return {"train": rates, "gates": gate_statistics(self.model.eval(), forward)}
 
     def _loss(self, model: nn.Module, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss in nats per code, and the share of codes predicted right."""
@@ -163,7 +115,10 @@ def train_generator(
     with InitialValues(config.seed):
         model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
     task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
-    return fit(task, config, parallel, restart)
+    data = {"tokenizer": tokenizer.fingerprint}  # a manifest names every shard's digest
+    for name, codes in (("train codes", train), ("val codes", val)):
+        data[name] = sha256_file(codes.directory / MANIFEST)
+    return fit(task, config, parallel, restart, data)
 
 
 def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
@@ -171,11 +126,8 @@ def fit_to_codes(config: ModelConfig, codes: PackedCodes) -> ModelConfig:
 
     Raises ValueError if the config sets one of them to another value.
     """
-    needed = {
-        "codebook_size": codes.codebook_size,
-        "n_classes": len(codes.class_names),
-        "grid": tuple(codes.grid),
-    }
+    sizes: tuple[Any, ...] = (codes.codebook_size, len(codes.class_names), tuple(codes.grid))
+    needed = dict(zip(("codebook_size", "n_classes", "grid"), sizes, strict=True))
     for key, value in needed.items():
         chosen = getattr(config, key)
         if key in config.model_fields_set and chosen != value:
@@ -189,7 +141,7 @@ def _open_codes(
     """The train and val codes; encoded first if the config names images."""
     directory = config.data.codes
     if directory is None:
-        from moveimg.data import ChangedSettingsError, encode_splits
+        from moveimg.data import encode_splits
 
         assert config.data.images is not None
         directory = config.out / "codes"
@@ -197,11 +149,5 @@ def _open_codes(
             with lock(config.out, "a training"):
                 shutil.rmtree(directory)
         world.wait()
-        try:
-            encode_splits(config.data.images, tokenizer, directory, device=world.device)
-        except ChangedSettingsError as error:
-            raise ValueError(
-                f"{config.out}: {error.details} since this run made its codes; start over with "
-                "--restart"
-            ) from None
+        encode_splits(config.data.images, tokenizer, directory, device=world.device)
     return PackedCodes(directory / "train"), PackedCodes(directory / "val")

@@ -27,17 +27,12 @@ def initial_model(
     """The model at step 0; with `train: memory`, all but the memory is frozen.
 
     `model` is config.model completed by the codes; `fingerprint` that of their tokenizer.
-
-    Raises:
-        FileNotFoundError: there is no model at config.init_from.
-        ValueError: its settings or tokenizer differ, or `train: memory` is impossible because there
-            is no memory or the label table is new.
+    Raises FileNotFoundError without a model at config.init_from; ValueError where its settings or
+    tokenizer differ, or `train: memory` has no memory to train or a new label table.
     """
     if config.init_from is None:
         return Transformer(model)
     directory = resolve(config.init_from)
-    if directory.resolve() == config.out.resolve():
-        raise ValueError(f"out and init_from are both {config.out}: expected another `out`")
     theirs = vq.load(directory / "tokenizer").fingerprint
     if theirs != fingerprint:
         raise ValueError(
@@ -46,14 +41,11 @@ def initial_model(
         )
     started = start_from(directory, model, class_names)
     if config.train == "memory":
-        if started.config.memory.kind == "none":
+        same_classes = started.config.n_classes == read_model_config(directory).n_classes
+        if started.config.memory.kind == "none" or not same_classes:
             raise ValueError(
-                f"train: memory, but {directory} has none: give it one by `moveimg convert upcycle`"
-            )
-        if started.config.n_classes != read_model_config(directory).n_classes:
-            raise ValueError(
-                f"train: memory, but the codes have other classes than {directory}, and their new "
-                "label table must learn: expected train: all"
+                f"train: memory needs a memory (`moveimg convert upcycle`) and the classes of the "
+                f"codes in {directory}: expected train: all"
             )
         freeze_backbone(started)
     return started
@@ -89,15 +81,11 @@ def adopt(config: ModelConfig, source: ModelConfig, directory: Path) -> ModelCon
     """`config` completed by the settings of `source`. Raises ValueError if they differ."""
     left_out = ModelConfig.model_fields.keys() - config.model_fields_set - FREE
     config = config.model_copy(update={key: getattr(source, key) for key in left_out})
-    if config.memory.kind != "none" and source.memory.kind == "none":
-        raise ValueError(
-            f"model.memory is {config.memory.kind}, but {directory} has none: give it a zero one "
-            "by `moveimg convert upcycle` and start from that"
-        )
     wanted, there = config.model_dump(exclude=FREE), source.model_dump(exclude=FREE)
     for key, value in wanted.items():
         if value != there[key]:
-            raise ValueError(f"model.{key} is {value}, but {directory} has {there[key]}")
+            hint = ": see `moveimg convert upcycle`" if key == "memory" else ""
+            raise ValueError(f"model.{key} is {value}, but {directory} has {there[key]}{hint}")
     return config
 
 

@@ -19,39 +19,34 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     """The optimizers of a model; each trainable parameter is in one of them.
 
     AdamW; weight decay on tensors of two or more dimensions only (LlamaGen's recipe). Product-key
-    value tables have their own rate, table_lr, under the same schedule. With kind muon
-    the blocks' matrices go to Muon instead, its updates scaled to AdamW's size
-    (arXiv 2502.16982), so that rate and decay mean the same for both.
+    value tables have their own rate, table_lr, under the same schedule. With kind muon the weights
+    of the blocks' linear layers, except routers, go to Muon instead, its updates scaled to AdamW's
+    size (arXiv 2502.16982), so that rate and decay mean the same for both.
     """
     tables = [p for m in model.modules() if isinstance(m, ValueTable) for p in m.parameters()]
-    matrices = block_matrices(model) if config.kind == "muon" else []
-    known = {id(p) for p in (*tables, *matrices)}
+    matrices = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("layers.") and "router" not in name
+    ]
+    muon = {id(p) for p in matrices if config.kind == "muon" and p.requires_grad}
+    known, decay = muon | {id(p) for p in tables}, config.weight_decay
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    decay = config.weight_decay
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     if tables := [p for p in tables if p.requires_grad]:
-        groups.append(
-            {"params": tables, "weight_decay": decay, "lr_factor": config.table_lr / config.lr}
-        )
-    fused = rest[0].device.type in ("cpu", "cuda")
+        factor = config.table_lr / config.lr
+        groups.append({"params": tables, "weight_decay": decay, "lr_factor": factor})
     found: list[Optimizer] = []
-    if matrices := [p for p in matrices if p.requires_grad]:
-        momentum, adjust = config.momentum, "match_rms_adamw"
-        found.append(torch.optim.Muon(matrices, config.lr, decay, momentum, adjust_lr_fn=adjust))
+    if muon:
+        chosen = [p for p in matrices if id(p) in muon]
+        options: dict[str, Any] = {"momentum": config.momentum, "adjust_lr_fn": "match_rms_adamw"}
+        found.append(torch.optim.Muon(chosen, config.lr, decay, **options))
+    fused = rest[0].device.type in ("cpu", "cuda")
     found.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused))
     return found
-
-
-def block_matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of the blocks' linear layers, except routers (of gates and experts)."""
-    return [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("layers.") and "router" not in name
-    ]
 
 
 def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
@@ -68,11 +63,8 @@ def clip_gradients(optimizers: Sequence[Optimizer], config: OptimizerConfig) -> 
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     tables = [p for group in groups if "lr_factor" in group for p in group["params"]]
-    rest = [p for group in groups if "lr_factor" not in group for p in group["params"]]
-    norm = _clip(rest, config.clip)
-    if not tables:
-        return norm
-    of_tables = _clip(tables, config.table_clip)
+    norm = _clip([p for g in groups if "lr_factor" not in g for p in g["params"]], config.clip)
+    of_tables = _clip(tables, config.table_clip) if tables else norm
     return torch.where(of_tables.isfinite(), norm, of_tables)
 
 

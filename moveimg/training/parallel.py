@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -23,8 +23,6 @@ from moveimg.config import TrainConfig
 from moveimg.device import pick_dtype, shapes_only
 from moveimg.dist import World
 from moveimg.model import Transformer
-
-# --- micro-batches -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -48,19 +46,14 @@ class Parallelism:
 def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
     """The Parallelism of a generator's run. Raises ValueError for a batch that cannot be cut so."""
     size, micro = config.batch_size, config.micro_batch or config.batch_size
-    if size % micro:
-        raise ValueError(f"micro_batch {micro}: expected a divisor of batch_size ({size})")
     parts = size // micro
-    if parts % world.size:
+    if size % micro or parts % world.size:
         raise ValueError(
-            f"micro_batch {micro} cuts batch_size {size} into {parts}: expected a multiple of the "
-            f"{world.size} processes"
+            f"micro_batch {micro} of batch_size {size}: expected a divisor that gives a multiple "
+            f"of {world.size} micro-batches, as many for each process"
         )
     if config.distributed == "fsdp" and config.optimizer.kind == "muon":
-        raise ValueError(
-            "optimizer.kind muon needs whole matrices, and `distributed: fsdp` cuts them: expected "
-            "`distributed: ddp`, or optimizer.kind adamw"
-        )
+        raise ValueError("optimizer.kind muon needs whole matrices: expected `distributed: ddp`")
     return Parallelism(
         world,
         parts,
@@ -78,9 +71,6 @@ def micro_batch_seed(seed: int, step: int, part: int) -> int:
     return int(np.random.SeedSequence((seed, step, part)).generate_state(1)[0])
 
 
-# --- the model -----------------------------------------------------------------------------
-
-
 def parallelize(model: nn.Module, average: nn.Module | None, parallel: Parallelism) -> nn.Module:
     """Wrap or shard `model`, and shard its average; return the module that a step calls.
 
@@ -91,9 +81,13 @@ def parallelize(model: nn.Module, average: nn.Module | None, parallel: Paralleli
     if isinstance(model, Transformer):
         model.checkpointing = parallel.checkpointing
         if parallel.compiled:
-            raise_recompile_limit(len(model.layers))
+            import torch._dynamo
+
+            # LaVE's layers need a graph each, and torch's limit is 8 of the same code
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, len(model.layers) + 8)
             for block in model.layers:
-                compile_training(block)
+                block.compile()
     device, size = parallel.world.device, parallel.world.size
     if size == 1:
         return model
@@ -112,29 +106,6 @@ def parallelize(model: nn.Module, average: nn.Module | None, parallel: Paralleli
             for unit in (*module.layers, module):
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
     return model
-
-
-def raise_recompile_limit(n: int) -> None:
-    """Let torch compile n graphs of a block, and some more.
-
-    Blocks share their code, but every layer of LaVE reads another slot and needs its own graph.
-    Past torch's limit of 8 graphs, the later layers would stay eager, with a warning.
-    """
-    import torch._dynamo
-
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, n + 8)
-
-
-def compile_training(block: nn.Module) -> None:
-    """Compile a block's forward pass in train mode only: in eval mode the cache grows."""
-    eager = block.forward
-    compiled = torch.compile(eager)
-
-    def forward(*args: object, **kwargs: object) -> Tensor:
-        return (compiled if block.training else eager)(*args, **kwargs)
-
-    block.forward = forward
 
 
 @contextmanager

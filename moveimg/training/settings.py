@@ -1,8 +1,7 @@
-"""Settings and data of a run in training/, compared when the run continues."""
+"""Settings, data and held-out scores of a run in training/, compared when the run continues."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ from pydantic import BaseModel, ConfigDict
 
 from moveimg.config import RunConfig
 from moveimg.errors import shorten, validate
-from moveimg.files import parse_json, read_json, read_text, read_yaml, write_text
+from moveimg.files import parse_json, read_json, read_text, read_yaml, write_json, write_text
 
 # Settings that may differ when a run continues: no result depends on them, but for rounding.
 MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
-              "keep_checkpoints", "distributed", "activation_checkpointing", "compile",
-              "evaluation")  # fmt: skip
+              "keep_checkpoints", "distributed", "activation_checkpointing", "compile")  # fmt: skip
 
 
 class Measurement(BaseModel):
@@ -51,25 +49,14 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
         if new > old and config.optimizer.schedule == "constant":
             del changes["steps"]
         for key, (before, now) in changes.items():
-            reason = ""
-            if key == "steps":
-                shorter = ": the run has more already" if new < old else ""
-                reason = shorter or ": its cosine schedule ends at the first number"
             raise ValueError(
-                f"{config.out}: holds a run with {key} {shorten(before)}, now {shorten(now)}"
-                f"{reason}; choose another `out`, which may begin with this run's "
-                "model by `init_from`, or start over with --restart"
+                f"{config.out}: holds a run with {key} {shorten(before)}, now {shorten(now)}; "
+                "choose another `out` (and `init_from`), or start over with --restart"
             )
-        present = read_json(data) if data.is_file() else identity  # older runs had no data.json
-        present = validate(dict[str, str], present, f"{data}: damaged, start over with --restart")
-        for key, digest in identity.items():
-            if present.get(key) != digest:
-                raise ValueError(
-                    f"{config.out}: holds a run on other data (the {key} have changed since it "
-                    "began); choose another `out`, or start over with --restart"
-                )
+        if data.is_file() and read_json(data) != identity:
+            raise ValueError(f"{data}: of a run on other data; start over with --restart")
     write_text(described, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    write_text(data, json.dumps(identity, indent=1) + "\n")
+    write_json(data, identity)
 
 
 def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,17 @@ from moveimg.data import (
     open_images,
 )
 from moveimg.device import pick_dtype
-from moveimg.dist import World, print_rank0, reduce_mean
+from moveimg.dist import World, reduce_mean
 from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_tensor
 from moveimg.rng import InitialValues
-from moveimg.training.loop import fit
+from moveimg.training.loop import Task, fit
 from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Parallelism
-from moveimg.training.task import Task
 from tokenizer import losses as vq_losses
 
 PREVIEW_COLUMNS = 8
 MAX_VALIDATION = 2048  # held-out images that a validation reconstructs
 VALIDATION_BATCH = 32  # at least: without gradients images need less memory
-print_once = cache(print_rank0)
 
 
 class RandomViews(Dataset):
@@ -52,8 +50,7 @@ class RandomViews(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         (index, view), cut = key, self.images
-        views = crop_views(self.image(index), cut.size, cut.crops, cut.ranges)
-        return to_tensor([views[view]])[0]
+        return to_tensor([crop_views(self.image(index), cut.size, cut.crops, cut.ranges)[view]])[0]
 
     def image(self, index: int) -> Image.Image:
         """An image, or in place of an unreadable one the next that can be read."""
@@ -61,7 +58,7 @@ class RandomViews(Dataset):
             try:
                 return self.source[other][0]
             except UnreadableImageError as error:
-                print_once(f"warning: {error}; the next image replaces it")
+                warnings.warn(f"{error}; the next image replaces it", stacklevel=1)
         raise ValueError(f"{self.source.name}: none of its {len(self)} images can be read")
 
 
@@ -75,16 +72,12 @@ class Adversary:
     def __init__(self, config: TokenizerTrainConfig, channels: int, device: torch.device) -> None:
         assert config.adversarial is not None
         self.config, self.run = config.adversarial, config
-        n_layers, size = self.config.n_layers, min(as_pair(config.images.size))
+        lr, n_layers, size = self.config.lr, self.config.n_layers, min(as_pair(config.images.size))
         if size < (least := vq_losses.min_side(n_layers)):
-            raise ValueError(
-                f"images.size {size}: adversarial.n_layers {n_layers} needs at least {least}"
-            )
+            raise ValueError(f"images.size {size}: n_layers {n_layers} needs at least {least}")
         made = vq_losses.make_discriminator(channels, self.config.width, n_layers)
-        self.discriminator = made.to(device)
-        self.optimizer = torch.optim.AdamW(
-            made.parameters(), lr=self.config.lr, betas=config.optimizer.betas, weight_decay=0.0
-        )
+        self.discriminator, betas = made.to(device), config.optimizer.betas
+        self.optimizer = torch.optim.AdamW(made.parameters(), lr, betas, weight_decay=0.0)
 
     def train_step(self, step: int, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Train the discriminator on images and reconstructions [B, C, H, W]; scalars to log."""
@@ -101,8 +94,7 @@ class Adversary:
             parameter.grad = reduce_mean(parameter.grad)
         nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.clip)
         self.optimizer.step()
-        scalars = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-        return {name: value.detach() for name, value in scalars.items()}
+        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def generator_loss(
         self, reconstruction: Tensor, losses: Tensor, last_layer: Tensor
@@ -116,35 +108,34 @@ class Adversary:
         weight = torch.tensor(self.config.weight, device=loss.device)
         if self.config.adaptive:
             weight = weight * vq_losses.adaptive_weight(losses, loss, last_layer)
-        return weight * loss, {"adversarial": loss.detach(), "adversarial_weight": weight}
+        return weight * loss, {"adversarial": loss, "adversarial_weight": weight}
 
 
 class TokenizerTask(Task):
     """loss = reconstruction (l1, l2, LPIPS) + quantizer's own + adversarial (VQGAN, eq. 6)."""
 
-    model: vq.AutoencoderTokenizer
-
     def __init__(
         self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Parallelism
     ) -> None:
-        self.config, self.model, self.plan = config, model, plan
-        self.forward = model
+        self.config, self.model, self.forward, self.plan = config, model, model, plan
         self.device = device = plan.world.device
-        source, fraction = config.images.source, config.images.val_fraction
-        with plan.world.first_alone():  # a named data set is downloaded once
-            self.train = RandomViews(open_images(source, "train", fraction), config)
-            val = RandomViews(open_images(source, "val", fraction), config)
-        size, ranges = config.images.size, config.images.ranges[:1]
+        cut, channels = config.images, 3
+        with plan.world.first_alone():  # a named data set and LPIPS are downloaded once
+            self.train, val = (
+                RandomViews(open_images(cut.source, split, cut.val_fraction), config)
+                for split in ("train", "val")
+            )
+            self.perceptual = (
+                vq_losses.load_perceptual_loss(config.perceptual_folder, device)
+                if config.perceptual_weight
+                else None
+            )
         images = map(val.image, spread_indices(len(val), MAX_VALIDATION))
-        self.val = to_tensor([crop_views(image, size, "center", ranges)[0] for image in images])
+        self.val = to_tensor([crop_views(i, cut.size, "center", cut.ranges[:1])[0] for i in images])
         self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
-        self.perceptual: vq_losses.ImageLoss | None = None
-        if config.perceptual_weight:
+        if self.perceptual is not None:
             self.reconstruction_weights["perceptual"] = config.perceptual_weight
-            with plan.world.first_alone():  # it may download
-                self.perceptual = vq_losses.load_perceptual_loss(config.perceptual_folder, device)
         self.weights = self.reconstruction_weights | dict(model.quantize.loss_weights)
-        channels = self.val.shape[1]
         self.adversary = Adversary(config, channels, device) if config.adversarial else None
         self._batches: Iterator[Tensor] | None = None
 
@@ -155,7 +146,7 @@ class TokenizerTask(Task):
                 self.train,
                 batch_sampler=self._keys(step),
                 num_workers=0 if small else min(4, (os.cpu_count() or 1) - 1),
-                generator=torch.Generator(),  # or it would draw from the generator of the step
+                generator=torch.Generator(),  # or it would draw from torch's default generator
             )
             self._batches = iter(loader)
         images = next(self._batches).to(self.device)
@@ -175,8 +166,7 @@ class TokenizerTask(Task):
             adversarial, logged = self.adversary.generator_loss(
                 reconstruction, weighted, self.model.last_layer
             )
-            loss = loss + adversarial
-            scalars |= logged
+            loss, scalars = loss + adversarial, scalars | logged
         return loss, {name: value.detach() for name, value in scalars.items()}
 
     @torch.no_grad()
@@ -197,8 +187,8 @@ class TokenizerTask(Task):
     def preview(self, model: Any) -> Image.Image:
         """Held-out images above their reconstructions."""
         images = self.val[spread_indices(len(self.val), PREVIEW_COLUMNS)]
-        decoded = reconstruct(model, images)[1]
-        return labelled_grid([to_pil(images), to_pil(decoded)], ["image", "decoded"])
+        rows = [to_pil(images), to_pil(reconstruct(model, images)[1])]
+        return labelled_grid(rows, ["image", "decoded"])
 
     def export(self, model: Any, directory: Path, about: dict[str, Any]) -> None:
         vq.save(model, directory)

@@ -56,8 +56,8 @@ COMMANDS = (
     "convert upcycle RUN --out OUT --memory {kind:move}",
     "evaluate RUN --reference IMAGES --num-samples 4 --out OUT --set cfg_scale=1.0 --batch-size 2 "
     "--resize 8 --extractor NET",
-    "evaluate --samples SET --reference IMAGES --allow duplicate-images --extractor NET",
-    "evaluate RUN --sweep cfg_scale=1:2:1 --reference IMAGES --num-samples 4 --extractor NET",
+    "evaluate --samples SET --reference IMAGES --extractor NET",
+    "evaluate --show JSON",
     "bench sample RUN --batch-size 1 --repeats 1 --cfg-scale 1.0 --json JSON",
     "compare CONFIG none.yaml --out OUT --seeds 0 --jobs 1 --vary out",
 )
