@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moveimg.model import GatedMixer, Mixing, Transformer, record_mixing
+from moveimg.model import GatedMixer, Transformer, record_mixing
 from tests.conftest import MORE, PAIRED, VARIANTS, lively, random_inputs, tiny_config
 from tests.reference import reference_logits
 
@@ -134,17 +134,19 @@ def test_initial_values():
 def test_recorded_mixing_is_what_the_layers_mix(name):
     model = lively(tiny_config(**VARIANTS[name]))
     codes, labels = random_inputs(model.config)
-    mixings: dict[int, Mixing] = {}
-    with torch.no_grad(), record_mixing(model, mixings.__setitem__):
+    mixings = {}
+    with (
+        torch.no_grad(),
+        record_mixing(model, lambda layer, *parts: mixings.update({layer: parts})),
+    ):
         model(codes, labels)
     assert list(mixings) == ([1] if "lave" in name else [0, 1])
-    for mixing in mixings.values():
-        slots = mixing.g_i.shape[-1]
-        assert mixing.rows.shape[-2] == slots and mixing.values.shape[1] == codes.shape[1] - 1
-        assert (mixing.g_0 is None) == (not model.config.memory.gate_standard)
+    for g_0, g_i, values, rows in mixings.values():
+        assert rows.shape[-2] == g_i.shape[-1] and values.shape[1] == codes.shape[1] - 1
+        assert (g_0 is None) == (not model.config.memory.gate_standard)
     if "lave" not in name:  # all slots, by head
-        stored = model.memory.bank.weight[codes[:, :-1]].unflatten(-1, (slots, 2, -1))
-        assert torch.equal(mixings[0].rows, stored.transpose(2, 3))
+        stored = model.memory.bank.weight[codes[:, :-1]].unflatten(-1, (g_i.shape[-1], 2, -1))
+        assert torch.equal(mixings[0][-1], stored.transpose(2, 3))
     model(codes, labels)
     assert len(mixings) <= 2  # hooks are gone
 

@@ -3,22 +3,11 @@
 from moveimg.model.cost import model_cost, token_flops, train_budget
 from moveimg.model.feedforward import MoE, ValueTable, swiglu_hidden
 from moveimg.model.inference import decoding_model
-from moveimg.model.memory import (
-    NEAR_TWO,
-    NEAR_ZERO,
-    GatedMixer,
-    Mixing,
-    ValueBank,
-    mixers_by_layer,
-    record_mixing,
-)
+from moveimg.model.memory import GatedMixer, ValueBank, mixers_by_layer, record_mixing
 from moveimg.model.transformer import Transformer
 
 __all__ = [
-    "NEAR_TWO",
-    "NEAR_ZERO",
     "GatedMixer",
-    "Mixing",
     "MoE",
     "Transformer",
     "ValueBank",
