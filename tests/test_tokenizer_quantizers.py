@@ -197,19 +197,6 @@ def test_dead_codes_are_revived():
     assert torch.equal(quantizer.embedding.weight[5], torch.zeros(2).double()), "a used code stays"
 
 
-@pytest.mark.parametrize(
-    ("n_vectors", "reseed_after", "expected"),
-    [(9, 2, [0, 0, 3, 0, 3]), (2, 1, [0, 2, 2, 2, 2]), (2, 0, [0, 0, 0, 0, 0])],
-)
-def test_codes_moved_per_step(n_vectors, reseed_after, expected):
-    """A moved code may be idle again; no more codes move than there are vectors; 0 is off."""
-    quantizer = make_quantizer(size=4, dim=2, reseed_after=reseed_after)
-    with torch.no_grad():
-        quantizer.embedding.weight.fill_(100.0)
-    batch = as_grid(torch.ones(n_vectors, 2))  # of equal vectors' codes the first is chosen
-    assert [int(quantizer(batch).stats["reseeded"]) for _ in range(5)] == expected
-
-
 def test_codebook_starts_at_the_first_batch_unless_it_was_loaded():
     vectors = torch.randn(5, 2) + 50
     fresh, loaded = (make_quantizer(size=8, dim=2, init_from_data=True) for _ in range(2))

@@ -175,21 +175,3 @@ def test_other_settings_are_refused_naming_both(tmp_path, there, here, value):
     with pytest.raises(ValueError, match=value) as error:
         start_from(tmp_path / "m", tiny_config(**DIGITS | here), CLASS_NAMES)
     assert "\n" not in str(error.value)
-
-
-def test_refusals_of_a_run(digits, tmp_path):
-    save_start(digits, tmp_path / "dense")
-    parts = load_model(tmp_path / "dense")
-    other = ModelParts(parts.generator, tiny_tokenizer(16), CLASS_NAMES, parts.sampling)
-    save_model(tmp_path / "other", other, {})
-    for out, start, train, value in (
-        ("out", "dense", "memory", "moveimg convert upcycle"),
-        ("dense", "dense", "all", "dense"),
-        ("out", "nowhere", "all", "nowhere"),
-        ("out", "other", "all", other.tokenizer.fingerprint[:12]),
-    ):
-        config = start_config(digits, tmp_path / out, tmp_path / start, train=train)
-        with pytest.raises((ValueError, FileNotFoundError), match=value):
-            train_generator(config, CPU)
-    with pytest.raises(ValueError, match="init_from"):
-        train_config(digits, tmp_path / "out", train="memory")

@@ -256,9 +256,11 @@ def _checkpoint_contexts(block: Any) -> tuple[Any, Any]:
 
     @contextmanager
     def recomputing() -> Iterator[None]:
-        with nullcontext() if generator is None or state is None else rewound(generator, state):
-            yield
-        block.ffn.auxiliary = None
+        try:  # recomputing ends early, by an exception
+            with nullcontext() if generator is None or state is None else rewound(generator, state):
+                yield
+        finally:
+            block.ffn.auxiliary = None
 
     return nullcontext(), recomputing()
 
