@@ -63,7 +63,7 @@ def test_fingerprint_depends_on_config_and_weights_and_not_on_casts(tmp_path):
     trained = make()
     assert trained.fingerprint == base
     with torch.no_grad():
-        trained.last_layer.mul_(1.001)
+        trained.decoder.get_parameter("conv_out.weight").mul_(1.001)
     assert trained.fingerprint != base
     tok.save(make(), tmp_path)
     for dtype in (torch.bfloat16, torch.float64):

@@ -60,9 +60,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class LayerCache:
     """Tensors of one layer, [..., L, width] each (or None), with an entry per position.
 
-    Values are cached after the mix, so the memory is read once per position. An index that is an
-    int makes the cache grow: attention sees the entries written so far. An index that is a tensor
-    [1] makes it static: shapes stay the same at every step, and a mask hides later entries.
+    Values are cached after the mix, so the memory is read once per position. With an int as index
+    the cache grows: attention sees the entries written so far. With a tensor [1] it is static:
+    shapes stay the same at every step, and a mask hides later entries.
     """
 
     def __init__(self, *tensors: Tensor | None) -> None:

@@ -69,10 +69,8 @@ def model_card(
 ) -> str:
     """The Markdown card of a model directory, with the Hub's metadata.
 
-    Args:
-        license: an SPDX id; left out, that of a bundled model, else none.
-        base_model: a Hub id; left out, LlamaGen's where the model began from it.
-        datasets: Hub ids of the training data.
+    `license` is an SPDX id (left out: a bundled model's), `base_model` a Hub id (left out:
+    LlamaGen's where the model began from it), `datasets` are those of the training data.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -88,8 +86,7 @@ def model_card(
         library_name="moveimg", pipeline_tag=TASK, license=license, base_model=base_model,
         datasets=[*datasets] or None, model_name=name,
         eval_results=[EvalResult(TASK, "own", "held-out images", *x) for x in held_out.items()],
-        tags=["image-generation", "class-conditional", "autoregressive", "diffusers",
-              f"{config.memory.kind}-memory"],
+        tags=["image-generation", "diffusers", f"{config.memory.kind}-memory"],
     )  # fmt: skip
     architecture = {
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.width}",
