@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenizer as tok
-from moveimg import dist
 from tests.test_tokenizer import make, make_images
 from tokenizer import quantizers
 from tokenizer.quantizers import QUANTIZERS
@@ -150,33 +149,6 @@ def test_ibq_gradients_are_those_of_the_paper_s_expression(monkeypatch, max_scor
     ((quantized * rows).sum() + ((quantized - vectors) ** 2).mean()).backward()
     torch.testing.assert_close(gradients[0], z.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradients[1], codes.grad, rtol=1e-10, atol=1e-12)
-
-
-def test_ibq_s_entropy_is_of_the_vectors_of_all_processes(monkeypatch):
-    """Two processes, one after the other: first their sums are collected, then handed out."""
-    sums: list[Tensor] = []
-    z = make_vectors()
-
-    def run(all_reduce):
-        monkeypatch.setattr(dist.dist, "all_reduce", all_reduce)
-        for part in z:
-            quantizer = make_quantizer("ibq", entropy_temperature=0.3)
-            loss = quantizer(part[None]).losses["entropy"]
-            loss.backward()
-            yield loss.detach(), quantizer.embedding.weight.grad
-
-    monkeypatch.setattr(dist, "is_distributed", lambda: True)
-    monkeypatch.setattr(dist.dist, "get_world_size", lambda: 2)
-    list(run(lambda tensor: sums.append(tensor.clone()) if tensor.is_floating_point() else None))
-    total = sum(sums)
-    results = list(run(lambda x: x.copy_(total) if x.is_floating_point() else None))
-    monkeypatch.undo()
-    whole = make_quantizer("ibq", entropy_temperature=0.3)
-    expected = whole(z).losses["entropy"]
-    expected.backward()
-    losses, gradients = zip(*results, strict=True)
-    torch.testing.assert_close(sum(losses) / 2, expected.detach())
-    torch.testing.assert_close(sum(gradients) / 2, whole.embedding.weight.grad)
 
 
 # --- re-seeding and the start of the codebook ---------------------------------------------------
