@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, SpaceCard
 from typer.testing import CliRunner
 
 from moveimg.checkpoint import BUNDLED, ModelParts, load_model, save_model
@@ -47,10 +52,10 @@ class Api:
     def __init__(self, folder):
         self.folder = folder
 
-    def create_repo(self, repo_id, *, exist_ok, private):
-        self.created = (repo_id, private)
+    def create_repo(self, repo_id, *, exist_ok, private, repo_type, space_sdk=None):
+        self.created = (repo_id, private, repo_type, space_sdk)
 
-    def upload_folder(self, *, repo_id, folder_path):
+    def upload_folder(self, *, repo_id, folder_path, repo_type):
         for path in (p for p in folder_path.rglob("*") if p.is_file()):
             target = self.folder / path.relative_to(folder_path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +99,7 @@ def test_hub_ids_load_what_push_uploads(monkeypatch, directory, tmp_path):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
     result = CliRunner().invoke(app, ["push", str(directory), "owner/name", "--private"])
     assert result.stdout == "https://huggingface.co/owner/name\n", result.stderr
-    assert api.created == ("owner/name", True)
+    assert api.created == ("owner/name", True, "model", None)
     files = {str(p.relative_to(uploaded)) for p in uploaded.rglob("*") if p.is_file()}
     assert files == {*hub.MODEL_FILES, "README.md", "pipeline.py", "model_index.json"}
     assert not (directory / "README.md").exists()
@@ -117,18 +122,26 @@ def test_push_publishes_no_folder_of_this_machine(directory, tmp_path):
 
 
 def test_the_card_has_metadata_config_settings_classes_and_results(directory):
-    text = share.model_card(directory, "owner/name", license="mit", datasets=["ILSVRC/imagenet-1k"])
+    results = {"metrics": {"fid": 5.6281, "by_class": [1.0], "kid": None}}
+    results |= {"reference": {"name": "a/imagenet256"}}
+    text = share.model_card(
+        directory, "owner/name", license="mit", datasets=["ILSVRC/imagenet-1k"], results=results
+    )
     for part in (
         'Pipeline.from_pretrained("owner/name")', "kind move", "slots 2", "| cfg_scale | 1.5 |",
         "goldfish", "## Classes (5)", "3 x 4 of 11", "| loss | 1.2346 |", "custom_pipeline",
+        "| fid | 5.6281 |",
     ):  # fmt: skip
         assert part in text, part
     data = ModelCard(text).data
     assert data.library_name == "moveimg" and {"move-memory", "diffusers"} <= {*data.tags}
     assert data.license == "mit" and data.datasets == ["ILSVRC/imagenet-1k"]
     assert data.pipeline_tag == share.TASK and data.base_model is None
-    found = {r.metric_type: r.metric_value for r in data.eval_results}
-    assert found == {"loss": 1.2346, "accuracy": 0.5}
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
+    assert found == {
+        ("held-out images", "loss"): 1.2346, ("held-out images", "accuracy"): 0.5,
+        ("imagenet256", "fid"): 5.6281,
+    }  # fmt: skip
 
 
 def test_the_card_names_the_base_model_and_a_bundled_models_licence(directory):
@@ -151,6 +164,32 @@ def test_push_refuses_other_directories_and_names(directory, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
     with pytest.raises(OSError, match=r"owner/name: not uploaded: no route to anywhere$"):
         share.upload(directory, "owner/name")
+
+
+def test_a_space_serves_the_demo(directory, tmp_path, monkeypatch):
+    api = Api(tmp_path / "uploaded")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    result = CliRunner().invoke(app, ["push", str(directory), "me/show", "--space"])
+    assert result.exit_code == 0 and api.created == ("me/show", False, "space", "gradio")
+    card = SpaceCard.load(tmp_path / "uploaded" / "README.md").data
+    assert (card.title, card.sdk, card.app_file) == ("show", "gradio", "app.py")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    space = {"SPACE_HOST": "me-show.hf.space", "GRADIO_SERVER_PORT": port}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "uploaded" / "app.py"],
+        env=os.environ | space | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline()
+        page = httpx.get(
+            f"http://127.0.0.1:{port}", headers={"host": space["SPACE_HOST"]}, trust_env=False
+        )
+        assert page.status_code == 200
+        assert "frame-ancestors 'self' https://hug" in page.headers["content-security-policy"]
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

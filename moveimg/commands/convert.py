@@ -89,27 +89,34 @@ def push(
     model: str = Argument(help="A bundled name or a model directory."),
     repo: str | None = Argument(None, metavar="OWNER/NAME", help="On the Hugging Face Hub."),
     out: Path | None = Option(None, help="Write the files into this directory."),
+    space: bool = Option(False, "--space", help="A Gradio Space with the demo, not the model."),
     private: bool = Option(False, help="Make the repository private."),
     license: str | None = Option(None, help="The weights' licence, such as mit."),
     base_model: str | None = Option(None, help="A Hub id; default: LlamaGen's."),
     dataset: list[str] = Option([], help="A Hub id of the training data; repeatable."),
+    results: Path | None = Option(None, help="A results.json of `moveimg evaluate`."),
 ) -> None:
-    """Upload a model to the Hugging Face Hub with a card and a pipeline for diffusers.
+    """Upload a model to the Hugging Face Hub with a card and a pipeline for diffusers, or a Space.
 
     Log in first: `hf auth login`. With --out alone nothing is uploaded.
     """
+    from moveimg.evaluation.run import read_results
     from moveimg.pipeline import resolve
     from moveimg.pretrained import share
 
     if repo is None and out is None:
         raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
     name = repo or f"owner/{Path(str(out)).name}"
-    about: Any = {"license": license, "base_model": base_model, "datasets": dataset}
+    scores = read_results(results) if results else None
+    about: dict[str, Any] = {"license": license, "base_model": base_model, "results": scores}
     with ExitStack() as stack:
         made: Any = atomic_directory(out) if out else TemporaryDirectory()
         folder = Path(stack.enter_context(made))
-        share.write_model(resolve(model), folder, name, **about)
+        if space:
+            share.write_space(model, folder, name)
+        else:
+            share.write_model(resolve(model), folder, name, datasets=dataset, **about)
         if repo is not None:
-            print(share.upload(folder, repo, private=private))
+            print(share.upload(folder, repo, private=private, space=space))
     if out is not None:
-        print(f"{out}: a model for the Hub")
+        print(f"{out}: {'a Space' if space else 'a model'} for the Hub")

@@ -259,19 +259,26 @@ def info(
     from moveimg.checkpoint import read_model_config
     from moveimg.model import model_cost, train_budget
     from moveimg.pipeline import resolve
+    from moveimg.tables import format_bytes
 
+    lines = {}
     if train:
         run = load_config(model, TrainConfig, set or [])
         passes = run.batch_size // (run.micro_batch or run.batch_size)
         data = train_budget(run, gpus or math.gcd(8, passes), gpu)
+        print("Estimated: per GPU, at 25 to 50 % of its peak; checkpoints and codes on disk")
+        for key, value in data.items():
+            text = f"{value[0]:.2g} to {value[1]:.2g}" if key == "hours" else format_bytes(value)
+            lines[key] = f"{value:.3g}" if key.startswith("flops") else text
     else:
         config = find_config(model, ModelFile, set)
         settings = config.model if config else read_model_config(resolve(model))
         data = asdict(model_cost(settings, torch.bfloat16))
+        lines = {key: f"{value:,.0f}" for key, value in data.items()}
     if as_json:
         print(json.dumps(data, indent=2))
     else:
-        print("\n".join(f"{key:<30}{value:>20,.0f}" for key, value in data.items()))
+        print("\n".join(f"{key:<24}{text:>18}" for key, text in lines.items()))
 
 
 @command

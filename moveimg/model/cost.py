@@ -161,7 +161,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
         "activations": activations,
         "head": head,
         "flops_per_step": flops,
-        "hours_at_half_of_the_peak": 2 * hours,
+        "hours": (2 * hours, 4 * hours),  # at a half and at a quarter of the peak
         # those kept, the best, the one being written, and the model
         "checkpoints": total * (16 * (config.keep_checkpoints + 2) + 4),
         "codes": IMAGENET_IMAGES * (IMAGENET_VIEWS * length * 2 + 4) if imagenet else 0,

@@ -1,13 +1,15 @@
-"""Publishing models on the Hugging Face Hub, with their cards and a pipeline for diffusers."""
+"""Publishing on the Hugging Face Hub: models with their cards, Spaces with the demo."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moveimg import __version__
 from moveimg.checkpoint import BUNDLED, read_class_names, read_description, read_sampling
 from moveimg.errors import describe, list_names
 from moveimg.files import read_json, read_text, write_json, write_text
@@ -44,19 +46,39 @@ def write_diffusers(out: Path) -> None:
     write_json(out / "model_index.json", {"_class_name": ["pipeline", "MoveimgPipeline"]})
 
 
-def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a folder in one commit; returns the repository's address.
+def write_space(model: str, out: Path, name: str) -> None:
+    """Write a Gradio Space with the web demo of a model; a local directory is copied into it."""
+    from huggingface_hub import SpaceCard, SpaceCardData
+
+    out.mkdir(parents=True, exist_ok=True)
+    if (Path(model) / "config.json").is_file():
+        write_model(Path(model), out / "model", name)
+        model = "model"
+    app = read_text(TEMPLATES / "app.py.txt").replace('"MODEL"', json.dumps(model))
+    data = SpaceCardData(
+        title=name.rsplit("/", 1)[-1], sdk="gradio", sdk_version=version("gradio"),
+        python_version="3.11", app_file="app.py",
+    )  # fmt: skip
+    write_text(out / "app.py", app)
+    write_text(out / "requirements.txt", f"moveimg=={__version__}\n")
+    write_text(out / "README.md", str(SpaceCard.from_template(data, str(TEMPLATES / "space.md"))))
+
+
+def upload(folder: Path, repo_id: str, *, private: bool = False, space: bool = False) -> str:
+    """Upload a folder in one commit, as a model or a Space; returns the repository's address.
 
     Raises OSError where the Hub cannot be reached or refuses, with its reason.
     """
     from huggingface_hub import HfApi
 
+    kind: dict[str, Any] = {"repo_type": "space" if space else "model"}
+    sdk: dict[str, Any] = {"space_sdk": "gradio"} if space else {}
     try:
-        HfApi().create_repo(repo_id, exist_ok=True, private=private)
-        HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+        HfApi().create_repo(repo_id, exist_ok=True, private=private, **kind, **sdk)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **kind)
     except Exception as error:  # its kind depends on huggingface_hub's transport
         raise OSError(f"huggingface.co/{repo_id}: not uploaded: {describe(error)}") from None
-    return f"https://huggingface.co/{repo_id}"
+    return f"https://huggingface.co/{'spaces/' if space else ''}{repo_id}"
 
 
 def model_card(
@@ -66,11 +88,15 @@ def model_card(
     license: str | None = None,
     base_model: str | None = None,
     datasets: Sequence[str] = (),
+    results: dict[str, Any] | None = None,
 ) -> str:
     """The Markdown card of a model directory, with the Hub's metadata.
 
-    `license` is an SPDX id (left out: a bundled model's), `base_model` a Hub id (left out:
-    LlamaGen's where the model began from it), `datasets` are those of the training data.
+    Args:
+        license: an SPDX id; left out, that of a bundled model, else none.
+        base_model: a Hub id; left out, LlamaGen's where the model began from it.
+        datasets: Hub ids of the training data.
+        results: those of `moveimg evaluate`, beside the held-out figures of the training.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -81,12 +107,23 @@ def model_card(
         base_model = REPO
     if license is None and directory.parent == BUNDLED:
         license = "mit"
-    held_out = {key: round(value, 4) for key, value in about.get("val", {}).items()}
+    figures = {"held-out images": about.get("val", {})}
+    if results is not None:
+        figures[results["reference"]["name"].rsplit("/", 1)[-1]] = results["metrics"]
+    figures = {
+        source: {key: round(x, 4) for key, x in numbers.items() if isinstance(x, int | float)}
+        for source, numbers in figures.items()
+    }
     data = ModelCardData(
         library_name="moveimg", pipeline_tag=TASK, license=license, base_model=base_model,
         datasets=[*datasets] or None, model_name=name,
-        eval_results=[EvalResult(TASK, "own", "held-out images", *x) for x in held_out.items()],
-        tags=["image-generation", "diffusers", f"{config.memory.kind}-memory"],
+        eval_results=[
+            EvalResult(TASK, source, source, key, value)
+            for source, numbers in figures.items()
+            for key, value in numbers.items()
+        ],
+        tags=["image-generation", "class-conditional", "autoregressive", "diffusers",
+              f"{config.memory.kind}-memory"],
     )  # fmt: skip
     architecture = {
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.width}",
@@ -98,7 +135,7 @@ def model_card(
     tables = {
         "Model": architecture,
         "Sampling settings": read_sampling(directory).model_dump(),
-        "Results, held-out images": held_out,
+        **{f"Results, {source}": numbers for source, numbers in figures.items()},
     }
     card = ModelCard.from_template(
         data, str(TEMPLATES / "card.md"), name=name, repo_id=repo_id, tables=tables,
