@@ -20,18 +20,11 @@ from torch.nn import functional as F
 from moveimg import plots
 from moveimg.data import PackedCodes
 from moveimg.files import write_json
-from moveimg.model import (
-    NEAR_TWO,
-    NEAR_ZERO,
-    Mixing,
-    MoE,
-    Transformer,
-    ValueBank,
-    mixers_by_layer,
-    record_mixing,
-)
+from moveimg.model import MoE, Transformer, ValueBank, mixers_by_layer, record_mixing
 from moveimg.pipeline import Pipeline
 
+# A gate below the first counts as closed, one above the second as fully open.
+NEAR_ZERO, NEAR_TWO = 0.1, 1.9
 Batches = list[tuple[Tensor, Tensor]]  # codes [B, T] and labels [B]
 
 
@@ -129,9 +122,9 @@ def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, Ba
     """
     maps: dict[int, BankMap] = {}
 
-    def record(layer: int, mixing: Mixing) -> None:
-        g_0, g_i, values = mixing.g_0, mixing.g_i.double(), mixing.values.double()
-        memory = torch.einsum("bshm,bshmk->bshk", g_i, mixing.rows.double())
+    def record(layer: int, g_0: Tensor | None, *others: Tensor) -> None:
+        g_i, values, rows = (part.double() for part in others)
+        memory = torch.einsum("bshm,bshmk->bshk", g_i, rows)
         gates = g_i if g_0 is None else torch.cat([g_0.double(), g_i], dim=-1)
         kept = values if g_0 is None else g_0.double() * values
         norms = (part.flatten(2).norm(dim=-1).cpu() for part in (kept, memory))

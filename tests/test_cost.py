@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from moveimg.config import SIZES, ModelConfig, TrainConfig, load_config
 from moveimg.model import GatedMixer, MoE, Transformer, model_cost, token_flops, train_budget
 from moveimg.model.attention import MultiHeadLatentAttention
-from moveimg.model.cost import active_parameters, block_activations, count_parameters, head_bytes
+from moveimg.model.cost import active_parameters, block_activations, count_parameters
 from moveimg.model.feedforward import PEER, ProductKeyMemory, block_shape
-from moveimg.model.transformer import linear_cross_entropy
 from moveimg.tables import format_bytes
 from tests.conftest import MORE, PAIRED, VARIANTS, lively, random_inputs, tiny_config
 from tests.test_model import decode_all
@@ -110,7 +105,7 @@ def test_flops_agree_with_torchs_counter(name):
     expected = 4 * (2 * per_token + padding(model, 2))
     # a sum over one position, the first, is a product by elements
     latent = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
-    first = [2 * m.spec.kv_rank * 2 + 2 * m.value_mixer.value_width for m in latent]
+    first = [2 * (m.value_mixer.value_width or 2 * m.spec.kv_rank) for m in latent]
     assert counter.get_total_flops() == pytest.approx(expected - 2 * sum(first), rel=1e-12)
 
 
@@ -193,47 +188,6 @@ def test_activations_are_those_that_autograd_keeps(memory):
     assert bytes_per_block == pytest.approx(expected, rel=3e-3)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all live tensors that operations inside have made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
-            if storage is None or storage in inputs or storage in self.known:
-                continue
-            self.known[storage] = True
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.freed, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return out
-
-    def freed(self, size: int) -> None:
-        self.now -= size
-
-
-def test_the_loss_holds_a_chunk_of_logits_at_a_time(monkeypatch):
-    monkeypatch.setattr("moveimg.model.transformer.CHUNK", 2**16)
-    config = tiny_config(codebook_size=1024, width=32, grid=[16, 16])
-    x = torch.randn(256, 32, requires_grad=True)
-    weight = torch.randn(1024, 32, requires_grad=True)
-    targets = torch.randint(1024, (256,))
-    with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
-        linear_cross_entropy(x, weight, targets)[0].backward()
-    expected = head_bytes(config, 256)
-    assert 8 * 2**16 < expected < 0.25 * 14 * 256 * 1024  # of all logits at once
-    assert live.most == pytest.approx(expected, rel=0.02)
-    with LiveBytes() as live, torch.no_grad():  # also without gradients
-        linear_cross_entropy(x, weight, targets)
-    assert live.most < 1.1 * 8 * 2**16
-
-
 # --- the budget of a run -------------------------------------------------------------------------
 
 
@@ -241,33 +195,16 @@ def test_bytes_and_hours_of_a_run_by_hand():
     overrides = ["micro_batch=32", "distributed=ddp", "activation_checkpointing=false"]
     config = load_config(B_MOVE, TrainConfig, overrides)
     budget = train_budget(config, gpus=8, gpu="A100")
-    d, layers, vocabulary, tokens = 768, 12, 16384, 32 * 256
+    d, layers, vocabulary = 768, 12, 16384
     block = 4 * d * d + 3 * d * 2048 + 2 * d + d * 12 * 7
     total = layers * block + 2 * vocabulary * d + 1001 * d + d + vocabulary * 6 * d
     assert budget["state"] == 20 * total
-    assert budget["head"] == 8 * 2**24 + 6 * vocabulary * d + 4 * tokens * d
-    rows = 2 * 2 * 6 * d  # in bfloat16, and their gradient
-    per_block = 38 * d + 8 * 2048 + 4 * 12 + 8 + 4 * d + 4 * 12 * 7
-    assert budget["activations"] == tokens * (layers * per_block + rows)
-    assert budget["memory"] == sum(budget[k] for k in ("state", "copies", "activations", "head"))
     linear = layers * (block - 2 * d) + vocabulary * d
     attention, mixing = 4 * layers * d * 257 / 2, 2 * layers * 6 * d
     assert budget["flops_per_step"] == 3 * (2 * linear + attention + mixing) * 256 * 256
     seconds = config.steps * budget["flops_per_step"] / 8 / 312e12
     assert budget["hours"] == pytest.approx([2 * seconds / 3600, 4 * seconds / 3600])
     assert budget["codes"] == 1_281_167 * (20 * 256 * 2 + 4)
-
-
-def test_sharding_and_checkpointing_save_memory():
-    def budget(*overrides):
-        return train_budget(load_config(B_MOVE, TrainConfig, overrides))
-
-    plain, sharded = budget(), budget("distributed=fsdp")
-    recomputed = budget("activation_checkpointing=true")
-    assert sharded["state"] == plain["state"] // 8
-    assert sharded["activations"] == plain["activations"]
-    assert recomputed["activations"] < plain["activations"] / 3
-    assert recomputed["flops_per_step"] == pytest.approx(plain["flops_per_step"] * 4 / 3)
 
 
 def test_batches_that_gpus_cannot_share_and_unknown_gpus_are_refused():

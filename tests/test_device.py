@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from moveimg import device, files
-
-FAULTS = """
-import resource, torch
-from moveimg.device import keep_memory, pick_device
-def count_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        blocks = [torch.zeros(k * 2**22) for k in (3, 1, 4, 2)]  # 160 MiB, freed at once
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-pick_device("cpu")  # the library leaves the process alone
-count_faults()
-print(count_faults())
-keep_memory()
-count_faults()  # alignment splits blocks: the first passes reuse none
-print(count_faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
-def test_only_keep_memory_reuses_freed_memory():
-    output = subprocess.check_output([sys.executable, "-c", FAULTS], text=True)
-    library, command = map(int, output.split())
-    assert command < library / 4
-
-
-def test_an_unusable_device_is_one_sentence(monkeypatch):
-    def refuse(*_, **__):
-        raise NotImplementedError("Could not run it on 'MPS'. It runs on: [CPU, Meta, ...].")
-
-    monkeypatch.setattr(device.torch, "zeros", refuse)
-    with pytest.raises(ValueError, match=r"'mps' cannot be used here: Could not run it on 'MPS'$"):
-        device.pick_device("mps")
 
 
 @pytest.mark.parametrize(
@@ -118,19 +84,6 @@ def test_a_lock_removes_what_a_killed_process_has_left(tmp_path):
         pass
     assert [path.name for path in out.iterdir()] == [".hidden.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [other, ".hidden.png", "out"]
-
-
-def test_a_lock_lies_in_a_directory_whose_parent_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path.parent)
-    with files.lock(tmp_path, "sample"):
-        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_devices_are_not_replaced_by_files():
-    with pytest.raises(ValueError, match="/dev/null"), files.atomic("/dev/null"):
-        pass
-    assert not Path("/dev/null").is_file()
 
 
 @pytest.mark.parametrize(

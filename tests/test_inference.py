@@ -78,17 +78,6 @@ def test_int8_is_near(dtype):
     assert not logits[..., 3].any()
 
 
-@needs_onednn
-def test_tables_are_shared_and_matrices_are_not():
-    model = tiny_model(MOVE)
-    fast = decoding_model(model)
-    assert fast.memory.bank.weight is model.memory.bank.weight
-    assert fast.code_embedding.weight is model.code_embedding.weight
-    for each, has_matrices in ((model, True), (fast, False)):
-        names = [name for name, _ in each.named_parameters()]
-        assert any(name.endswith("wqkv.weight") for name in names) == has_matrices
-
-
 def test_unpackable_models_and_unknown_settings():
     model = tiny_model("mha-none-swiglu", torch.float64)
     assert decoding_model(model) is model

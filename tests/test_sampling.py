@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moveimg.config import SamplingSettings
-from moveimg.model import decoding_model
 from moveimg.sampling import (
-    cumulative_sums,
     draw,
     guidance_scales,
     guide,
     image_rngs,
-    iter_codes,
     keep_top,
     sample_codes,
 )
@@ -63,35 +59,11 @@ def test_an_image_is_the_same_in_any_batch(name):
     model = lively(tiny_config(**VARIANTS[name]))
     labels = [0, 1, 2, 3, 4, 0, 1]
     together = sample(model, labels)
-    for size in (1, 2, 3):
+    assert not torch.equal(sample(model, labels, seed=7), together)
+    for size in (1, 3):
         parts = [sample(model, labels[i : i + size], seed=i) for i in range(0, len(labels), size)]
         assert torch.equal(torch.cat(parts), together)
     assert len({tuple(row) for row in together.tolist()}) > 1
-
-
-def test_the_same_call_gives_the_same_bits_and_leaves_the_global_rng_alone():
-    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
-    state = torch.get_rng_state()
-    assert torch.equal(sample(model, [1, 2]), sample(model, [1, 2]))
-    assert not torch.equal(sample(model, [1, 2]), sample(model, [1, 2], seed=7))
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_the_callers_autocast_and_default_types_change_nothing():
-    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
-    for generator in (model, decoding_model(model), decoding_model(model, "int8")):
-        expected = sample(generator, [1, 2])
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(sample(generator, [1, 2]), expected)
-            for _ in iter_codes(generator, torch.tensor([1]), SETTINGS, image_rngs([0])):
-                assert torch.is_autocast_enabled("cpu")  # the caller's own, between codes
-        torch.set_default_dtype(torch.float64)
-        try:
-            with torch.device("meta"):
-                labels, rngs = torch.tensor([1, 2], device="cpu"), image_rngs(range(2))
-                assert torch.equal(sample_codes(generator, labels, SETTINGS, rngs), expected)
-        finally:
-            torch.set_default_dtype(torch.float32)
 
 
 class FixedLogits(torch.nn.Module):
@@ -152,12 +124,6 @@ def test_guidance_schedules():
     assert scales(cfg_start=0.5, cfg_schedule="linear") == [1.0, 1.0, 1.0, 2.0]
 
 
-def test_scheduled_guidance_is_used_position_by_position():
-    model = FixedLogits([2.0, 1.9, 0.0], [1.0, 0.5, 3.0])
-    chosen = SamplingSettings(cfg_scale=2.0, cfg_start=0.5, temperature=0)
-    assert sample(model, [2], chosen)[0].tolist() == [0] * 6 + [1] * 6
-
-
 rows = st.lists(
     st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6), min_size=1, max_size=4
 )
@@ -194,41 +160,6 @@ def test_draws_invert_the_distribution_and_never_return_an_excluded_code(logits,
         assert p[row, code] > 0
         below = cumulative[row, code - 1].item() if code else 0.0
         assert below - 1e-5 <= u <= cumulative[row, code].item() + 1e-5
-
-
-def test_draws_have_the_right_frequencies():
-    p = torch.tensor([0.5, 0.2, 0.0, 0.3])
-    uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    codes = draw(p.log().expand(20000, 4), uniforms, SamplingSettings())
-    frequencies = codes.bincount(minlength=4) / 20000
-    torch.testing.assert_close(frequencies, p, atol=0.015, rtol=0)
-    assert frequencies[2] == 0
-
-
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-
-@pytest.mark.skipif(
-    not torch.backends.cuda.is_built() or TORCH < (2, 10),
-    reason="this torch cannot follow CUDA tensors without a driver",
-)
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 0.9)])
-def test_on_cuda_probabilities_add_up_in_float64_and_nothing_waits(top_k, top_p):
-    with FakeTensorMode():  # refuses operations that wait for a number
-        logits = torch.zeros(1, 50, device="cuda")
-        assert cumulative_sums(logits).dtype == torch.float64
-        settings = SamplingSettings(top_k=top_k, top_p=top_p)
-        codes = draw(logits, torch.zeros(1, device="cuda"), settings)
-    assert codes.device.type == "cuda" and codes.dtype == torch.int64
-    assert cumulative_sums(torch.zeros(1, 50)).dtype == torch.float32
-
-
-def test_temperature_zero_is_greedy_and_small_temperature_nearly_so():
-    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
-    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(draw(logits, uniforms, SamplingSettings(temperature=0)), logits.argmax(-1))
-    cold = draw(logits, uniforms, SamplingSettings(temperature=1e-4))
-    assert (cold == logits.argmax(-1)).float().mean() > 0.95
 
 
 def test_bad_input_is_named():

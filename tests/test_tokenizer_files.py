@@ -52,6 +52,9 @@ def test_round_trip(tmp_path, kind):
 
 
 def test_fingerprint_depends_on_config_and_weights_and_not_on_casts(tmp_path):
+    # codes and models of the bundled tokenizer must stay readable
+    bundled = "8c581d8aa06094f7e77f069b0d13721aace8d1300ce401b1d381d141bf08f69d"
+    assert tok.load("moveimg/bundled/digits/tokenizer").fingerprint == bundled
     base = make().fingerprint
     assert re.fullmatch(r"[0-9a-f]{64}", base) and make().freeze().fingerprint == base
     ibq = tok.IBQQuantizerConfig(kind="ibq")
@@ -60,19 +63,13 @@ def test_fingerprint_depends_on_config_and_weights_and_not_on_casts(tmp_path):
     trained = make()
     assert trained.fingerprint == base
     with torch.no_grad():
-        trained.last_layer.mul_(1.001)
+        trained.decoder.get_parameter("conv_out.weight").mul_(1.001)
     assert trained.fingerprint != base
     tok.save(make(), tmp_path)
     for dtype in (torch.bfloat16, torch.float64):
         loaded = tok.load(tmp_path, dtype=dtype)
         assert loaded.quant_conv.weight.dtype == dtype and loaded.fingerprint == base
     assert tok.load(tmp_path).bfloat16().fingerprint == base
-
-
-def test_the_bundled_fingerprint():
-    """Codes and models of the bundled tokenizer must stay readable."""
-    expected = "8c581d8aa06094f7e77f069b0d13721aace8d1300ce401b1d381d141bf08f69d"
-    assert tok.load("moveimg/bundled/digits/tokenizer").fingerprint == expected
 
 
 @pytest.mark.parametrize(
@@ -125,19 +122,14 @@ def test_bad_weights_are_refused(tmp_path, changes, values):
     ("name", "keep"),
     [("config.json", 1), *(("model.safetensors", n) for n in (0, 100, 20_000))],
 )
-def test_truncated_files_are_refused(tmp_path, name, keep):
+def test_truncated_and_missing_files_are_refused(tmp_path, name, keep):
     tok.save(make(), tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:keep])
     with refusal(name):
         tok.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_missing_files(tmp_path, name):
-    tok.save(make(), tmp_path / "t")
-    (tmp_path / "t" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "t" / name))):
-        tok.load(tmp_path / "t")
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        tok.load(tmp_path)
 
 
 # --- LlamaGen ------------------------------------------------------------------------------------
@@ -168,7 +160,7 @@ def weights(llamagen) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("suffix", ["pt", "legacy.pt", "safetensors"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 def test_llamagen_files_and_prefixes(llamagen, weights, tmp_path, suffix, prefix):
     file = tmp_path / f"vq.{suffix}"
     content = {prefix + name: tensor for name, tensor in weights.items()}
@@ -352,8 +344,3 @@ def nested(**changes):
 def test_other_yaml_is_refused(write, config, values):
     with refusal("model.yaml", *values):
         tok.load_taming(*write(config))
-
-
-def test_other_taming_weights_are_refused(write):
-    with refusal("last.ckpt", "[21, 6]", "[20, 6]"):
-        tok.load_taming(*write(**{"quantize.embedding.weight": torch.zeros(21, 6)}))

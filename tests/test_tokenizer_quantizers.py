@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenizer as tok
-from moveimg import dist
 from tests.test_tokenizer import make, make_images
 from tokenizer import quantizers
 from tokenizer.quantizers import QUANTIZERS
@@ -152,42 +151,6 @@ def test_ibq_gradients_are_those_of_the_paper_s_expression(monkeypatch, max_scor
     torch.testing.assert_close(gradients[1], codes.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_an_unused_code_has_a_finite_entropy_gradient():
-    quantizer = make_quantizer("ibq").float()
-    with torch.no_grad():
-        quantizer.embedding.weight[0] = -1000.0 * torch.ones(DIM)
-    z = make_vectors().float().abs().requires_grad_()
-    quantizer(z).losses["entropy"].backward()
-    assert z.grad.isfinite().all() and quantizer.embedding.weight.grad.isfinite().all()
-
-
-def test_ibq_s_entropy_is_of_the_vectors_of_all_processes(monkeypatch):
-    """Two processes, one after the other: first their sums are collected, then handed out."""
-    sums: list[Tensor] = []
-    z = make_vectors()
-
-    def run(all_reduce):
-        monkeypatch.setattr(dist.dist, "all_reduce", all_reduce)
-        for part in z:
-            quantizer = make_quantizer("ibq", entropy_temperature=0.3)
-            loss = quantizer(part[None]).losses["entropy"]
-            loss.backward()
-            yield loss.detach(), quantizer.embedding.weight.grad
-
-    monkeypatch.setattr(dist, "is_distributed", lambda: True)
-    monkeypatch.setattr(dist.dist, "get_world_size", lambda: 2)
-    list(run(lambda tensor: sums.append(tensor.clone()) if tensor.is_floating_point() else None))
-    total = sum(sums)
-    results = list(run(lambda x: x.copy_(total) if x.is_floating_point() else None))
-    monkeypatch.undo()
-    whole = make_quantizer("ibq", entropy_temperature=0.3)
-    expected = whole(z).losses["entropy"]
-    expected.backward()
-    losses, gradients = zip(*results, strict=True)
-    torch.testing.assert_close(sum(losses) / 2, expected.detach())
-    torch.testing.assert_close(sum(gradients) / 2, whole.embedding.weight.grad)
-
-
 # --- re-seeding and the start of the codebook ---------------------------------------------------
 
 
@@ -206,19 +169,6 @@ def test_dead_codes_are_revived():
     assert torch.equal(quantizer.embedding.weight[5], torch.zeros(2).double()), "a used code stays"
 
 
-@pytest.mark.parametrize(
-    ("n_vectors", "reseed_after", "expected"),
-    [(9, 2, [0, 0, 3, 0, 3]), (2, 1, [0, 2, 2, 2, 2]), (2, 0, [0, 0, 0, 0, 0])],
-)
-def test_codes_moved_per_step(n_vectors, reseed_after, expected):
-    """A moved code may be idle again; no more codes move than there are vectors; 0 is off."""
-    quantizer = make_quantizer(size=4, dim=2, reseed_after=reseed_after)
-    with torch.no_grad():
-        quantizer.embedding.weight.fill_(100.0)
-    batch = as_grid(torch.ones(n_vectors, 2))  # of equal vectors' codes the first is chosen
-    assert [int(quantizer(batch).stats["reseeded"]) for _ in range(5)] == expected
-
-
 def test_codebook_starts_at_the_first_batch_unless_it_was_loaded():
     vectors = torch.randn(5, 2) + 50
     fresh, loaded = (make_quantizer(size=8, dim=2, init_from_data=True) for _ in range(2))
@@ -232,14 +182,6 @@ def test_codebook_starts_at_the_first_batch_unless_it_was_loaded():
     loaded.load_state_dict(stored)
     loaded(as_grid(vectors))
     assert torch.equal(loaded.embedding.weight, stored["embedding.weight"])
-
-
-@pytest.mark.parametrize(
-    ("counts", "usage", "perplexity"), [([2, 2, 0, 0], 0.5, 2), ([1] * 7, 1, 7), ([0, 0], 0, 1)]
-)
-def test_code_statistics(counts, usage, perplexity):
-    stats = tok.code_statistics(torch.tensor(counts))
-    assert stats["usage"] == usage and stats["perplexity"] == pytest.approx(perplexity)
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -262,12 +204,3 @@ def test_a_tokenizer_learns_with_it(kind):
     assert errors[-1] < 0.7 * errors[0]
     assert torch.equal(frozen, tokenizer.quantize.embedding.weight) == (kind == "simvq")
     assert out.codes.shape == (4, 4) and {"usage", "perplexity"} <= set(out.stats)
-
-
-@pytest.mark.parametrize("kind", QUANTIZERS)
-def test_under_autocast_codes_are_those_of_float32(kind):
-    quantizer, z = make_quantizer(kind).float().eval(), make_vectors().float()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = quantizer(z)
-    assert torch.equal(out.codes, quantizer(z).codes)
-    assert all(loss.dtype == torch.float32 for loss in out.losses.values())

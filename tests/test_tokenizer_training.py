@@ -9,7 +9,6 @@ from PIL import Image
 
 import tokenizer as tok
 from moveimg.config import TokenizerTrainConfig
-from moveimg.data import open_images
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
 from moveimg.training.loop import Run
@@ -82,14 +81,6 @@ def test_it_trains_on_train_images_and_validates_on_evenly_spaced_val_images(tmp
     assert sorted(values.tolist()) == list(range(200, 212)), "one epoch: every training image once"
 
 
-def test_the_discriminator_changes_nothing_before_its_start(folder, tmp_path):
-    def trained(name, steps, **changes):
-        return train(make_config(folder, tmp_path / name, steps=steps, **changes))
-
-    assert trained("a", 3) == trained("b", 3, adversarial=JUDGE)
-    assert trained("c", 4) != trained("d", 4, adversarial=JUDGE)
-
-
 def test_an_interrupted_run_with_a_discriminator_ends_with_the_same_bits(
     folder, tmp_path, monkeypatch
 ):
@@ -139,35 +130,6 @@ def test_the_average_follows_codes_that_are_moved_and_keeps_frozen_ones(
     torch.testing.assert_close(codes, averages[-1], rtol=1e-5, atol=1e-6)
     assert torch.equal(averages[0], codes) == (kind == "simvq")
     assert (sum(moved) > 0) == (kind == "vq")
-
-
-def test_the_discriminator_learns_and_its_scalars_are_logged(folder, tmp_path):
-    task = make_task(make_config(folder, tmp_path, adversarial=JUDGE | {"start": 0}))
-    images = task.val.repeat(3, 1, 1, 1)
-    noisy = images + 0.5 * torch.randn_like(images)
-    logged = [task.adversary.train_step(0, images, noisy) for _ in range(40)]
-    assert logged[-1]["discriminator"] < 0.5 * logged[0]["discriminator"]
-    assert logged[-1]["logits_real"] > 0 > logged[-1]["logits_fake"]
-    loss, scalars = task.loss(0, 0)
-    names = {"discriminator", "logits_real", "logits_fake", "adversarial", "adversarial_weight"}
-    assert names < scalars.keys() and scalars["adversarial_weight"] > 0
-    gradients = [p.grad.clone() for p in task.adversary.discriminator.parameters()]
-    loss.backward()
-    for parameter, gradient in zip(
-        task.adversary.discriminator.parameters(), gradients, strict=True
-    ):
-        assert torch.equal(parameter.grad, gradient), "the tokenizer's loss does not train it"
-
-
-def test_the_perceptual_loss_is_added_by_its_weight(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "tokenizer.losses.load_perceptual_loss", lambda *_: lambda a, b: (a - b).abs().amax()
-    )
-    task = make_task(make_config(folder, tmp_path, perceptual_weight=2.0, l1_weight=0.5))
-    loss, terms = task.loss(0, 0)
-    weights = {"l1": 0.5, "l2": 1, "perceptual": 2, "codebook": 1, "commitment": 0.25}
-    expected = sum(weight * terms[name].item() for name, weight in weights.items())
-    assert loss.item() == pytest.approx(expected, rel=1e-6) and terms["perceptual"] > 0
 
 
 def test_init_from_continues_with_the_weights_of_a_tokenizer(folder, tmp_path):

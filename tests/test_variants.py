@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from moveimg.config import ModelConfig
-from moveimg.model import Transformer
 from moveimg.model.attention import ATTENTIONS
 from moveimg.model.feedforward import FEEDFORWARDS, block_shape, sort_by_expert
 from moveimg.model.memory import MEMORIES
@@ -86,26 +85,3 @@ def test_experts_are_chosen_in_float32_under_autocast(monkeypatch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert ffn(x).dtype == torch.bfloat16
     assert torch.equal(*chosen)
-
-
-def test_product_key_layers_share_one_value_table():
-    ffn = VARIANTS["mha-none-product_key"]["ffn"] | {"layers": [0, 2], "n_keys": 5}
-    model = Transformer(tiny_config(n_layer=3, ffn=ffn))
-    assert [type(ffn).__name__ for ffn in model.feedforwards()] == [
-        "ProductKeyMemory", "SwiGLU", "ProductKeyMemory",
-    ]  # fmt: skip
-    tables = [name for name, p in model.named_parameters() if p.shape == (25, 16)]
-    assert tables == ["shared_ffn.weight"]
-
-
-@pytest.mark.parametrize(
-    ("name", "per_layer"),
-    [
-        ("mha-move-3-class-rows-swiglu", [32, 32]),
-        ("mla-move-3-class-rows-swiglu", [16, 16]),  # latent and rotary key
-        ("mla-lave-x1-swiglu", [16, 16 + 16]),  # and mixed values
-    ],
-)
-def test_numbers_cached_per_position(name, per_layer):
-    cache = Transformer(tiny_config(**VARIANTS[name])).make_cache(3)
-    assert [layer.numel_per_token() for layer in cache.layers] == per_layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moveimg.device import shapes_only
 from moveimg.dist import reduce_mean
 from moveimg.files import fetch
-from tokenizer.weights import load_weights, read_weights
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
 """(reconstruction, images), both [B, 3, H, W] in [-1, 1] -> scalar."""
@@ -49,55 +47,30 @@ WEIGHTS = {
     VGG_FILE: f"https://download.pytorch.org/models/{VGG_FILE}",
     LPIPS_FILE: f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{LPIPS_FILE}",
 }
-TAPS = (3, 8, 15, 22, 29)  # VGG-16's ReLUs before each pooling, and the last
-
-
-class LPIPS(nn.Module):
-    """LPIPS (arXiv 1801.03924) of pairs of images [B, 3, H, W] in [-1, 1]: scalar, the mean.
-
-    Gradients flow to the images; the weights are frozen. H and W of at least 16.
-    """
-
-    def __init__(self) -> None:
-        from torchvision.models import vgg16
-
-        super().__init__()
-        self.features = vgg16(weights=None).features[: TAPS[-1] + 1]
-        self.lins = nn.ParameterList(
-            nn.Parameter(torch.empty(1, channels, 1, 1)) for channels in (64, 128, 256, 512, 512)
-        )
-        self.requires_grad_(False)
-
-    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        distance = torch.zeros((), device=images.device)
-        shift = images.new_tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
-        scale = images.new_tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
-        x, y = ((image.float() - shift) / scale for image in (reconstruction, images))
-        for index, layer in enumerate(self.features):
-            x, y = layer(x), layer(y)  # the ReLUs work in place
-            if index in TAPS:
-                u, v = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (x, y))
-                squares = (u - v).square()  # [B, C, h, w]
-                distance = distance + F.conv2d(squares, self.lins[TAPS.index(index)]).mean()
-        return distance
 
 
 def load_perceptual_loss(folder: Path | None, device: torch.device) -> ImageLoss:
-    """LPIPS with its published weights, read as plain tensors.
+    """LPIPS (arXiv 1801.03924) by torch-fidelity; H and W of images of at least 16.
 
-    They are in `checkpoints/` of a torch.hub folder (None: torch's own), or downloaded into it.
-    Raises FileNotFoundError without a file or network, ValueError for a damaged file.
+    Its weights are in `checkpoints/` of a torch.hub folder (None: torch's own), or downloaded into
+    it. Raises FileNotFoundError without a file or network, ValueError for a damaged file.
     """
-    checkpoints = Path(folder or torch.hub.get_dir()) / "checkpoints"
+    from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
+
+    before = torch.hub.get_dir()
     for name, url in WEIGHTS.items():
-        fetch(url, checkpoints / name, "397923af" if name == VGG_FILE else None)
-    vgg, lins = (read_weights(checkpoints / name) for name in WEIGHTS)
-    used = {name: w for name, w in vgg.items() if name.startswith("features.")}
-    used |= {re.sub(r"lin(\d)\.model\.1\.weight", r"lins.\1", name): w for name, w in lins.items()}
-    with shapes_only():
-        model = LPIPS()
-    load_weights(model, used, str(checkpoints))
-    return model.eval().to(device)
+        path = Path(folder or before) / "checkpoints" / name
+        fetch(url, path, "397923af" if name == VGG_FILE else None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # so that no code in a file is run
+    torch.hub.set_dir(str(folder or before))
+    try:
+        model: nn.Module = SampleSimilarityLPIPS("lpips").to(device)
+    except Exception as error:  # a damaged pickle can end in any
+        raise ValueError(f"{folder or before}: damaged weights of LPIPS ({error!r:.200})") from None
+    finally:
+        torch.hub.set_dir(before)
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+    return lambda x, y: model((x + 1) * 127.5, (y + 1) * 127.5).mean()
 
 
 # --- the adversarial loss of VQGAN (arXiv 2012.09841) -----------------------------------------

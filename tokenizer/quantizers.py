@@ -39,8 +39,7 @@ class Quantizer(nn.Module):
 
     Attributes:
         loss_weights: of the quantizer's losses; commitment is VQ-VAE's beta, the rest LlamaGen's.
-        idle_steps: int64 [N], training steps since each code was last chosen: the state that
-            resuming needs and a tokenizer file does not hold.
+        idle_steps: int64 [N], training steps since each code was last chosen, kept for resuming.
     """
 
     nearest = True  # else the largest dot product
@@ -134,8 +133,7 @@ class Quantizer(nn.Module):
 class SimVectorQuantizer(Quantizer):
     """SimVQ (arXiv 2411.02038): nearest row of C W, C ~ N(0, 1/D) frozen, W [D, D] learned.
 
-    W moves all codes at once. Its authors' code adds a bias to the paper's C W, which would shift
-    all codes alike; there is none here.
+    W moves all codes at once. Its authors' code adds a bias to the paper's C W; there is none here.
     """
 
     def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:

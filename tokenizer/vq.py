@@ -56,12 +56,6 @@ class AutoencoderTokenizer(nn.Module):
         self._fingerprint: str | None = None
 
     @property
-    def last_layer(self) -> nn.Parameter:
-        """The decoder's last weight, where an adversarial loss is balanced (VQGAN, eq. 7)."""
-        weight: nn.Parameter = self.decoder.get_parameter("conv_out.weight")
-        return weight
-
-    @property
     def fingerprint(self) -> str:
         """sha256, in hex, of the config and the float32 weights; a frozen tokenizer's stays."""
         if self._fingerprint is not None:

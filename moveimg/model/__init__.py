@@ -1,25 +1,13 @@
 """The generator: a class-conditional transformer with slots for attention, memory, feed-forward."""
 
-from moveimg.model.cost import PEAK_FLOPS, model_cost, token_flops, train_budget
+from moveimg.model.cost import model_cost, token_flops, train_budget
 from moveimg.model.feedforward import MoE, ValueTable, swiglu_hidden
 from moveimg.model.inference import decoding_model
-from moveimg.model.memory import (
-    NEAR_TWO,
-    NEAR_ZERO,
-    GatedMixer,
-    Mixing,
-    ValueBank,
-    mixers_by_layer,
-    record_mixing,
-)
+from moveimg.model.memory import GatedMixer, ValueBank, mixers_by_layer, record_mixing
 from moveimg.model.transformer import Transformer
 
 __all__ = [
-    "NEAR_TWO",
-    "NEAR_ZERO",
-    "PEAK_FLOPS",
     "GatedMixer",
-    "Mixing",
     "MoE",
     "Transformer",
     "ValueBank",

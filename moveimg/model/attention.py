@@ -29,8 +29,7 @@ def rope_2d(
 
     The first half of the pairs turns by the code's row, the second by its column, each with
     frequencies base^(-2i / (dim / 2)), as in LlamaGen (arXiv 2406.06525). The class token's
-    entries are all zero, the cosine too: its queries and keys vanish, so its information leaves
-    position 0 through V alone.
+    entries are all zero, the cosine too: its queries and keys vanish.
     """
     half = dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).to(dtype) / half)
@@ -61,9 +60,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class LayerCache:
     """Tensors of one layer, [..., L, width] each (or None), with an entry per position.
 
-    Values are cached after the mix, so the memory is read once per position. An index that is an
-    int makes the cache grow: attention sees the entries written so far. An index that is a tensor
-    [1] makes it static: shapes stay the same at every step, and a mask hides later entries.
+    Values are cached after the mix, so the memory is read once per position. With an int as index
+    the cache grows: attention sees the entries written so far. With a tensor [1] it is static:
+    shapes stay the same at every step, and a mask hides later entries.
     """
 
     def __init__(self, *tensors: Tensor | None) -> None:
@@ -71,19 +70,18 @@ class LayerCache:
 
     def update(self, index: Index, *new: Tensor | None) -> list[Any]:
         """Write S entries [..., S, width] from `index` on; return all entries to attend to."""
-        out: list[Tensor | None] = []
-        for tensor, entries in zip(self.tensors, new, strict=True):
+
+        def write(tensor: Tensor | None, entries: Tensor | None) -> Tensor | None:
             if tensor is None or entries is None:
-                out.append(None)
-                continue
+                return None
             length = entries.shape[-2]
             if isinstance(index, Tensor):
                 where = index if length == 1 else index + torch.arange(length, device=index.device)
-                out.append(tensor.index_copy_(-2, where, entries.to(tensor.dtype)))
-            else:
-                tensor[..., index : index + length, :] = entries
-                out.append(tensor[..., : index + length, :])
-        return out
+                return tensor.index_copy_(-2, where, entries.to(tensor.dtype))
+            tensor[..., index : index + length, :] = entries
+            return tensor[..., : index + length, :]
+
+        return [write(*pair) for pair in zip(self.tensors, new, strict=True)]
 
     def mask(self, index: Index) -> Tensor | None:
         """Which entries of a static cache are written, bool [1, L]; None for a growing one."""
@@ -152,10 +150,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     All heads share one latent, c = norm(x W_DKV), and one rotary key k_R = rope(x W_KR): the score
     of head h is (q_h . W_UK_h c + q_R,h . k_R) / sqrt(K + R). MoVE is mixed into c, in H chunks,
-    after its norm and before the up-projection (arXiv 2601.22887 says "before the up-projection";
-    "after the norm" is inferred: gates of 1 then leave DeepSeek's latent as it was, and the rows'
-    scale needs no training of the norm). So memory changes keys and values but not the rotary key,
-    and the cache holds c' = mix(c) and k_R.
+    after its norm (inferred: gates of 1 then leave DeepSeek's latent as it was) and before the
+    up-projection (arXiv 2601.22887), and the cache holds c' = mix(c) and k_R.
 
     Teacher forcing unfolds keys and values. Decoding does not: W_UK is absorbed into the query, and
     W_UV is applied to the weighted sum of latents, the same sum in another order.
@@ -205,8 +201,7 @@ class MultiHeadLatentAttention(nn.Module):
     def make_cache(self, batch: int, length: int, like: Tensor) -> LayerCache:
         """A cache of latent and rotary key [B, length, C + R].
 
-        A layer with memory at its values (LaVE) also caches its mixed values [B, H, length, K],
-        because they cannot be computed from the latent.
+        A layer with memory at its values (LaVE) also caches its mixed values [B, H, length, K].
         """
         joint, values = like.new_zeros(batch, length, self.spec.kv_rank + self.spec.rope_dim), None
         if self.value_mixer.value_width:

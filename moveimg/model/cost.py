@@ -117,10 +117,9 @@ IMAGENET_CLASSES, IMAGENET_IMAGES, IMAGENET_VIEWS = 1000, 1_281_167, 20
 def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[str, Any]:
     """The estimated budget of a run on `gpus` devices, as plain data; nothing is run.
 
-    Sizes are bytes per device, without CUDA's own (about 1 GB); `state` holds float32 weights,
-    gradients, Adam's moments and the average; `hours` those at a half and a quarter of the GPU's
-    peak; `codes` are ImageNet's on disk. Raises ValueError for an unknown GPU, or a batch that
-    `gpus` cannot share.
+    Sizes are bytes per device, without CUDA's own (about 1 GB): `state` holds float32 weights,
+    gradients, Adam's moments and the average. `checkpoints` and ImageNet's `codes` are bytes on
+    disk. Raises ValueError for an unknown GPU, or a batch that `gpus` cannot share.
     """
     if gpu not in PEAK_FLOPS:
         raise ValueError(f"gpu {gpu!r}: expected one of {', '.join(PEAK_FLOPS)}")
@@ -162,7 +161,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
         "activations": activations,
         "head": head,
         "flops_per_step": flops,
-        "hours": (2 * hours, 4 * hours),
+        "hours": (2 * hours, 4 * hours),  # at a half and at a quarter of the peak
         # those kept, the best, the one being written, and the model
         "checkpoints": total * (16 * (config.keep_checkpoints + 2) + 4),
         "codes": IMAGENET_IMAGES * (IMAGENET_VIEWS * length * 2 + 4) if imagenet else 0,

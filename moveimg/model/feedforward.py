@@ -149,7 +149,7 @@ def block_shape(rows: int, n_experts: int) -> tuple[int, int]:
     """Rows per block, and the number of blocks that `rows` rows of E experts need at most.
 
     A larger block pads more rows (up to E (size - 1) in all); a smaller one reads an expert's
-    weights more often. The power of two balances the two, however the rows fall.
+    weights more often.
     """
     fair = max(rows / (4 * n_experts), math.sqrt(8 * rows / n_experts), 1)
     size = 2 ** int(math.log2(fair))

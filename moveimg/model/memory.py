@@ -16,15 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moveimg.config.model import LaVEConfig, ModelConfig, MoVEConfig, NoMemoryConfig, pick_layers
-
-# A gate below the first counts as closed, one above the second as fully open.
-NEAR_ZERO, NEAR_TWO = 0.1, 1.9
 
 Rows = Tensor | None
 
@@ -108,8 +105,7 @@ class ValueBank(nn.Module):
 
     Args:
         config: the transformer's config.
-        spec: the memory's settings. With `class_rows`, classes (the null label included) have rows
-            as codes do; without, the rows of the class token are zero.
+        spec: the memory's settings; without `class_rows`, rows of the class token are zero.
         reads: for each layer, the slots it reads, or None.
         slots: value vectors of `value_width` per code.
         value_width: H * K, the width of the values mixed into.
@@ -190,34 +186,25 @@ class MoVE(ValueBank):
 MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}
 
 
-class Mixing(NamedTuple):
-    """What one layer mixes into its values, without the class token's position."""
-
-    g_0: Tensor | None  # gate of the standard values [B, S, H, 1]; None where the layer has none
-    g_i: Tensor  # gates of the slots [B, S, H, M]
-    values: Tensor  # the standard values before the gate [B, S, H, K]
-    rows: Tensor  # bank rows of the layer's slots [B, S, H, M, K]
-
-
 def mixers_by_layer(model: nn.Module) -> dict[int, GatedMixer]:
     """The mixer of each layer that has value memory, by layer index (from 0)."""
-    layers: Any = model.layers
-    return {
-        layer: module
-        for layer, block in enumerate(layers)
-        for module in block.modules()
-        if isinstance(module, GatedMixer)
-    }
+    blocks: Any = enumerate(model.layers)  # type: ignore[arg-type]
+    modules = ((layer, module) for layer, block in blocks for module in block.modules())
+    return {layer: module for layer, module in modules if isinstance(module, GatedMixer)}
 
 
 @contextmanager
-def record_mixing(model: nn.Module, record: Callable[[int, Mixing], None]) -> Iterator[None]:
-    """Call `record(layer, mixing)` for each layer with memory, at every forward pass inside."""
+def record_mixing(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
+    """Call `record(layer, g_0, g_i, values, rows)` for each layer with memory, at every pass.
+
+    Without the class token's position: the gates of the standard values [B, S, H, 1] (or None) and
+    of the slots [B, S, H, M], the ungated values [B, S, H, K], the slots' rows [B, S, H, M, K].
+    """
 
     def make_hook(layer: int) -> Callable[..., None]:
         def hook(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, v, rows = (part[:, 1:] for part in args)
-            record(layer, Mixing(*mixer.gates(x), v, mixer.own_rows(rows)))
+            record(layer, *mixer.gates(x), v, mixer.own_rows(rows))
 
         return hook
 

@@ -248,17 +248,18 @@ def _checkpoint_contexts(block: Any) -> tuple[Any, Any]:
     """The contexts in which `checkpoint` computes a block, and computes it again when going back.
 
     The second pass draws the masks of the first. Its auxiliary loss is dropped, because its graph
-    would keep the recomputed activations until the next step: over all blocks, as much memory as
-    checkpointing saves.
+    would keep the recomputed activations until the next step.
     """
     generator = block.resid_dropout.generator
     state = None if generator is None else generator.get_state()
 
     @contextmanager
     def recomputing() -> Iterator[None]:
-        with nullcontext() if generator is None or state is None else rewound(generator, state):
-            yield
-        block.ffn.auxiliary = None
+        try:  # recomputing ends early, by an exception
+            with nullcontext() if generator is None or state is None else rewound(generator, state):
+                yield
+        finally:
+            block.ffn.auxiliary = None
 
     return nullcontext(), recomputing()
 
@@ -269,15 +270,11 @@ def _checkpoint_contexts(block: Any) -> tuple[Any, Any]:
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of the logits x W^T, and how often the target is likeliest.
 
-    Logits are the largest tensor of a training step. Here they are computed for CHUNK / V rows at a
-    time, together with the gradients of x and W, so the head still costs three matrix products.
-    Products use autocast's type where autocast is on; softmax, loss and the sum of W's gradient use
-    float32 (float64 for float64). The accuracy has no gradient, the loss no second derivative.
-
-    Args:
-        x: [N, D]; N at least 1.
-        weight: the head's [V, D].
-        targets: int64 [N] in 0..V-1.
+    x [N, D], weight [V, D], targets int64 [N]. Logits, the largest tensor of a training step, are
+    computed for CHUNK / V rows at a time, together with the gradients of x and W, so the head still
+    costs three matrix products. Products use autocast's type where autocast is on; softmax, loss
+    and the sum of W's gradient use float32 (float64 for float64). The accuracy has no gradient, the
+    loss no second derivative.
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)

@@ -39,8 +39,7 @@ def convert_llamagen(
     """Write a LlamaGen generator and its tokenizer as a model directory, which appears whole.
 
     Without `gpt` it is a tokenizer directory. Returns the generator's config, if there is one.
-    Raises FileExistsError where `out` is there already, ValueError where the two files do not
-    belong together; other arguments and errors are those of load_llamagen.
+    Raises FileExistsError where `out` is there already; other errors are those of load_llamagen.
     """
     with atomic_directory(out) as temporary:
         tokenizer = vq.load_llamagen_vq(vq_file)
@@ -77,16 +76,10 @@ def load_llamagen(
 ) -> Transformer:
     """A LlamaGen generator, in eval mode, in the number type it is stored in.
 
-    Args:
-        file: the checkpoint (see tokenizer.read_weights).
-        downsample: pixels of a side per code, of the tokenizer it was trained with.
-        image_size: pixels of a side; left out, that of a published file's name (c2i_B_256.pt).
-        n_head: attention heads; needed where no named size has the weights' layers and width.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, needs code to be read, lacks or has weights that a LlamaGen
-            generator does not, or an argument is missing or contradicts the file's name.
+    `downsample` is the tokenizer's pixels of a side per code. `image_size` may be left out where a
+    published file's name has it (c2i_B_256.pt), `n_head` where a named size has the weights' layers
+    and width. Raises FileNotFoundError, or ValueError for a file that is damaged, needs code to be
+    read or holds other weights, and for an argument that is missing or contradicts its name.
     """
     weights = {}
     for key, value in vq.read_weights(file).items():

@@ -164,7 +164,7 @@ class TokenizerTask(Task):
             weights = self.reconstruction_weights
             weighted = vq.total_loss({name: losses[name] for name in weights}, weights)
             adversarial, logged = self.adversary.generator_loss(
-                reconstruction, weighted, self.model.last_layer
+                reconstruction, weighted, self.model.decoder.get_parameter("conv_out.weight")
             )
             loss, scalars = loss + adversarial, scalars | logged
         return loss, {name: value.detach() for name, value in scalars.items()}
