@@ -209,10 +209,10 @@ def _open_labelled(
     import numpy as np
 
     from moveimg.data import find_splits, open_flat_folder, open_images
-    from moveimg.images import image_suffixes
+    from moveimg.images import SUFFIXES
 
     folder = Path(source)
-    flat = folder.is_dir() and any(p.suffix.lower() in image_suffixes() for p in folder.iterdir())
+    flat = folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
     if flat:
         if split is not None:
             raise ValueError(f"--split {split}: '{source}' is a folder of images without splits")

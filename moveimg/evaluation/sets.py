@@ -203,7 +203,7 @@ def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 
 
 def _open_folder(folder: Path) -> ImageSet:
-    paths = walk_images(folder).images
+    paths = [folder / name for name in walk_images(folder)[0]]
     if not paths:
         raise ValueError(f"{folder}: holds no images")
     height, width = _read_sample(paths[0]).shape[:2]

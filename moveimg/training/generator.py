@@ -198,8 +198,5 @@ def _open_codes(
         try:
             encode_splits(config.data.images, tokenizer, directory, device=world.device)
         except ChangedSettingsError as error:
-            raise ValueError(
-                f"{config.out}: {error.details} since this run made its codes; start over with "
-                "--restart"
-            ) from None
+            raise ValueError(f"{error}; start over with --restart") from None
     return PackedCodes(directory / "train"), PackedCodes(directory / "val")
