@@ -81,11 +81,6 @@ def test_get_gathers_over_shard_boundaries(tmp_path: Path, n: int, shard_size: i
     codes, labels = packed.get(images, crops)
     assert codes.tolist() == [[i * 2 + c] * 3 for i, c in zip(images, crops, strict=True)]
     assert labels.tolist() == (images % 3).tolist()
-    for bad in ((np.array([n]), np.array([0])), (np.array([-1]), np.array([0]))):
-        with pytest.raises(IndexError, match="image indices"):
-            packed.get(*bad)
-    with pytest.raises(IndexError, match="crop indices"):
-        packed.get(np.array([0]), np.array([2]))
 
 
 def test_wrong_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -138,7 +133,6 @@ def test_codes_beyond_the_codebook_are_refused_wherever_they_are(tmp_path: Path)
     [
         ({"format_version": 2}, "format_version"),
         ({"extra": 1}, "extra"),
-        ({"n_images": 8}, "n_images is 8"),
         ({"n_images": [9]}, "n_images"),
         ({"settings": {"codebook_size": 2**16 + 1}}, "65537"),
         ({"settings": {"codebook_size": 3}}, "codebook_size 3"),
@@ -215,9 +209,3 @@ def test_ranks_partition_the_global_batch(numbers, n, world_size, local, seed, s
     # codes tell image and crop, so they must agree with indices and labels
     assert np.array_equal(codes[:, 0].numpy() // 2, indices)
     assert labels.tolist() == (indices % 3).tolist()
-
-
-def test_batch_arguments_are_checked(numbers: dict[int, PackedCodes]) -> None:
-    for rank, world_size in ((0, 3), (2, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="batch_size 4 on rank"):
-            Batches(numbers[12], 4).batch(0, rank, world_size)
