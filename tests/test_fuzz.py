@@ -9,7 +9,7 @@ import pytest
 
 from tests.tools.fuzz_cases import KINDS, make_material, try_case
 
-CASES = {"checkpoints": 12, "options": 20}  # the slow ones
+CASES = {"options": 20}  # the slow ones
 
 
 @pytest.fixture(scope="module")
