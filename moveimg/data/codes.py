@@ -100,8 +100,8 @@ def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndar
 def is_intact(directory: Path, shard: Shard) -> bool:
     """Whether both files of a shard are there, with the bytes that were written."""
     digests = {shard.codes: shard.codes_sha256, shard.labels: shard.labels_sha256}
-    paths = {directory / name: digest for name, digest in digests.items()}
-    return all(path.is_file() and sha256_file(path) == paths[path] for path in paths)
+    present = all((directory / name).is_file() for name in digests)
+    return present and all(sha256_file(directory / n) == digest for n, digest in digests.items())
 
 
 def sha256_file(path: Path) -> str:
@@ -111,10 +111,8 @@ def sha256_file(path: Path) -> str:
 
 
 class PackedCodes:
-    """Read access to a packed-codes directory of N images.
+    """Read access to a packed-codes directory of N images; `labels` is int32 [N].
 
-    Attributes: `manifest`, its `settings`, and of those n_crops, codebook_size, image_size, grid
-    (h, w), class_names and tokenizer_fingerprint; `labels` int32 [N].
     Raises FileNotFoundError when the manifest or a shard is missing, ValueError when one is
     malformed. `verify` hashes every file.
     """
@@ -122,25 +120,22 @@ class PackedCodes:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not (self.directory / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"'{directory}' holds no {MANIFEST}: expected codes of a finished `moveimg encode`"
-            )
+            expected = "expected codes of a finished `moveimg encode`"
+            raise FileNotFoundError(f"'{directory}' holds no {MANIFEST}: {expected}")
         self.manifest: Manifest = read_record(self.directory / MANIFEST, Manifest)
         self.settings = settings = self.manifest.settings
         self.n_crops, self.codebook_size = settings.n_crops, settings.codebook_size
         self.image_size, self.grid = settings.image_size, settings.grid
         self.class_names = list(settings.class_names)
-        self.tokenizer_fingerprint = settings.tokenizer_fingerprint
         shape, shards = (self.n_crops, self.grid[0] * self.grid[1]), self.manifest.shards
         self._codes = [self._open(shard.codes, "uint16", (shard.n, *shape)) for shard in shards]
         self.labels = np.concatenate([self._open(s.labels, "int32", (s.n,)) for s in shards])
         self._starts = np.cumsum([0] + [shard.n for shard in shards])
         self._checked: set[int] = set()
         if self.labels.min() < 0 or self.labels.max() >= len(self.class_names):
-            raise ValueError(
-                f"'{self.directory}' has labels {self.labels.min()}..{self.labels.max()}: "
-                f"expected 0..{len(self.class_names) - 1}"
-            )
+            reach = f"{self.labels.min()}..{self.labels.max()}"
+            last = len(self.class_names) - 1
+            raise ValueError(f"'{self.directory}' has labels {reach}: expected 0..{last}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,21 +147,17 @@ class PackedCodes:
         for number in np.unique(shard_of):
             shard, rows = self._codes[number], np.flatnonzero(shard_of == number)
             if number not in self._checked and (largest := shard.max()) >= self.codebook_size:
-                raise ValueError(
-                    f"'{self.directory}' has code {largest}: expected less than its codebook_size "
-                    f"{self.codebook_size}"
-                )
+                limit = f"less than its codebook_size {self.codebook_size}"
+                raise ValueError(f"'{self.directory}' has code {largest}: expected {limit}")
             self._checked.add(number)
             codes[rows] = shard[indices[rows] - self._starts[number], crops[rows]]
         return torch.from_numpy(codes), torch.from_numpy(self.labels[indices].astype(np.int64))
 
     def require_tokenizer(self, fingerprint: str) -> None:
         """Raise ValueError unless the codes were made by the tokenizer of this fingerprint."""
-        if fingerprint != self.tokenizer_fingerprint:
-            raise ValueError(
-                f"'{self.directory}' was encoded by tokenizer {self.tokenizer_fingerprint[:12]}, "
-                f"not by {fingerprint[:12]}: expected codes and tokenizer to match"
-            )
+        if fingerprint != (made_by := self.settings.tokenizer_fingerprint):
+            pair = f"tokenizer {made_by[:12]}, not by {fingerprint[:12]}"
+            raise ValueError(f"'{self.directory}' was encoded by {pair}: expected them to match")
 
     def verify(self) -> None:
         """Read every file and raise ValueError for a shard whose sha256 is not the manifest's."""
@@ -213,10 +204,9 @@ class Batches:
     def batch(
         self, step: int, rank: int = 0, world_size: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        """This rank's slice of a step's batch, b = batch_size / world_size.
+        """This rank's slice of a step's batch: codes int64 [b, T], labels and image indices [b].
 
-        Returns codes int64 [b, T], labels int64 [b] and image indices int64 [b]. The slices of
-        ranks 0, 1, ... concatenated are the batch of a single rank.
+        b = batch_size / world_size; the slices of all ranks are the batch of a single one.
         """
         local = self.batch_size // world_size
         start = step * self.batch_size + rank * local
@@ -224,8 +214,8 @@ class Batches:
         indices, crops = np.empty((2, local), np.int64)
         for epoch in np.unique(epochs).tolist():
             if self._cached is None or self._cached[0] != epoch:
-                n, n_crops, seed = len(self.codes), self.codes.n_crops, self.seed
-                choice = crop_choice(n, n_crops, seed, epoch)
+                n, seed = len(self.codes), self.seed
+                choice = crop_choice(n, self.codes.n_crops, seed, epoch)
                 self._cached = epoch, epoch_order(n, seed, epoch), choice
             here = epochs == epoch
             indices[here] = self._cached[1][places[here]]

@@ -63,10 +63,8 @@ def encode_images(
     Every process of a `torchrun` job has to call this. They share the shards, and the bytes are
     those that one process would write. An interrupted run continues after its finished shards, on
     any number of processes. A finished directory of the same settings is left unchanged.
-    Unreadable images are left out and listed in the manifest.
-
-    `tokenizer` has encode(images), codebook_size, downsample and fingerprint; `dtype` is its
-    autocast precision, by default its own. For the other arguments see EncodeSettings.
+    Unreadable images are left out and listed in the manifest. `dtype` is the tokenizer's autocast
+    precision, by default its own; for the other arguments see EncodeSettings.
 
     Raises ValueError where the settings do not fit each other, the directory holds something else
     or is in use, or no image can be read; OSError where `out` cannot be written.
@@ -147,11 +145,7 @@ def code_grid(size: Size, downsample: int) -> tuple[int, int]:
 
 
 def default_batch_size(size: Size, device: torch.device) -> int:
-    """The number of views of `size` pixels per call of the tokenizer.
-
-    An accelerator wants many. What a CPU computes should stay near its caches: two views at 256
-    pixels were measured no slower than eight.
-    """
+    """The number of views of `size` pixels per call of the tokenizer: few on a CPU with caches."""
     pixels = math.prod(as_pair(size))
     return 64 if device.type != "cpu" else max(1, min(64, 2 * 256**2 // pixels))
 

@@ -51,11 +51,9 @@ class ImageSource(Dataset):
 
     def select(self, rows: np.ndarray) -> ImageSource:
         """The source of the images `rows` alone."""
+        names, labels = [self.identifiers[row] for row in rows], self.labels[rows]
         load, content = (partial(_call_at, f, rows) for f in (self.load, self.content))
-        identifiers = [self.identifiers[row] for row in rows]
-        return ImageSource(
-            self.name, self.class_names, identifiers, self.labels[rows], load, content
-        )
+        return ImageSource(self.name, self.class_names, names, labels, load, content)
 
     def digest(self) -> str:
         """sha256 over class names, identifiers, labels and `content`, without reading images."""
@@ -82,16 +80,13 @@ def open_images(
 ) -> ImageSource:
     """One split of a named data set, of a data set of the Hub or of a folder.
 
-    A folder holds one of: a subfolder of images per class; `train/` and `val/` (and `test/`) with
-    the same classes in each; ImageNet's archives under their published names; Parquet files.
-
     `val_fraction` is the share of each class of the training images that is `val`, drawn with
     `seed`; the source's own test (or else validation) split is then `test`. Left out, `val` is the
     source's own validation or test split, or a fifth of a source that has none. `data_root` is the
-    folder of downloaded data sets.
+    folder of downloaded data sets. docs/encoding.md describes folders.
 
-    Raises FileNotFoundError for a folder, data set or file that is missing, ValueError for a source
-    without images by class or without this split.
+    Raises FileNotFoundError for what is missing, ValueError for a source without images by class or
+    without this split.
     """
     parts = _find_parts(source, data_root)
     held_out = next((part for part in ("val", "test") if part in parts), "")
