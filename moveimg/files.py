@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,7 @@ def fetch(url: str, path: Path, hash_prefix: str | None = None) -> Path:
 
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
     """The text of a UTF-8 file; FileNotFoundError, or ValueError beyond `limit` bytes."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    path = require_file(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path}: {size} bytes, expected at most {limit}")
     try:
@@ -139,17 +138,8 @@ def read_yaml(path: str | Path) -> Any:
     return parse_yaml(read_text(path, 2**20), str(path))
 
 
-def parse_json(text: str | bytes, origin: str) -> Any:
-    """The data of a JSON text; ValueError, one line with `origin`, where it is not valid."""
-    return _parse(json.loads, "JSON", text, origin)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """The data of a YAML text; ValueError, one line with `origin`, where it is not valid."""
-    return _parse(yaml.safe_load, "YAML", text, origin)
-
-
 def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str) -> Any:
+    """The data of a text; ValueError, one line with `origin`, where it is not valid."""
     try:
         data = load(text)
     except Exception as error:  # PyYAML's constructors raise many kinds: `!!int ""`, `!!bool maybe`
@@ -164,6 +154,10 @@ def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str
         if len(level) > MAX_NODES:
             break
     raise ValueError(f"{origin}: more than {MAX_DEPTH} levels or {MAX_NODES} values in one")
+
+
+parse_json = partial(_parse, json.loads, "JSON")  # of (text, origin)
+parse_yaml = partial(_parse, yaml.safe_load, "YAML")
 
 
 @contextmanager

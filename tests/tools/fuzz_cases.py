@@ -19,7 +19,6 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
 from moveimg.config import TokenizerTrainConfig, TrainConfig, load_config
 from moveimg.data import Batches, PackedCodes, crop_views, open_images
@@ -211,22 +210,7 @@ def try_image(rng: random.Random, folder: Path, material: Path) -> None:
     assert len(packed) + len(packed.manifest.skipped) >= 4
 
 
-def try_options(rng: random.Random, folder: Path, material: Path) -> None:
-    """A command line of which one or two words are bad."""
-    settings = yaml.safe_load((material / "run.yaml").read_text()) | {"out": str(folder / "out")}
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    paths = {"RUN": material / "run", "IMAGES": material / "images", "OUT": folder / "out",
-             "CODES": material / "codes/val", "SET": material / "set.npz", "CONFIG": config,
-             "PNG": folder / "r.png", "NET": BUNDLED / "digits/extractor.safetensors"}  # fmt: skip
-    words = [paths.get(word, word) for word in rng.choice(inputs.COMMANDS).split()]
-    for _ in range(rng.choice([1, 1, 2])):
-        position, value = rng.randrange(1, len(words)), rng.choice((*inputs.VALUES, folder))
-        words[position : position + rng.choice([0, 1, 1, 1])] = rng.choice([[value]] * 5 + [[]])
-    run_command(*words)
-
-
 KINDS: dict[str, Callable[[random.Random, Path, Path], None]] = {
     "configs": try_config, "models": try_model, "codes": try_codes, "sample sets": try_set,
-    "images": try_image, "options": try_options,
+    "images": try_image,
 }  # fmt: skip
