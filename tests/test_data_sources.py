@@ -172,6 +172,7 @@ def write_idx(folder: Path, compressed: bool) -> Path:
 
 def test_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", write_idx(tmp_path / "deb", True))
+    monkeypatch.setenv("MOVEIMG_DATA", str(tmp_path / "cache"))
     assert [len(open_images("fashion-mnist", split)) for split in ("train", "val")] == [60, 20]
     parts = {s: open_images("fashion-mnist", s, 1 / 6) for s in ("train", "val", "test")}
     assert [len(part) for part in parts.values()] == [50, 10, 20]

@@ -12,14 +12,14 @@ from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Parts, array_source
+from moveimg.data.images import ImageSource, Parts
 from moveimg.errors import describe
+from moveimg.files import atomic
 from moveimg.images import UnreadableImageError, read_image, to_rgb
 
 Arguments = dict[str, dict[str, Any]]  # of torchvision's class, for each of the set's own splits
@@ -70,26 +70,25 @@ def _open_part(name: str, part: str, root: Path) -> ImageSource:
     dataset = _open_dataset(name, part, root)
     key = next((k for k in ("targets", "labels", "_labels", "y") if hasattr(dataset, k)), None)
     labels = getattr(dataset, key) if key else [sample[1] for sample in dataset._samples]
-    labels, images = np.asarray(labels).astype(np.int32), getattr(dataset, "data", None)
+    labels = np.asarray(labels).astype(np.int32)
     identifiers = [f"{name}/{part}/{row:05d}" for row in range(len(labels))]
     names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     names = names or range(int(labels.max()) + 1)
     names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
-    if images is None:
-        load = partial(_read_row, dataset, identifiers)
-        return ImageSource(name, names, identifiers, labels, load, content=int)
-    images = np.asarray(images)
-    if images.ndim == 4 and images.shape[1] == 3:  # SVHN and STL10 keep channels first
-        images = images.transpose(0, 2, 3, 1)
-    return array_source(names, identifiers, images, labels)
+    load = partial(_read_row, dataset, identifiers)
+    content = partial(_read_pixels, dataset) if hasattr(dataset, "data") else int
+    return ImageSource(name, names, identifiers, labels, load, content)
 
 
 def _open_dataset(name: str, part: str, root: Path) -> Any:
     from torchvision import datasets
 
     kind, parts = DATASETS[name]
-    if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
-        return _open_debian("train" if part == "train" else "t10k")
+    for path in DEBIAN_FASHION_MNIST.glob("*.gz") if name == "fashion-mnist" else ():
+        unpacked = root / "FashionMNIST/raw" / path.stem  # where torchvision reads it
+        if not unpacked.exists():
+            with atomic(unpacked) as temporary:
+                temporary.write_bytes(gzip.decompress(path.read_bytes()))
     make = partial(getattr(datasets, kind), root=str(root), **parts[part])
     if "loader" in inspect.signature(make).parameters:  # torchvision's own ignores EXIF
         make.keywords["loader"] = partial(read_image, identifier=name)
@@ -107,25 +106,16 @@ def _open_dataset(name: str, part: str, root: Path) -> Any:
         ) from None
 
 
-def _open_debian(prefix: str) -> Any:
-    """Fashion-MNIST of Debian's package, which torchvision reads only from its own folders."""
-    from torchvision.datasets import FashionMNIST
-
-    images, labels = (
-        gzip.decompress((DEBIAN_FASHION_MNIST / f"{prefix}-{kind}-ubyte.gz").read_bytes())
-        for kind in ("images-idx3", "labels-idx1")
-    )
-    data = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
-    targets = np.frombuffer(labels, np.uint8, offset=8)
-    return SimpleNamespace(data=data, targets=targets, classes=FashionMNIST.classes)
-
-
 def _read_row(dataset: Any, identifiers: list[str], row: int) -> Image.Image:
     try:
         return to_rgb(dataset[row][0])
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         reason = error.args[1] if isinstance(error, UnreadableImageError) else describe(error, 200)
         raise UnreadableImageError(identifiers[row], reason) from error
+
+
+def _read_pixels(dataset: Any, row: int) -> str:
+    return np.asarray(dataset[row][0]).tobytes().hex()
 
 
 def find_tables(source: Path | str) -> Parts:

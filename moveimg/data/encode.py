@@ -160,16 +160,13 @@ def _prepare(out: Path, settings: EncodeSettings) -> None:
         present = packed.read_record(out / PROGRESS, EncodeSettings)
     elif not (out / PROGRESS).exists() and any(out.glob("[!.]*")):
         raise ValueError(f"'{out}' is not empty and holds no packed codes: expected a new folder")
-    changed = {
-        name: f"{name} is {shorten(was, 40)} there, {shorten(getattr(settings, name), 40)} asked"
-        for name, was in present
-        if was != getattr(settings, name)
-    }
-    if "source_digest" in changed:
-        changed["source_digest"] = "the images have changed"
+    changed = []
+    for name, was in present:
+        if was != (asked := getattr(settings, name)):
+            words = f"{name} is {shorten(was, 40)} there, {shorten(asked, 40)} asked"
+            changed.append("the images have changed" if name == "source_digest" else words)
     if changed:
-        what = "; ".join(changed.values())
-        raise ChangedSettingsError(f"'{out}' holds codes of other settings: {what}")
+        raise ChangedSettingsError(f"'{out}' holds codes of other settings: {'; '.join(changed)}")
     if not (out / MANIFEST).exists():
         packed.write_record(out / PROGRESS, settings)
 

@@ -135,14 +135,6 @@ def _draw_split(labels: np.ndarray, split: str, val_fraction: float, seed: int) 
     return np.sort(np.concatenate(rows))
 
 
-def array_source(
-    class_names: Sequence[str], identifiers: Sequence[str], images: np.ndarray, labels: np.ndarray
-) -> ImageSource:
-    """A source of images held in memory: uint8 [N, H, W] or [N, H, W, 3]."""
-    load, content = partial(_array_row, images), partial(_row_hex, images)
-    return ImageSource("", list(class_names), identifiers, labels.astype(np.int32), load, content)
-
-
 def _array_row(images: np.ndarray, row: int) -> Image.Image:
     return Image.fromarray(images[row]).convert("RGB")
 
@@ -168,7 +160,9 @@ def digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _open_digits(split: str) -> ImageSource:
     images, labels, rows = digits_arrays(split)
-    return array_source(DIGITS, [f"digits/{row:04d}" for row in rows], images, labels)
+    names, labels = [f"digits/{row:04d}" for row in rows], labels.astype(np.int32)
+    load, content = partial(_array_row, images), partial(_row_hex, images)
+    return ImageSource("digits", DIGITS, names, labels, load, content)
 
 
 def drop_unreadable(source: ImageSource) -> ImageSource:
