@@ -99,7 +99,7 @@ def require_file(path: str | os.PathLike[str]) -> Path:
     with path.open("rb") as file:
         start = file.read(200).lstrip().lower()
     if start.startswith((b"version https://git-lfs", b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"{path} is a Git LFS pointer or HTML page: download the file itself")
+        raise ValueError(f"{path} is a Git LFS pointer (`git lfs pull` helps) or an HTML page")
     return path
 
 

@@ -17,7 +17,6 @@ from moveimg.data.codes import (
     EncodeSettings,
     Manifest,
     PackedCodes,
-    crop_choice,
     epoch_order,
     write_record,
     write_shard,
@@ -155,17 +154,6 @@ def test_bad_manifests_are_refused(tmp_path: Path, changes: dict, named: str) ->
 
 
 # --- batches -------------------------------------------------------------------------------
-
-
-def test_orders_are_pure_and_differ() -> None:
-    orders = [epoch_order(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({tuple(order) for order in orders}) == 4
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert np.array_equal(epoch_order(50, 0, 1), orders[1])
-    choice = crop_choice(5000, 10, 0, 0)
-    assert np.bincount(choice).min() > 400 and choice.max() == 9
-    assert np.array_equal(crop_choice(5000, 10, 0, 0), choice)
-    assert not np.array_equal(crop_choice(5000, 10, 0, 1), choice)
 
 
 @pytest.fixture(scope="module")

@@ -161,13 +161,6 @@ def test_interrupted_run_of_other_settings_is_refused(folder: Path, tmp_path: Pa
         encode_images(source, PatchTokenizer(), out, **OPTIONS)
 
 
-def test_no_manifest_without_every_shard(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(encoding, "_find_finished", lambda *arguments: None)
-    with pytest.raises(ValueError, match="3 shards"):
-        encode_images(opened(folder), PatchTokenizer(), tmp_path / "out", **OPTIONS)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
 def test_encoding_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
     source, out = opened(folder), tmp_path / "out"
     for bad in ({"size": 10}, {"crops": "nine"}, {"batch_size": 0}, {"ranges": ()}):

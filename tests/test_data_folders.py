@@ -46,14 +46,6 @@ def test_split_names_in_place_of_classes_are_refused(tmp_path: Path, names: list
         open_images(tmp_path, "train")
 
 
-def test_a_flat_folder_of_test_images_is_no_split(tmp_path: Path) -> None:
-    for folder in ("train/a", "val/a", "test"):
-        write_images(tmp_path / folder, 2)
-    assert len(open_images(tmp_path, "train")) == 2
-    with pytest.raises(ValueError, match="test"):
-        open_images(tmp_path, "test")
-
-
 def test_hidden_and_tool_entries_are_skipped_and_others_counted(tmp_path: Path, capsys) -> None:
     for name in "ab":
         write_images(tmp_path / name / "deep", 2)

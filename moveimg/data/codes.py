@@ -48,6 +48,13 @@ class Skipped(Record):
     reason: str
 
 
+class FinishedShard(Record):
+    """A shard on disk, and the images left out of it; no shard where none could be read."""
+
+    shard: Shard | None
+    skipped: tuple[Skipped, ...]
+
+
 class EncodeSettings(Record):
     """Everything that the bytes of the shards follow from."""
 

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from moveimg.config import ImagesConfig, Size, as_pair
 from moveimg.config.run import Crops
 from moveimg.data import codes as packed
-from moveimg.data.codes import MANIFEST, EncodeSettings, Manifest, Record, Shard, Skipped
+from moveimg.data.codes import MANIFEST, EncodeSettings, FinishedShard, Manifest, Skipped
 from moveimg.data.images import ImageSource, count_views, crop_views, open_images, report_unreadable
 from moveimg.dist import all_ranks, print_rank0
 from moveimg.errors import list_names, shorten, validate
@@ -36,13 +36,6 @@ MAX_WORKERS = 8
 
 class ChangedSettingsError(ValueError):
     """A directory holds codes of other settings."""
-
-
-class FinishedShard(Record):
-    """A shard on disk, and the images left out of it; no shard where none could be read."""
-
-    shard: Shard | None
-    skipped: tuple[Skipped, ...]
 
 
 def encode_images(
