@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from moveimg.data.codes import (
     Batches,
-    EncodeSettings,
     Manifest,
     PackedCodes,
     epoch_order,
@@ -26,34 +25,19 @@ from moveimg.data.codes import (
 def pack(directory: Path, codes: np.ndarray, labels: np.ndarray, shard_size: int) -> PackedCodes:
     """Write codes [N, crops, T] without a tokenizer."""
     directory.mkdir(exist_ok=True)
-    starts = range(0, len(codes), shard_size)
-    shards = tuple(
-        write_shard(
-            directory,
-            number,
-            codes[start : start + shard_size].astype(np.uint16),
-            labels[start : start + shard_size].astype(np.int32),
-        )
-        for number, start in enumerate(starts)
-    )
-    made_by = EncodeSettings(
-        tokenizer_fingerprint="f" * 64,
-        codebook_size=int(codes.max()) + 1,
-        grid=(1, codes.shape[2]),
-        image_size=8,
-        crops="center",
-        ranges=(1.0,),
-        n_crops=codes.shape[1],
-        class_names=tuple(str(i) for i in range(labels.max() + 1)),
-        source_digest="0" * 64,
-        dtype="unchanged",
-        batch_size=1,
-        shard_size=shard_size,
-    )
-    manifest = Manifest(
-        source="a test", settings=made_by, n_images=len(codes), shards=shards, skipped=()
-    )
-    write_record(directory / "manifest.json", manifest)
+    arrays = codes.astype(np.uint16), labels.astype(np.int32)
+    shards = [
+        write_shard(directory, i, *(array[i * shard_size :][:shard_size] for array in arrays))
+        for i in range(-(-len(codes) // shard_size))
+    ]
+    settings = {
+        "tokenizer_fingerprint": "f" * 64, "codebook_size": int(codes.max()) + 1,
+        "grid": (1, codes.shape[2]), "image_size": 8, "crops": "center", "ranges": (1.0,),
+        "n_crops": codes.shape[1], "class_names": tuple(map(str, range(labels.max() + 1))),
+        "source_digest": "0" * 64, "dtype": "unchanged", "batch_size": 1, "shard_size": shard_size,
+    }  # fmt: skip
+    about = {"source": "a test", "n_images": len(codes), "shards": tuple(shards), "skipped": ()}
+    write_record(directory / "manifest.json", Manifest(settings=settings, **about))
     return PackedCodes(directory)
 
 

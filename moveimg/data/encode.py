@@ -100,8 +100,8 @@ def encode_splits(
     """Encode a source's train and val images into `out`/train and `out`/val.
 
     val images get one view, the centre of the first range. Prints the classes and the images that
-    cannot be read on stderr. `options` are further ones of encode_images, `data_root` is the folder
-    of downloaded data sets. Errors as of open_images and encode_images.
+    cannot be read on stderr. `options` are further ones of encode_images. Errors as of open_images
+    and encode_images.
     """
     folder = Path(images.source)
     if folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
