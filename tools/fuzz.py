@@ -9,7 +9,6 @@ Every case must be refused in one line, or be accepted and give a sensible resul
 
 from __future__ import annotations
 
-import faulthandler
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import typer
 
 from tests.test_training import encode_tiny_digits
-from tests.tools.fuzz_cases import KINDS, SECONDS, FuzzFailure, make_material, try_case
+from tests.tools.fuzz_cases import KINDS, FuzzFailure, make_material, try_case
 
 
 def main(cases: int = 100, seed: int = 0, kind: str = "", case: int = -1) -> None:
@@ -30,7 +29,6 @@ def main(cases: int = 100, seed: int = 0, kind: str = "", case: int = -1) -> Non
         for name in [kind] if kind else KINDS:
             counts: Counter[str] = Counter()
             for number in [case] if case >= 0 else range(seed, seed + cases):
-                faulthandler.dump_traceback_later(6 * SECONDS, exit=True)  # an endless loop in C
                 with tempfile.TemporaryDirectory(dir=base) as folder:
                     try:
                         said = try_case(name, number, Path(folder), material)

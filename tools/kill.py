@@ -33,17 +33,16 @@ WEIGHTS = ("model.safetensors", "tokenizer/model.safetensors")
 Command = tuple[str, tuple[str, ...]]  # a command line, and patterns of the outputs to compare
 
 
-def list_commands(data: Path, folder: Path, steps: int = 30) -> dict[str, Command]:
+def list_commands(data: Path, folder: Path) -> dict[str, Command]:
     """The commands that write; `data` is what encode_tiny_digits made, `folder` gets configs."""
-    every = {"log_every": 20, "validate_every": 20, "preview_every": steps, "checkpoint_every": 2}
+    every = {"log_every": 20, "validate_every": 20, "preview_every": 30, "checkpoint_every": 2}
     for name, config in {
-        "train": runs.train_config(data, folder / "x", steps=steps, **every),
-        "compared": runs.train_config(data, folder / "x", steps=10, **every),
-        "train-tokenizer": runs.tokenizer_config(folder / "x", steps=steps // 2, **every),
+        "train": runs.train_config(data, folder / "x", steps=20, **every),
+        "train-tokenizer": runs.tokenizer_config(folder / "x", steps=15, **every),
     }.items():
         text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True))
         (folder / f"{name}.yaml").write_text(text)
-    compared = tuple(f"compared-seed{i}/{name}" for i in (0, 1) for name in WEIGHTS)
+    compared = tuple(f"train-seed{i}/{name}" for i in (0, 1) for name in WEIGHTS)
     encode = f"digits --tokenizer {data}/tokenizer --size 32 --out OUT"
     return {
         "encode": (encode, ("*/*.npy", "*/manifest.json")),
@@ -52,7 +51,7 @@ def list_commands(data: Path, folder: Path, steps: int = 30) -> dict[str, Comman
         "evaluate": ("digits --num-samples 40 --batch-size 4 --out OUT", ("samples.npz",)),
         "sample": (f"--model {BUNDLED}/digits --num 3 --batch-size 2 --out OUT", ("*.png",)),
         "reconstruct": (f"{encode} --no-rfid", ()),
-        "compare": (f"{folder}/compared.yaml --seeds 0,1 --out OUT", compared),
+        "compare": (f"{folder}/train.yaml --seeds 0,1 --out OUT", compared),
     }
 
 
@@ -73,7 +72,6 @@ def live(words: list[str], log: Path) -> None:
 
 def start(name: str, command: Command, out: Path, log: Path) -> ForkServerProcess:
     """Start a command that writes to `out`."""
-    log.write_text("")
     words = [name, *command[0].replace("OUT", str(out)).split()]
     process = SERVER.Process(target=live, args=(words, log))
     process.start()
@@ -91,22 +89,15 @@ def require_equal(command: Command, whole: Path, other: Path) -> None:
     outputs = read_outputs(command, whole)
     assert outputs and outputs == read_outputs(command, other), f"{other} differs"
     if (whole / "training/checkpoints").is_dir():
-        assert runs.newest_state(whole).keys() and runs.same_end(whole, other), (
-            "the checkpoints differ"
-        )
+        assert runs.same_end(whole, other), "the checkpoints differ"
     left = [*other.rglob(".*"), *other.parent.glob(f".{other.name}.*")]
     assert all(path.name == ".metadata" for path in left), left
 
 
 def kill_command(name: str, command: Command, folder: Path, kills: int, seed: int) -> int:
     """Kill a command `kills` times at random moments; returns how many results were compared."""
-    rng, log, whole, killed = (
-        random.Random(seed),
-        folder / "log",
-        folder / "whole",
-        folder / "killed",
-    )
-    begun = time.perf_counter()
+    rng, log, begun = random.Random(seed), folder / "log", time.perf_counter()
+    whole, killed = folder / "whole", folder / "killed"
     process = start(name, command, whole, log)
     process.join()
     length, done, compared = time.perf_counter() - begun, 0, 0
@@ -134,13 +125,12 @@ def main(out: Path = typer.Option(...), kills: int = 104, seed: int = 0, only: s
     if not (data := out / "data").exists():
         runs.encode_tiny_digits(data)
     commands = {n: c for n, c in list_commands(data, out).items() if only in ("", n)}
+    each = -(-kills // len(commands))
     for name, command in commands.items():
-        folder = out / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        n_kills = -(-kills // len(commands))
-        compared = kill_command(name, command, folder, n_kills, seed)
-        print(f"{name}: {n_kills} kills, {compared} results compared", flush=True)
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+        compared = kill_command(name, command, out / name, each, seed)
+        print(f"{name}: {each} kills, {compared} results compared", flush=True)
 
 
 if __name__ == "__main__":
