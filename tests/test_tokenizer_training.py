@@ -9,6 +9,7 @@ from PIL import Image
 
 import tokenizer as tok
 from moveimg.config import TokenizerTrainConfig
+from moveimg.data import open_images
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
 from moveimg.training.loop import Run

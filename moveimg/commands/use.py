@@ -221,10 +221,10 @@ def _open_labelled(
 ) -> tuple[ImageSource, list[int] | None]:
     """The readable images, and each class's label in the model; None where they have no class."""
     from moveimg.data import drop_unreadable, find_splits, open_flat_folder, open_images
-    from moveimg.images import image_suffixes
+    from moveimg.images import SUFFIXES
 
     folder = Path(source)
-    if folder.is_dir() and any(p.suffix.lower() in image_suffixes() for p in folder.iterdir()):
+    if folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
         return drop_unreadable(open_flat_folder(folder)), None
     if split is None and folder.is_dir() and not find_splits(folder):
         images = open_images(source, "train", 0.0)  # all of them
