@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -157,7 +158,20 @@ def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str
 
 
 parse_json = partial(_parse, json.loads, "JSON")  # of (text, origin)
-parse_yaml = partial(_parse, yaml.safe_load, "YAML")
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's loader of plain data, which by itself lets the last of equal keys win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.YAMLError(f"{twice[0][:60]!r} is given twice")
+        return node
+
+
+parse_yaml = partial(_parse, partial(yaml.load, Loader=UniqueKeyLoader), "YAML")
 
 
 @contextmanager

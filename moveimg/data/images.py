@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -115,8 +116,9 @@ def _find_parts(source: str | Path, data_root: Path | None) -> Parts:
     if datasets.is_named_source(source):
         return datasets.find_parts(str(source), data_root)
     if not root.is_dir():
-        known = ", ".join(("digits", *datasets.DATASETS))
-        raise FileNotFoundError(f"no image folder at '{source}': expected one, or one of {known}")
+        known = ("digits", *datasets.DATASETS)
+        nearest = ", ".join(get_close_matches(str(source), known, cutoff=0.5) or known)
+        raise FileNotFoundError(f"no image folder at '{source}': expected one, or one of {nearest}")
     if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
         return datasets.find_tables(root)
     return folders.find_parts(root)
