@@ -1,10 +1,11 @@
 """Kill every command that writes, start it again, and compare with what it makes undisturbed.
 
-    python -m tools.kill --kills 104 --out FOLDER
+    python -m tools.kill --kills 104 --pairs 24 --out FOLDER
 
 A kill is SIGKILL at a random moment of a command's life. Then the same command is started again,
 and killed again or left to finish: its outputs must be equal to the undisturbed ones byte by byte
-(of a training also the average and the moments), with no temporary file left.
+(of a training also the average and the moments), with no temporary file left. A pair is the same
+command twice at once: one is refused, naming the other's process, or comes after it.
 """
 
 from __future__ import annotations
@@ -121,16 +122,33 @@ def kill_command(name: str, command: Command, folder: Path, kills: int, seed: in
     return compared
 
 
-def main(out: Path = typer.Option(...), kills: int = 104, seed: int = 0, only: str = "") -> None:
+def start_pair(name: str, command: Command, folder: Path) -> bool:
+    """Run a command twice at once; returns whether one was refused by the other's process."""
+    out, logs = folder / "pair", [folder / "log-0", folder / "log-1"]
+    pair = [start(name, command, out, log) for log in logs]
+    for process in pair:
+        process.join()
+    require_equal(command, folder / "whole", out)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    refused = [log.read_text() for process, log in zip(pair, logs, strict=True) if process.exitcode]
+    assert all(any(str(process.pid) in text for process in pair) for text in refused), refused
+    return bool(refused)
+
+
+def main(
+    out: Path = typer.Option(...), kills: int = 104, pairs: int = 24, seed: int = 0, only: str = ""
+) -> None:
     if not (data := out / "data").exists():
         runs.encode_tiny_digits(data)
     commands = {n: c for n, c in list_commands(data, out).items() if only in ("", n)}
-    each = -(-kills // len(commands))
+    each, twice = -(-kills // len(commands)), -(-pairs // len(commands))
     for name, command in commands.items():
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir(parents=True)
         compared = kill_command(name, command, out / name, each, seed)
-        print(f"{name}: {each} kills, {compared} results compared", flush=True)
+        refused = sum(start_pair(name, command, out / name) for _ in range(twice))
+        print(f"{name}: {each} kills, {compared} results compared", end="; ")
+        print(f"{twice} pairs, {refused} with one refused", flush=True)
 
 
 if __name__ == "__main__":
