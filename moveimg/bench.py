@@ -14,8 +14,7 @@ from moveimg.device import hardware, peak_memory
 from moveimg.dist import World
 from moveimg.model import Transformer, decoding_model, token_flops
 from moveimg.sampling import image_rngs, sample_codes
-from moveimg.training.generator import GeneratorTask
-from moveimg.training.initial import freeze_backbone
+from moveimg.training.generator import GeneratorTask, freeze_backbone
 from moveimg.training.loop import Run
 from moveimg.training.parallel import choose_parallelism
 

@@ -71,16 +71,12 @@ class ComparedRun:
         return read_about(self.config.out).get("step") == self.config.steps
 
     def outcome(self) -> dict[str, Any]:
-        """The last measurement and the learning curve of a finished run.
-
-        `peak_memory` is the largest of all lines: a stopped run has had several processes.
-        """
-        lines = self.measurements()
-        last = lines[-1]
+        """The last measurement and the learning curve of a finished run."""
+        lines = self.measurements()  # a stopped run has had several processes
         return {
             "seed": self.config.seed,
-            "loss": last.loss,
-            "steps_per_second": last.step / max(last.seconds, 1e-9),
+            "loss": lines[-1].loss,
+            "steps_per_second": lines[-1].step / max(lines[-1].seconds, 1e-9),
             "peak_memory": max(line.peak_memory or 0 for line in lines),
             "curve": [[line.step, line.loss] for line in lines],
         }
@@ -151,15 +147,15 @@ def list_runs(
     loaded = {path.stem: (path, load_config(path, TrainConfig, overrides)) for path in configs}
     if len(loaded) != len(configs):
         raise ValueError("two configs have the same file name: expected different ones")
-    shared = [flatten_settings(config, (*COMPARED, *vary)) for _, config in loaded.values()]
-    for name, other in zip(loaded, shared, strict=True):
-        for key, (first, value) in differing(shared[0], other).items():
-            raise ValueError(
-                f"{key} is {first} in the first config, {value} in {name}: expected differences in "
-                f"the model's slots and size only (or --vary {key})"
-            )
-    runs = []
+    runs, first = [], None
     for name, (path, config) in loaded.items():
+        settings = flatten_settings(config, (*COMPARED, *vary))
+        first = first or settings
+        for key, values in differing(first, settings).items():
+            raise ValueError(
+                f"{key} is {values[0]} in the first config, {values[1]} in {name}: expected "
+                f"differences in the model's slots and size only (or --vary {key})"
+            )
         for seed in seeds:
             own = config.model_copy(update={"seed": seed, "out": out / f"{name}-seed{seed}"})
             runs.append(ComparedRun(name, path, own))

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +65,22 @@ def shapes_only() -> Iterator[None]:
 def keep_memory() -> bool:
     """Make glibc reuse freed memory instead of returning it to the system; whether it could.
 
-    glibc maps blocks of 32 MiB and more separately and unmaps them when freed, so that the system
-    hands out and zeroes every large activation anew, page by page: a third of encoding's time
+    Zeroing every large activation anew, page by page, is a third of encoding's time
     (docs/performance.md). It holds for the whole process, so commands call it, never the library.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+    return _mallopt(M_MMAP_MAX, 0) and _mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def limit_arenas(count: int = 2) -> bool:
     """Let glibc keep freed memory in `count` heaps in place of one per thread; whether it could.
 
-    A server's threads would each keep the largest memory that any of their jobs has needed. It
-    holds for the whole process; call it before threads start.
+    It holds for the whole process; call it before threads start.
     """
-    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, count))
+    return _mallopt(M_ARENA_MAX, count)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(parameter, value))
 
 
 def release_memory() -> None:
@@ -109,9 +108,9 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: allocated by torch on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would include the parent's memory before exec
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+    with suppress(OSError):  # getrusage would include the parent's memory before exec
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        for line in status.splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     import resource  # not on Windows
@@ -122,7 +121,13 @@ def peak_memory(device: torch.device) -> int:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The hardware and torch version that a measurement was made with, as plain data."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        path = Path("/proc/cpuinfo")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor() or platform.machine()
     return {
         "device": device.type,
         "name": name,
@@ -131,10 +136,3 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

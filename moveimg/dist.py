@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -49,17 +49,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true in any process."""
-        if self.size == 1:
-            return flag
-        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
-
-    def from_main(self, value: object) -> object:
-        """Rank 0's value, in every process; the others' own is ignored."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
-        return box[0]
+        return bool(self.mean(torch.tensor(float(flag))) > 0)
 
     def wait(self) -> None:
         """Return when every process has called this."""
@@ -67,17 +57,19 @@ class World:
 
     def run_first(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 while the others wait; all raise its ValueError or OSError."""
+        if self.size == 1:
+            action()
+            return
         error: Exception | None = None
         if self.main:
             try:
                 action()
             except (ValueError, OSError) as caught:
                 error = caught
-        message = self.from_main(None if error is None else str(error))
-        if error is not None:
-            raise error
-        if message is not None:
-            raise ValueError(message)
+        message = [error and str(error)]
+        dist.broadcast_object_list(message, src=0, group=self.group, device=self.device)
+        if message[0] is not None:
+            raise error or ValueError(message[0])
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -94,8 +86,7 @@ def processes(device: str | None) -> Iterator[World]:
     """Join the processes started by torchrun, if any, each with its own device.
 
     Collectives use nccl on CUDA and gloo on the CPU. An error ends every process: rank 0 raises at
-    once, the others only if rank 0 has not ended the run by then. (torchrun's own report follows;
-    a process that it started cannot silence it.)
+    once, the others only if rank 0 has not ended the run by then.
     Raises ValueError for a device that cannot be used, or when another process is gone.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -107,24 +98,20 @@ def processes(device: str | None) -> Iterator[World]:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        # The first rank scores samples while the others wait, longer than the default ten minutes.
+        # the others wait while the first rank downloads a data set, longer than ten minutes
         dist.init_process_group(backend, timeout=timedelta(days=1))
         yield World(rank, size, chosen)
         dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        if rank == 0:
+    except (ValueError, OSError, RuntimeError) as error:
+        known = isinstance(error, ValueError | OSError)
+        if not known and not any(sign in str(error).lower() for sign in LOST):
             raise
-        time.sleep(GRACE)
-        raise ValueError(f"process {rank} of {size}: {error}") from error
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in LOST):
+        if rank == 0 and known:
             raise
         if rank != 0:  # rank 0 says what happened, unless it is the one that is gone
             time.sleep(GRACE)
-        why = " ".join(str(error).split())[:200]  # nccl's own failures, too, come this way
-        raise ValueError(
-            f"process {rank} of {size}: another process of this run ended ({why})"
-        ) from error
+        what = str(error) if known else f"another process of this run ended ({str(error)[:200]})"
+        raise ValueError(f"process {rank} of {size}: {' '.join(what.split())}") from error
 
 
 def is_distributed() -> bool:
@@ -165,12 +152,10 @@ def all_ranks(timeout: timedelta = timedelta(days=7)) -> Iterator[World]:
     Encoding and sampling sets run for hours, and a process with less work waits for the others.
     Inside a process group, a second group is made. Every process must enter.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    ours = dist.is_available() and not dist.is_initialized()
-    if not several and (ours or not dist.is_available()):
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    if ours:
+    if ours := not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timeout)
     group = None if ours else dist.new_group(backend="gloo", timeout=timeout)
     try:
@@ -180,10 +165,7 @@ def all_ranks(timeout: timedelta = timedelta(days=7)) -> Iterator[World]:
 
 
 def die_with_parent() -> Callable[[], object] | None:
-    """The function by which a new process asks the kernel to be killed with its parent (Linux).
-
-    Else it would go on, and hold the lock of its output against the next one.
-    """
+    """The function by which a new process asks the kernel to be killed with its parent (Linux)."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
@@ -197,12 +179,9 @@ def signals_raise() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {}
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        with suppress(ValueError):  # only a main thread may set handlers
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
-                before[number] = signal.signal(number, end)
+    known = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+    numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup's stays
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # importing pydantic takes longer than all else that `moveimg --help` needs
-    from pydantic import TypeAdapter, ValidationError
-    from pydantic_core import ErrorDetails
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -17,17 +16,15 @@ def shorten(value: object, limit: int = 60) -> str:
     if isinstance(value, str | bytes):
         value = value[: limit + 1]  # repr of a long text takes time, too
     try:
-        text = " ".join(repr(value).split())
+        return _cut(" ".join(repr(value).split()), limit)
     except ValueError:  # an integer of more digits than Python prints
-        text = "a number too long to print"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        return "a number too long to print"
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:
     """The first names, comma-separated, and the number of those left out."""
     names = list(names)
-    shown = ", ".join(name if len(name) <= 60 else name[:57] + "..." for name in names[:limit])
-    more = len(names) - limit
+    shown, more = ", ".join(_cut(name) for name in names[:limit]), len(names) - limit
     return f"{shown} and {more} more" if more > 0 else shown or "none"
 
 
@@ -42,37 +39,16 @@ def validate(kind: type[T] | TypeAdapter[T], data: Any, origin: str) -> T:
     try:
         return adapter.validate_python(data)
     except ValidationError as error:
-        raise ValueError(f"{origin}: {one_line(error)}") from None
+        problem, *more = error.errors(include_url=False)
     except RecursionError:
         raise ValueError(f"{origin}: nested too deeply") from None
-
-
-def one_line(error: ValidationError) -> str:
-    """The first problem of a pydantic error as `key.path: what is expected (got value)`."""
-    problems = error.errors(include_url=False)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _describe_problem(problems[0]) + more
-
-
-def _describe_problem(problem: ErrorDetails) -> str:
-    path, context = [str(part) for part in problem["loc"]], problem.get("ctx", {})
-    match problem["type"]:
-        case "extra_forbidden":
-            message = "unknown key"
-        case "missing":
-            message = "missing"
-        case "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-        case "union_tag_invalid":
-            path.append("kind")
-            message = f"expected one of {context['expected_tags']} (got {shorten(context['tag'])})"
-        case "union_tag_not_found":
-            path.append("kind")
-            message = "missing"
-        case _:
-            message = f"{problem['msg']} (got {shorten(problem['input'])})"
-    where = ".".join(part if len(part) <= 60 else part[:57] + "..." for part in path)
-    return f"{where}: {message}" if where else message
+    where = ".".join(_cut(str(part)) for part in problem["loc"])
+    message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(problem["type"])
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+    message = message or f"{problem['msg']} (got {shorten(problem['input'])})"
+    ending = f" (and {len(more)} more)" if more else ""
+    raise ValueError(": ".join(filter(None, (origin, where, message))) + ending)
 
 
 def describe(error: BaseException, limit: int = 500) -> str:
@@ -83,5 +59,8 @@ def describe(error: BaseException, limit: int = 500) -> str:
         if isinstance(error, FileExistsError):  # raised by mkdir
             text = "is a file, expected a folder"
         text = f"{path}: {text}" if path else text
-    text = " ".join(text[: 4 * limit].split()) or type(error).__name__
+    return _cut(" ".join(text[: 4 * limit].split()) or type(error).__name__, limit)
+
+
+def _cut(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
+from contextlib import contextmanager
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -90,42 +92,58 @@ def digits(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def serving(models, **options):
+    """A running demo: its url and its FastAPI app."""
+    from moveimg.demo.server import build_server
+
+    running, listener = build_server(models, **options)
+    thread = threading.Thread(target=running.run, args=([listener],), daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        yield SimpleNamespace(url=url, app=running.config.app)
+    finally:
+        running.should_exit = True
+        thread.join(10)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A running demo with three models: two of them alike, one with names of ImageNet's kind."""
-    from moveimg.demo import configure_gradio
+    """A running demo with two models, one of them with names of ImageNet's kind."""
+    from starlette.routing import Mount
 
-    folder = configure_gradio()
     from moveimg.checkpoint import BUNDLED
-    from moveimg.demo.models import Models
-    from moveimg.demo.queue import JobQueue
-    from moveimg.demo.server import Server
+    from moveimg.demo.jobs import Models
 
     other = tmp_path_factory.mktemp("models") / "gallery"
     shutil.copytree(BUNDLED / "digits", other)
     names = ["goldfish, Carassius auratus", "golden retriever", *(f"thing {i}" for i in range(8))]
     (other / "classes.json").write_text(json.dumps(names))
     (other / "sampling.json").write_text("{}")  # every setting has a default
-    (other.parent / "twin").symlink_to(BUNDLED / "digits")
-    models = Models(["digits", str(other), str(other.parent / "twin")], keep=2)
-    queue = JobQueue()
-    running = Server(models, queue)
+    models = Models(["digits", str(other)], keep=2)
     models.get()
-    yield SimpleNamespace(url=running.url, models=models, queue=queue, folder=folder)
-    running.close()
+    with serving(models) as running:
+        app = next(route.app for route in running.app.routes if isinstance(route, Mount))
+        queued = app.get_blocks()._queue.event_ids_to_events
+        yield SimpleNamespace(url=running.url, models=models, jobs=queued)
 
 
 @pytest.fixture
 def slow_model(server, monkeypatch):
-    """Decoding takes its time, so that there is time to stop it."""
-    generator = type(server.models.get("digits").generator)
+    """Decoding takes its time, so that there is time to stop it; a list of the decoded codes."""
+    generator, steps = type(server.models.get("digits").generator), []
     decode = generator.decode
 
     def decode_slowly(self, codes, cache):
         time.sleep(0.05)
+        steps.append(codes)
         return decode(self, codes, cache)
 
     monkeypatch.setattr(generator, "decode", decode_slowly)
+    return steps
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -36,13 +36,9 @@ FILES = [p for d in ("moveimg", "tokenizer") for p in sorted((ROOT / d).rglob("*
 def room_of(module: str) -> str:
     """`moveimg.model.memory` -> model, `tokenizer.vq` -> tokenizer, other packages -> ''."""
     top, *inner = module.split(".")
-    return (
-        top
-        if top in ("tokenizer", "apps", "tools")
-        else (inner or [""])[0]
-        if top == "moveimg"
-        else ""
-    )
+    if top in ("tokenizer", "apps", "tools"):
+        return top
+    return inner[0] if top == "moveimg" and inner else ""
 
 
 def imported_rooms(path: Path) -> set[str]:

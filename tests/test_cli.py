@@ -26,6 +26,7 @@ from tools.api_reference import api_reference
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PNG = ROOT / "docs/images/fashion.png"
 README = (ROOT / "README.md").read_text()
 
 
@@ -89,6 +90,10 @@ def test_every_sampling_setting_is_an_option(tmp_path):
         (["sample", "10"], ["class 10", "0..9"]),
         (["sample", "--device", "abacus"], ["'abacus'"]),
         (["sample", "0", "--out", ROOT / "README.md" / "x"], ["README.md"]),
+        (["edit", "none.png"], ["none.png"]),
+        (["edit", PNG, "--keep", "top", "--hole", "top"], ["--hole"]),
+        (["edit", PNG, "--keep", "sideways"], ["sideways"]),
+        (["score", "nowhere"], ["'nowhere'"]),
         (["train"], ["missing argument 'config'"]),
         (["smaple"], ["'smaple'", "'sample'"]),
         (["bench", "sleep"], ["'sleep'", "bench --help"]),

@@ -25,14 +25,12 @@ from moveimg.compare import compare, list_runs, parse_seeds, summarize
 from moveimg.files import write_json, write_text
 
 CPU = torch.device("cpu")
-SIZE = "n_layer: 2, n_head: 2, width: 16, codebook_size: 8, n_classes: 3, grid: [2, 2]"
+SIZE = "n_layer: 2, n_head: 2, codebook_size: 8, n_classes: 3, grid: [2, 2], width"
 MOE = "{kind: moe, n_experts: 4, hidden: 8, shared_hidden: 8}"
 MODELS = {
-    "dense": f"{{{SIZE}}}",
-    "experts": f"{{{SIZE}, memory: {{kind: move, slots: 2}}, ffn: {MOE}}}",
-    "wide": f"{{{SIZE}, width: 32, attention: {{kind: mla, kv_rank: 8, rope_dim: 4}}}}".replace(
-        "width: 16, ", ""
-    ),
+    "dense": f"{{{SIZE}: 16}}",
+    "experts": f"{{{SIZE}: 16, memory: {{kind: move, slots: 2}}, ffn: {MOE}}}",
+    "wide": f"{{{SIZE}: 32, attention: {{kind: mla, kv_rank: 8, rope_dim: 4}}}}",
 }
 
 

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moveimg.data import open_images
-from moveimg.data.crops import count_views, crop_views, enlarged
-from moveimg.data.images import digits_arrays
+from moveimg.data import count_views, crop_views, digits_arrays, open_images
 from moveimg.images import center_crop, to_pil, to_tensor, to_uint8
 
 
@@ -25,9 +23,6 @@ def write_folder(root: Path, counts: dict[str, int]) -> Path:
         for i in range(count):
             noise(8, 8, 1000 * seed + i).save(root / name / f"{i:02d}.png")
     return root
-
-
-# --- crops ---------------------------------------------------------------------------------
 
 
 def adm_reference(image: Image.Image, size: int) -> np.ndarray:
@@ -49,11 +44,6 @@ def test_center_crop_is_adms(width: int, height: int) -> None:
     assert np.array_equal(np.asarray(center_crop(image, (32, 32))), adm_reference(image, 32))
 
 
-def test_views_of_gigabytes_are_refused() -> None:
-    with pytest.raises(ValueError, match="range 16"):
-        crop_views(Image.new("RGB", (8, 8)), 4096, "center", (1.0, 16.0))
-
-
 @pytest.mark.parametrize("width, height", [(60_000, 1), (1, 60_000), (4000, 30)])
 def test_a_strip_is_cut_before_it_is_enlarged(width: int, height: int) -> None:
     gradient = Image.linear_gradient("L").rotate(90 if width > height else 0)
@@ -71,23 +61,14 @@ def test_ten_crop_order_and_counts() -> None:
         box = slice(top, top + 20), slice(left, left + 20)
         assert np.array_equal(views[i], pixels[box])
         assert np.array_equal(views[5 + i], pixels[:, ::-1][box])
-    assert np.array_equal(
-        views[14], np.asarray(center_crop(center_crop(image, (21, 21)), (21, 21)))[:20, :20]
-    )
+    larger = np.asarray(center_crop(image, (21, 21)))
+    assert np.array_equal(views[14], larger[:20, :20])
     centre, mirror = crop_views(noise(40, 30), 16, "flip")
     assert np.array_equal(np.asarray(centre)[:, ::-1], np.asarray(mirror))
     assert np.array_equal(np.asarray(centre), adm_reference(noise(40, 30), 16))
-
-
-def test_crop_sides_are_rounded_down_as_llamagens() -> None:
-    assert [enlarged(256, ratio) for ratio in (1.0, 1.05, 1.1)] == [256, 268, 281]
-    assert enlarged(20, 1.15) == 23  # 22.999... in floating point
-
-
-@pytest.mark.parametrize("crops, ranges", [("nine", (1.0,)), ("ten", ()), ("ten", (0.9,))])
-def test_crops_refused(crops, ranges) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        crop_views(noise(8, 8), 8, crops, ranges)
+    # Rounded down as LlamaGen's, but 20 * 1.15 = 22.999... in floating point is 23.
+    corner = np.asarray(crop_views(noise(23, 23), 20, "five", (1.15,))[0])
+    assert np.array_equal(corner, np.asarray(noise(23, 23))[:20, :20])
 
 
 def test_tensors_and_images_round_trip() -> None:
@@ -96,9 +77,6 @@ def test_tensors_and_images_round_trip() -> None:
     assert images.shape == (2, 3, 5, 6) and images.min() >= -1 and images.max() <= 1
     assert np.array_equal(to_uint8(images), np.stack([pixels] * 2))
     assert np.array_equal(np.asarray(to_pil(images * 3)[0]) > 127, pixels > 127)  # clipped
-
-
-# --- digits --------------------------------------------------------------------------------
 
 
 def test_digits_split_is_fixed_stratified_and_disjoint() -> None:
@@ -118,9 +96,6 @@ def test_digits_split_is_fixed_stratified_and_disjoint() -> None:
     assert len(open_images("digits", "train", 0.5)) == 719
 
 
-# --- folders -------------------------------------------------------------------------------
-
-
 def test_folder_split(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 10, "ant": 5, "bee": 2, "one": 1})
     train, val = open_images(tmp_path, "train"), open_images(tmp_path, "val")
@@ -129,33 +104,14 @@ def test_folder_split(tmp_path: Path) -> None:
     assert np.bincount(val.labels).tolist() == [1, 0, 2]
     # The same rows for ever: a changed split would validate on images that were trained on.
     assert list(val.identifiers) == ["ant/02.png", "cat/02.png", "cat/08.png"]
-    assert sorted([*train.identifiers, *val.identifiers]) == sorted(
-        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")
-    )
+    paths = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")]
+    assert sorted([*train.identifiers, *val.identifiers]) == sorted(paths)
     image, label = val[1]
     assert train.class_names[label] == val.identifiers[1].split("/")[0]
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / val.identifiers[1])))
     assert list(open_images(tmp_path, "val", seed=1).identifiers) != list(val.identifiers)
     assert len(open_images(tmp_path, "train", val_fraction=0)) == 18
     assert set(open_images(tmp_path, "train", val_fraction=0.9).labels) == {0, 1, 2, 3}
-
-
-def test_the_order_is_not_the_file_systems(tmp_path: Path, monkeypatch) -> None:
-    import os
-
-    write_folder(tmp_path, {"a": 9, "b": 9, "a/deep": 2})
-    before = list(open_images(tmp_path, "val").identifiers)
-    scandir = os.scandir
-
-    class Reversed(list):
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-    monkeypatch.setattr(os, "scandir", lambda path: Reversed(list(scandir(path))[::-1]))
-    assert list(open_images(tmp_path, "val").identifiers) == before
 
 
 def test_own_splits_and_a_share_of_train(tmp_path: Path) -> None:
@@ -179,21 +135,10 @@ def test_own_splits_and_a_share_of_train(tmp_path: Path) -> None:
 def test_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_images(tmp_path / "nowhere", "train")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file"):
-        open_images(tmp_path / "file", "train")
-    with pytest.raises(ValueError, match="no subfolders"):
-        open_images(tmp_path, "train")
-    (tmp_path / "cat").mkdir()
     with pytest.raises(ValueError, match="no images"):
         open_images(tmp_path, "train")
     write_folder(tmp_path, {"dog": 1})
-    with pytest.raises(ValueError, match="cat"):
-        open_images(tmp_path, "train")
-    write_folder(tmp_path, {"cat": 1})
-    with pytest.raises(ValueError, match="val split"):
+    with pytest.raises(ValueError, match="val"):
         open_images(tmp_path, "val")
-    with pytest.raises(ValueError, match=r"1\.5"):
-        open_images(tmp_path, "val", val_fraction=1.5)
     with pytest.raises(ValueError, match="dev"):
         open_images(tmp_path, "dev")  # type: ignore[arg-type]

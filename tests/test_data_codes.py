@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 from moveimg.data.codes import (
     Batches,
-    EncodeSettings,
     Manifest,
     PackedCodes,
-    crop_choice,
     epoch_order,
     write_record,
     write_shard,
@@ -27,34 +25,19 @@ from moveimg.data.codes import (
 def pack(directory: Path, codes: np.ndarray, labels: np.ndarray, shard_size: int) -> PackedCodes:
     """Write codes [N, crops, T] without a tokenizer."""
     directory.mkdir(exist_ok=True)
-    starts = range(0, len(codes), shard_size)
-    shards = tuple(
-        write_shard(
-            directory,
-            number,
-            codes[start : start + shard_size].astype(np.uint16),
-            labels[start : start + shard_size].astype(np.int32),
-        )
-        for number, start in enumerate(starts)
-    )
-    made_by = EncodeSettings(
-        tokenizer_fingerprint="f" * 64,
-        codebook_size=int(codes.max()) + 1,
-        grid=(1, codes.shape[2]),
-        image_size=8,
-        crops="center",
-        ranges=(1.0,),
-        n_crops=codes.shape[1],
-        class_names=tuple(str(i) for i in range(labels.max() + 1)),
-        source_digest="0" * 64,
-        dtype="unchanged",
-        batch_size=1,
-        shard_size=shard_size,
-    )
-    manifest = Manifest(
-        source="a test", settings=made_by, n_images=len(codes), shards=shards, skipped=()
-    )
-    write_record(directory / "manifest.json", manifest)
+    arrays = codes.astype(np.uint16), labels.astype(np.int32)
+    shards = [
+        write_shard(directory, i, *(array[i * shard_size :][:shard_size] for array in arrays))
+        for i in range(-(-len(codes) // shard_size))
+    ]
+    settings = {
+        "tokenizer_fingerprint": "f" * 64, "codebook_size": int(codes.max()) + 1,
+        "grid": (1, codes.shape[2]), "image_size": 8, "crops": "center", "ranges": (1.0,),
+        "n_crops": codes.shape[1], "class_names": tuple(map(str, range(labels.max() + 1))),
+        "source_digest": "0" * 64, "dtype": "unchanged", "batch_size": 1, "shard_size": shard_size,
+    }  # fmt: skip
+    about = {"source": "a test", "n_images": len(codes), "shards": tuple(shards), "skipped": ()}
+    write_record(directory / "manifest.json", Manifest(settings=settings, **about))
     return PackedCodes(directory)
 
 
@@ -81,11 +64,6 @@ def test_get_gathers_over_shard_boundaries(tmp_path: Path, n: int, shard_size: i
     codes, labels = packed.get(images, crops)
     assert codes.tolist() == [[i * 2 + c] * 3 for i, c in zip(images, crops, strict=True)]
     assert labels.tolist() == (images % 3).tolist()
-    for bad in ((np.array([n]), np.array([0])), (np.array([-1]), np.array([0]))):
-        with pytest.raises(IndexError, match="image indices"):
-            packed.get(*bad)
-    with pytest.raises(IndexError, match="crop indices"):
-        packed.get(np.array([0]), np.array([2]))
 
 
 def test_wrong_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -138,7 +116,6 @@ def test_codes_beyond_the_codebook_are_refused_wherever_they_are(tmp_path: Path)
     [
         ({"format_version": 2}, "format_version"),
         ({"extra": 1}, "extra"),
-        ({"n_images": 8}, "n_images is 8"),
         ({"n_images": [9]}, "n_images"),
         ({"settings": {"codebook_size": 2**16 + 1}}, "65537"),
         ({"settings": {"codebook_size": 3}}, "codebook_size 3"),
@@ -161,17 +138,6 @@ def test_bad_manifests_are_refused(tmp_path: Path, changes: dict, named: str) ->
 
 
 # --- batches -------------------------------------------------------------------------------
-
-
-def test_orders_are_pure_and_differ() -> None:
-    orders = [epoch_order(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({tuple(order) for order in orders}) == 4
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert np.array_equal(epoch_order(50, 0, 1), orders[1])
-    choice = crop_choice(5000, 10, 0, 0)
-    assert np.bincount(choice).min() > 400 and choice.max() == 9
-    assert np.array_equal(crop_choice(5000, 10, 0, 0), choice)
-    assert not np.array_equal(crop_choice(5000, 10, 0, 1), choice)
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +181,3 @@ def test_ranks_partition_the_global_batch(numbers, n, world_size, local, seed, s
     # codes tell image and crop, so they must agree with indices and labels
     assert np.array_equal(codes[:, 0].numpy() // 2, indices)
     assert labels.tolist() == (indices % 3).tolist()
-
-
-def test_batch_arguments_are_checked(numbers: dict[int, PackedCodes]) -> None:
-    for rank, world_size in ((0, 3), (2, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="batch_size 4 on rank"):
-            Batches(numbers[12], 4).batch(0, rank, world_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 from moveimg.data import open_images, walk_images
 from moveimg.images import UnreadableImageError, read_image
@@ -24,14 +24,10 @@ def write_images(folder: Path, count: int, suffix: str = ".png", start: int = 0)
         noise(8, 8, i).save(folder / f"{i}{suffix}")
 
 
-# --- classes and splits --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "names",
-    [["train_set", "val_set"], ["train2017", "val2017"],
-     ["train", "valid"], ["Train", "Val"], ["training", "testing"], ["train", "validation"],
-     ["TRAIN", "dev", "Test"], ["train", "valid", "test"]],
+    [["train_set", "val_set"], ["train2017", "val2017"], ["Train", "Val"], ["training", "testing"],
+     ["TRAIN", "dev", "Test"]],
 )  # fmt: skip
 def test_usual_split_names_are_splits(tmp_path: Path, names: list[str]) -> None:
     for number, split in enumerate(names):
@@ -42,34 +38,31 @@ def test_usual_split_names_are_splits(tmp_path: Path, names: list[str]) -> None:
         assert len(source) == 2 * (2 + number) and source.class_names == ["a", "b"]
 
 
-@pytest.mark.parametrize("names", [["train"], ["train", "cats"], ["val", "test"], ["cats", "Dev"]])
+@pytest.mark.parametrize("names", [["train", "cats"], ["val", "test"], ["cats", "Dev"]])
 def test_split_names_in_place_of_classes_are_refused(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         write_images(tmp_path / name / "a", 2)
     with pytest.raises(ValueError, match=names[-1]):
         open_images(tmp_path, "train")
-    assert open_images(tmp_path / names[0], "train").class_names == ["a"]
 
 
-def test_a_flat_folder_of_test_images_is_no_split(tmp_path: Path) -> None:
-    for folder in ("train/a", "val/a", "test"):
-        write_images(tmp_path / folder, 2)
-    assert len(open_images(tmp_path, "train")) == 2
-    with pytest.raises(ValueError, match="test"):
-        open_images(tmp_path, "test")
-
-
-def test_hidden_and_tool_entries_are_skipped_at_every_depth(tmp_path: Path) -> None:
+def test_hidden_and_tool_entries_are_skipped_and_others_counted(tmp_path: Path, capsys) -> None:
     for name in "ab":
         write_images(tmp_path / name / "deep", 2)
     for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
         write_images(tmp_path / folder, 1)
         write_images(tmp_path / "a" / "deep" / folder, 1)
     noise(8, 8).save(tmp_path / "b" / "._0.png")
-    (tmp_path / "b" / "Thumbs.db").write_text("")
-    (tmp_path / "b" / ".DS_Store").write_text("")
+    for suffix in (".jfif", ".tif", ".webp", ".PNG", ".bmp", ".jp2", ".gif"):
+        write_images(tmp_path / "a", 1, suffix)
+    for name in ("a/notes.txt", "a/LICENSE", "a/scan.eps"):
+        (tmp_path / name).write_text("")
+    noise(8, 8).save(tmp_path / "stray.png")
     source = open_images(tmp_path, "train", val_fraction=0)
-    assert source.class_names == ["a", "b"] and len(source) == 4
+    assert source.class_names == ["a", "b"] and len(source) == 11
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(f"1 {kind}" in said for kind in (".txt", ".eps", "without a suffix", "image out"))
 
 
 def test_names_of_classes_meet_in_nfc(tmp_path: Path) -> None:
@@ -80,49 +73,34 @@ def test_names_of_classes_meet_in_nfc(tmp_path: Path) -> None:
         assert source.class_names == ["b", NFC] and source.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_a_wrapping_folder_is_pointed_out(tmp_path: Path, capsys) -> None:
-    for name in "ab":
-        write_images(tmp_path / "photos" / name, 2)
-    assert open_images(tmp_path, "train").class_names == ["photos"]
-    assert str(tmp_path / "photos") in capsys.readouterr().err
-
-
-def test_what_is_not_read_is_counted_once(tmp_path: Path, capsys) -> None:
-    for suffix in (".png", ".jfif", ".tif", ".webp", ".PNG", ".bmp", ".jp2", ".gif"):
-        write_images(tmp_path / "a", 1, suffix)
-    for name in ("a/notes.txt", "a/LICENSE", "a/scan.eps"):
-        (tmp_path / name).write_text("")
-    noise(8, 8).save(tmp_path / "stray.png")
-    for split in ("train", "val"):
-        open_images(tmp_path, split)
-    assert len(open_images(tmp_path, "train", val_fraction=0)) == 8
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert all(f"1 {kind}" in said for kind in (".txt", ".eps", "without a suffix", "image out"))
-
-
-# --- links ---------------------------------------------------------------------------------
-
-
-def test_each_real_file_is_walked_once(tmp_path: Path) -> None:
+def test_each_folder_is_walked_once_in_a_fixed_order(tmp_path: Path, monkeypatch) -> None:
     root = tmp_path / "root"
     write_images(root / "a", 3)
+    write_images(root / "a" / "1 deep", 1, start=8)
     write_images(root / "b", 1, start=7)
     write_images(tmp_path / "elsewhere", 2, start=5)
     (root / "a" / "up").symlink_to(root)
     (root / "a" / "again").symlink_to(root / "a")
-    (root / "a" / "copy.png").symlink_to(root / "a" / "0.png")
-    (root / "b" / "0.png").symlink_to(root / "a" / "1.png")  # listed before a/1.png is entered
-    (root / "loop").symlink_to(root)
+    (root / "loop").symlink_to(tmp_path)
     (root / "c").symlink_to(tmp_path / "elsewhere")
-    (root / "a" / "gone.png").symlink_to(root / "nothing")
-    os.mkfifo(root / "a" / "pipe.png")
-    walk = walk_images(root)
-    names = [path.relative_to(root).as_posix() for path in walk.images]
-    assert names == ["a/0.png", "a/1.png", "a/2.png", "b/7.png", "c/5.png", "c/6.png"]
-    assert walk.others == {"broken link": 1, ".png": 1}
-    source = open_images(root, "train", val_fraction=0)
-    assert source.class_names == ["a", "b", "c"] and source.labels.tolist() == [0, 0, 0, 1, 2, 2]
+    expected = ["a/0.png", "a/1 deep/8.png", "a/1.png", "a/2.png", "b/7.png", "c/5.png", "c/6.png"]
+    assert walk_images(root)[0] == expected
+    scandir = os.scandir
+
+    class Reversed(list):
+        def __enter__(self):
+            return iter(self)
+
+        def __exit__(self, *_):
+            return None
+
+        def __next__(self):
+            if not self:
+                raise StopIteration
+            return self.pop(0)
+
+    monkeypatch.setattr(os, "scandir", lambda path: Reversed(list(scandir(path))[::-1]))
+    assert walk_images(root)[0] == expected
 
 
 def test_the_digest_notices_every_change(tmp_path: Path) -> None:
@@ -154,16 +132,12 @@ def reread(image: Image.Image, kind: str, as_published: bool = False, **options)
     [
         ("png", np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
         ("tiff", np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
-        ("ppm", np.array([[0, 256, 65535]], np.int32), [0, 1, 255]),  # 16-bit PGM
-        ("ppm", np.array([[0, 200]], np.int32), [0, 0]),  # dark, and still of 16 bits
+        ("ppm", np.array([[0, 200]], np.int32), [0, 0]),  # 16-bit PGM: dark
         ("tiff", np.array([[0, 200]], np.int32), [0, 200]),
         ("tiff", np.array([[0, 65535]], np.int32), [0, 255]),
-        ("tiff", np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
-        ("tiff", np.array([[0, 200.7]], np.float32), [0, 200]),
         ("tiff", np.array([[-5, 3]], np.int32), None),
         ("tiff", np.array([[0, 65536]], np.int32), None),
-        ("tiff", np.array([[0, 256]], np.float32), None),
-        ("tiff", np.array([[0, np.nan]], np.float32), None),
+        ("tiff", np.array([[0, 0.5]], np.float32), None),
     ],
 )
 def test_wide_modes_follow_the_stated_rule(kind: str, values: np.ndarray, expected) -> None:
@@ -174,42 +148,23 @@ def test_wide_modes_follow_the_stated_rule(kind: str, values: np.ndarray, expect
         assert reread(Image.fromarray(values), kind)[0, :, 0].tolist() == expected
 
 
-def swapping_profile() -> bytes:
-    """An sRGB profile whose red and green primaries are exchanged."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
-
-
 RED = (200, 30, 60)
 MODES = {  # mode and format that holds it: the colour that (200, 30, 60) becomes
     ("1", "png"): (0, 0, 0), ("L", "png"): (84, 84, 84), ("P", "png"): RED, ("RGB", "png"): RED,
     ("LA", "png"): (84, 84, 84), ("RGBA", "png"): RED, ("RGB", "webp"): RED,
-    ("CMYK", "tiff"): RED, ("LAB", "tiff"): RED, ("RGBA", "tiff"): RED,
-    ("L", "jpeg"): (84, 84, 84), ("CMYK", "jpeg"): RED,
+    ("CMYK", "tiff"): RED, ("L", "jpeg"): (84, 84, 84), ("CMYK", "jpeg"): RED,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mode, kind", MODES)
-def test_every_mode_is_read_turned_in_srgb_and_on_white(mode: str, kind: str) -> None:
+def test_every_mode_is_read_turned_and_on_white(mode: str, kind: str) -> None:
     image = Image.new("RGB", (2, 4), RED)
-    if mode == "LAB":
-        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-        image = ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
-    elif mode == "P":
-        image = image.quantize(4)
-    else:
-        image = image.convert(mode, dither=Image.Dither.NONE)
+    image = image.quantize(4) if mode == "P" else image.convert(mode, dither=Image.Dither.NONE)
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = reread(image, kind, **({} if kind == "tiff" else {"exif": exif}))
     assert pixels.shape == ((4, 2, 3) if kind == "tiff" else (2, 4, 3))
     assert np.abs(pixels[0, 0].astype(int) - MODES[mode, kind]).max() <= 5
-    if mode in ("RGB", "RGBA", "P"):
-        options = {"lossless": True} if kind == "webp" else {}
-        swapped = reread(image, kind, icc_profile=swapping_profile(), **options)[0, 0]
-        assert swapped[1] > 150 and swapped[0] < 80  # green
-        published = reread(image, kind, True, icc_profile=swapping_profile(), **options)[0, 0]
-        assert published.tolist() == list(RED)
     if mode in ("LA", "RGBA"):
         image.putalpha(0)
         assert reread(image, kind).min() == 255
@@ -217,35 +172,22 @@ def test_every_mode_is_read_turned_in_srgb_and_on_white(mode: str, kind: str) ->
     if mode in ("L", "P", "RGB") and kind == "png":
         clear = {"L": 84, "P": image.getpixel((0, 0)), "RGB": RED}[mode]
         assert reread(image, kind, transparency=clear).min() == 255
-
-
-def test_broken_metadata_loses_no_image() -> None:
-    red = Image.new("RGB", (8, 8), RED)
-    for options in ({"icc_profile": b"broken"}, {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}):
-        assert (reread(red, "png", **options) == np.asarray(red)).all()
+        broken = reread(image, kind, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+        assert broken.shape == (4, 2, 3)  # as without EXIF data
 
 
 def test_unreadable_images_say_why(tmp_path: Path) -> None:
-    write_images(tmp_path / "a", 3)
+    write_images(tmp_path / "a", 4)
     whole = (tmp_path / "a" / "1.png").read_bytes()
-    (tmp_path / "a" / "0.png").write_bytes(b"not an image")
-    (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
+    size = (1).to_bytes(4, "big") + (2**30).to_bytes(4, "big")  # width and height
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    for i, data in enumerate(
+        (postscript, whole[: len(whole) // 2], whole[:16] + size + whole[24:])
+    ):
+        (tmp_path / "a" / f"{i}.png").write_bytes(data)
     source = open_images(tmp_path, "train", val_fraction=0)
-    for i in range(2):
+    for i in range(3):
         with pytest.raises(UnreadableImageError, match=f"'a/{i}.png'") as caught:
             source[i]
         assert str(tmp_path) not in str(caught.value)
-    assert source[2][0].size == (8, 8)
-
-
-def test_sizes_are_checked_before_decoding(tmp_path: Path) -> None:
-    Image.new("1", (1, 1)).save(tmp_path / "x.png")
-    data = bytearray((tmp_path / "x.png").read_bytes())
-    data[16:24] = (1).to_bytes(4, "big") + (2**30).to_bytes(4, "big")  # width and height
-    with pytest.raises(UnreadableImageError, match=r"x\.png"):
-        read_image(io.BytesIO(bytes(data)), "x.png")
-
-
-def test_postscript_is_not_run() -> None:
-    with pytest.raises(UnreadableImageError, match="identify"):
-        read_image(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "x.png")
+    assert source[3][0].size == (8, 8)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -23,14 +23,14 @@ from typer.testing import CliRunner
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
-from moveimg.demo import handlers, html, page
-from moveimg.demo.guard import FREE_LOGINS
-from moveimg.demo.queue import JobQueue, Visitor
+from moveimg.demo.jobs import image_uri
 from moveimg.demo.requests import MAX_BODY
-from moveimg.demo.server import Server, read_auth
+from moveimg.demo.server import FREE_LOGINS, read_auth
+from tests.conftest import serving
 
+ROOT = Path(__file__).parents[1]
 CALL = "/gradio_api/call/v2"
-PIXEL = html.image_uri(Image.new("RGB", (1, 1)), {})
+PIXEL = image_uri(Image.new("RGB", (1, 1)), {})
 
 
 def image_of(uri):
@@ -54,9 +54,6 @@ def wait_until(condition):
     pytest.fail("waited for 20 s")
 
 
-# --- the endpoints ---------------------------------------------------------------------------
-
-
 def test_endpoints_answer_as_the_library_does(server, client):
     answer = client.predict(class_name="seven", num=2, seed=3, cfg_scale=2.0, api_name="/generate")
     expected = Pipeline.from_pretrained("digits").sample(["seven"] * 2, seed=3, cfg_scale=2.0)
@@ -76,7 +73,7 @@ def test_endpoints_answer_as_the_library_does(server, client):
     classes = client.predict(search="gold", model="gallery", api_name="/classes")
     assert [c["index"] for c in classes] == [0, 1]
     listed = client.predict(api_name="/models")
-    assert [m["name"] for m in listed] == ["digits", "gallery", "twin"]
+    assert [m["name"] for m in listed] == ["digits", "gallery"]
     assert listed[1]["settings"]["cfg_scale"] == 1.0  # its sampling.json is {}
 
 
@@ -85,7 +82,7 @@ def test_edit_and_score_answer_as_the_library_does(client):
     image = pipeline.sample("seven", seed=3)[0]
     mask = Image.new("L", image.size)
     mask.paste(255, (8, 8, 24, 24))
-    uri, hole = html.image_uri(image, {}), html.image_uri(mask, {})
+    uri, hole = image_uri(image, {}), image_uri(mask, {})
     for area, given in (("left", "left"), (hole, mask)):
         values = {"class_name": "one", "num": 2, "seed": 5, "passes": 1, "temperature": 0.9}
         answer = client.predict(image=uri, hole=area, **values, api_name="/edit")
@@ -109,7 +106,6 @@ def test_errors_are_messages_without_traces_or_paths(server, client):
     for endpoint, values, part in (
         ("generate", {"class_name": "ten"}, "'ten'"),
         ("generate", {"class_name": "gold", "model": "gallery"}, "'gold' fits 2"),
-        ("generate", {"class_name": "1", "num": 1000}, "1000"),
         ("generate", {"class_name": "1", "model": "/etc"}, "/etc"),
         ("edit", {"class_name": "1", "image": PIXEL, "temperature": 0, "passes": 1}, "temperature"),
         ("edit", {"class_name": "1", "image": PIXEL, "hole": PIXEL}, "masked"),
@@ -126,22 +122,15 @@ def test_errors_are_messages_without_traces_or_paths(server, client):
     ("path", "body", "status"),
     [
         (f"{CALL}/generate", {"num": "many"}, 422),
-        (f"{CALL}/generate", {"temperature": -1}, 422),
-        (f"{CALL}/generate", {"class_name": [1]}, 422),
         (f"{CALL}/generate", {"colour": 1}, 422),
         (f"{CALL}/generate", ["7"], 422),
         (f"{CALL}/generate", {"class_name": "x" * 10_000_000}, 422),
         (f"{CALL}/reconstruct", {}, 422),
         (f"{CALL}/score", {}, 422),
-        (f"{CALL}/score", {"image": 7}, 422),
-        (f"{CALL}/edit", {"class_name": "1"}, 422),
-        (f"{CALL}/edit", {"image": PIXEL}, 422),
         (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "hole": "middle"}, 422),
         (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "num": 9}, 422),
         (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "passes": 1000}, 422),
-        (f"{CALL}/compare", {}, 404),
         (f"{CALL}/nothing", {}, 404),
-        ("/gradio_api/call/generate", {"data": [1] * 40}, 422),
         ("/gradio_api/run/generate", {}, 404),
         ("/gradio_api/upload", {}, 404),
     ],
@@ -153,9 +142,9 @@ def test_wrong_values_over_http_get_one_line(server, path, body, status):
     assert answer.text.count("\n") <= 1 and len(answer.text) < 400
 
 
-def test_the_examples_on_the_page_work(server, tmp_path, monkeypatch):
+def test_the_examples_of_the_api_work(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    texts = page.read("api.md").replace("CLASS", "seven")
+    texts = (ROOT / "docs" / "demo.md").read_text().partition("## The API")[2]
     for code in re.findall(r"```python\n(.*?)```", texts, re.DOTALL):
         names = {"__name__": "__main__"}
         exec(code.replace("http://127.0.0.1:7860", server.url), names)
@@ -172,61 +161,25 @@ def test_the_examples_on_the_page_work(server, tmp_path, monkeypatch):
     assert image_of(answer["images"][0]["png"])[0].tobytes() == expected.tobytes()
 
 
-def test_visitors_at_once_do_not_disturb_each_others_seeds(server):
-    from gradio_client import Client
-
-    def visit(seed):
-        client = Client(server.url, verbose=False)
-        answer = client.predict(class_name="five", num=2, seed=seed, api_name="/generate")
-        return [image_of(image["png"])[0].tobytes() for image in answer["images"]]
-
-    with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(visit, (5, 50, 5)))
-    pipeline = Pipeline.from_pretrained("digits")
-    assert results[0] == results[2] == [i.tobytes() for i in pipeline.sample([5, 5], seed=5)]
-    assert results[1] == [i.tobytes() for i in pipeline.sample([5, 5], seed=50)]
-
-
-def test_a_full_queue_is_a_message(server, client):
-    from gradio_client.exceptions import AppError
-
-    tickets = [server.queue.enter(Visitor(f"tab {i}", f"10.0.0.{i}")) for i in range(64)]
-    try:
-        with pytest.raises(AppError, match="64"):
-            client.predict(class_name="1", api_name="/generate")
-    finally:
-        for ticket in tickets:
-            server.queue.leave(ticket)
-
-
-def test_a_finished_job_releases_its_memory(server, client, monkeypatch):
-    released = []
-    monkeypatch.setattr(handlers, "release_memory", lambda: released.append(True))
-    client.predict(class_name="1", num=1, api_name="/generate")
-    assert released == [True]
-
-
 def test_a_job_ends_when_its_listener_hangs_up(server, slow_model):
     body = {"class_name": "7", "num": 1}
     event = httpx.post(f"{server.url}{CALL}/generate", json=body).json()["event_id"]
-    start = server.queue.steps
-    path = f"{server.url}/gradio_api/call/generate/{event}"
+    wait_until(lambda: slow_model)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.get(path, timeout=0.4)
-    wait_until(lambda: len(server.queue) == 0)
-    assert server.queue.steps - start < 50  # of 64
+        httpx.get(f"{server.url}/gradio_api/call/generate/{event}", timeout=0.4)
+    wait_until(lambda: not server.jobs)
+    assert len(slow_model) < 50  # of 64
 
 
-def test_a_job_ends_when_nobody_asks_for_its_result(server, slow_model, monkeypatch):
-    monkeypatch.setattr(handlers, "UNREAD_SECONDS", 0.3)
-    start = server.queue.steps
-    httpx.post(f"{server.url}{CALL}/generate", json={"class_name": "7", "num": 1})
-    wait_until(lambda: server.queue.steps > start)
-    wait_until(lambda: len(server.queue) == 0)
-    assert server.queue.steps - start < 50  # of 64
+def test_a_third_job_of_a_tab_is_refused(server, slow_model):
+    from gradio_client import Client
 
-
-# --- the guard -------------------------------------------------------------------------------
+    visitor = Client(server.url, verbose=False)
+    waiting = [visitor.submit(class_name="1", api_name="/generate") for _ in range(3)]
+    wait_until(lambda: any(job.done() for job in waiting))
+    (refused,) = [job for job in waiting if job.done()]
+    assert refused.exception() is not None
+    assert all(len(job.result()["images"]) == 1 for job in waiting if job is not refused)
 
 
 def test_nothing_of_the_servers_disk_can_be_read(server):
@@ -238,39 +191,33 @@ def test_nothing_of_the_servers_disk_can_be_read(server):
         answer = httpx.post(f"{server.url}/gradio_api/queue/join", content=content)
         assert answer.status_code == 413
     config = httpx.get(f"{server.url}/config").text
-    assert str(BUNDLED.parents[1]) not in config and server.folder not in config
+    assert str(BUNDLED.parents[1]) not in config
 
 
 def test_a_password_is_asked_for_and_unknown_hosts_are_refused(server):
-    guarded = Server(
-        server.models, JobQueue(), auth=[("me", "secret")], allow_hosts=("demo.example",),
-        trust_proxy=True,
-    )  # fmt: skip
-    try:
-        with httpx.Client(base_url=guarded.url) as visitor:
-            assert visitor.get("/config").status_code == 401
-            assert visitor.post(f"{CALL}/models", json={}).status_code == 401
+    options = {"auth": [("me", "secret")], "allow_hosts": ("demo.example",), "trust_proxy": True}
+    with (
+        serving(server.models, **options) as guarded,
+        httpx.Client(base_url=guarded.url) as visitor,
+    ):
+        assert visitor.get("/config").status_code == 401
+        assert visitor.post(f"{CALL}/models", json={}).status_code == 401
 
-            def login(password, address):
-                form = {"username": "me", "password": password}
-                headers = {"x-forwarded-for": f"1.2.3.4, {address}"}
-                return visitor.post("/login", data=form, headers=headers).status_code
+        def login(password, address):
+            form = {"username": "me", "password": password}
+            headers = {"x-forwarded-for": f"1.2.3.4, {address}"}
+            return visitor.post("/login", data=form, headers=headers).status_code
 
-            guesses = [login("guess", "9.9.9.9") for _ in range(FREE_LOGINS + 3)]
-            assert guesses[:FREE_LOGINS] == [400] * FREE_LOGINS and guesses[-1] == 429
-            assert login("secret", "9.9.9.9") == 429
-            assert login("secret", "8.8.8.8") == 200  # elsewhere nobody has failed
-            assert visitor.get("/config").status_code == 200
-            for host, status in (
-                ("evil.example", 421), ("demo.example", 200), ("localhost:1", 200), ("", 421),
-                ("[::1]:80", 200), ("127.0.0.1.evil.example", 421), ("10.0.0.1", 421),
-            ):  # fmt: skip
-                assert visitor.get("/config", headers={"host": host}).status_code == status, host
-    finally:
-        guarded.close()
-
-
-# --- the command -----------------------------------------------------------------------------
+        guesses = [login("guess", "9.9.9.9") for _ in range(FREE_LOGINS + 3)]
+        assert guesses[:FREE_LOGINS] == [400] * FREE_LOGINS and guesses[-1] == 429
+        assert login("secret", "9.9.9.9") == 429
+        assert login("secret", "8.8.8.8") == 200  # elsewhere nobody has failed
+        assert visitor.get("/config").status_code == 200
+        for host, status in (
+            ("evil.example", 400), ("demo.example", 200), ("localhost:1", 200), ("", 400),
+            ("[::1]:80", 200), ("127.0.0.1.evil.example", 400), ("10.0.0.1", 400),
+        ):  # fmt: skip
+            assert visitor.get("/config", headers={"host": host}).status_code == status, host
 
 
 def test_accounts_come_from_the_command_or_a_file(tmp_path):
@@ -283,18 +230,13 @@ def test_accounts_come_from_the_command_or_a_file(tmp_path):
             read_auth(bad)
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm():
     process = subprocess.Popen(
-        [sys.executable, "apps/demo.py", "--port", str(free_port())], text=True,
+        [sys.executable, "apps/demo.py"], text=True,
         env=os.environ | {"http_proxy": "http://127.0.0.1:9"}, stdout=subprocess.PIPE,
     )  # fmt: skip
     url = process.stdout.readline().split()[-1]
-    assert httpx.get(url, trust_env=False).status_code == 200
+    assert httpx.get(url, trust_env=False, timeout=60).status_code == 200
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
 

@@ -42,11 +42,11 @@ def test_directories_appear_whole_and_leftovers_are_removed(tmp_path):
         (temporary / "file").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".b.abcdefgh.tmp").mkdir()  # of a killed process
-    (tmp_path / ".bc.abcdefgh.tmp").mkdir()  # of another directory
+    (tmp_path / ".b.tmp-abcdefgh").mkdir()  # of a killed process
+    (tmp_path / ".bc.tmp-abcdefgh").mkdir()  # of another directory
     with files.atomic_directory(tmp_path / "b") as temporary:
         (temporary / "file").write_text("x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".bc.abcdefgh.tmp", "b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".bc.tmp-abcdefgh", "b"]
     with pytest.raises(FileExistsError), files.atomic_directory(tmp_path / "b"):
         pass
 
@@ -75,7 +75,7 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path):
 
 
 def test_a_lock_removes_what_a_killed_process_has_left(tmp_path):
-    out, own, other = tmp_path / "out", ".a.png.abcdefgh.png", ".b.png.abcdefgh.png"
+    out, own, other = tmp_path / "out", ".a.png.tmp-abcdefgh.png", ".b.png.tmp-abcdefgh.png"
     out.mkdir()
     for folder in (out, tmp_path):
         for name in (own, other, ".hidden.png"):

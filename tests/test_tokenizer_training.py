@@ -9,6 +9,7 @@ from PIL import Image
 
 import tokenizer as tok
 from moveimg.config import TokenizerTrainConfig
+from moveimg.data import open_images
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
 from moveimg.training.loop import Run
@@ -141,3 +142,33 @@ def test_init_from_continues_with_the_weights_of_a_tokenizer(folder, tmp_path):
     other = config.model_copy(update={"tokenizer": {"codebook_size": 32}})
     with pytest.raises(ValueError, match=r"first.*\[16, 4\].*\[32, 4\]"):
         training.make_tokenizer(other)
+
+
+def test_refusals_come_before_anything_is_written(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"images.size 16.* 24"):
+        judge = JUDGE | {"n_layers": 3}
+        train_tokenizer(make_config(folder, tmp_path / "run", adversarial=judge), CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_image_ends_no_run(tmp_path):
+    folder = smooth_images(tmp_path / "images")
+    broken = folder / "warm" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    task = make_task(make_config(folder, tmp_path / "run"))
+    with pytest.warns(UserWarning, match=r"warm/1.png"):
+        for step in range(4):
+            assert task.loss(step, 0)[0].isfinite()
+    for path in folder.rglob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(ValueError, match="none of its 2 images"):
+        make_task(make_config(folder, tmp_path / "other"))
+
+
+def test_a_share_of_the_training_images_is_held_out(tmp_path):
+    """images.val_fraction reaches both splits: held-out images must not be trained on."""
+    images = {"source": "digits", "size": 16, "val_fraction": 0.25}
+    task = make_task(make_config("digits", tmp_path, images=images))
+    expected = {split: open_images("digits", split, 0.25) for split in ("train", "val")}
+    assert task.train.source.identifiers == expected["train"].identifiers
+    assert len(task.val) == len(expected["val"]) != 360

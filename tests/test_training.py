@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import load_model, load_tokenizer
@@ -294,21 +293,3 @@ def test_validation_reads_the_held_out_codes(digits, tmp_path, monkeypatch):
     assert task.val.directory.name == "val" and task.codes.directory.name == "train"
     monkeypatch.setattr(task.codes, "get", lambda *_: pytest.fail("read the training codes"))
     task.validate(task.model.eval())
-
-
-def test_dropout_falls_on_tokens_and_branches_alone():
-    """Of each kind alone: the model differs from itself without; the stream is never dropped."""
-    kinds = ("token_dropout", "resid_dropout", "ffn_dropout")
-    codes, labels = torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    for kind in kinds:
-        config = tiny_config(**{name: 0.5 * (name == kind) for name in kinds})
-        model = lively(config).train()
-        torch.manual_seed(0)
-        assert not torch.equal(model(codes, labels), model(codes, labels)), kind
-    model = lively(tiny_config(token_dropout=0.0, resid_dropout=0.99, ffn_dropout=0.99)).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0.5:
-            module.p = 1.0
-    logits = model(codes, labels)[0, 0]
-    expected = model.head(model.norm(model.label_embedding.weight[0]))
-    torch.testing.assert_close(logits, expected.to(logits.dtype))

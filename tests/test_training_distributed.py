@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 from moveimg.dist import World
 from moveimg.model import Transformer
@@ -140,11 +139,6 @@ def test_two_processes_go_on_with_a_tokenizer_to_the_same_bits(folder):
     assert all(torch.equal(value, parted[key]) for key, value in whole.items())
 
 
-def test_both_processes_wrote_shards(folder):
-    files = {p.name for p in (folder / "two/rich/training/checkpoints/step-0000004").iterdir()}
-    assert {"__0_0.distcp", "__1_0.distcp"} <= files
-
-
 @pytest.mark.parametrize(
     ("settings", "size", "message"),
     [
@@ -158,12 +152,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, settings, size, mess
     config = train_config(tmp_path, tmp_path, **settings)
     with pytest.raises(ValueError, match=message):
         choose_parallelism(config, World(0, size, CPU))
-
-
-def test_processes_share_all_micro_batches(tmp_path):
-    config = train_config(tmp_path, tmp_path, micro_batch=4)
-    shares = [list(choose_parallelism(config, World(rank, 2, CPU)).mine) for rank in range(2)]
-    assert shares == [[0, 1], [2, 3]]
 
 
 def test_every_micro_batch_has_its_own_random_numbers():
@@ -202,21 +190,6 @@ def test_recomputed_activations_give_the_same_gradients(name):
         (loss + model.auxiliary_loss()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_every_layer_is_compiled(monkeypatch):
-    """Three layers that read another slot each, three without memory: four graphs."""
-    torch._dynamo.reset()
-    graphs, compile = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=graphs))
-    memory = {"kind": "lave", "layers": "alternate"}
-    tiny = tiny_config(n_layer=6, memory=memory)
-    model = Transformer(tiny).train()
-    with torch._dynamo.config.patch(recompile_limit=2):  # monkeypatch would take the key away
-        parallelize(model, None, Parallelism(compiled=True))
-        model(*random_inputs(tiny))
-    assert graphs.frame_count == 4
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from moveimg.data.images import DIGITS as CLASS_NAMES
 from moveimg.model import Transformer
 from moveimg.pretrained.upcycle import convert_upcycle, upcycle
 from moveimg.sampling import image_rngs, sample_codes
-from moveimg.training.generator import train_generator
-from moveimg.training.initial import break_symmetry, start_from
+from moveimg.training.generator import break_symmetry, start_from, train_generator
 from tests import conftest
 from tests.conftest import ATTENTIONS, FEEDFORWARDS, lively, random_inputs, tiny_config
 from tests.test_model import decode_all

@@ -85,7 +85,7 @@ Num = Annotated[int, Option(min=1, max=10_000, help="Images (per class).")]
 ImageSize = Annotated[str, Option("--size", help="Pixels of a square's side, or HEIGHTxWIDTH.")]
 BatchSize = Annotated[int, Option(min=1, max=65536, help="Images in one batch.")]
 Quantize = Annotated[
-    str | None, Option(help="int8: 8-bit matrices on a CPU, depends on the batch.")
+    str | None, Option(help="int8: 8-bit matrices on a CPU; codes depend on the batch.")
 ]
 Compile = Annotated[bool, Option("--compile", help="Compile the decoding step: a slow start.")]
 

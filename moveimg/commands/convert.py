@@ -35,14 +35,7 @@ def llamagen(
     from moveimg.pretrained.llamagen import convert_llamagen
 
     config = convert_llamagen(gpt, vq, out, image_size, heads)
-    if config is None:
-        print(f"{out}: the tokenizer of {vq.name}")
-        return
-    print(
-        f"{out}: {config.n_layer} layers of width {config.width}, {config.n_head} heads, "
-        f"{config.n_classes} classes, {config.grid[0]} x {config.grid[1]} codes out of "
-        f"{config.codebook_size}"
-    )
+    print(f"{out}: {config or f'the tokenizer of {vq.name}'}")
 
 
 @conversion
@@ -57,8 +50,7 @@ def taming(
     with atomic_directory(out) as temporary:
         vqgan = vq.load_taming(checkpoint, yaml)
         vq.save(vqgan, temporary)
-    side = vqgan.downsample
-    print(f"{out}: {vqgan.codebook_size} codes, one for each {side} x {side} pixels")
+    print(f"{out}: {vqgan.config}")
 
 
 @conversion
@@ -106,6 +98,8 @@ def push(
 
     if repo is None and out is None:
         raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
+    if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
+        raise ValueError(f"{repo!r}: expected the Hub's owner/name")
     name = repo or f"owner/{Path(str(out)).name}"
     scores = read_results(results) if results else None
     about: dict[str, Any] = {"license": license, "base_model": base_model, "results": scores}

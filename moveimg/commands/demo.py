@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
-import threading
 from contextlib import suppress
 from typing import Annotated
 
@@ -43,12 +41,8 @@ def demo(
     dtype: Dtype = None,
 ) -> None:
     """Serve the web demo until it is interrupted: choose a class, see it drawn code by code."""
-    from moveimg.demo import configure_gradio
-
-    folder = configure_gradio()
-    from moveimg.demo.models import Models
-    from moveimg.demo.queue import JobQueue
-    from moveimg.demo.server import Server, read_auth
+    from moveimg.demo.jobs import Models
+    from moveimg.demo.server import build_server, read_auth
     from moveimg.device import limit_arenas, pick_device, pick_dtype
 
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
@@ -57,15 +51,15 @@ def demo(
     accounts = read_auth(auth)
     pick_dtype(dtype, pick_device(device))  # refuses what the machine does not have
     models = Models(model or [DEFAULT_MODEL], max_models, device, dtype)
-    server = Server(
-        models, JobQueue(queue, per_visitor), host=host, port=port, auth=accounts,
-        allow_hosts=tuple(allow_host or ()), trust_proxy=trust_proxy,
+    server, listener = build_server(
+        models, host=host, port=port, auth=accounts, allow_hosts=tuple(allow_host or ()),
+        trust_proxy=trust_proxy, queue=queue, per_visitor=per_visitor,
     )  # fmt: skip
-    print(f"moveimg demo: {server.url}", flush=True)
+    models.get()
+    shown = f"[{host}]" if ":" in host else host
+    print(f"moveimg demo: http://{shown}:{listener.getsockname()[1]}", flush=True)
     if host not in ("127.0.0.1", "localhost", "::1") and accounts is None:
         print("anyone who can reach this address can use it; --auth asks for a password")
-    models.get()  # while the first visitor looks at the page
     with suppress(KeyboardInterrupt, SystemExit):
-        threading.Event().wait()
-    shutil.rmtree(folder, ignore_errors=True)
+        server.run([listener])
     os._exit(0)  # at once: a thread may be in the middle of a matrix product

@@ -8,19 +8,8 @@ from typing import Any
 
 from typer import Argument, Option
 
-from moveimg.commands.common import (
-    Config,
-    Device,
-    Dtype,
-    ImageSize,
-    Restart,
-    Set,
-    command,
-    count,
-    device_of,
-    numbers,
-    processes_of,
-)
+from moveimg.commands import common
+from moveimg.commands.common import command, count, device_of, numbers, processes_of
 from moveimg.config import (
     ImagesConfig,
     TokenizerTrainConfig,
@@ -38,14 +27,14 @@ def encode(
     images: str = Argument(help="A folder of class folders, archives, Parquet, or a data set."),
     tokenizer: Path = Option(help="A tokenizer or model directory, or a bundled name."),
     out: Path = Option(help="The folder for train/ and val/ codes."),
-    size: ImageSize = "256",
+    size: common.ImageSize = "256",
     crops: str = Option("center", help="Views: center, flip, five or ten."),
     ranges: list[float] = Option([1.0], "--range", help="Cut from size * range; repeatable."),
     val_fraction: float | None = Option(None, help="Share held out; default: the source's split."),
     data_root: Path | None = Option(None, help="Of downloaded sets; default: $MOVEIMG_DATA."),
     batch_size: int | None = Option(None, min=1, max=65536, help="Views; default: by device."),
-    device: Device = None,
-    dtype: Dtype = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
 ) -> None:
     """Encode images as packed codes; the same command continues a run that was stopped."""
     data = {"source": images, "size": parse_size(size), "crops": crops, "ranges": ranges}
@@ -68,7 +57,10 @@ def encode(
 
 @command
 def train_tokenizer(
-    config: Config, set: Set = None, restart: Restart = False, device: Device = None
+    config: common.Config,
+    set: common.Set = None,
+    restart: common.Restart = False,
+    device: common.Device = None,
 ) -> None:
     """Train a tokenizer on images; the same command continues a run that was stopped."""
     settings = load_config(config, TokenizerTrainConfig, set or [])
@@ -82,12 +74,12 @@ def train_tokenizer(
 
 @command
 def train(
-    config: Config,
-    set: Set = None,
+    config: common.Config,
+    set: common.Set = None,
     init_from: str | None = Option(None, help="Start from this model: a directory or a name."),
     train: str | None = Option(None, help="all, or memory: bank and routers (with --init-from)."),
-    restart: Restart = False,
-    device: Device = None,
+    restart: common.Restart = False,
+    device: common.Device = None,
 ) -> None:
     """Train a generator on codes or images; the same command continues a run that was stopped."""
     chosen = {"init_from": init_from, "train": train}
@@ -107,9 +99,9 @@ def compare(
     out: Path = Option(help="The folder for the runs and the table."),
     seeds: str = Option("0,1,2", help="Comma-separated seeds."),
     jobs: int = Option(1, min=1, max=256, help="Trainings at the same time."),
-    set: Set = None,
+    set: common.Set = None,
     vary: list[str] = Option([], metavar="KEY.PATH", help="A key in which they may differ, too."),
-    device: Device = None,
+    device: common.Device = None,
 ) -> None:
     """Train several configs with several seeds, and write a table and plots.
 

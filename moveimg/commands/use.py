@@ -14,19 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option, Typer
 
 from moveimg import DEFAULT_MODEL
+from moveimg.commands import common
 from moveimg.commands.common import (
-    BatchSize,
-    Classes,
-    Compile,
-    Config,
-    Device,
-    Dtype,
-    Model,
-    ModelOrConfig,
-    Num,
-    Quantize,
-    Seed,
-    Set,
     app,
     command,
     count,
@@ -50,17 +39,17 @@ GRID = (64, 32)  # rows and columns of grid.png at most
 @sampling_options
 def sample(
     *,
-    classes: Classes = None,
-    model: Model = DEFAULT_MODEL,
-    num: Num = 2,
-    seed: Seed = 0,
+    classes: common.Classes = None,
+    model: common.Model = DEFAULT_MODEL,
+    num: common.Num = 2,
+    seed: common.Seed = 0,
     settings: dict,
-    batch_size: BatchSize = 32,
+    batch_size: common.BatchSize = 32,
     out: Path = Option(Path("samples"), help="The folder for the images."),
-    device: Device = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    compile: Compile = False,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    quantize: common.Quantize = None,
+    compile: common.Compile = False,
 ) -> None:
     """Draw images of classes, by default of the first 20, as PNG files and a labelled grid."""
     device_of(device)
@@ -108,18 +97,18 @@ def _slug(name: str) -> str:
 def edit(
     *,
     image: Path = Argument(help="An image file; cropped to the model's size."),
-    classes: Classes = None,
+    classes: common.Classes = None,
     keep: str | None = Option(None, help="Complete: top, left, ..., rows of codes, a box, a mask."),
     hole: str | None = Option(None, help="Draw anew: an area; boxes are left,top,right,bottom."),
     passes: int = Option(0, min=0, max=1000, help="Resampling passes, to fit kept codes behind."),
-    model: Model = DEFAULT_MODEL,
-    num: Num = 4,
-    seed: Seed = 0,
+    model: common.Model = DEFAULT_MODEL,
+    num: common.Num = 4,
+    seed: common.Seed = 0,
     settings: dict,
     out: Path = Option(Path("edited"), help="The folder for the images."),
-    device: Device = None,
-    dtype: Dtype = None,
-    compile: Compile = False,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    compile: common.Compile = False,
 ) -> None:
     """Complete an image, draw a part of it anew, or change its class (default: the likeliest).
 
@@ -173,11 +162,11 @@ def score(
     source: str = Argument(help="A folder of images, by class or not, or a data set."),
     split: str | None = Option(None, help="train, val or test; default: val, if there is one."),
     classify: bool = Option(False, "--classify", help="Find the likeliest class (C passes)."),
-    model: Model = DEFAULT_MODEL,
-    batch_size: BatchSize = 32,
+    model: common.Model = DEFAULT_MODEL,
+    batch_size: common.BatchSize = 32,
     out: Path = Option(Path("scores.csv"), help="The table; a grid is beside it."),
-    device: Device = None,
-    dtype: Dtype = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
 ) -> None:
     """Write the likelihood of each image as CSV, the strangest first.
 
@@ -232,10 +221,10 @@ def _open_labelled(
 ) -> tuple[ImageSource, list[int] | None]:
     """The readable images, and each class's label in the model; None where they have no class."""
     from moveimg.data import drop_unreadable, find_splits, open_flat_folder, open_images
-    from moveimg.images import image_suffixes
+    from moveimg.images import SUFFIXES
 
     folder = Path(source)
-    if folder.is_dir() and any(p.suffix.lower() in image_suffixes() for p in folder.iterdir()):
+    if folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
         return drop_unreadable(open_flat_folder(folder)), None
     if split is None and folder.is_dir() and not find_splits(folder):
         images = open_images(source, "train", 0.0)  # all of them
@@ -246,8 +235,8 @@ def _open_labelled(
 
 @command
 def info(
-    model: ModelOrConfig,
-    set: Set = None,
+    model: common.ModelOrConfig,
+    set: common.Set = None,
     train: bool = Option(False, "--train", help="Estimate a training: memory, hours, disk."),
     gpus: int | None = Option(None, min=1, max=65536, help="Default: up to 8, by micro_batch."),
     gpu: str = Option("H100", help="The kind of GPU that trains: H100, A100, ..."),
@@ -285,11 +274,11 @@ def info(
 def inspect(
     model: str = Argument(help="A model's name or directory."),
     codes: Path | None = Option(None, help="Packed codes to read; default: the model's samples."),
-    num: Num = 256,
-    batch_size: BatchSize = 32,
-    seed: Seed = 0,
+    num: common.Num = 256,
+    batch_size: common.BatchSize = 32,
+    seed: common.Seed = 0,
     out: Path = Option(Path("inspection"), help="The folder for the report."),
-    device: Device = None,
+    device: common.Device = None,
 ) -> None:
     """Report gates, memory, gradients and experts of a model as JSON, and plot its gates."""
     device_of(device)
@@ -316,14 +305,14 @@ Repeats = Annotated[int, Option(min=1, max=10_000, help="Timed repetitions, afte
 
 @bench.command("sample")
 def bench_sample(
-    model: ModelOrConfig = DEFAULT_MODEL,
-    batch_size: BatchSize = 8,
+    model: common.ModelOrConfig = DEFAULT_MODEL,
+    batch_size: common.BatchSize = 8,
     repeats: Repeats = 5,
     cfg_scale: float = Option(2.0, help="Guidance scale; 1 is no guidance."),
-    quantize: Quantize = None,
-    set: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    quantize: common.Quantize = None,
+    set: common.Set = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
 ) -> None:
     """Measure how many images and codes per second are drawn."""
     settings = validate(SamplingSettings, {"cfg_scale": cfg_scale}, "sampling settings")
@@ -344,11 +333,11 @@ def bench_sample(
 
 @bench.command("train")
 def bench_train(
-    config: Config,
-    batch_size: BatchSize = 8,
+    config: common.Config,
+    batch_size: common.BatchSize = 8,
     repeats: Repeats = 5,
-    set: Set = None,
-    device: Device = None,
+    set: common.Set = None,
+    device: common.Device = None,
 ) -> None:
     """Measure training steps per second on random codes, from random weights."""
     settings = load_config(config, TrainConfig, set or [])

@@ -1,7 +1,7 @@
 """Every setting of the program, with its default, its range and its help text."""
 
 from moveimg.config.files import SUFFIXES, list_recipes, override, yaml_of
-from moveimg.config.model import SIZES, Config, ModelConfig, SwiGLUConfig
+from moveimg.config.model import SIZES, Config, ModelConfig, SamplingSettings, SwiGLUConfig
 from moveimg.config.run import (
     ImagesConfig,
     ModelFile,
@@ -14,7 +14,6 @@ from moveimg.config.run import (
     load_config,
     parse_size,
 )
-from moveimg.config.sampling import SamplingSettings
 
 __all__ = [
     "SIZES", "SUFFIXES", "Config", "ImagesConfig", "ModelConfig", "ModelFile",

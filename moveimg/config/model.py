@@ -1,4 +1,4 @@
-"""The generator's settings: its size, its codes and its three slots.
+"""The generator's settings: its size, its codes and its three slots; and those of sampling.
 
 The slots (attention, memory, feed-forward) are unions that pydantic resolves by their `kind`. What
 a slot requires of the rest of the model, it checks itself when the config is read.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1, le=1024)]  # layers, heads, experts
 Width = Annotated[int, Field(ge=1, le=2**16)]
@@ -221,3 +221,27 @@ class ModelConfig(Config):
     def seq_len(self) -> int:
         """T, codes in an image."""
         return self.grid[0] * self.grid[1]
+
+
+Schedule = Literal["constant", "linear", "power-cosine"]
+
+
+class SamplingSettings(Config):
+    """How codes are drawn from logits; a model's own defaults are in its `sampling.json`."""
+
+    # The command line, the APIs and the page take names, ranges and help texts from these fields.
+
+    cfg_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1 is none")
+    cfg_schedule: Schedule = Field("constant", description="how guidance grows along the codes")
+    cfg_power: float = Field(2.75, gt=0, le=100, description="exponent of power-cosine")
+    cfg_start: Rate = Field(0.0, description="share of the codes drawn before guidance starts")
+    temperature: float = Field(1.0, ge=0, le=1000, description="divides the logits; 0 is greedy")
+    top_k: int = Field(0, ge=0, le=2**20, description="keep the k likeliest codes; 0 keeps all")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest codes of probability p")
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_divisor(cls, value: float) -> float:
+        if 0 < value < 1e-4:
+            raise ValueError(f"expected 0 (greedy) or at least 0.0001 (got {value})")
+        return value

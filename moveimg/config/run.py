@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, model_validator
 
 from moveimg.config.files import read_yaml
-from moveimg.config.model import Config, ModelConfig, Rate, Width
-from moveimg.config.sampling import SamplingSettings
+from moveimg.config.model import Config, ModelConfig, Rate, SamplingSettings, Width
 from moveimg.errors import validate
 
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -1,144 +1,97 @@
-"""Data sets by name: torchvision's classes for sets with one label per image, and the Hub's ids."""
+"""Data sets by name: torchvision's classes, and tables of the library `datasets` (Parquet, Hub)."""
 
 from __future__ import annotations
 
 import gzip
 import inspect
+import io
 import os
+import re
 import sys
 from contextlib import redirect_stdout
-from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Parts, array_source
-from moveimg.dist import print_rank0
+from moveimg.data.images import ImageSource, Parts
 from moveimg.errors import describe
+from moveimg.files import atomic
 from moveimg.images import UnreadableImageError, read_image, to_rgb
 
 Arguments = dict[str, dict[str, Any]]  # of torchvision's class, for each of the set's own splits
 TRAIN_FLAG: Arguments = {"train": {"train": True}, "test": {"train": False}}
 TWO_SPLITS: Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
 THREE_SPLITS: Arguments = TWO_SPLITS | {"val": {"split": "val"}}
-ONE_SPLIT: Arguments = {"train": {}}
-IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
-
-
-class NamedSet(NamedTuple):
-    """torchvision's class, its arguments by split, and the files it needs below the data root."""
-
-    kind: str
-    parts: Arguments
-    files: str
-
-
-EMNIST: Arguments = {part: {"split": "balanced", **TRAIN_FLAG[part]} for part in TRAIN_FLAG}
-PETS: Arguments = {"train": {"split": "trainval"}, "test": {"split": "test"}}
-IMAGENETTE: Arguments = {part: {"split": part} for part in ("train", "val")}
-COUNTRY211: Arguments = THREE_SPLITS | {"val": {"split": "valid"}}
-DATASETS = {
-    "mnist": NamedSet("MNIST", TRAIN_FLAG, f"MNIST/raw/{IDX}"),
-    "fashion-mnist": NamedSet("FashionMNIST", TRAIN_FLAG, f"FashionMNIST/raw/{IDX}"),
-    "kmnist": NamedSet("KMNIST", TRAIN_FLAG, f"KMNIST/raw/{IDX}"),
-    "emnist": NamedSet("EMNIST", EMNIST, "EMNIST/raw/gzip.zip"),
-    "usps": NamedSet("USPS", TRAIN_FLAG, "usps.bz2 and usps.t.bz2"),
-    "semeion": NamedSet("SEMEION", ONE_SPLIT, "semeion.data"),
-    "cifar10": NamedSet("CIFAR10", TRAIN_FLAG, "cifar-10-python.tar.gz"),
-    "cifar100": NamedSet("CIFAR100", TRAIN_FLAG, "cifar-100-python.tar.gz"),
-    "svhn": NamedSet("SVHN", TWO_SPLITS, "train_32x32.mat and test_32x32.mat"),
-    "stl10": NamedSet("STL10", TWO_SPLITS, "stl10_binary.tar.gz"),
-    "food101": NamedSet("Food101", TWO_SPLITS, "food-101.tar.gz"),
-    "gtsrb": NamedSet("GTSRB", TWO_SPLITS, "gtsrb/GTSRB, unpacked, and gtsrb/GT-final_test.csv"),
-    "flowers102": NamedSet(
-        "Flowers102", THREE_SPLITS, "flowers-102/102flowers.tgz, imagelabels.mat and setid.mat"
-    ),
-    "fgvc-aircraft": NamedSet("FGVCAircraft", THREE_SPLITS, "fgvc-aircraft-2013b.tar.gz"),
-    "dtd": NamedSet("DTD", THREE_SPLITS, "dtd/dtd-r1.0.1.tar.gz"),
-    "country211": NamedSet("Country211", COUNTRY211, "country211.tgz"),
-    "rendered-sst2": NamedSet("RenderedSST2", THREE_SPLITS, "rendered-sst2.tgz"),
-    "oxford-pets": NamedSet(
-        "OxfordIIITPet", PETS, "oxford-iiit-pet/images.tar.gz and annotations.tar.gz"
-    ),
-    "imagenette": NamedSet("Imagenette", IMAGENETTE, "imagenette2.tgz"),
-    "eurosat": NamedSet("EuroSAT", ONE_SPLIT, "eurosat/EuroSAT.zip"),
-    "caltech101": NamedSet("Caltech101", ONE_SPLIT, "caltech101/101_ObjectCategories, unpacked"),
-    "caltech256": NamedSet("Caltech256", ONE_SPLIT, "caltech256/256_ObjectCategories.tar"),
-}
-SEVERAL, UNLABELLED = "has several labels per image", "has no class label per image"
-REFUSED = {
-    **dict.fromkeys(("celeba", "coco", "voc", "inaturalist"), SEVERAL),
-    **dict.fromkeys(("kitti", "cityscapes", "widerface", "sbd", "lsun", "lfw"), UNLABELLED),
-    **dict.fromkeys(("flickr8k", "flickr30k", "sbu", "phototour", "moving-mnist"), UNLABELLED),
-    "omniglot": "has other classes in its test split",
+DATASETS: dict[str, tuple[str, Arguments]] = {
+    "mnist": ("MNIST", TRAIN_FLAG),
+    "fashion-mnist": ("FashionMNIST", TRAIN_FLAG),
+    "kmnist": ("KMNIST", TRAIN_FLAG),
+    "cifar10": ("CIFAR10", TRAIN_FLAG),
+    "cifar100": ("CIFAR100", TRAIN_FLAG),
+    "svhn": ("SVHN", TWO_SPLITS),
+    "stl10": ("STL10", TWO_SPLITS),
+    "food101": ("Food101", TWO_SPLITS),
+    "flowers102": ("Flowers102", THREE_SPLITS),
+    "fgvc-aircraft": ("FGVCAircraft", THREE_SPLITS),
+    "dtd": ("DTD", THREE_SPLITS),
+    "oxford-pets": ("OxfordIIITPet", TWO_SPLITS | {"train": {"split": "trainval"}}),
+    "imagenette": ("Imagenette", {"train": {"split": "train"}, "val": {"split": "val"}}),
+    "eurosat": ("EuroSAT", {"train": {}}),
+    "caltech101": ("Caltech101", {"train": {}}),
+    "caltech256": ("Caltech256", {"train": {}}),
 }
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+PART_OF = {"train": "train", "test": "test", "validation": "val", "val": "val", "valid": "val"}
 
 
-def is_named(source: str | Path) -> bool:
+def is_named_source(source: str | Path) -> bool:
     """Whether a source is a named data set, or an id `owner/name` of the Hub that is no folder."""
     text = str(source)
-    return text in DATASETS or text in REFUSED or _is_hub_id(text)
-
-
-def suggest_names(name: str) -> str:
-    """The known names nearest to a name that is neither a data set nor a folder."""
-    plain = {key.replace("-", ""): key for key in ("digits", *DATASETS)}
-    nearest = get_close_matches(name.lower().replace("-", ""), plain, n=3, cutoff=0.5)
-    names = [plain[key] for key in nearest] or ["digits", "fashion-mnist", "cifar10"]
-    hub = "" if name.count("/") != 1 else "; of the Hub by `pip install 'moveimg[datasets]'`"
-    return f" (such as {', '.join(names)}{hub})"
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists()
+    return text == "digits" or text in DATASETS or bool(on_hub and find_spec("datasets"))
 
 
 def find_parts(name: str, data_root: Path | None = None) -> Parts:
     """The splits of a named data set, which is downloaded when the first of them is opened.
 
-    Raises ValueError for a set without exactly one label per image. Opening a split raises
-    FileNotFoundError where its files are missing and cannot be downloaded.
+    Opening a split raises FileNotFoundError where its files are missing and cannot be downloaded.
     """
-    if name in REFUSED:
-        raise ValueError(f"the data set {name} {REFUSED[name]}: expected one label per image")
     if name not in DATASETS:
-        from moveimg.data.archives import find_tables
-
         return find_tables(name)
-    if Path(name).is_dir():
-        print_rank0(f"'{name}' is read as the data set; the folder of that name is './{name}'")
     root = data_root or Path(os.environ.get("MOVEIMG_DATA") or Path.home() / ".cache/moveimg/data")
-    return {part: partial(_open_part, name, part, root) for part in DATASETS[name].parts}
+    return {part: partial(_open_part, name, part, root) for part in DATASETS[name][1]}
 
 
 def _open_part(name: str, part: str, root: Path) -> ImageSource:
     dataset = _open_dataset(name, part, root)
-    labels, images = _read_labels(dataset), getattr(dataset, "data", None)
+    key = next((k for k in ("targets", "labels", "_labels", "y") if hasattr(dataset, k)), None)
+    labels = getattr(dataset, key) if key else [sample[1] for sample in dataset._samples]
+    labels = np.asarray(labels).astype(np.int32)
     identifiers = [f"{name}/{part}/{row:05d}" for row in range(len(labels))]
     names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     names = names or range(int(labels.max()) + 1)
     names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
-    if images is None:
-        load = partial(_read_row, dataset, identifiers)
-        return ImageSource(name, names, identifiers, labels.astype(np.int32), load, content=int)
-    images = np.asarray(images)
-    if images.ndim == 4 and images.shape[1] == 3:  # SVHN and STL10 keep channels first
-        images = images.transpose(0, 2, 3, 1)
-    if name == "emnist":  # stored column by column
-        images = images.transpose(0, 2, 1)
-    return array_source(names, identifiers, images, labels)
+    load = partial(_read_row, dataset, identifiers)
+    content = partial(_read_pixels, dataset) if hasattr(dataset, "data") else int
+    return ImageSource(name, names, identifiers, labels, load, content)
 
 
 def _open_dataset(name: str, part: str, root: Path) -> Any:
     from torchvision import datasets
 
-    kind, parts, files = DATASETS[name]
-    if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
-        return _DebianFashionMNIST(**parts[part])
+    kind, parts = DATASETS[name]
+    for path in DEBIAN_FASHION_MNIST.glob("*.gz") if name == "fashion-mnist" else ():
+        unpacked = root / "FashionMNIST/raw" / path.stem  # where torchvision reads it
+        if not unpacked.exists():
+            with atomic(unpacked) as temporary:
+                temporary.write_bytes(gzip.decompress(path.read_bytes()))
     make = partial(getattr(datasets, kind), root=str(root), **parts[part])
     if "loader" in inspect.signature(make).parameters:  # torchvision's own ignores EXIF
-        make.keywords["loader"] = _read_path
+        make.keywords["loader"] = partial(read_image, identifier=name)
     try:
         with redirect_stdout(sys.stderr):
             try:
@@ -147,50 +100,80 @@ def _open_dataset(name: str, part: str, root: Path) -> Any:
                 root.mkdir(parents=True, exist_ok=True)
                 return make(download=True)
     except Exception as error:  # urllib, torchvision and the sets' own readers raise many kinds
-        debian = "; on Debian, `apt-get install dataset-fashion-mnist` brings it"
         raise FileNotFoundError(
-            f"the data set {name} cannot be downloaded ({describe(error, 150)}): put {files} "
-            f"into '{root}', or name another folder by --data-root or $MOVEIMG_DATA"
-            f"{debian if name == 'fashion-mnist' else ''}"
+            f"the data set {name} cannot be downloaded ({describe(error, 150)}): expected the "
+            f"files of torchvision.datasets.{kind} in '{root}', --data-root or $MOVEIMG_DATA"
         ) from None
-
-
-class _DebianFashionMNIST:
-    """The four files of Debian's package, which torchvision reads only from its own folders."""
-
-    def __init__(self, train: bool) -> None:
-        from torchvision.datasets import FashionMNIST
-
-        prefix = DEBIAN_FASHION_MNIST / ("train" if train else "t10k")
-        images = gzip.decompress(Path(f"{prefix}-images-idx3-ubyte.gz").read_bytes())
-        labels = gzip.decompress(Path(f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
-        self.data = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
-        self.targets = np.frombuffer(labels, np.uint8, offset=8)
-        self.classes = FashionMNIST.classes
-
-
-def _read_labels(dataset: Any) -> np.ndarray:
-    for key in ("targets", "labels", "_labels", "y"):
-        if hasattr(dataset, key):
-            return np.asarray(getattr(dataset, key)).astype(np.int64)
-    return np.array([sample[1] for sample in dataset._samples], np.int64)
-
-
-def _read_path(path: str | Path) -> Image.Image:
-    return read_image(Path(path), Path(path).name)
 
 
 def _read_row(dataset: Any, identifiers: list[str], row: int) -> Image.Image:
     try:
         return to_rgb(dataset[row][0])
-    except UnreadableImageError as error:
-        raise UnreadableImageError(identifiers[row], error.reason) from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = error.args[1] if isinstance(error, UnreadableImageError) else describe(error, 200)
         raise UnreadableImageError(identifiers[row], reason) from error
 
 
-def _is_hub_id(text: str) -> bool:
-    parts = text.split("/")
-    plain = len(parts) == 2 and all(part and part[0] not in ".~" for part in parts)
-    return plain and not Path(text).exists() and find_spec("datasets") is not None
+def _read_pixels(dataset: Any, row: int) -> str:
+    return np.asarray(dataset[row][0]).tobytes().hex()
+
+
+def find_tables(source: Path | str) -> Parts:
+    """The splits of a folder of Parquet files, or of a data set `owner/name` of the Hub.
+
+    Raises ValueError where the library `datasets` is not installed, or columns are missing.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"'{source}' needs `pip install 'moveimg[datasets]'`") from None
+    try:
+        tables = datasets.load_dataset(str(source))
+        features = tables["train"].features
+        kinds = {name: type(kind).__name__ for name, kind in features.items()}
+        image = next(name for name in kinds if kinds[name] == "Image")
+        label = next(
+            name
+            for name in sorted(kinds, key=lambda name: kinds[name] != "ClassLabel")
+            if kinds[name] == "ClassLabel" or name in ("label", "labels", "class")
+        )
+        values = getattr(features[label], "names", None) or sorted(set(tables["train"][label][:]))
+    except Exception as error:  # its loaders raise many kinds for broken files
+        reason = describe(error.__cause__ or error, 300)
+        raise ValueError(
+            f"'{source}' is no folder or data set with a split `train`, a column of images and one "
+            f"of labels: {reason}"
+        ) from error
+    return {
+        PART_OF[name]: partial(_open_table, source, name, tables[name], image, label, values)
+        for name in reversed(tables)
+        if name in PART_OF
+    }
+
+
+def _open_table(
+    source: Path | str, split: str, table: Any, image: str, label: str, classes: list[Any]
+) -> ImageSource:
+    import pyarrow.compute as pc
+
+    labels = np.asarray(table[label][:])
+    if not hasattr(table.features[label], "names"):
+        labels = np.searchsorted(np.asarray(classes), labels)
+    if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < len(classes):
+        reach = f"{labels.min()}..{labels.max()}"
+        raise ValueError(f"'{source}' has labels {reach}: expected 0..{len(classes) - 1}")
+    kind = table.features[image].__class__(decode=False)  # images are read here, as files are
+    names = [f"{split}/{row:08d}" for row in range(len(table))]
+    data = pc.struct_field(table.data.column(image), "bytes")  # only their lengths are read
+    return ImageSource(
+        name=str(source),
+        class_names=[str(name) for name in classes],
+        identifiers=names,
+        labels=labels.astype(np.int32),
+        load=partial(_read_cell, table.cast_column(image, kind), image, names),
+        content=pc.fill_null(pc.binary_length(data), 0).to_numpy().item,
+    )
+
+
+def _read_cell(table: Any, column: str, names: list[str], row: int) -> Image.Image:
+    return read_image(io.BytesIO(table[row][column]["bytes"] or b""), names[row])

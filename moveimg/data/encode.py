@@ -1,52 +1,41 @@
-"""Images -> packed codes, in shards that ranks share and that survive an interruption."""
+"""Images -> packed codes, in shards that ranks share and that survive an interruption.
+
+Until the manifest is written, the directory also holds `progress.json` (the settings) and one
+`finished-00000.json` per whole shard, with its sha256.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.functional import pil_to_tensor
 
 from moveimg.config import ImagesConfig, Size, as_pair
-from moveimg.data import shards
-from moveimg.data.codes import (
-    EncodeSettings,
-    Manifest,
-    PackedCodes,
-    Shard,
-    Skipped,
-    write_shard,
-)
-from moveimg.data.crops import Crops, count_views, crop_views
-from moveimg.data.folders import report_classes
-from moveimg.data.images import (
-    ImageSource,
-    Split,
-    is_named_source,
-    open_images,
-    report_unreadable,
-)
+from moveimg.config.run import Crops
+from moveimg.data import codes as packed
+from moveimg.data.codes import MANIFEST, EncodeSettings, FinishedShard, Manifest, Skipped
+from moveimg.data.images import ImageSource, count_views, crop_views, open_images, report_unreadable
 from moveimg.dist import all_ranks, print_rank0
-from moveimg.errors import validate
+from moveimg.errors import list_names, shorten, validate
 from moveimg.files import lock
-from moveimg.images import UnreadableImageError, normalize, stack_views
+from moveimg.images import UnreadableImageError, normalize
 from moveimg.progress import progress_bar
-from moveimg.tables import format_bytes
 
-SPLITS: tuple[Split, Split] = ("train", "val")
+PROGRESS = "progress.json"
 SMALL_SOURCE = 2048  # images; below it, starting worker processes costs more than it saves
 MAX_WORKERS = 8
-# uint8 views [b * n_crops, 3, H, W], int32 labels [b], and the images left out
-LoadedBatch = tuple[torch.Tensor, np.ndarray, list[Skipped]]
-# uint8 views [b * n_crops, 3, H, W] -> codes uint16 [b, n_crops, T]
-Encoder = Callable[[torch.Tensor], np.ndarray]
+
+
+class ChangedSettingsError(ValueError):
+    """A directory holds codes of other settings."""
 
 
 def encode_images(
@@ -61,40 +50,23 @@ def encode_images(
     shard_size: int = 4096,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    workers: int | None = None,
-    every_class: bool = True,
-    progress: Callable[[int, int], Any] | None = None,
 ) -> Manifest:
     """Encode every view of every image of `source` into the directory `out`.
 
     Every process of a `torchrun` job has to call this. They share the shards, and the bytes are
     those that one process would write. An interrupted run continues after its finished shards, on
     any number of processes. A finished directory of the same settings is left unchanged.
-    Unreadable images are left out and listed in the manifest.
+    Unreadable images are left out and listed in the manifest. `dtype` is the tokenizer's autocast
+    precision, by default its own; for the other arguments see EncodeSettings.
 
-    Args:
-        tokenizer: has encode(images), codebook_size, downsample and fingerprint.
-        size: pixels of a square's side, or (height, width); multiples of tokenizer.downsample.
-        crops, ranges: the views of an image, see `crop_views`.
-        batch_size: views per call of the tokenizer; cut by image index, whatever the workers.
-        shard_size: images per shard.
-        device: where the tokenizer is.
-        dtype: autocast precision of the tokenizer; None leaves it at its own.
-        workers: processes that crop; None means none for small sources, else up to 8.
-        every_class: refuse a source of which a class has no readable image.
-        progress: called with (images done, images in all) of this process after each batch.
-
-    Raises:
-        ValueError: the settings do not fit each other, the directory holds something else or is in
-            use, the disk has too little space, or a class has no readable image.
-        OSError: `out` cannot be written.
+    Raises ValueError where the settings do not fit each other, the directory holds something else
+    or is in use, or no image can be read; OSError where `out` cannot be written.
     """
     out = Path(out)
-    grid = code_grid(size, tokenizer.downsample)
     values = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "codebook_size": tokenizer.codebook_size,
-        "grid": grid,
+        "grid": code_grid(size, tokenizer.downsample),
         "image_size": size,
         "crops": crops,
         "ranges": tuple(ranges),
@@ -106,17 +78,16 @@ def encode_images(
         "shard_size": shard_size,
     }
     settings = validate(EncodeSettings, values, "encode")
-    encode = make_encoder(tokenizer, settings, device, dtype)
+    n_shards = math.ceil(len(source) / shard_size)
     with all_ranks() as world, lock(out, "moveimg encode"):
-        if not shards.is_finished(out, settings, len(source)):
+        world.run_first(lambda: _prepare(out, settings))
+        if not (out / MANIFEST).exists():
+            own = range(world.rank, n_shards, world.size)
+            _encode_shards(own, source, tokenizer, out, settings, device, dtype)
             world.wait()
-            world.run_first(lambda: shards.prepare_directory(out, settings, len(source)))
-            numbers = range(shards.count_shards(settings, len(source)))[world.rank :: world.size]
-            _encode_shards(source, settings, out, numbers, encode, device, workers, progress)
-            world.wait()
-            world.run_first(lambda: shards.write_manifest(out, settings, source, every_class))
+            world.run_first(lambda: _write_manifest(out, settings, source.name, n_shards))
         world.wait()
-    return PackedCodes(out).manifest
+    return packed.PackedCodes(out).manifest
 
 
 def encode_splits(
@@ -128,166 +99,142 @@ def encode_splits(
 ) -> dict[str, Manifest]:
     """Encode a source's train and val images into `out`/train and `out`/val.
 
-    Prints on stderr how much will be written, the classes, and which images could not be read.
-    Errors as of open_images and encode_images.
-
-    Args:
-        images: the source, its size and its views; val images get one view, the centre of the
-            first range.
-        data_root: folder of downloaded data sets.
-        options: further arguments of encode_images; batch_size is default_batch_size's if left out.
+    val images get one view, the centre of the first range. Prints the classes and the images that
+    cannot be read on stderr. `options` are further ones of encode_images. Errors as of open_images
+    and encode_images.
     """
     folder = Path(images.source)
     if folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} is inside the image folder {folder}: expected another place")
-    options.setdefault(
-        "batch_size", default_batch_size(images.size, torch.device(options.get("device", "cpu")))
-    )
-    sources = _open_splits(images, data_root)
-    report_classes(sources["train"])
-    views: dict[Split, tuple[Crops, tuple[float, ...]]] = {
-        "train": (images.crops, images.ranges),
-        "val": ("center", images.ranges[:1]),
-    }
-    manifests: dict[str, Manifest] = {}
-    for split, (crops, ranges) in views.items():
-        n, n_views = len(sources[split]), count_views(crops, ranges)
-        images_, views_ = (f"{k:,} {noun}{'' if k == 1 else 's'}" for k, noun in
-                           ((n, "image"), (n_views, "view")))  # fmt: skip
-        n_codes = math.prod(code_grid(images.size, tokenizer.downsample))
-        size = format_bytes(shards.codes_bytes(n, n_views, n_codes))
-        print_rank0(f"{split}: {images_} x {views_} x {n_codes} codes, {size}")
-        with progress_bar(n, f"encode {split}", "image") as bar:
+    device = torch.device(options.get("device", "cpu"))
+    options = {"batch_size": default_batch_size(images.size, device), "size": images.size} | options
 
-            def advance(done: int, total: int, bar: Any = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+    def open_splits() -> tuple[ImageSource, ImageSource]:
+        name, fraction = images.source, images.val_fraction
+        train = open_images(name, "train", fraction, data_root=data_root)
+        return train, open_images(name, "val", fraction, data_root=data_root)
 
-            manifests[split] = encode_images(
-                sources[split],
-                tokenizer,
-                Path(out) / split,
-                size=images.size,
-                crops=crops,
-                ranges=ranges,
-                every_class=split == "train",
-                progress=advance,
-                **options,
-            )
-        skipped = [f"{image.path}: {image.reason}" for image in manifests[split].skipped]
-        report_unreadable(skipped, n)
+    with all_ranks() as world:
+        if world.size > 1:
+            world.run_first(open_splits)  # which downloads
+    train, val = open_splits()
+    print_rank0(f"{len(train.class_names)} classes: {list_names(train.class_names)}")
+    views: dict[str, Any] = {"crops": images.crops, "ranges": images.ranges}
+    manifests = {"train": encode_images(train, tokenizer, Path(out) / "train", **views, **options)}
+    views = {"ranges": images.ranges[:1]}
+    manifests["val"] = encode_images(val, tokenizer, Path(out) / "val", **views, **options)
+    for split, manifest in manifests.items():
+        skipped = [f"{split}: {image.path}: {image.reason}" for image in manifest.skipped]
+        report_unreadable(skipped, manifest.n_images + len(skipped))
     return manifests
 
 
 def code_grid(size: Size, downsample: int) -> tuple[int, int]:
     """The grid (h, w) of an image's codes. Raises ValueError for a size that cannot be cut so."""
     height, width = as_pair(size)
-    if min(height, width) < 1 or height % downsample or width % downsample:
+    if height % downsample or width % downsample:
         raise ValueError(f"size is {size}: expected a multiple of the tokenizer's {downsample}")
     return height // downsample, width // downsample
 
 
 def default_batch_size(size: Size, device: torch.device) -> int:
-    """The number of views of `size` pixels per call of the tokenizer.
-
-    An accelerator wants many. What a CPU computes should stay near its caches: two views at 256
-    pixels were measured no slower than eight.
-    """
+    """The number of views of `size` pixels per call of the tokenizer: few on a CPU with caches."""
     pixels = math.prod(as_pair(size))
     return 64 if device.type != "cpu" else max(1, min(64, 2 * 256**2 // pixels))
 
 
-def make_encoder(
-    tokenizer: Any,
-    settings: EncodeSettings,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-) -> Encoder:
-    """The function from views to codes; it raises ValueError for codes outside the codebook.
-
-    Raises ValueError for a dtype that autocast does not have.
-    """
-    if dtype == torch.float64:
-        raise ValueError("dtype float64: expected float32 or bfloat16")
-    n_codes = settings.grid[0] * settings.grid[1]
-    low = dtype in (torch.bfloat16, torch.float16)
-
-    @torch.inference_mode()
-    def encode(views: torch.Tensor) -> np.ndarray:
-        batches = []
-        autocast = torch.autocast(torch.device(device).type, dtype) if low else nullcontext()
-        for chunk in views.split(settings.batch_size):
-            with autocast:
-                batches.append(tokenizer.encode(normalize(chunk.to(device, non_blocking=True))))
-        codes = torch.cat(batches).cpu().numpy()
-        if codes.shape != (len(views), n_codes):
-            raise ValueError(
-                f"the tokenizer gave codes {list(codes.shape)} for {len(views)} images: "
-                f"expected {[len(views), n_codes]}"
-            )
-        if codes.min() < 0 or codes.max() >= settings.codebook_size:
-            raise ValueError(
-                f"the tokenizer gave codes {codes.min()}..{codes.max()}: expected "
-                f"0..{settings.codebook_size - 1}"
-            )
-        return codes.astype(np.uint16).reshape(-1, settings.n_crops, n_codes)
-
-    return encode
+def _prepare(out: Path, settings: EncodeSettings) -> None:
+    """Make `out` ready for its first or its next shard, unless it is finished."""
+    out.mkdir(parents=True, exist_ok=True)
+    present = settings
+    if (out / MANIFEST).exists():
+        present = packed.PackedCodes(out).settings
+    elif any(out.glob("finished-*")):
+        present = packed.read_record(out / PROGRESS, EncodeSettings)
+    elif not (out / PROGRESS).exists() and any(out.glob("[!.]*")):
+        raise ValueError(f"'{out}' is not empty and holds no packed codes: expected a new folder")
+    changed = []
+    for name, was in present:
+        if was != (asked := getattr(settings, name)):
+            words = f"{name} is {shorten(was, 40)} there, {shorten(asked, 40)} asked"
+            changed.append("the images have changed" if name == "source_digest" else words)
+    if changed:
+        raise ChangedSettingsError(f"'{out}' holds codes of other settings: {'; '.join(changed)}")
+    if not (out / MANIFEST).exists():
+        packed.write_record(out / PROGRESS, settings)
 
 
-def _open_splits(images: ImagesConfig, data_root: Path | None) -> dict[Split, ImageSource]:
-    def open_both() -> dict[Split, ImageSource]:
-        fraction = images.val_fraction
-        return {
-            split: open_images(images.source, split, fraction, data_root=data_root)
-            for split in SPLITS
-        }
-
-    if is_named_source(images.source):
-        with all_ranks() as world:
-            if world.size > 1:  # the first process downloads
-                world.run_first(open_both)
-    return open_both()
+def _find_finished(out: Path, number: int) -> FinishedShard | None:
+    """The entry of a finished shard whose bytes are still those that were written."""
+    path = out / f"finished-{number:05d}.json"
+    entry = packed.read_record(path, FinishedShard) if path.exists() else None
+    return entry if entry and (not entry.shard or packed.is_intact(out, entry.shard)) else None
 
 
-# --- shards --------------------------------------------------------------------------------
+def _write_manifest(out: Path, settings: EncodeSettings, name: str, n_shards: int) -> None:
+    """Write the manifest, once every shard is whole, and remove the other notes."""
+    entries = [entry for number in range(n_shards) if (entry := _find_finished(out, number))]
+    if len(entries) < n_shards:
+        raise ValueError(f"'{out}' lacks {n_shards - len(entries)} shards: run encode again")
+    shards = tuple(entry.shard for entry in entries if entry.shard)
+    skipped = tuple(image for entry in entries for image in entry.skipped)
+    if not shards:
+        raise ValueError(f"{name}: no image can be read; {skipped[0].path}: {skipped[0].reason}")
+    n = sum(shard.n for shard in shards)
+    manifest = Manifest(source=name, settings=settings, n_images=n, shards=shards, skipped=skipped)
+    packed.write_record(out / MANIFEST, manifest)
+    for path in (*out.glob("finished-*.json"), out / PROGRESS):
+        path.unlink(missing_ok=True)
 
 
 def _encode_shards(
+    numbers: range,
     source: ImageSource,
-    settings: EncodeSettings,
+    tokenizer: Any,
     out: Path,
-    numbers: Iterable[int],
-    encode: Encoder,
+    settings: EncodeSettings,
     device: str | torch.device,
-    workers: int | None,
-    progress: Callable[[int, int], Any] | None,
+    dtype: torch.dtype | None,
 ) -> None:
     """Encode those of the shards `numbers` that are not whole yet."""
-    step = settings.shard_size
-    blocks = {
-        number: range(number * step, min((number + 1) * step, len(source)))
-        for number in numbers
-        if shards.find_intact_shard(out, number) is None
-    }
-    loader = _load_views(source, settings, blocks.values(), device, workers)
-    done, total = 0, sum(len(block) for block in blocks.values())
-    for number, block in blocks.items():
-        codes: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
-        skipped: list[Skipped] = []
-        for views, batch_labels, unreadable in islice(loader, len(_cut_batches(block, settings))):
-            skipped += unreadable
-            if len(batch_labels):
-                codes.append(encode(views))
-                labels.append(batch_labels)
-            done += len(batch_labels) + len(unreadable)
-            if progress:
-                progress(done, total)
-        shard: Shard | None = None
-        if codes:
-            shard = write_shard(out, number, np.concatenate(codes), np.concatenate(labels))
-        shards.finish_shard(out, number, shard, skipped)
+    size, views = settings.shard_size, _Views(source, settings)
+    rows = {n: range(len(source))[n * size : (n + 1) * size] for n in numbers}
+    rows = {n: own for n, own in rows.items() if _find_finished(out, n) is None}
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = 0 if len(source) < SMALL_SOURCE else max(1, min(MAX_WORKERS, share))
+    with progress_bar(sum(map(len, rows.values())), f"encode {source.name}", "image") as bar:
+        for number, own in rows.items():
+            made: list[tuple[np.ndarray, np.ndarray]] = []
+            skipped: list[Skipped] = []
+            for items in DataLoader(
+                Subset(views, own),
+                batch_size=max(1, settings.batch_size // settings.n_crops),
+                num_workers=workers,
+                collate_fn=list,
+                generator=torch.Generator(),  # else it draws a seed from the global stream
+            ):
+                skipped += [item for item in items if isinstance(item, Skipped)]
+                if readable := [item for item in items if not isinstance(item, Skipped)]:
+                    pixels, labels = zip(*readable, strict=True)
+                    codes = _encode_views(tokenizer, settings, torch.cat(pixels).to(device), dtype)
+                    made.append((codes, np.array(labels, np.int32)))
+                bar.update(len(items))
+            arrays = [np.concatenate(parts) for parts in zip(*made, strict=True)]
+            shard = packed.write_shard(out, number, *arrays) if made else None
+            entry = FinishedShard(shard=shard, skipped=tuple(skipped))
+            packed.write_record(out / f"finished-{number:05d}.json", entry)
+
+
+@torch.inference_mode()
+def _encode_views(
+    tokenizer: Any, settings: EncodeSettings, views: torch.Tensor, dtype: torch.dtype | None
+) -> np.ndarray:
+    """uint8 views [b * n_crops, 3, H, W] -> codes uint16 [b, n_crops, T]."""
+    low = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(views.device.type, dtype) if low else nullcontext():
+        chunks = [tokenizer.encode(normalize(part)) for part in views.split(settings.batch_size)]
+    codes = torch.cat(chunks).cpu().numpy().astype(np.uint16)
+    return codes.reshape(-1, settings.n_crops, codes.shape[1])
 
 
 class _Views(Dataset):
@@ -297,51 +244,12 @@ class _Views(Dataset):
         self.source, self.settings = source, settings
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | Skipped:
-        settings, reason = self.settings, ""
+        settings = self.settings
         try:
             image, label = self.source[index]
-            views = crop_views(image, settings.image_size, settings.crops, settings.ranges)
-            return stack_views(views), label
         except UnreadableImageError as error:
-            reason = error.reason
-        except MemoryError as error:
-            reason = f"too large: {error}"
-        # a name that is not UTF-8 must not spoil the manifest
-        path = self.source.identifiers[index].encode("utf-8", "backslashreplace").decode()
-        return Skipped(path=path, reason=reason)
-
-
-def _collate(items: list[tuple[torch.Tensor, int] | Skipped]) -> LoadedBatch:
-    skipped = [item for item in items if isinstance(item, Skipped)]
-    readable = [item for item in items if not isinstance(item, Skipped)]
-    views = torch.cat([item[0] for item in readable]) if readable else torch.empty(0)
-    return views, np.array([item[1] for item in readable], np.int32), skipped
-
-
-def _cut_batches(block: range, settings: EncodeSettings) -> list[range]:
-    """Cut a shard's image indices into batches of about settings.batch_size views."""
-    step = max(1, settings.batch_size // settings.n_crops)
-    return [block[i : i + step] for i in range(0, len(block), step)]
-
-
-def _load_views(
-    source: ImageSource,
-    settings: EncodeSettings,
-    blocks: Iterable[range],
-    device: str | torch.device,
-    workers: int | None,
-) -> Iterator[LoadedBatch]:
-    if workers is None:
-        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = 0 if len(source) < SMALL_SOURCE else max(1, min(MAX_WORKERS, share))
-    batches = (list(rows) for block in blocks for rows in _cut_batches(block, settings))
-    return iter(
-        DataLoader(
-            _Views(source, settings),
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=torch.device(device).type == "cuda",
-            generator=torch.Generator(),  # else it draws a seed from the global stream
-        )
-    )
+            # A name that is not UTF-8 must not spoil the manifest.
+            path = self.source.identifiers[index].encode("utf-8", "backslashreplace").decode()
+            return Skipped(path=path, reason=error.args[1])
+        views = crop_views(image, settings.image_size, settings.crops, settings.ranges)
+        return torch.stack([pil_to_tensor(view) for view in views]), label

@@ -1,146 +1,154 @@
-"""Rows of images, drawn code by code: every button of the page draws a list of rows."""
+"""Models in memory, and their jobs step by step: images drawn code by code, or scored."""
 
 from __future__ import annotations
 
+import base64
+import copy
+import io
+import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import Field, NonNegativeInt, TypeAdapter
 
-from moveimg.config import SamplingSettings
-from moveimg.config.model import Config
-from moveimg.demo.models import ModelInfo, Models
-from moveimg.demo.requests import FRESH_SEEDS, MAX_IMAGES, MAX_SCALES, MAX_STRIP, Generate
-from moveimg.demo.uploads import read_upload
+from moveimg.checkpoint import read_class_names, read_model_config, read_sampling
+from moveimg.config import ModelConfig, SamplingSettings
+from moveimg.demo.requests import MAX_STRIP, MAX_UPLOAD, SETTINGS
+from moveimg.device import release_memory
 from moveimg.editing import HALVES
-from moveimg.errors import validate
-from moveimg.pipeline import Pipeline, find_label
-from moveimg.sampling import MAX_SEED, UNKNOWN
+from moveimg.errors import describe, validate
+from moveimg.images import png_bytes, to_rgb
+from moveimg.inspect import without_bank
+from moveimg.likelihood import Likelihood, code_log_probs
+from moveimg.pipeline import Pipeline, find_label, resolve
+from moveimg.sampling import UNKNOWN
+
+LOG = logging.getLogger("moveimg.demo")
+MAX_PIXELS = 40_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SCORED = 8  # classes in one step
 
 
-class Row(Config):
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the page shows of a model before it is loaded; `name` is never a path."""
+
+    name: str
+    directory: Path
+    config: ModelConfig
+    class_names: list[str]
+    sampling: SamplingSettings
+
+    @property
+    def has_bank(self) -> bool:
+        return self.config.memory.kind != "none"
+
+
+class Models:
+    """The models of one demo, at most `keep` of them in memory, least recently used first out.
+
+    names_or_paths, device and dtype are as for Pipeline.from_pretrained. Raises ValueError or
+    FileNotFoundError for a model that is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        names_or_paths: list[str],
+        keep: int = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.keep, self.device, self.dtype = keep, device, dtype
+        self.infos: dict[str, ModelInfo] = {}
+        for item in names_or_paths:
+            path = resolve(item)
+            name = base = Path(item).name or path.resolve().name
+            while name in self.infos:
+                name = f"{base} ({len(self.infos)})"
+            config, names = read_model_config(path), read_class_names(path)
+            if len(names) != config.n_classes:
+                raise ValueError(f"{path / 'classes.json'}: expected {config.n_classes} names")
+            self.infos[name] = ModelInfo(name, path, config, names, read_sampling(path))
+        self.pipelines: OrderedDict[str, Pipeline] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def describe(self, name: str = "") -> ModelInfo:
+        """Return a model by name, or the first one. Raises ValueError for an unknown name."""
+        name = name or next(iter(self.infos))
+        if name not in self.infos:
+            raise ValueError(f"model {name[:60]!r}: expected one of {', '.join(self.infos)}")
+        return self.infos[name]
+
+    def get(self, name: str = "", bank: bool = True) -> Pipeline:
+        """Load a model if it is not in memory; `bank=False` zeroes the slots of its memory."""
+        info = self.describe(name)
+        if not bank and not info.has_bank:
+            raise ValueError(f"{info.name} has no value memory that could be turned off")
+        with self._lock:
+            if info.name not in self.pipelines:
+                while len(self.pipelines) >= self.keep:  # first, since both may not fit
+                    self.pipelines.popitem(last=False)
+                self.pipelines[info.name] = self._load(info)
+            self.pipelines.move_to_end(info.name)
+            pipeline = self.pipelines[info.name]
+        if not bank:
+            pipeline = copy.copy(pipeline)
+            pipeline.generator = without_bank(pipeline.generator)
+        return pipeline
+
+    def _load(self, info: ModelInfo) -> Pipeline:
+        try:
+            return Pipeline.from_pretrained(info.directory, device=self.device, dtype=self.dtype)
+        except (OSError, ValueError) as error:  # names the server's files: for its log alone
+            LOG.error("%s: %s", info.name, describe(error))
+            raise ValueError(f"model {info.name!r} cannot be loaded: see the log") from None
+
+
+@dataclass(frozen=True)
+class Row:
     """Images that differ in class and seed alone; image i has seed + i.
-
-    The browser keeps the rows that it shows and sends them back, so they are validated.
 
     Attributes:
         bank: False to draw with every slot of the value memory at zero.
         title: what the page writes beside the row.
-        codes: [n, T], once drawn.
+        image, hole, passes: of an edit (see requests.Edit).
     """
 
-    model: str = Field(max_length=200)
-    labels: tuple[NonNegativeInt, ...] = Field(min_length=1, max_length=MAX_IMAGES)
-    seed: int = Field(ge=0, le=MAX_SEED)
+    model: str
+    labels: tuple[int, ...]
+    seed: int
     settings: SamplingSettings
     bank: bool = True
-    title: str = Field("", max_length=200)
-    codes: tuple[tuple[NonNegativeInt, ...], ...] | None = None
+    title: str = ""
+    image: str = ""
+    hole: str = ""
+    passes: int = 0
 
-    def replace(self, **changes: Any) -> Row:
-        return self.model_copy(update=changes)
-
-    def first(self, count: int = MAX_STRIP) -> Row:
-        """Return the first images of the row, not drawn yet."""
-        return self.replace(labels=self.labels[:count], codes=None, title="")
-
-
-class EditedRow(Row):
-    """Versions of an uploaded image with a part, `hole`, drawn anew: half of it, or a mask."""
-
-    image: str
-    hole: str
-    passes: int
-
-
-ROWS = TypeAdapter(list[Row])
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What can be shown now.
-
-    Attributes:
-        rows: all rows; those that are finished have codes.
-        images: of each row, as far as they are drawn; empty where none has begun.
-        done, total: codes drawn so far, of all rows.
-        seconds: since the drawing began.
-        ended: "" while drawing, then "done" or "stopped".
-    """
-
-    rows: list[Row]
-    images: list[list[Image.Image]]
-    done: int
-    total: int
-    seconds: float
-    ended: str = ""
-
-
-def read_rows(data: Any, models: Models) -> list[Row]:
-    """Return the rows that a browser sent back. Raises ValueError where they fit no model."""
-    rows = validate(ROWS, data or [], "the images on the page")
-    if not 1 <= len(rows) <= MAX_SCALES:
-        raise ValueError("draw some images first")
-    for row in rows:
-        config = models.describe(row.model).config
-        if max(row.labels) >= config.n_classes:
-            raise ValueError(f"{row.model} has no class {max(row.labels)}: draw new images")
-        if row.codes is not None and (
-            len(row.codes) != len(row.labels)
-            or {len(image) for image in row.codes} != {config.seq_len}
-            or max(map(max, row.codes)) >= config.codebook_size
-        ):
-            raise ValueError(f"the codes on the page are not of {row.model}: draw new images")
-    return rows
+    def first(self, **changes: Any) -> Row:
+        """Return the first images of the row with other settings."""
+        return replace(self, labels=self.labels[:MAX_STRIP], **changes)
 
 
 def make_row(models: Models, request: Any) -> Row:
     """Return the row of images that a request describes. Raises ValueError out of bounds."""
-    request = Generate(**request.model_dump(include=set(Generate.model_fields)))
     info = models.describe(request.model)
-    if not request.bank and not info.has_bank:
-        raise ValueError(f"{info.name} has no value memory that could be turned off")
-    if str(request.class_name).strip():  # else random classes
-        labels = [find_label(info.class_names, request.class_name)] * request.num
+    if request.class_name not in (None, ""):
+        labels = (find_label(info.class_names, request.class_name),) * request.num
     else:
-        labels = [secrets.randbelow(info.config.n_classes) for _ in range(request.num)]
-    seed = secrets.randbelow(FRESH_SEEDS) if request.seed is None else request.seed
-    if seed + len(labels) - 1 > MAX_SEED:
-        raise ValueError(f"seed {seed}: expected at most {MAX_SEED - len(labels) + 1}")
-    settings = SamplingSettings(**info.sampling.model_dump() | request.overrides())
-    return Row(model=info.name, labels=labels, seed=seed, settings=settings, bank=request.bank)
-
-
-def make_edit(models: Models, request: Any) -> EditedRow:
-    """Return the row of versions that a request describes. Raises ValueError out of bounds."""
-    row = make_row(models, request)
-    if request.passes and row.settings.temperature == 0:
-        raise ValueError("temperature 0: expected more, because resampling accepts by chance")
+        labels = tuple(secrets.randbelow(info.config.n_classes) for _ in range(request.num))
+    seed = secrets.randbelow(10**6) if request.seed is None else request.seed
+    own = {name: value for name in SETTINGS if (value := getattr(request, name)) is not None}
+    values = info.sampling.model_dump() | own
+    settings = validate(SamplingSettings, values, "sampling settings")
     edit = request.model_dump(include={"image", "hole", "passes"})
-    return EditedRow(**row.model_dump(), **edit)
-
-
-def open_edit(row: Row, pipeline: Pipeline) -> tuple[Image.Image | None, Any, Any]:
-    """Return image, hole (bool [T]) and known codes (int64 [T]) of an edited row, else None."""
-    if not isinstance(row, EditedRow):
-        return None, None, None
-    image = pipeline.crop(read_upload(row.image))
-    hole = pipeline.hole(row.hole if row.hole in HALVES else read_upload(row.hole))
-    if not hole.any():
-        raise ValueError("nothing is masked: paint over what is to be drawn anew")
-    return image, hole, pipeline.encode([image])[0].masked_fill(hole, UNKNOWN)
-
-
-def change_seed(rows: Sequence[Row]) -> list[Row]:
-    """Return the same rows with a fresh seed, the same in all of them."""
-    seed = secrets.randbelow(FRESH_SEEDS)
-    return [row.replace(seed=seed, codes=None) for row in rows]
+    return Row(info.name, labels, seed, settings, request.bank, **edit)
 
 
 def vary_guidance(row: Row, scales: Sequence[float] | None = None) -> list[Row]:
@@ -150,101 +158,115 @@ def vary_guidance(row: Row, scales: Sequence[float] | None = None) -> list[Row]:
     """
     own = row.settings.cfg_scale if row.settings.cfg_scale > 1.2 else 2.0
     scales = scales or [1.0, round(1 + (own - 1) / 2, 2), own, round(1 + 2 * (own - 1), 2)]
-    settings = [row.settings.model_dump() | {"cfg_scale": scale} for scale in scales]
-    return [
-        row.first().replace(
-            settings=validate(SamplingSettings, values, "sampling settings"),
-            title=f"guidance {values['cfg_scale']:g}",
-        )
-        for values in settings
-    ]
+    settings = [row.settings.model_copy(update={"cfg_scale": scale}) for scale in scales]
+    return [row.first(settings=s, title=f"guidance {s.cfg_scale:g}") for s in settings]
 
 
-def compare_models(row: Row, other: ModelInfo, models: Models) -> list[Row]:
-    """Return the first images of a row by its model and by another one.
-
-    Each model keeps its own settings where the row's are its model's own. Raises ValueError where
-    the classes of the two models differ, or both are one.
-    """
-    own = models.describe(row.model)
-    if other.name not in models.comparable(own.name):
-        raise ValueError(f"{own.name} and {other.name}: expected two models of the same classes")
-    settings = other.sampling if row.settings == own.sampling else row.settings
-    first = row.first()
-    return [
-        first.replace(title=own.name),
-        first.replace(model=other.name, settings=settings, title=other.name),
-    ]
-
-
-def with_and_without_bank(row: Row, models: Models) -> list[Row]:
+def turn_bank_off(row: Row) -> list[Row]:
     """Return the first images of a row with its bank and with every slot at zero."""
-    if not models.describe(row.model).has_bank:
-        raise ValueError(f"{row.model} has no value memory that could be turned off")
-    return [
-        row.first().replace(bank=True, title="with the bank"),
-        row.first().replace(bank=False, title="slots at zero"),
-    ]
+    return [row.first(bank=True, title="with the bank"), row.first(bank=False, title="bank off")]
 
 
-def select_image(rows: Sequence[Row], index: int, count: int = 1) -> Row:
-    """Return at most `count` images of one row, from image `index` of all rows."""
-    for row in rows:
-        if 0 <= index < len(row.labels):
-            codes = row.codes and row.codes[index : index + count]
-            labels = row.labels[index : index + count]
-            return row.replace(labels=labels, seed=row.seed + index, codes=codes)
-        index -= len(row.labels)
-    raise ValueError("there is no such image: draw some, then choose one")
+def draw(
+    rows: Sequence[Row], models: Models, is_gone: Callable[[], bool]
+) -> Iterator[tuple[float, list[list[Image.Image]]]]:
+    """Draw rows one after another; yields the share that is done, and the images of each row.
 
-
-def draw(rows: Sequence[Row], models: Models, stop: threading.Event) -> Iterator[Frame | None]:
-    """Draw the rows one after another; yields a frame now and then, and None between frames.
-
-    A frame is made when a line of the grid is full and twice the time of the last frame has
-    passed, so that decoding takes at most a third of the time. `stop` ends it after the next code.
+    The share is 1 at last. Images are decoded when a line of the grid is full and twice the time
+    of the last decoding has passed, so that decoding takes at most a third of the time.
+    Raises ValueError where `is_gone` is true after a code.
     """
-    rows = list(rows)
     images: list[list[Image.Image]] = [[] for _ in rows]
-    total = sum(len(r.labels) * models.describe(r.model).config.seq_len for r in rows)
-    start, before = time.perf_counter(), 0
     for number, row in enumerate(rows):
         pipeline = models.get(row.model, row.bank)
         length, width = pipeline.generator.config.seq_len, pipeline.generator.config.grid[1]
-        image, hole, known = open_edit(row, pipeline)
-        passes = row.passes if isinstance(row, EditedRow) else 0
-        steps = length + (passes * int(hole.sum()) if passes else 0)
-        total += len(row.labels) * (steps - length)
+        image, hole, known, steps = None, None, None, length
+        if row.image:
+            image = pipeline.crop(read_upload(row.image))
+            hole = pipeline.hole(row.hole if row.hole in HALVES else read_upload(row.hole))
+            if not hole.any():
+                raise ValueError("nothing is masked: paint over what is to be drawn anew")
+            known = pipeline.encode([image])[0].masked_fill(hole, UNKNOWN)
+            steps += row.passes * int(hole.sum())
         shown, cost = time.perf_counter(), 0.0
         for done, codes in pipeline.iter_codes(
-            row.labels, row.settings, seed=row.seed, known=known, passes=passes
+            row.labels, row.settings, seed=row.seed, known=known, passes=row.passes
         ):
+            if is_gone():
+                raise ValueError("stopped")
             now = time.perf_counter()
-            is_last, stopped = done == steps, stop.is_set()
-            line_is_full = (done % width == 0 or done > length) and now - shown >= 2 * cost
-            if not (is_last or stopped or line_is_full):
-                yield None
-                continue
-            images[number] = pipeline.decode_partial(codes, done, hole, image)
-            shown = time.perf_counter()
-            cost = shown - now
-            if is_last:
-                rows[number] = row.replace(codes=tuple(map(tuple, codes.tolist())))
-            is_end = is_last and number == len(rows) - 1
-            ended = "done" if is_end else "stopped" if stopped else ""
-            yield Frame(
-                list(rows), list(images), before + done * len(row.labels), total, shown - start,
-                ended,
-            )  # fmt: skip
-            if ended:
-                return
-        before += len(row.labels) * steps
+            line_is_full = done % width == 0 or done > length
+            if done == steps or (line_is_full and now - shown >= 2 * cost):
+                images[number] = pipeline.decode_partial(codes, done, hole, image)
+                shown = time.perf_counter()
+                cost = shown - now
+                yield (number + done / steps) / len(rows), images
+    release_memory()
 
 
-def decode_rows(rows: Sequence[Row], models: Models) -> list[list[Image.Image]]:
-    """Decode the finished rows."""
-    images = []
-    for row in rows:
-        pipeline = models.get(row.model)
-        images.append(pipeline.decode(torch.tensor(row.codes, device=pipeline.device)))
-    return images
+def score(
+    data: str, name: str, models: Models, is_gone: Callable[[], bool]
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Score an uploaded image; yields the share that is done, and at last the answer of /score.
+
+    Raises ValueError where `is_gone` is true after some classes.
+    """
+    pipeline = models.get(name)
+    image = pipeline.crop(read_upload(data))
+    codes = pipeline.encode([image])
+    parts: list[torch.Tensor] = []
+    labels = torch.arange(len(pipeline.class_names), device=pipeline.device)
+    for batch in labels.split(SCORED):
+        yield len(parts) * SCORED / len(labels), {}
+        if is_gone():
+            raise ValueError("stopped")
+        parts.append(code_log_probs(pipeline.decoder, codes.expand(len(batch), -1), batch).cpu())
+    found = Likelihood(torch.cat(parts), image.width * image.height)
+    shares, nats = found.total.softmax(0).tolist(), found.nats_per_code
+    best = nats.argsort()[:10].tolist()  # equal priors
+    by_code = -found.log_probs[best[0]].view(pipeline.generator.config.grid)
+    classes = [
+        {
+            "index": i, "name": pipeline.class_names[i], "probability": shares[i],
+            "nats_per_code": nats[i].item(),
+        }
+        for i in best
+    ]  # fmt: skip
+    bits = found.bits_per_pixel[best[0]].item()
+    release_memory()
+    yield 1.0, {"classes": classes, "bits_per_pixel": bits, "nats": by_code.tolist()}
+
+
+def read_upload(data: str) -> Image.Image:
+    """Return the RGB image in a data URI or in bare base64, as a browser shows it.
+
+    Raises ValueError, in words for the visitor, for anything but an image of bounded size.
+    """
+    encoded = data.split(",", 1)[-1] if data.startswith("data:") else data
+    if len(encoded) > MAX_UPLOAD * 4 / 3 + 8:
+        raise ValueError(f"the file is larger than {MAX_UPLOAD // 2**20} MB")
+    try:
+        raw = base64.b64decode("".join(encoded.split()), validate=True)
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        if image.width * image.height <= MAX_PIXELS:
+            return to_rgb(image)
+    except Exception:  # Pillow's decoders raise many kinds of errors for broken files
+        expected = ", ".join(FORMATS)
+        raise ValueError(f"this is not an image that can be read (expected {expected})") from None
+    raise ValueError(f"{image.width} x {image.height} pixels: expected at most {MAX_PIXELS:,}")
+
+
+def metadata(row: Row, index: int, models: Models) -> dict[str, Any]:
+    """Return what draws image `index` of a row again; the keys are those of `moveimg sample`."""
+    label = row.labels[index]
+    name = models.describe(row.model).class_names[label]
+    values = {"model": row.model, "class": label, "class_name": name, "seed": row.seed + index}
+    values |= row.settings.model_dump()
+    if row.image:
+        values |= {"hole": row.hole if row.hole in HALVES else "mask", "passes": row.passes}
+    return values if row.bank else values | {"bank": False}
+
+
+def image_uri(image: Image.Image, meta: dict[str, Any]) -> str:
+    """Return a PNG with its metadata as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png_bytes(image, meta)).decode()}"

@@ -1,69 +1,165 @@
-"""The demo's server: a socket, gradio's app behind the guard, and uvicorn in a thread."""
+"""The demo's server: gradio's app behind checks of hosts, routes, bodies, logins and visitors."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import socket
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 
-from moveimg.demo.guard import Guard
-from moveimg.demo.handlers import Handlers
-from moveimg.demo.models import Models
+from moveimg.demo.jobs import Models
 from moveimg.demo.page import build_app
-from moveimg.demo.queue import JobQueue
+from moveimg.demo.requests import ENDPOINTS, MAX_BODY, parse_call
 
-FIRST_PORT = 7860
+# Gradio's routes for files, uploads and its own tools. The page needs none of them: images travel
+# inside the messages, in both directions.
+CLOSED = tuple(
+    f"/gradio_api/{name}"
+    for name in (
+        "upload", "file", "stream", "proxy", "process_recording", "component_server",
+        "custom_component", "deep_link", "vibe", "undo-vibe", "run", "profiling", "dev",
+    )
+)  # fmt: skip
+OPEN = ("/gradio_api/run/predict",)  # events that do not wait in the queue
+# A Space is framed by its page on the Hub.
+SPACE = " https://huggingface.co" if "SPACE_HOST" in os.environ else ""
+HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; "
+    "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    f"font-src 'self' data:; frame-ancestors 'self'{SPACE}; base-uri 'self'; form-action 'self'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+CALL = "/gradio_api/call/"
+BODY_SECONDS = 60  # for a client to send its body
+FREE_LOGINS, LOGIN_WAIT = 3, 10.0  # failed logins without a wait; seconds between later tries
 
 
-class Server:
-    """A demo that serves from threads of its own; `url` is its address.
+class Guard:
+    """ASGI middleware: no route to the server's disk, bounded bodies, valid calls, rare logins.
 
-    Raises OSError where the port cannot be used.
+    trust_proxy: whether the last entry of X-Forwarded-For is the visitor's address.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        queue: JobQueue,
-        *,
-        host: str = "127.0.0.1",
-        port: int | None = None,
-        auth: list[tuple[str, str]] | None = None,
-        allow_hosts: tuple[str, ...] = (),
-        trust_proxy: bool = False,
-    ) -> None:
-        listener = open_port(host, port)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{listener.getsockname()[1]}"
-        app = Guard(build_app(Handlers(models, queue), auth), host, allow_hosts, trust_proxy)
-        config = uvicorn.Config(
-            app, log_level="warning", proxy_headers=False, server_header=False,
-            timeout_graceful_shutdown=1,
-        )  # fmt: skip
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
-        self._thread.start()
-        while not self._server.started and self._thread.is_alive():
-            time.sleep(0.01)
+    def __init__(self, app: Any, trust_proxy: bool = False) -> None:
+        self.app, self.trust_proxy = app, trust_proxy
+        self.logins: dict[str, tuple[int, float]] = {}  # address -> failures, time of the last
 
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.should_exit = True
-        self._thread.join(10)
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        forwarded = Headers(scope=scope).get("x-forwarded-for")
+        if self.trust_proxy and forwarded:
+            scope["client"] = (forwarded.rsplit(",", 1)[-1].strip()[:50], 0)
+        status, answer = await self._check(scope, receive)
+        if status != 200:
+            await PlainTextResponse(f"{answer}\n", status)(scope, receive, send)
+            return
+        parts = [{"type": "http.request", "body": answer, "more_body": False}]
+
+        async def replay() -> Any:
+            return parts.pop() if parts else await receive()
+
+        async def respond(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+                if _is_login(scope) and message["status"] < 400:
+                    self.logins.pop(scope["client"][0], None)
+            await send(message)
+
+        await self.app(scope, replay, respond)
+
+    async def _check(self, scope: dict[str, Any], receive: Any) -> tuple[int, Any]:
+        """Return 200 and the body of a request, or the status and message of a refusal."""
+        path = scope["path"]
+        if path.startswith((*CLOSED, "/monitoring")) and not path.startswith(OPEN):
+            return 404, "not found"
+        if scope["method"] != "POST":
+            return 200, b""
+        if _is_login(scope) and self._is_too_soon(scope["client"][0]):
+            return 429, f"too many failed logins: wait {LOGIN_WAIT:.0f} s"
+        body = bytearray()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(BODY_SECONDS):
+                more = True
+                while more and len(body) <= MAX_BODY:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    more = message.get("more_body")
+        if len(body) > MAX_BODY:
+            return 413, f"more than {MAX_BODY // 2**20} MB"
+        if more:
+            return 408, f"the body did not arrive within {BODY_SECONDS} s"
+        if path.startswith(CALL):
+            name = path.removeprefix(CALL).removeprefix("v2/").strip("/")
+            if name not in ENDPOINTS:
+                return 404, f"no such endpoint: expected one of {', '.join(ENDPOINTS)}"
+            try:
+                await asyncio.to_thread(lambda: parse_call(name, json.loads(body)))
+            except (ValueError, RecursionError) as problem:
+                return 422, " ".join(str(problem)[:300].split())
+        return 200, bytes(body)
+
+    def _is_too_soon(self, address: str) -> bool:
+        """Count a login as failed, until it succeeds; returns whether it must not be tried yet."""
+        failures, last = self.logins.get(address, (0, 0.0))
+        now = time.monotonic()
+        if failures >= FREE_LOGINS and now < last + LOGIN_WAIT:
+            return True
+        if len(self.logins) > 10_000:
+            self.logins.clear()
+        self.logins[address] = (failures + 1, now)
+        return False
+
+
+def _is_login(scope: dict[str, Any]) -> bool:
+    return scope["path"].rstrip("/") == "/login" and scope["method"] == "POST"
+
+
+def build_server(
+    models: Models,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: list[tuple[str, str]] | None = None,
+    allow_hosts: tuple[str, ...] = (),
+    trust_proxy: bool = False,
+    queue: int = 64,
+    per_visitor: int = 2,
+) -> tuple[uvicorn.Server, socket.socket]:
+    """Return a server, and the socket for its `run`; arguments as of `moveimg demo`.
+
+    Raises OSError where no port can be used.
+    """
+    listener = open_port(host, port)
+    app = build_app(models, queue, per_visitor, auth)
+    app.add_middleware(Guard, trust_proxy=trust_proxy)
+    names = ["localhost", "127.0.0.1", "[::1]", host, socket.gethostname(), *allow_hosts]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
+    config = uvicorn.Config(
+        app, log_level="warning", proxy_headers=False, server_header=False,
+        timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    return uvicorn.Server(config), listener
 
 
 def open_port(host: str, port: int | None) -> socket.socket:
     """Listen on a port, or on the first free one from 7860. Raises OSError where none is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in (port,) if port else range(FIRST_PORT, FIRST_PORT + 100):
+    for candidate in (port,) if port else range(7860, 7960):
         with suppress(OSError):
             return socket.create_server((host, candidate), family=family)
-    ports = port or f"{FIRST_PORT}..{FIRST_PORT + 99}"
-    raise OSError(f"port {ports} at {host} cannot be used")
+    raise OSError(f"port {port or '7860..7959'} at {host} cannot be used")
 
 
 def read_auth(option: str | None) -> list[tuple[str, str]] | None:

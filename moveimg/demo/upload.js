@@ -2,7 +2,6 @@
 // data URI, or to paint.js, which replaces `take`.
 const most = Number(props.most);
 let take = (data, problem = "") => {
-  element.dispatchEvent(new CustomEvent("taken", { bubbles: true }));
   trigger("upload", { data, problem });
 };
 const send = (file) => {

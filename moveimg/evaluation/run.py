@@ -137,7 +137,7 @@ def score(
         warnings.append(f"{count} images: published FIDs are of {PUBLISHED_COUNT}, and lower")
     if duplicates:
         warnings.append(f"{duplicates} of {count} images equal an earlier one: a seed used twice?")
-    versions = {name: version(name) for name in ("torch", "torch-fidelity", "numpy")}
+    packages = ("torch-fidelity", "numpy")
     results = {
         "format": 1,
         "name": samples.name,
@@ -157,7 +157,7 @@ def score(
             "held_out_accuracy": extractor.held_out,
         },
         "warnings": warnings,
-        "versions": versions | {"moveimg": __version__},
+        "versions": {"moveimg": __version__} | {name: version(name) for name in packages},
         "hardware": hardware(extractor.device),
     }
     if out is not None:

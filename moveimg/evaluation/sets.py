@@ -105,10 +105,7 @@ def npz_entries(path: Path) -> list[str]:
 def npz_array(path: Path, entry: str) -> np.ndarray:
     """One small array of an .npz, verified by the archive's checksum."""
     with _reading(path, entry), np.load(path, allow_pickle=False) as arrays:
-        array = arrays[entry]
-        if not isinstance(array, np.ndarray):  # bytes, where the entry is no .npy
-            raise ValueError("not an array")
-        return array
+        return np.asarray(arrays[entry])  # bytes, where the entry is no .npy
 
 
 @contextmanager

@@ -61,7 +61,6 @@ class Index(BaseModel):
     step: int = Field(ge=0, le=10**12)
     seconds: float = 0.0
     held_out: dict[str, float] = {}
-    validated: int | None = None  # the step of held_out
     best: float | None = None  # the least first value of held_out so far
 
 
@@ -87,8 +86,8 @@ class Checkpoints:
     ) -> None:
         """Copy the state of torch's get_*_state_dict, and write it in the background.
 
-        `extra` is small plain data and tensors, the same in all processes; `about` goes into
-        checkpoint.json (see Index). Raises OSError if this or the last one cannot be written.
+        `extra` is plain data and tensors, the same in all processes; `about` is that of Index.
+        Raises OSError if this or the last one cannot be written.
         """
         self.wait()
         final = self.directory / f"step-{step:07d}"
@@ -102,10 +101,7 @@ class Checkpoints:
 
         self.world.run_first(begin)
         options = {"process_group": self.group, "no_dist": self.group is None}
-        try:
-            written: Any = dcp.async_save(state, checkpoint_id=temporary, **options)
-        except dcp.CheckpointException as error:
-            raise OSError(f"{final}: not written ({reason(error)})") from None
+        written: Any = dcp.async_save(state, checkpoint_id=temporary, **options)
         self.pending = self.writer.submit(self._seal, written, temporary, final, step, about)
 
     def wait(self) -> None:
@@ -172,7 +168,6 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Unpickles a checkpoint's .metadata by an allow-list; torch's reader would run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class or function of an allowed name. Raises UnpicklingError for others."""
         if name in ALLOWED_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not allowed")
@@ -182,7 +177,6 @@ class RestrictedReader(dcp.FileSystemReader):
     """Reads a distributed checkpoint without running code of its .metadata."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """The checkpoint's metadata, as FileSystemReader.read_metadata returns it."""
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = RestrictedUnpickler(file).load()
         if not isinstance(metadata, Metadata):
@@ -197,7 +191,6 @@ class RestrictedPlanner(dcp.DefaultLoadPlanner):
     """Reads the values of a checkpoint that are no tensors (rates, counts) by weights_only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value read from the checkpoint into the state."""
         loaded = torch.load(value, weights_only=True)
         fqn = read_item.dest_index.fqn
         if self.flatten_state_dict:

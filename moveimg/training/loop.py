@@ -33,7 +33,6 @@ from moveimg.device import peak_memory
 from moveimg.files import lock, remove_temporaries
 from moveimg.rng import set_generator
 from moveimg.training.checkpoints import Checkpoints
-from moveimg.training.logging import RunLogger
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
 from moveimg.training.parallel import (
     Parallelism,
@@ -42,7 +41,7 @@ from moveimg.training.parallel import (
     parallelize,
     sync_gradients,
 )
-from moveimg.training.settings import check_or_write_settings
+from moveimg.training.settings import RunLogger, check_or_write_settings
 
 STOP_CHECK_EVERY = 10  # steps
 
@@ -135,8 +134,7 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         self.held_out: dict[str, float] = {}
-        self.validated: int | None = None  # the step of held_out
-        self.best: float | None = None
+        self.best: float | None = None  # the least first value of held_out so far
         self.saved: int | None = None
         self.logged = (0, 0.0)  # step and seconds of the last log line
         self.recent: deque[Tensor] = deque(maxlen=config.log_every)
@@ -194,20 +192,20 @@ class Run:
         if self.saved == self.step:
             return
         self.saved = self.step
-        score = next(iter(self.held_out.values()), None) if self.validated == self.step else None
-        best = score is not None and (self.best is None or score < self.best)
-        self.best = score if best else self.best
+        self.export(model, self.config.out)
+        index = {"seconds": self.seconds, "held_out": self.held_out, "best": self.best}
+        # After the model, so that a run with its last checkpoint always has its model.
+        self.checkpoints.save(self.step, self.state(), self.task.extra_state(), index)
+
+    def export(self, model: nn.Module, directory: Path) -> None:
+        """Write the model into a directory, on rank 0. Raises OSError on a full disk."""
         if self.world.main:
             about = {"step": self.step, "seconds": round(self.seconds, 1), "val": self.held_out}
             about["run"] = self.config.model_dump(mode="json")
             try:
-                for directory in (self.config.out, *[self.logs / "best"][: int(best)]):
-                    self.task.export(model, directory, about)
+                self.task.export(model, directory, about)
             except SafetensorError as error:  # a full disk
-                raise OSError(f"{self.config.out}: model not written ({error})") from None
-        index = {key: getattr(self, key) for key in ("seconds", "held_out", "validated", "best")}
-        # After the model, so that a run with its last checkpoint always has its model.
-        self.checkpoints.save(self.step, self.state(), self.task.extra_state(), index)
+                raise OSError(f"{directory}: model not written ({error})") from None
 
     def state(self) -> dict[str, Any]:
         """Weights, average and optimizer states, by parameter name."""
@@ -238,39 +236,42 @@ class Run:
             set_model_state_dict(self.ema.module, state["ema"])
         self.task.load_extra_state(extra)
         self.step, self.seconds = index.step, index.seconds
-        self.held_out, self.validated = index.held_out, index.validated
-        self.best, self.saved = index.best, self.step
+        self.held_out, self.best, self.saved = index.held_out, index.best, self.step
         self.logged = (self.step, self.seconds)
 
     def _validate(self, model: nn.Module, logger: RunLogger) -> None:
-        self.held_out, self.validated = self.task.validate(model), self.step
+        self.require_finite()
+        self.held_out = self.task.validate(model)
         logger.scalars("val", self.held_out, self.step)
         spent = {"seconds": round(self.seconds, 2), "peak_memory": peak_memory(self.device)}
         logger.line({"step": self.step, **spent, **self.held_out})
+        score = next(iter(self.held_out.values()))
+        if self.best is None or score < self.best:
+            self.best = score
+            self.export(model, self.logs / "best")
 
     def _log(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
         begun = time.perf_counter()
-        loss = self.require_finite()
+        self.require_finite()
         values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
         self.seconds += time.perf_counter() - begun  # the device's queued steps end here
         step, seconds = self.logged
         rate = (self.step - step) * self.config.batch_size / max(self.seconds - seconds, 1e-9)
         self.logged = (self.step, self.seconds)
-        means = dict(zip(scalars, values.tolist(), strict=True))
-        logger.scalars("train", means | {"images_per_second": rate}, self.step)
-        logger.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        means = dict(zip(scalars, values.tolist(), strict=True)) | {"images_per_second": rate}
+        logger.scalars("train", means, self.step)
+        logger.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} images/s")
 
-    def require_finite(self) -> float:
-        """The mean of the recent losses. Raises ValueError if a loss or gradient is not finite."""
+    def require_finite(self) -> None:
+        """Raise ValueError if a recent loss or gradient is not finite."""
         losses = self.world.mean(torch.stack(list(self.recent)))
-        bad = (~losses.isfinite()).nonzero()
-        if not len(bad):
-            return losses.mean().item()
-        step = self.step - len(losses) + int(bad[0])
-        raise ValueError(
-            f"loss {losses[bad[0]].item()} at step {step} (from 0): try a lower optimizer.lr (now "
-            f"{self.config.optimizer.lr}), a longer warmup or a smaller clip, and --restart"
-        )
+        if len(bad := (~losses.isfinite()).nonzero()):
+            step = self.step - len(losses) + int(bad[0])
+            raise ValueError(
+                f"loss {losses[bad[0]].item()} at step {step} (from 0): try a lower optimizer.lr "
+                f"(now {self.config.optimizer.lr}), a longer warmup or a smaller clip, and "
+                "--restart"
+            )
 
 
 @contextmanager

@@ -81,10 +81,9 @@ def parallelize(model: nn.Module, average: nn.Module | None, parallel: Paralleli
     if isinstance(model, Transformer):
         model.checkpointing = parallel.checkpointing
         if parallel.compiled:
-            import torch._dynamo
+            from torch._dynamo import config as limits
 
             # LaVE's layers need a graph each, and torch's limit is 8 of the same code
-            limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, len(model.layers) + 8)
             for block in model.layers:
                 block.compile()

@@ -1,16 +1,22 @@
-"""Settings, data and held-out scores of a run in training/, compared when the run continues."""
+"""The records of a run in training/: settings, held-out scores, previews, TensorBoard, wandb."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from moveimg.config import RunConfig
 from moveimg.errors import shorten, validate
 from moveimg.files import parse_json, read_json, read_text, read_yaml, write_json, write_text
+from moveimg.images import save_png
+from moveimg.progress import progress_bar
 
 # Settings that may differ when a run continues: no result depends on them, but for rounding.
 MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
@@ -89,3 +95,67 @@ def flatten_settings(config: RunConfig, left_out: tuple[str, ...] = ()) -> dict[
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ in two flat dictionaries, with both values."""
     return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
+
+
+class RunLogger:
+    """Writes the logs of a run, on rank 0 only.
+
+    Raises ValueError if Weights & Biases is wanted and not installed.
+    """
+
+    def __init__(self, logs: Path, config: RunConfig, step: int, main: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of a start
+
+        self.logs, self.main = logs, main
+        self.wandb: Any = None
+        if main and config.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("wandb is not installed: pip install 'moveimg[wandb]'") from None
+            run_id = logs / "wandb-id"  # of the run that goes on
+            settings = config.model_dump(mode="json")
+            options: dict[str, Any] = {"project": "moveimg", "name": config.out.name}
+            options |= {"id": run_id.read_text(encoding="utf-8")} if run_id.is_file() else {}
+            self.wandb = wandb.init(
+                **options, resume="allow", dir=str(logs), config=settings, sync_tensorboard=True
+            )
+            write_text(run_id, self.wandb.id)
+        self.writer = SummaryWriter(str(logs), purge_step=step) if main else None
+        self.bar = progress_bar(config.steps, "train", "step", step) if main else tqdm(disable=True)
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(error[0] is not None))
+
+    def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
+        """Add numbers to TensorBoard as `prefix/key`."""
+        for key, value in values.items():
+            if self.writer is not None:
+                self.writer.add_scalar(f"{prefix}/{key}", value, step)
+
+    def image(self, image: Image.Image, step: int) -> None:
+        """Write preview-STEP.png, and add it to TensorBoard."""
+        save_png(image, self.logs / f"preview-{step:06d}.png", {})
+        if self.writer is not None:
+            self.writer.add_image("preview", pil_to_tensor(image), step)
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl, dropping lines of steps after the last checkpoint."""
+        if self.main:
+            path = self.logs / "metrics.jsonl"
+            lines = [one.model_dump(exclude_unset=True) for one in read_measurements(path)]
+            kept = [json.dumps(one) for one in lines if one["step"] < line["step"]]
+            write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+            self.message(", ".join(f"{key} {value:.5g}" for key, value in line.items()))
+
+    def message(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.main:
+            self.bar.write(text)
