@@ -47,6 +47,8 @@ def load(
     at near-ties. Raises FileNotFoundError for a missing file, ValueError where a file is damaged or
     config and weights do not fit each other.
     """
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"{directory}: no such tokenizer directory")
     config_file, weights_file = (Path(directory) / f for f in ("config.json", "model.safetensors"))
     config = parse_config(read_json(config_file), str(config_file))
     tokenizer = _assemble(config, weights_file, read_weights(weights_file))
