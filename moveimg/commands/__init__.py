@@ -4,7 +4,7 @@ Each command checks its arguments, makes one call and prints the result. torch i
 the commands, so that help and refusals come at once.
 """
 
-from moveimg.commands import bench, convert, demo, edit, evaluation, train, use  # noqa: F401
+from moveimg.commands import bench, convert, demo, edit, evaluation, serve, train, use  # noqa: F401
 from moveimg.commands.common import app
 
 __all__ = ["app"]

@@ -25,7 +25,7 @@ MAX_SEED = 2**32 - 1
 MAX_IMAGES = 10_000  # of one call
 # The help lists the commands in this order.
 PANELS = {
-    "Use": ("sample", "edit", "score", "demo", "info", "inspect", "bench"),
+    "Use": ("sample", "edit", "score", "demo", "serve", "info", "inspect", "bench"),
     "Train": ("encode", "train-tokenizer", "train", "compare", "configs", "config-reference"),
     "Evaluate": ("evaluate", "reconstruct"),
     "Convert": ("convert", "push"),
