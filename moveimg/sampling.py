@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ def sample_codes(
     settings: SamplingSettings,
     rng: Sequence[torch.Generator],
     known: Tensor | None = None,
+    cfg_scale: Tensor | None = None,
 ) -> Tensor:
     """Draw the codes of one image per label: int64 [B, T].
 
@@ -47,10 +49,12 @@ def sample_codes(
         known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn. Each code is drawn
             given the codes before it, kept or drawn; where all known codes come first, that is
             exact sampling of the others given them.
+        cfg_scale: [B], a guidance scale per image in place of that of `settings`.
 
     The same arguments give the same bits.
     """
-    return torch.stack(list(iter_codes(generator, labels, settings, rng, known)), dim=1)
+    codes = iter_codes(generator, labels, settings, rng, known, cfg_scale)
+    return torch.stack(list(codes), dim=1)
 
 
 @torch.inference_mode()
@@ -60,6 +64,7 @@ def iter_codes(
     settings: SamplingSettings,
     rng: Sequence[torch.Generator],
     known: Tensor | None = None,
+    cfg_scale: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """As sample_codes, but yields the codes [B] position by position, in raster order."""
     if len(rng) != len(labels):
@@ -72,7 +77,7 @@ def iter_codes(
     yield from known[:, :first].unbind(1)
     if not missing:
         return
-    scales = guidance_scales(settings, length)
+    scales = guidance_scales(settings, length, cfg_scale)
     labels, guided = guided_labels(generator, labels, scales)
     # dtype and device are explicit: with torch's defaults changed, a seed must give the same draws
     drawn = [torch.rand(length, generator=g, dtype=torch.float32, device=g.device) for g in rng]
@@ -100,15 +105,18 @@ def iter_codes(
 
 
 def guided_labels(
-    generator: Transformer, labels: Tensor, scales: Sequence[float]
+    generator: Transformer, labels: Tensor, scales: Sequence[float | Tensor]
 ) -> tuple[Tensor, bool]:
     """The labels [B or 2 B] of the batch that guidance needs, and whether it is doubled.
 
     Doubled, its second half is without class. `scales` are those of guidance_scales.
     """
-    if any(scale not in (0.0, 1.0) for scale in scales) or len(set(scales)) > 1:
-        return torch.cat([labels, torch.full_like(labels, generator.null_label)]), True
-    return (torch.full_like(labels, generator.null_label) if scales[0] == 0 else labels), False
+    rows = [scale.flatten().tolist() if isinstance(scale, Tensor) else [scale] for scale in scales]
+    values = set().union(*rows)
+    without_class = torch.full_like(labels, generator.null_label)
+    if len(values) > 1 or not values <= {0.0, 1.0}:
+        return torch.cat([labels, without_class]), True
+    return (without_class if values == {0.0} else labels), False
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -117,18 +125,24 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on logits: uncond + (cond - uncond) * scale (LlamaGen).
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance on logits [B, V]: uncond + (cond - uncond) * scale (LlamaGen).
 
-    A scale of 1 gives `conditional` to the bit.
+    A scale of 1 gives `conditional` to the bit; a tensor [B, 1] has a scale per row.
     """
+    if isinstance(scale, Tensor):
+        scale = scale.to(conditional)
+        guided = unconditional + (conditional - unconditional) * scale
+        return torch.where(scale == 1, conditional, guided)
     if scale == 1:
         return conditional
     return unconditional + (conditional - unconditional) * scale
 
 
-def guidance_scales(settings: SamplingSettings, length: int) -> list[float]:
-    """The guidance scale of each of `length` positions.
+def guidance_scales(
+    settings: SamplingSettings, length: int, cfg_scale: Tensor | None = None
+) -> list[Any]:
+    """The guidance scale of each of `length` positions; with cfg_scale [B], of each row: [B, 1].
 
     Before `cfg_start` it is 1. From there, with progress p in [0, 1): constant is cfg_scale,
     linear 1 + (cfg_scale - 1) p (MAR, arXiv 2406.11838), power-cosine
@@ -140,12 +154,13 @@ def guidance_scales(settings: SamplingSettings, length: int) -> list[float]:
         "power-cosine": lambda p: (1 - math.cos(math.pi * p**settings.cfg_power)) / 2,
     }
     shape = shapes[settings.cfg_schedule]
+    scale = settings.cfg_scale if cfg_scale is None else cfg_scale.double()[:, None]
     scales = []
     for position in range(length):
         p = (position / length - settings.cfg_start) / (1 - settings.cfg_start)
         weight = shape(p) if p >= 0 else 0.0
         # in this form a constant schedule gives cfg_scale itself, unrounded
-        scales.append(settings.cfg_scale * weight + (1.0 - weight))
+        scales.append(scale * weight + (1.0 - weight))
     return scales
 
 

@@ -105,11 +105,24 @@ def test_guidance_makes_only_the_passes_it_needs(scale, batches, greedy):
     assert codes.unique().tolist() == [greedy]
 
 
+@pytest.mark.parametrize("options", [{}, {"cfg_schedule": "linear", "cfg_start": 0.25}])
+@pytest.mark.parametrize("scales", [[0.0, 1.0, 1.5, 4.0], [2.0] * 4, [1.0] * 4, [0.0] * 4])
+def test_a_guidance_scale_per_image_equals_each_image_with_that_scale(scales, options):
+    model, labels, rngs = lively(tiny_config()), torch.tensor([0, 1, 2, 3]), image_rngs(range(4))
+    chosen = SETTINGS.model_copy(update=options)
+    together = sample_codes(model, labels, chosen, rngs, cfg_scale=torch.tensor(scales))
+    for i, scale in enumerate(scales):
+        alone = sample(model, [i], chosen.model_copy(update={"cfg_scale": scale}), seed=i)
+        assert torch.equal(together[i], alone[0])
+
+
 def test_guidance_formula():
     c, u = torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, 2.0]])
     assert guide(c, u, 1.5).tolist() == [[0.0, 5.0]]
     assert guide(c, u, 1.0) is c
     assert torch.equal(guide(c, u, 0.0), u)
+    pair, scales = (c.repeat(2, 1), u.repeat(2, 1)), torch.tensor([[1.5], [1.0]])
+    assert guide(*pair, scales).tolist() == [[0.0, 5.0], [1.0, 4.0]]
 
 
 def test_guidance_schedules():
