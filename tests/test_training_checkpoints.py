@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from moveimg.checkpoint import load_generator, read_about
 from moveimg.data.codes import PackedCodes
 from moveimg.training.checkpoints import read_index
-from moveimg.training.generator import train_generator
+from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run, catch_stop
 from moveimg.training.settings import read_measurements
 from tests.test_training import (
@@ -43,19 +43,16 @@ def whole(digits, tmp_path_factory):
     return config
 
 
-@pytest.mark.parametrize("name", ["train", "encode", "evaluate", "convert"])
+@pytest.mark.parametrize("name", ["train", "encode", "evaluate"])
 def test_killed_commands_end_with_the_same_bytes(digits, tmp_path, name):
-    command = list_commands(digits, tmp_path, steps=16)[name]
-    assert kill_command(command, tmp_path, kills=2 if name == "train" else 1, seed=3)
+    command = list_commands(digits, tmp_path)[name]
+    assert kill_command(name, command, tmp_path, kills=2 if name == "train" else 1, seed=3)
 
 
 def test_the_newest_checkpoints_and_the_best_model_stay(digits, tmp_path, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 2.5])
 
-    def validate(run, model, logger):
-        run.held_out, run.validated = {"loss": next(scores)}, run.step
-
-    monkeypatch.setattr(Run, "_validate", validate)
+    monkeypatch.setattr(GeneratorTask, "validate", lambda *_: {"loss": next(scores)})
     config = train_config(digits, tmp_path, validate_every=2, keep_checkpoints=1)
     train_generator(config, CPU)
     (path,) = (tmp_path / "training/checkpoints").iterdir()
@@ -105,7 +102,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
     assert (tmp_path / "training/checkpoints/step-0000002").is_dir()
     partial = tmp_path / "training/checkpoints/.step-0000009.partial"
     partial.mkdir()  # of a killed run
-    (tmp_path / "training/.metrics.jsonl.ab12_xyz.jsonl").write_text("x")
+    (tmp_path / "training/.metrics.jsonl.tmp-ab12cd34.jsonl").write_text("x")
     train_generator(config, CPU)
     assert same_end(whole.out, tmp_path) and not partial.exists()
     assert not list((tmp_path / "training").glob(".metrics*"))

@@ -150,7 +150,7 @@ def test_other_classes_get_a_new_label_table(digits, tmp_path, capsys):
             assert torch.equal(value[-1], before[name][-1])  # the null label's
         else:
             assert torch.equal(value, before[name])
-    with pytest.raises(ValueError, match="classes of the codes"):
+    with pytest.raises(ValueError, match="other classes"):
         train_generator(start_config(digits, tmp_path / "o", tmp_path / "m", train="memory"), CPU)
 
 

@@ -255,7 +255,6 @@ def info(
         run = load_config(model, TrainConfig, set or [])
         passes = run.batch_size // (run.micro_batch or run.batch_size)
         data = train_budget(run, gpus or math.gcd(8, passes), gpu)
-        print("Estimated: per GPU, at 25 to 50 % of its peak; checkpoints and codes on disk")
         for key, value in data.items():
             text = f"{value[0]:.2g} to {value[1]:.2g}" if key == "hours" else format_bytes(value)
             lines[key] = f"{value:.3g}" if key.startswith("flops") else text
@@ -267,6 +266,8 @@ def info(
     if as_json:
         print(json.dumps(data, indent=2))
     else:
+        if train:
+            print("Estimated: per GPU, at 25 to 50 % of its peak; checkpoints and codes on disk")
         print("\n".join(f"{key:<24}{text:>18}" for key, text in lines.items()))
 
 
