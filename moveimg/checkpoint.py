@@ -21,8 +21,10 @@ from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic, read_json, write_json
 from moveimg.model import Transformer
+from moveimg.model.bank import place_rows
 
 BUNDLED = Path(__file__).parent / "bundled"
+BANK = "memory.bank.weight"
 REQUIRED = {"n_layer", "n_head", "width", "codebook_size", "n_classes", "grid"}
 ClassNames = TypeAdapter(list[Annotated[str, Field(strict=True, max_length=256)]])
 
@@ -76,8 +78,9 @@ def load_model(
     directory: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    bank: str | None = None,
 ) -> ModelParts:
-    """Read a model directory; `dtype` is the generator's.
+    """Read a model directory; `dtype` is the generator's, `bank` as of load_generator.
 
     The tokenizer has float32 at least: decoding takes little of the time, and the precision of
     pixels shows in FID (LlamaGen samples so, too).
@@ -90,7 +93,7 @@ def load_model(
     names, sampling = read_class_names(directory), read_sampling(directory)
     if len(names) != config.n_classes:
         raise ValueError(f"{directory}: {len(names)} class names, expected {config.n_classes}")
-    generator = load_generator(directory, device, dtype)
+    generator = load_generator(directory, device, dtype, bank)
     precise = torch.promote_types(dtype, torch.float32)
     tokenizer = vq.load(directory / "tokenizer", device, precise)
     if tokenizer.codebook_size != config.codebook_size:
@@ -143,12 +146,27 @@ def load_generator(
     directory: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    bank: str | None = None,
 ) -> Transformer:
-    """The generator of a model directory, in eval mode (errors as of load_model)."""
+    """The generator of a model directory, in eval mode (errors as of load_model).
+
+    bank: int8 or int4 rounds the rows of the value bank, disk reads them from the file when they
+    are used, cpu keeps them in pinned memory of the CPU; None loads them as the other weights. Such
+    a model serves sampling, not training.
+    """
     path = Path(directory) / "model.safetensors"
     with shapes_only():
         generator = Transformer(read_model_config(directory))
-    vq.load_weights(generator, vq.read_weights(path), str(path), dtype)
+    weights = vq.read_weights(path)
+    if bank is None:
+        vq.load_weights(generator, weights, str(path), dtype)
+        return generator.to(device).eval()
+    if BANK not in weights:
+        raise ValueError(f"bank {bank!r}: {directory} has no value bank")
+    rows = weights[BANK]
+    weights[BANK] = torch.empty_like(rows, device="meta")
+    vq.load_weights(generator, weights, str(path), dtype)
+    generator.memory.bank = place_rows(bank, path, BANK, rows, generator.memory.slots)
     return generator.to(device).eval()
 
 

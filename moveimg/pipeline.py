@@ -65,6 +65,7 @@ class Pipeline:
         dtype: str | None = None,
         quantize: str | None = None,
         compile: bool = False,
+        bank: str | None = None,
     ) -> Pipeline:
         """Load a model: bundled (`digits`), in a directory, published or on the Hub.
 
@@ -76,13 +77,15 @@ class Pipeline:
                 float32. The tokenizer decodes in float32 at least.
             quantize: int8 samples from matrices of 8 bits (CPU; faster, less exact).
             compile: sample by a compiled decoding step (slow to start, then faster).
+            bank: int8 or int4 rounds the rows of the value bank, disk reads them from the model's
+                file when they are used, cpu keeps them in the memory of the CPU (for CUDA).
 
         Raises:
             FileNotFoundError: there is no such model, or it cannot be downloaded.
             ValueError: it is damaged, or an option cannot be used.
         """
         where = pick_device(device)
-        parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where))
+        parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where), bank)
         pipeline = cls(parts, where, quantize, compile, str(name_or_path))
         if quantize is not None or compile:
             _ = pipeline.decoder  # refuse now what cannot be quantized or compiled

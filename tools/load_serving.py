@@ -1,7 +1,7 @@
 """Measure the service: images per second and latency by number of clients, and what it survives.
 
     python tools/load_serving.py                    # by number of clients, also without batches
-    python tools/load_serving.py --model gpt-b      # 256 codes, VQ-16, random weights
+    python tools/load_serving.py --model gpt-b --count 8 --clients 1,8    # random weights, VQ-16
     python tools/load_serving.py --kill             # one of two replicas is killed under load
     python tools/load_serving.py --minutes 10       # memory under load
 
@@ -102,7 +102,13 @@ def watch(minutes: int, kill: bool) -> None:
         print(f"{kilobytes / 1024:.0f} MB, {CLIENT.get('/health').text}", flush=True)
 
 
-def main(model: str = "fashion", kill: bool = False, minutes: int = 0, count: int = 32) -> None:
+def main(
+    model: str = "fashion",
+    kill: bool = False,
+    minutes: int = 0,
+    count: int = 32,
+    clients: str = "1,8,32",
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if model == "gpt-b":
             generator = Transformer(load_config("imagenet-b-256-standard", ModelFile).model)
@@ -117,9 +123,10 @@ def main(model: str = "fashion", kill: bool = False, minutes: int = 0, count: in
         alone: dict[int, str] = {}
         for size, window in ((32, 0.02), (1, 0)):
             with service(model, "--batch-size", size, "--window", window):
-                print(f"batches of at most {size}, after the first request:")
-                for clients in (1, 1, 8, 32):
-                    images = load(clients, max(2 * clients, count))
+                print(f"batches of at most {size}; the first line warms up:")
+                load(1, 1)
+                for number in map(int, clients.split(",")):
+                    images = load(number, max(2 * number, count))
                     alone = alone or images
                     same = sum(images[seed] == image for seed, image in alone.items())
                     print(f"{same} of {len(alone)} images are those of one client", flush=True)

@@ -87,6 +87,9 @@ BatchSize = Annotated[int, Option(min=1, max=65536, help="Images in one batch.")
 Quantize = Annotated[
     str | None, Option(help="int8: 8-bit matrices on a CPU; codes depend on the batch.")
 ]
+Bank = Annotated[
+    str | None, Option(help="Rows of the value bank: int8, int4, disk (read when used) or cpu.")
+]
 Compile = Annotated[bool, Option("--compile", help="Compile the decoding step: a slow start.")]
 
 

@@ -50,6 +50,7 @@ def sample(
     dtype: common.Dtype = None,
     quantize: common.Quantize = None,
     compile: common.Compile = False,
+    bank: common.Bank = None,
 ) -> None:
     """Draw images of classes, by default of the first 20, as PNG files and a labelled grid."""
     device_of(device)
@@ -59,7 +60,7 @@ def sample(
     from moveimg.progress import progress_bar
 
     pipeline = Pipeline.from_pretrained(
-        model, device=device, dtype=dtype, quantize=quantize, compile=compile
+        model, device=device, dtype=dtype, quantize=quantize, compile=compile, bank=bank
     )
     names = pipeline.class_names
     labels = [pipeline.label(name) for name in classes or range(min(20, len(names)))]
@@ -67,7 +68,13 @@ def sample(
     sampling = pipeline.settings(**settings)
     shown = Path(model).resolve().name if Path(model).is_dir() else model  # PNGs are passed on
     number_type = str(pipeline.generator.head.weight.dtype).removeprefix("torch.")
-    made = {"model": shown, "dtype": number_type, "quantize": quantize, **sampling.model_dump()}
+    made: dict[str, Any] = {
+        "model": shown,
+        "dtype": number_type,
+        "quantize": quantize,
+        "bank": bank,
+    }
+    made |= {"bank": bank, **sampling.model_dump()}
     rows: list[list] = [[] for _ in titles[: GRID[0]]]
     begun, total = time.perf_counter(), len(labels) * pipeline.generator.config.seq_len
     with lock(out, "moveimg sample"), progress_bar(total, "sample", "code", delay=2) as bar:

@@ -120,7 +120,7 @@ class ValueBank(nn.Module):
         super().__init__()
         self.config, self.spec, self.reads = config, spec, reads
         self.slots, self.value_width = slots, value_width
-        self.bank = nn.Embedding(config.codebook_size, slots * value_width)
+        self.bank: Any = nn.Embedding(config.codebook_size, slots * value_width)
         self.class_bank = (
             nn.Embedding(config.n_classes + 1, slots * value_width) if spec.class_rows else None
         )
@@ -139,13 +139,15 @@ class ValueBank(nn.Module):
         two may be None. Under autocast the rows are cast here, once for all layers, and the layers'
         gradients add up in that type.
         """
-        rows = []
+        rows = [] if codes is None else [self.bank(codes)]
         if labels is not None and self.class_bank is not None:
-            rows.append(self.class_bank(labels)[:, None])
+            rows.insert(0, self.class_bank(labels)[:, None])
         elif labels is not None:
-            rows.append(self.bank.weight.new_zeros(len(labels), 1, self.bank.embedding_dim))
-        if codes is not None:
-            rows.append(self.bank(codes))
+            shape, dtype = (
+                (len(labels), 1, self.bank.embedding_dim),
+                rows[0].dtype if rows else None,
+            )
+            rows.insert(0, torch.zeros(shape, dtype=dtype, device=labels.device))
         gathered = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         device = gathered.device.type
         if torch.is_autocast_enabled(device) and gathered.dtype == torch.float32:
