@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, bounded readers of JSON and YAML, and locks."""
+"""Atomic writes, bounded readers of JSON and YAML, and locks of output files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ try:
 except ImportError:  # Windows: outputs are not locked there
     fcntl = None  # type: ignore[assignment]
 
-MAX_TEXT = 32 * 2**20  # bytes of a JSON or YAML file; a manifest of ImageNet takes less
-MAX_DEPTH = 64  # nested lists and mappings
-MAX_NODES = 1_000_000  # values at one depth, a YAML text's aliases written out
+MAX_TEXT = 32 * 2**20  # bytes
+MAX_DEPTH = 64  # levels of nested lists and mappings
+MAX_NODES = 1_000_000  # values at one level, with YAML's aliases expanded
 _HELD: set[Path] = set()  # locks of this process
 
 
@@ -50,7 +50,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def require_file_name(path: Path) -> None:
-    """Raise ValueError for a folder or device to be written to."""
+    """Raise ValueError if a file cannot be written to `path`, a folder or device."""
     if path.exists() and not path.is_file():  # the rename would replace /dev/null itself
         raise ValueError(f"{path} is a directory or device, expected a file name to write to")
 
@@ -59,8 +59,8 @@ def require_file_name(path: Path) -> None:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; renamed to it on success, removed on failure.
 
-    Makes missing parent folders. Raises FileExistsError where something is there already (an empty
-    folder is replaced), ValueError where another process is making it.
+    Makes missing parent folders. Raises FileExistsError if `path` exists (an empty folder is
+    replaced), ValueError if another process is making it.
     """
     path = Path(path).absolute()
     with lock(path, "creating it"):
@@ -76,7 +76,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(directory: str | Path, name: str = "") -> None:
-    """Remove what a killed process has left of `atomic` in a folder; with `name`, of this alone."""
+    """Remove the temporary files of killed processes from a folder; with `name`, of that file."""
     for path in Path(directory).glob(f".{glob.escape(name) or '*'}.tmp-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -113,13 +113,13 @@ def fetch(url: str, path: Path, hash_prefix: str | None = None) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix)
         except (OSError, RuntimeError) as error:
-            why = f"is missing and cannot be downloaded ({error}): bring {url} to {path}"
+            why = f"is missing and cannot be downloaded ({error}): download {url} to {path}"
             raise FileNotFoundError(f"{path.name} {why}") from None
     return path
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
-    """The text of a UTF-8 file; FileNotFoundError, or ValueError beyond `limit` bytes."""
+    """The text of a UTF-8 file. Raises FileNotFoundError, or ValueError beyond `limit` bytes."""
     path = require_file(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path}: {size} bytes, expected at most {limit}")
@@ -130,17 +130,17 @@ def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The data of a JSON file; FileNotFoundError or a one-line ValueError where it has none."""
+    """The data of a JSON file. Raises FileNotFoundError, or ValueError on one line."""
     return parse_json(read_text(path), str(path))
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The data of a YAML file; FileNotFoundError or a one-line ValueError where it has none."""
+    """The data of a YAML file. Raises FileNotFoundError, or ValueError on one line."""
     return parse_yaml(read_text(path, 2**20), str(path))
 
 
 def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str) -> Any:
-    """The data of a text; ValueError, one line with `origin`, where it is not valid."""
+    """The data of a text. Raises ValueError, one line that begins with `origin`."""
     try:
         data = load(text)
     except Exception as error:  # PyYAML's constructors raise many kinds: `!!int ""`, `!!bool maybe`
@@ -154,20 +154,20 @@ def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str
             return data
         if len(level) > MAX_NODES:
             break
-    raise ValueError(f"{origin}: more than {MAX_DEPTH} levels or {MAX_NODES} values in one")
+    raise ValueError(f"{origin}: more than {MAX_DEPTH} levels or {MAX_NODES} values at one level")
 
 
 parse_json = partial(_parse, json.loads, "JSON")  # of (text, origin)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's loader of plain data, which by itself lets the last of equal keys win."""
+    """yaml.SafeLoader, which lets the last of equal keys win; here they are an error."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, count in keys.items() if count > 1]:
-            raise yaml.YAMLError(f"{twice[0][:60]!r} is given twice")
+        if repeated := [key for key, count in keys.items() if count > 1]:
+            raise yaml.YAMLError(f"the key {repeated[0][:60]!r} occurs twice")
         return node
 
 
@@ -175,12 +175,11 @@ parse_yaml = partial(_parse, partial(yaml.load, Loader=UniqueKeyLoader), "YAML")
 
 
 @contextmanager
-def lock(path: str | Path, job: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of an output file or directory, a hidden file beside it, till the process ends.
+def lock(path: str | Path, job: str) -> Iterator[None]:
+    """Inside, hold the lock of an output file or directory: a hidden file beside it.
 
-    Of several ranks only rank 0 locks, and it may enter again. What a killed process has left of
-    `atomic` is removed. Raises ValueError, naming the process that holds the lock and its `job`, or
-    with `wait` waits for it.
+    Of several ranks only rank 0 locks; a process may enter again. Removes the temporary files of
+    killed processes. Raises ValueError, naming the process that holds the lock and its `job`.
     """
     path = Path(path).absolute()
     if fcntl is None or os.environ.get("RANK", "0") != "0" or path in _HELD:
@@ -191,11 +190,11 @@ def lock(path: str | Path, job: str, wait: bool = False) -> Iterator[None]:
     if path.is_dir() and not os.access(path.parent, os.W_OK):  # such as a mounted volume
         name = path / ".lock"
     while True:
-        file = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
+        file = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (closed in `finally`)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.05)  # it may have it for a moment only, and not have written its name yet
+            time.sleep(0.05)  # the holder may not have written its name yet
             file.seek(0)
             holder = file.read(200).strip() or "another process"
             file.close()
@@ -203,7 +202,7 @@ def lock(path: str | Path, job: str, wait: bool = False) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:
                 break
-        file.close()  # its last holder has removed it meanwhile
+        file.close()  # the last holder has removed the file meanwhile
     _HELD.add(path)
     try:
         file.truncate(0)

@@ -1,4 +1,4 @@
-"""Image files, PIL images and tensors at the program's edge, and labelled grids."""
+"""Reading and writing images, PIL images as tensors and back, and labelled grids."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from PIL.PngImagePlugin import PngInfo
 
 from moveimg.files import atomic
 
-MAX_PIXELS = 2**26  # of an image that is read; Pillow itself warns at a third more
-MAX_ASPECT = 16  # of a strip, before it is enlarged
+MAX_PIXELS = 2**26  # of an image that is read; Pillow warns above 4/3 of this
+MAX_ASPECT = 16  # longer strips are cropped before they are resized
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
             ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"}  # fmt: skip
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The central part of `image` with (height, width) `size`, after a resize that just covers it.
+    """Resize `image` to just cover (height, width) `size`, and crop it around its centre.
 
     As in ADM (Dhariwal and Nichol 2021, `center_crop_arr` in openai/guided-diffusion): a box
     filter halves the image while it is at least twice as large, a bicubic step does the rest.
     """
     height, width = size
     longest = MAX_ASPECT * min(image.size)
-    if max(image.size) > longest:  # enlarged whole, 60,000 x 1 pixels would take gigabytes
+    if max(image.size) > longest:  # resized whole, 60,000 x 1 pixels would need gigabytes
         image = _crop(image, min(image.width, longest), min(image.height, longest))
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -77,7 +77,7 @@ class ImageList(list[Image.Image]):
 
 
 def labelled_grid(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -> Image.Image:
-    """Rows of images of one size, each with its name at the left; small ones enlarged to 64."""
+    """Rows of images of one size, each with its name at the left; small ones enlarged."""
     scale = max(1, 64 // max(rows[0][0].size))
     width, height = (scale * pixels for pixels in rows[0][0].size)
     gap, font = 4, ImageFont.load_default(size=max(12, height // 5))
@@ -117,7 +117,7 @@ class UnreadableImageError(ValueError):
 
 
 def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = False) -> Image.Image:
-    """The RGB image of a file, named `identifier` in the UnreadableImageError that it may raise.
+    """The RGB image of a file. Raises UnreadableImageError, which names it `identifier`.
 
     as_published: without EXIF and transparency, as ADM and LlamaGen read ImageNet.
     """
@@ -134,7 +134,7 @@ def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = Fals
 def to_rgb(image: Image.Image, as_published: bool = False) -> Image.Image:
     """An opened image as RGB: turned as EXIF says, transparent pixels on white."""
     image.load()
-    deep = image.format in ("PPM", "PNG") or image.mode.startswith("I;16")  # dark as it may be
+    deep = image.format in ("PPM", "PNG") or image.mode.startswith("I;16")  # even if dark
     if not as_published:
         with suppress(Exception):  # broken EXIF data raises many kinds
             image = ImageOps.exif_transpose(image)

@@ -28,7 +28,7 @@ from moveimg.sampling import UNKNOWN, image_rngs, iter_codes, sample_codes
 
 __all__ = ["DEFAULT_MODEL", "Pipeline", "find_label", "resolve", "search_names"]
 
-MAX_IMAGES = 2**20  # of one call
+MAX_IMAGES = 2**20  # per call
 Classes = Iterable[str | int] | str | int
 Images = Iterable[Image.Image] | Image.Image | Tensor  # PIL images, or codes int64 [B, T]
 
@@ -67,28 +67,28 @@ class Pipeline:
         compile: bool = False,
         bank: str | None = None,
     ) -> Pipeline:
-        """Load a model: bundled (`digits`), in a directory, published or on the Hub.
+        """Load a bundled or published model, a model directory or a model on the Hub.
 
         Args:
             name_or_path: a bundled name, a model directory, a name of LlamaGen's public weights
                 (`llamagen-b-256`; downloaded and converted once), or a Hub id `owner/name`.
             device: cpu, cuda, mps, ...; left out, an accelerator if there is one.
-            dtype: of the generator: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else
+            dtype: the generator's: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else
                 float32. The tokenizer decodes in float32 at least.
-            quantize: int8 samples from matrices of 8 bits (CPU; faster, less exact).
-            compile: sample by a compiled decoding step (slow to start, then faster).
+            quantize: int8 samples with 8-bit weights (CPU; faster, less exact).
+            compile: compile the decoding step (slow to start, then faster).
             bank: int8 or int4 rounds the rows of the value bank, disk reads them from the model's
                 file when they are used, cpu keeps them in the memory of the CPU (for CUDA).
 
         Raises:
             FileNotFoundError: there is no such model, or it cannot be downloaded.
-            ValueError: it is damaged, or an option cannot be used.
+            ValueError: the model is damaged, or an option cannot be used.
         """
         where = pick_device(device)
         parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where), bank)
         pipeline = cls(parts, where, quantize, compile, str(name_or_path))
         if quantize is not None or compile:
-            _ = pipeline.decoder  # refuse now what cannot be quantized or compiled
+            _ = pipeline.decoder  # fail now if it cannot be quantized or compiled
         return pipeline
 
     def __repr__(self) -> str:
@@ -108,7 +108,7 @@ class Pipeline:
 
     @property
     def decoder(self) -> Transformer:
-        """The generator prepared for sampling on its device; made anew when weights change."""
+        """The generator prepared for sampling on its device; prepared again when weights change."""
         weights = [p for p in self.generator.parameters() if not p.is_inference()]
         state = tuple((p.data_ptr(), p.dtype, p._version) for p in weights)
         key = (self.generator, self.quantize, self.compile, state)
@@ -118,11 +118,11 @@ class Pipeline:
         return self._prepared[1]
 
     def label(self, name_or_index: str | int) -> int:
-        """The label of a class by its index, name, synonym or unambiguous part (see find_label)."""
+        """The label of a class by index, name, synonym or unambiguous part of a name."""
         return find_label(self.class_names, name_or_index)
 
     def settings(self, **options: Any) -> SamplingSettings:
-        """The model's sampling settings with the options that are not None. ValueError if bad."""
+        """The model's sampling settings, overridden by the options that are not None."""
         changes = {key: value for key, value in options.items() if value is not None}
         return validate(SamplingSettings, self.sampling.model_dump() | changes, "sampling settings")
 
@@ -135,13 +135,13 @@ class Pipeline:
         batch_size: int = 32,
         **options: Any,
     ) -> list[Image.Image]:
-        """Images of classes, `num` of each in a row.
+        """Draw `num` images of each class, class after class.
 
         Args:
-            classes: indices or names (see label), or one of them.
+            classes: indices or names (see label), or a single one.
             num: images per class.
-            seed: image i is drawn with seed + i, and can be drawn again alone (except with int8,
-                which rounds by the values of the whole batch).
+            seed: image i is drawn with seed + i and does not depend on the others (except with
+                int8, which rounds by the values of the whole batch).
             batch_size: images generated at once; more is faster and needs more memory.
             options: fields of SamplingSettings; those left out are the model's own.
         """
@@ -167,11 +167,11 @@ class Pipeline:
 
         Args:
             image: cropped to the model's size around its centre.
-            classes: as of sample.
+            classes: see sample.
             keep: top, bottom, left or right (half); a number of rows of codes from the top; a box
                 (left, top, right, bottom) of pixels; or a mask, light where the image is kept.
-            num: completions per class; completion i is drawn with seed + i.
-            seed: see num.
+            num: completions per class.
+            seed: completion i is drawn with seed + i.
             passes: resampling passes, where kept codes come after drawn ones (see moveimg.editing).
             options: fields of SamplingSettings; those left out are the model's own.
         """
@@ -190,10 +190,10 @@ class Pipeline:
         passes: int = 0,
         **options: Any,
     ) -> list[Image.Image]:
-        """Versions of an image with the area `hole` drawn anew, as one of its own class or another.
+        """Versions of an image with the area `hole` drawn anew, for its own class or another.
 
-        Pixels outside the hole are the image's own, blended over the seam. Arguments as of
-        complete, but `hole` is the area to draw.
+        Pixels outside the hole are the image's own, blended over the seam. `hole` has the forms of
+        complete's `keep`; for the other arguments see complete.
         """
         drawn = self.hole(hole)
         codes = self._redraw(image, self._repeat(classes, num), drawn, seed, passes, options)
@@ -202,13 +202,13 @@ class Pipeline:
     def log_likelihood(
         self, images: Images, classes: Classes, *, batch_size: int = 32
     ) -> Likelihood:
-        """log p(codes | class) of images or codes, each with its class, or all with the same."""
+        """log p(codes | class) of images or codes, each with its own class or all with one."""
         codes, labels = self.encode(images, batch_size=batch_size), self._labels(classes)
         if len(labels) not in (1, len(codes)):
             raise ValueError(f"{len(labels)} classes for {len(codes)} images: expected 1 or equal")
         labels = labels.expand(len(codes))
-        parts = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
-        log_probs = torch.cat([code_log_probs(self.decoder, *part) for part in parts])
+        batches = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
+        log_probs = torch.cat([code_log_probs(self.decoder, *batch) for batch in batches])
         return Likelihood(log_probs, math.prod(self.image_size))
 
     def classify(
@@ -241,7 +241,7 @@ class Pipeline:
         return center_crop(to_rgb(image), self.image_size)
 
     def encode(self, images: Images, *, batch_size: int = 32) -> Tensor:
-        """Codes int64 [B, T] of images, cropped to the model's size; codes stay."""
+        """Codes int64 [B, T] of images cropped to the model's size; codes pass unchanged."""
         if isinstance(images, Tensor):
             return images
         images = [images] if isinstance(images, Image.Image) else images
@@ -256,21 +256,21 @@ class Pipeline:
             return torch.cat([encode(to_tensor(batch).to(self.device)) for batch in batches])
 
     def hole(self, area: Area, kept: bool = False) -> Tensor:
-        """The codes to draw, bool [T]: those that touch an area, or its outside if it is kept."""
+        """bool [T]: the codes that touch an area, or if `kept`, those that touch its outside."""
         pixels = area_pixels(area, self.image_size, self.tokenizer.downsample)
         return hole_codes(pixels ^ kept, self.tokenizer.downsample).to(self.device)
 
     def _redraw(
         self, image: Image.Image, labels: Tensor, hole: Tensor, seed: int, passes: int, options: Any
     ) -> Tensor:
-        """Codes [B, T] of an image with those in the hole drawn anew, by labels [B]."""
+        """Codes [B, T] of an image, with the codes in the hole drawn anew for labels [B]."""
         known = self.encode([image])[0].masked_fill(hole, UNKNOWN)
         return redraw(self.decoder, labels, known, self.settings(**options), seed, passes)
 
     def sample_codes(
         self, classes: Classes, settings: SamplingSettings, *, seed: int = 0, batch_size: int = 32
     ) -> Tensor:
-        """Codes int64 [B, T] of classes, on the pipeline's device (arguments as of sample)."""
+        """Codes int64 [B, T] of classes, on the pipeline's device (arguments: see sample)."""
         return torch.cat([*self._batches(self._labels(classes), settings, seed, batch_size)])
 
     def iter_codes(
@@ -285,8 +285,8 @@ class Pipeline:
         """As sample_codes in one batch, but after every code: (codes so far, codes [B, T]).
 
         The tensor is filled from the left. known: int64 [T] or [B, T], see
-        moveimg.sampling.sample_codes. Where it is one image's, passes: resampling passes over the
-        other codes (see moveimg.editing), which count on beyond T.
+        moveimg.sampling.sample_codes. passes: resampling passes over the codes that `known` [T]
+        lacks (see moveimg.editing); the count of codes goes on beyond T.
         """
         labels, length = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
@@ -315,11 +315,11 @@ class Pipeline:
         hole: Tensor | None = None,
         original: Image.Image | None = None,
     ) -> list[Image.Image]:
-        """Images of the first `done` codes of codes int64 [B, T]; those to come are mid-grey.
+        """Images of the first `done` codes of codes int64 [B, T]; later codes are mid-grey.
 
-        hole: the codes that are drawn, bool [T]; the others are shown from the start. Left out, all
-        are drawn, and rows without codes are not decoded, so the lower edge still changes with the
-        next row. original: the image whose pixels are shown outside the hole, blended at the seam.
+        hole: bool [T], the codes that are drawn; the others are shown from the start. Without a
+        hole, rows of later codes are not decoded, so the lower edge still changes with the next
+        row. original: the image whose pixels are shown outside the hole, blended at the seam.
         """
         (height, width), pixels = self.generator.config.grid, self.tokenizer.downsample
         rows = height if hole is not None else -(-done // width)

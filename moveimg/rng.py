@@ -1,4 +1,4 @@
-"""Random numbers of a training from generators of its own, whatever other threads draw."""
+"""Random numbers of a training run from its own generators, unaffected by other threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 class Dropout(nn.Dropout):
     """Dropout whose mask is drawn from `generator`.
 
-    Without one, and in compiled graphs, which take no generator, from torch's default generator.
+    Without one, and in compiled graphs, the mask is drawn from torch's default generator.
     """
 
     generator: torch.Generator | None = None
@@ -29,7 +29,7 @@ class Dropout(nn.Dropout):
 
 
 def set_generator(model: nn.Module, generator: torch.Generator) -> None:
-    """Let all modules with an attribute `generator` draw from this one."""
+    """Set `generator` on all modules with an attribute of that name."""
     for module in model.modules():
         if hasattr(module, "generator"):
             module.generator = generator  # type: ignore[assignment]
@@ -37,7 +37,7 @@ def set_generator(model: nn.Module, generator: torch.Generator) -> None:
 
 @contextmanager
 def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
-    """Inside, the generator draws from `state` on; afterwards from where it was."""
+    """Inside, the generator draws from `state` on; afterwards its old state is restored."""
     before = generator.get_state()
     generator.set_state(state)
     try:
@@ -47,7 +47,7 @@ def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
 
 
 class InitialValues(TorchFunctionMode):
-    """Inside, what this thread initialises is drawn from a generator seeded with `seed`.
+    """Inside, this thread's initial weights are drawn from a generator seeded with `seed`.
 
     torch's layers draw their initial values without asking for a generator.
     """

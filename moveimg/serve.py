@@ -1,4 +1,4 @@
-"""The service of `moveimg serve`, on Ray Serve: images of classes over HTTP.
+"""The service of `moveimg serve`: images of classes over HTTP, on Ray Serve.
 
     Front, in Ray's proxy of each machine -> Generator replicas, each with the model
 
@@ -34,11 +34,11 @@ from moveimg.errors import describe, shorten, validate
 APP = "moveimg"
 IMAGES = "/v1/images/generations"
 MAX_BODY = 64 * 1024  # bytes
-ATTEMPTS = 3  # at a request whose replicas die
+ATTEMPTS = 3  # replicas that a request is sent to, if they die
 
 
 class ImageRequest(BaseModel):
-    """The body of a request for images; its other keys are those of SamplingSettings."""
+    """The body of a request for images; further keys are those of SamplingSettings."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -46,7 +46,7 @@ class ImageRequest(BaseModel):
     prompt: str | int | None = None
     class_: str | int | None = Field(None, alias="class")
     n: int = Field(1, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**32 - 2**16)  # room for that of the last image
+    seed: int | None = Field(None, ge=0, lt=2**32 - 2**16)  # room for the last image's seed
     size: str = "auto"
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png"] = "png"
@@ -63,8 +63,8 @@ class Order:
     seed: int
     n: int
     settings: SamplingSettings
-    partials: list[int]  # after how many codes partial images are shown
-    done: bool = False  # all images are shown, or nobody waits for them
+    partials: list[int]  # numbers of codes after which partial images are sent
+    done: bool = False  # all images are sent, or the client has gone
 
 
 @serve.deployment
@@ -95,7 +95,7 @@ class Generator:
         """Return images as OpenAI's API does, or its events for `stream`."""
         try:
             asked = validate(ImageRequest, from_json(await request.body()), "request")
-            order = self.plan(asked, int(request.headers["x-default-seed"]))
+            order = self.make_order(asked, int(request.headers["x-default-seed"]))
         except (LookupError, ValueError) as error:
             return refuse(404 if isinstance(error, LookupError) else 400, describe(error))
         events = self.draw(order)
@@ -107,8 +107,8 @@ class Generator:
             return refuse(500, images[-1]["error"]["message"])
         return JSONResponse({"created": int(time.time()), "data": images})
 
-    def plan(self, asked: ImageRequest, default_seed: int) -> Order:
-        """Return the order of a request. Raises ValueError for what this model cannot draw."""
+    def make_order(self, asked: ImageRequest, default_seed: int) -> Order:
+        """Return the order of a request. Raises LookupError for another model, or ValueError."""
         name = asked.class_ if asked.prompt is None else asked.prompt
         if asked.model not in (None, self.name):
             raise LookupError(f"model {shorten(asked.model)}: expected {self.name}")
@@ -131,7 +131,7 @@ class Generator:
         """Yield an order's images, drawn with other orders', as OpenAI's streaming events."""
         try:
             # serve.batch closes a batch when its window ends, even if the batch then has to wait:
-            # so what arrives while another batch is drawn is held back here.
+            # so requests that arrive while another batch is drawn are held back here.
             while not self.idle.is_set():
                 await self.idle.wait()
             async for event in self.draw_batch(order):
@@ -142,7 +142,7 @@ class Generator:
 
     @serve.batch(batch_size_fn=lambda orders: sum(order.n for order in orders))
     async def draw_batch(self, orders: list[Order]) -> AsyncIterator[list[Any]]:
-        """Yield lists of a new event or None for each order, StopIteration once it is done."""
+        """Yield lists: for each order an event or None, and StopIteration once it is done."""
         from moveimg.device import release_memory
 
         self.idle.clear()
@@ -168,7 +168,7 @@ class Generator:
     def _draw_group(
         self, orders: list[Order], settings: SamplingSettings
     ) -> Iterator[dict[Order, dict[str, Any]]]:
-        """Draw orders of the same settings, apart from cfg_scale; yields an order's new event."""
+        """Draw orders whose settings differ in cfg_scale alone; yields {order: event}."""
         import torch
 
         from moveimg.images import png_bytes
@@ -188,7 +188,7 @@ class Generator:
             for row, (order, i) in enumerate(rows):
                 if order.done or not (complete or position in order.partials):
                     continue
-                # one by one, because pixels must not depend on the batch either
+                # one by one: pixels must not depend on the batch
                 image = pipeline.decode_partial(codes[row : row + 1], position)[0]
                 about = {"class": order.label, "seed": order.seed + i}
                 png = png_bytes(image, about | order.settings.model_dump())
@@ -233,7 +233,7 @@ class Front:
         A second answer has the messages of the first: those already sent are left out.
         """
         seed = (b"x-default-seed", str(secrets.randbelow(2**31)).encode())
-        scope["headers"] = [*scope["headers"], seed]
+        scope["headers"] = [seed, *scope["headers"]]  # the first of a name counts
         sent, text = 0, f"the request's replica died, {ATTEMPTS} times".encode()
         for _ in range(ATTEMPTS):
             bodies, seen, status, complete = [{"type": "http.request", "body": body}], 0, 0, False
@@ -259,7 +259,7 @@ class Front:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """Return what Ray's proxy adds; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this."""
+    """Return the middlewares of Ray's proxy (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
     return [Middleware(Front)]
 
 

@@ -17,7 +17,7 @@ from moveimg.data.codes import (
     Manifest,
     PackedCodes,
     epoch_order,
-    write_record,
+    save_json,
     write_shard,
 )
 
@@ -37,7 +37,7 @@ def pack(directory: Path, codes: np.ndarray, labels: np.ndarray, shard_size: int
         "source_digest": "0" * 64, "dtype": "unchanged", "batch_size": 1, "shard_size": shard_size,
     }  # fmt: skip
     about = {"source": "a test", "n_images": len(codes), "shards": tuple(shards), "skipped": ()}
-    write_record(directory / "manifest.json", Manifest(settings=settings, **about))
+    save_json(directory / "manifest.json", Manifest(settings=settings, **about))
     return PackedCodes(directory)
 
 

@@ -132,7 +132,7 @@ def test_resized_sets_are_scored_at_their_new_size(pipeline, tmp_path):
 def test_a_bundled_model_is_scored_without_any_download(tmp_path):
     options = ["--num-samples", 20, "--batch-size", 10, "--out", tmp_path / "out"]
     shown = run("evaluate", "digits", *options)
-    assert "compares with nothing but itself" in shown.output
+    assert "comparable only with itself" in shown.output
     assert "20 images for 64 features" in shown.stderr
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(data["metrics"]) >= {"fid", "precision", "recall", "kid", "accuracy", "distinct"}
@@ -159,7 +159,7 @@ def test_an_extractor_of_ones_own_and_samples_of_another_program(tmp_path, monke
         shown = run(*samples, "--reference", tmp_path / f"{name}.npz")
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         metrics.append(results["metrics"])
-    assert "compares with nothing but itself" in shown.output and "singular" in shown.stderr
+    assert "comparable only with itself" in shown.output and "singular" in shown.stderr
     assert abs(metrics[0]["fid"]) < 1e-6 < metrics[1]["fid"] and metrics[0]["precision"] == 1
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((tmp_path / "e.safetensors").read_bytes()[:1000])

@@ -1,4 +1,4 @@
-"""The application, the options that several commands share, and errors on one line."""
+"""The typer application, options of several commands, and errors on one line."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class Commands(TyperGroup):
         raise SystemExit(2)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):  # in whole sentences
+        with formatter.section("Commands"):  # not shortened
             formatter.write_dl([(k, c.get_short_help_str(200)) for k, c in self.commands.items()])
 
 
 def describe_usage(error: Any) -> str:
-    """What typer says of an option or argument, with the refused value and where help is."""
+    """typer's message on an option or argument, with the refused value and the help command."""
     if type(error).__name__ == "NoArgsIsHelpError":  # a group's name alone prints its help
         return error.format_message()
     message = " ".join(error.format_message()[:600].split()).rstrip(".")[:300]
-    problems: Any = getattr(error.__cause__, "errors", list)()  # pydantic's, of a range
+    problems: Any = getattr(error.__cause__, "errors", list)()  # pydantic's, for a range
     if problems and (value := shorten(problems[0]["input"])) not in message:
         message += f" (got {value})"
     hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
@@ -85,12 +85,12 @@ Num = Annotated[int, Option(min=1, max=10_000, help="Images (per class).")]
 ImageSize = Annotated[str, Option("--size", help="Pixels of a square's side, or HEIGHTxWIDTH.")]
 BatchSize = Annotated[int, Option(min=1, max=65536, help="Images in one batch.")]
 Quantize = Annotated[
-    str | None, Option(help="int8: 8-bit matrices on a CPU; codes depend on the batch.")
+    str | None, Option(help="int8: 8-bit weights on a CPU; codes depend on the batch.")
 ]
 Bank = Annotated[
     str | None, Option(help="Rows of the value bank: int8, int4, disk (read when used) or cpu.")
 ]
-Compile = Annotated[bool, Option("--compile", help="Compile the decoding step: a slow start.")]
+Compile = Annotated[bool, Option("--compile", help="Compile the decoding step: slow to start.")]
 
 
 def show_version(asked: bool) -> None:
@@ -108,7 +108,7 @@ def main(
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace a command's parameter `settings` by one option for each of SamplingSettings.
+    """Replace a command's parameter `settings` by an option for each of SamplingSettings.
 
     The function receives a dictionary of the settings that were set on the command line.
     """
@@ -124,8 +124,8 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(**arguments: Any) -> Any:
-        given = {name: arguments.pop(name) for name in fields}
-        settings = {name: value for name, value in given.items() if value is not None}
+        values = {name: arguments.pop(name) for name in fields}
+        settings = {name: value for name, value in values.items() if value is not None}
         return function(**arguments, settings=settings)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -152,7 +152,7 @@ def find_config(name: str, kind: type, overrides: list[str] | None) -> Any:
 
 
 def device_of(name: str | None) -> Any:
-    """The torch device of a --device option; on a CPU the process keeps freed memory from now."""
+    """The torch device of a --device option; a process on a CPU keeps freed memory from now on."""
     from moveimg.device import keep_memory, pick_device
 
     device = pick_device(name)

@@ -27,9 +27,9 @@ Out = Annotated[Path, Option(help="The directory to make.")]
 def llamagen(
     out: Out,
     vq: Path = Option(help="The tokenizer's weights, such as vq_ds16_c2i.pt."),
-    gpt: Path | None = Option(None, help="The generator's; default: the tokenizer only."),
-    image_size: int | None = Option(None, min=1, max=8192, help="Pixels per side, if not known."),
-    heads: int | None = Option(None, min=1, max=4096, help="Attention heads, if not known."),
+    gpt: Path | None = Option(None, help="The generator's weights; default: tokenizer only."),
+    image_size: int | None = Option(None, min=1, max=8192, help="Pixels per side, if unknown."),
+    heads: int | None = Option(None, min=1, max=4096, help="Attention heads, if unknown."),
 ) -> None:
     """Convert LlamaGen's generator and tokenizer, or its tokenizer alone."""
     from moveimg.pretrained.llamagen import convert_llamagen
@@ -61,7 +61,7 @@ def upcycle(
     lave: str | None = Option(None, help="LaVE on alternate or all layers."),
     memory: str | None = Option(None, help="Any memory, as '{kind: move, slots: 6}'."),
 ) -> None:
-    """Add a zero-initialised value memory to a dense model; its logits stay the same bits."""
+    """Add a zero-initialised value memory to a dense model; its logits do not change."""
     from moveimg.pipeline import resolve
     from moveimg.pretrained.upcycle import convert_upcycle
 
@@ -78,7 +78,7 @@ def upcycle(
 
 @command
 def push(
-    model: str = Argument(help="A bundled name or a model directory."),
+    model: str = Argument(help="A bundled model's name or a model directory."),
     repo: str | None = Argument(None, metavar="OWNER/NAME", help="On the Hugging Face Hub."),
     out: Path | None = Option(None, help="Write the files into this directory."),
     space: bool = Option(False, "--space", help="A Gradio Space with the demo, not the model."),

@@ -29,10 +29,10 @@ def demo(
         str | None, typer.Option(metavar="USER:PASSWORD", help="Or a file of such lines.")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A name that visitors use; repeatable.")
+        list[str] | None, typer.Option(help="A host name of this server; repeatable.")
     ] = None,
     trust_proxy: Annotated[
-        bool, typer.Option("--trust-proxy", help="Believe X-Forwarded-For.")
+        bool, typer.Option("--trust-proxy", help="Identify visitors by X-Forwarded-For.")
     ] = False,
     queue: Annotated[int, typer.Option(min=1, help="Jobs that may wait.")] = 64,
     per_visitor: Annotated[int, typer.Option(min=1, help="Jobs of one visitor.")] = 2,
@@ -40,7 +40,7 @@ def demo(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Serve the web demo until it is interrupted: choose a class, see it drawn code by code."""
+    """Serve the web demo until it is interrupted: choose a class and see it drawn code by code."""
     from moveimg.demo.jobs import Models
     from moveimg.demo.server import build_server, read_auth
     from moveimg.device import limit_arenas, pick_device, pick_dtype
@@ -49,7 +49,7 @@ def demo(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     limit_arenas()
     accounts = read_auth(auth)
-    pick_dtype(dtype, pick_device(device))  # refuses what the machine does not have
+    pick_dtype(dtype, pick_device(device))  # fails if the machine lacks them
     models = Models(model or [DEFAULT_MODEL], max_models, device, dtype)
     server, listener = build_server(
         models, host=host, port=port, auth=accounts, allow_hosts=tuple(allow_host or ()),

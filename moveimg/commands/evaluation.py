@@ -32,16 +32,16 @@ def evaluate(
         None,
         help="imagenet256, an .npz, a folder, or a data set (NAME, NAME:val, NAME:val:0.1).",
     ),
-    samples: Path | None = Option(None, help="Score this .npz or folder of any program."),
+    samples: Path | None = Option(None, help="Score this .npz or folder of images."),
     # not --num: torchrun reads that as an abbreviation of an option of its own
     num: int | None = Option(
-        None, "--num-samples", min=4, help="50,000, or 2,000 with classifier."
+        None, "--num-samples", min=4, help="50,000, or 2,000 with a classifier."
     ),
     seed: common.Seed = 0,
     batch_size: common.BatchSize = 100,
     set: common.Set = None,
     sweep: str | None = Option(None, metavar="KEY=A,B,...", help="As cfg_scale=1.25,1.5,1.75."),
-    resize: int | None = Option(None, min=1, max=4096, help="Pixels to score at (bicubic)."),
+    resize: int | None = Option(None, min=1, max=4096, help="Resize to these pixels (bicubic)."),
     out: Path | None = Option(None, help="Folder; default: evaluation/MODEL-HASH."),
     extractor: Extractor = None,
     inception_weights: Inception = None,
@@ -51,7 +51,7 @@ def evaluate(
     device: common.Device = None,
     dtype: common.Dtype = None,
 ) -> None:
-    """Checkpoint, or a set of samples -> FID, sFID, IS, precision, recall, KID."""
+    """Measure FID, sFID, IS, precision, recall and KID of a model or a set of samples."""
     from moveimg.evaluation import run as runner
 
     names, files = names or [], (extractor, inception_weights)
@@ -79,13 +79,17 @@ def evaluate(
         reference = reference or runner.REFERENCES.get(name)
         if reference is None:
             raise ValueError(f"{name} needs a --reference: imagenet256, an .npz or a folder")
-        key, _, values = (sweep or "").partition("=")
-        changes = [[*(set or []), f"{key}={value}"] for value in values.split(",") if value]
+        changes = [set or []]
+        if sweep is not None:
+            key, _, values = sweep.partition("=")
+            if not values:
+                raise ValueError(f"--sweep {sweep}: expected KEY=A,B,...")
+            changes = [[*(set or []), f"{key}={value}"] for value in values.split(",")]
         pipeline = Pipeline.from_pretrained(name, device=own_device(device), dtype=dtype)
         network = runner.open_extractor(reference, *files, pipeline.device)
         num = num or (50_000 if network.class_names is None else 2_000)
         results = []
-        for changed in changes or [set or []]:
+        for changed in changes:
             plan = make_plan(pipeline, num, seed, batch_size, resize, override({}, changed))
             folder = out / changed[-1] if out and sweep else out
             if done := runner.evaluate_model(pipeline, plan, reference, network, folder):
@@ -100,15 +104,15 @@ def reconstruct(
     images: str = Argument(help="A data set's name, or a folder."),
     tokenizer: Path = Option(help="Directory of a tokenizer or model, or a bundled name."),
     size: common.ImageSize = "256",
-    split: Split = Option("val", help="Of the images."),
+    split: Split = Option("val", help="The split of the images."),
     out: Path | None = Option(None, help="A PNG of images and reconstructions."),
-    rfid: bool = Option(True, help="Compute rFID, too."),
+    rfid: bool = Option(True, help="Compute rFID."),
     reference: str | None = Option(None, help="For rFID: an .npz or folder; default: the images."),
     extractor: Extractor = None,
     inception_weights: Inception = None,
     device: common.Device = None,
 ) -> None:
-    """Images through a tokenizer and back: rFID, PSNR, SSIM and code usage, as JSON."""
+    """Encode and decode images, and print rFID, PSNR, SSIM and code usage as JSON."""
     from moveimg.checkpoint import load_tokenizer
     from moveimg.data import open_images
     from moveimg.evaluation import run as runner
@@ -129,7 +133,7 @@ def reconstruct(
         except FileNotFoundError as error:
             if any((*files, reference)):
                 raise
-            print(f"rFID left out: {error}", file=sys.stderr)  # nobody asked for Inception
+            print(f"rFID left out: {error}", file=sys.stderr)  # Inception was not asked for
     if network is not None and reference is not None:
         real = open_reference(reference, pixels, network)
     with nullcontext() if out is None else lock(out, "moveimg reconstruct"):
@@ -140,7 +144,7 @@ def reconstruct(
 
 
 def _report(results: Sequence[dict[str, Any]]) -> None:
-    """Warnings on stderr, the numbers as a Markdown table."""
+    """Print warnings on stderr and the metrics as a Markdown table."""
     from moveimg.evaluation.run import results_table
 
     for line in dict.fromkeys(line for result in results for line in result["warnings"]):

@@ -1,4 +1,4 @@
-"""The reference of all YAML keys, made from the models of moveimg.config."""
+"""The reference of all YAML keys, from the pydantic models of moveimg.config."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 8000,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of a replica; default: its share of the cores.")
+        int | None, typer.Option(min=1, help="CPU threads of a replica; default: cores / replicas.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once, at most.")] = 32,
     window: Annotated[float, typer.Option(min=0, help="Seconds to wait for a batch.")] = 0.02,
@@ -57,7 +57,7 @@ def serve(
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine is slow to start
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moveimg.serve.proxy_middlewares",
     }
-    os.environ |= defaults | os.environ  # those of the user win
+    os.environ |= defaults | os.environ  # the user's values win
     import ray
     from ray import serve as ray_serve
 
@@ -65,8 +65,8 @@ def serve(
     from moveimg.pipeline import resolve
     from moveimg.serve import APP, Generator
 
-    where, name = pick_device(device), Path(model).resolve().name  # without its path
-    pick_dtype(dtype, where)  # refuses what the machine does not have
+    where, name = pick_device(device), Path(model).resolve().name  # not its path
+    pick_dtype(dtype, where)  # fails if the machine lacks them
     if (folder := resolve(model)) == Path(model):
         model = str(folder.resolve())
     threads = threads or max(1, (os.cpu_count() or 1) // replicas)

@@ -30,8 +30,8 @@ def encode(
     size: common.ImageSize = "256",
     crops: str = Option("center", help="Views: center, flip, five or ten."),
     ranges: list[float] = Option([1.0], "--range", help="Cut from size * range; repeatable."),
-    val_fraction: float | None = Option(None, help="Share held out; default: the source's split."),
-    data_root: Path | None = Option(None, help="Of downloaded sets; default: $MOVEIMG_DATA."),
+    val_fraction: float | None = Option(None, help="Held-out share; default: the source's split."),
+    data_root: Path | None = Option(None, help="Folder of downloads; default: $MOVEIMG_DATA."),
     batch_size: int | None = Option(None, min=1, max=65536, help="Views; default: by device."),
     device: common.Device = None,
     dtype: common.Dtype = None,
@@ -100,12 +100,12 @@ def compare(
     seeds: str = Option("0,1,2", help="Comma-separated seeds."),
     jobs: int = Option(1, min=1, max=256, help="Trainings at the same time."),
     set: common.Set = None,
-    vary: list[str] = Option([], metavar="KEY.PATH", help="A key in which they may differ, too."),
+    vary: list[str] = Option([], metavar="KEY.PATH", help="Another key that may differ."),
     device: common.Device = None,
 ) -> None:
     """Train several configs with several seeds, and write a table and plots.
 
-    Finished runs are read, not repeated; the same command continues what was stopped.
+    Finished runs are not repeated; the same command continues stopped runs.
     """
     where = device_of(device)
     from moveimg.compare import compare, parse_seeds
@@ -127,7 +127,7 @@ def config_reference() -> None:
 def configs(
     name: str | None = Argument(None, help="Print this recipe; default: list all."),
 ) -> None:
-    """List the recipes that `train` and others take by name, or print one as YAML."""
+    """List the recipes, which commands accept by name, or print one as YAML."""
     if name is not None:
         print(yaml_of(name), end="")
         return

@@ -66,7 +66,7 @@ def sample(
     labels = [pipeline.label(name) for name in classes or range(min(20, len(names)))]
     titles, labels = [names[label] for label in labels], [i for i in labels for _ in range(num)]
     sampling = pipeline.settings(**settings)
-    shown = Path(model).resolve().name if Path(model).is_dir() else model  # PNGs are passed on
+    shown = Path(model).resolve().name if Path(model).is_dir() else model  # no path in a PNG
     number_type = str(pipeline.generator.head.weight.dtype).removeprefix("torch.")
     made: dict[str, Any] = {
         "model": shown,
@@ -105,9 +105,9 @@ def edit(
     *,
     image: Path = Argument(help="An image file; cropped to the model's size."),
     classes: common.Classes = None,
-    keep: str | None = Option(None, help="Complete: top, left, ..., rows of codes, a box, a mask."),
+    keep: str | None = Option(None, help="Keep: top, left, ..., rows of codes, a box or a mask."),
     hole: str | None = Option(None, help="Draw anew: an area; boxes are left,top,right,bottom."),
-    passes: int = Option(0, min=0, max=1000, help="Resampling passes, to fit kept codes behind."),
+    passes: int = Option(0, min=0, max=1000, help="Resampling passes, to fit later kept codes."),
     model: common.Model = DEFAULT_MODEL,
     num: common.Num = 4,
     seed: common.Seed = 0,
@@ -171,7 +171,7 @@ def score(
     classify: bool = Option(False, "--classify", help="Find the likeliest class (C passes)."),
     model: common.Model = DEFAULT_MODEL,
     batch_size: common.BatchSize = 32,
-    out: Path = Option(Path("scores.csv"), help="The table; a grid is beside it."),
+    out: Path = Option(Path("scores.csv"), help="The table; a grid is written beside it."),
     device: common.Device = None,
     dtype: common.Dtype = None,
 ) -> None:
@@ -195,17 +195,17 @@ def score(
             codes = pipeline.encode([images.load(row) for row in rows])
             guesses = pipeline.classify(codes, top_k=1) if classify or labels is None else []
             likeliest = [names.index(name) for ((name, _),) in guesses]
-            given = likeliest if labels is None else [labels[images.labels[row]] for row in rows]
-            found = pipeline.log_likelihood(codes, given)
-            right += sum(map(int.__eq__, likeliest, given))
+            chosen = likeliest if labels is None else [labels[images.labels[row]] for row in rows]
+            likelihood = pipeline.log_likelihood(codes, chosen)
+            right += sum(map(int.__eq__, likeliest, chosen))
             for i, row in enumerate(rows):
-                line: dict[str, Any] = {"image": images.identifiers[row], "class": names[given[i]]}
+                line: dict[str, Any] = {"image": images.identifiers[row], "class": names[chosen[i]]}
                 for key in ("nats_per_code", "bits_per_code", "bits_per_pixel"):
-                    line[key] = f"{getattr(found, key)[i]:.5f}"
+                    line[key] = f"{getattr(likelihood, key)[i]:.5f}"
                 if guesses:
                     line["likeliest"], share = guesses[i][0]
                     line["probability"] = f"{share:.5f}"
-                table.append((found.nats_per_code[i].item(), row, line))
+                table.append((likelihood.nats_per_code[i].item(), row, line))
             bar.update(len(rows))
     table.sort(key=lambda entry: -entry[0])
     text = io.StringIO(newline="")
@@ -226,14 +226,14 @@ def score(
 def _open_labelled(
     source: str, split: Any, pipeline: Pipeline
 ) -> tuple[ImageSource, list[int] | None]:
-    """The readable images, and each class's label in the model; None where they have no class."""
-    from moveimg.data import drop_unreadable, find_splits, open_flat_folder, open_images
+    """The readable images, and the model's label of each class; None for images without classes."""
+    from moveimg.data import drop_unreadable, find_split_folders, open_flat_folder, open_images
     from moveimg.images import SUFFIXES
 
     folder = Path(source)
     if folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
         return drop_unreadable(open_flat_folder(folder)), None
-    if split is None and folder.is_dir() and not find_splits(folder):
+    if split is None and folder.is_dir() and not find_split_folders(folder):
         images = open_images(source, "train", 0.0)  # all of them
     else:
         images = open_images(source, split or "val")
@@ -244,7 +244,7 @@ def _open_labelled(
 def info(
     model: common.ModelOrConfig,
     set: common.Set = None,
-    train: bool = Option(False, "--train", help="Estimate a training: memory, hours, disk."),
+    train: bool = Option(False, "--train", help="Estimate memory, hours and disk of training."),
     gpus: int | None = Option(None, min=1, max=65536, help="Default: up to 8, by micro_batch."),
     gpu: str = Option("H100", help="The kind of GPU that trains: H100, A100, ..."),
     as_json: bool = Option(False, "--json", help="Print JSON, not a table."),
@@ -281,7 +281,7 @@ def info(
 @command
 def inspect(
     model: str = Argument(help="A model's name or directory."),
-    codes: Path | None = Option(None, help="Packed codes to read; default: the model's samples."),
+    codes: Path | None = Option(None, help="Packed codes; default: the model's samples."),
     num: common.Num = 256,
     batch_size: common.BatchSize = 32,
     seed: common.Seed = 0,

@@ -10,7 +10,7 @@ from moveimg.data.encode import (
     encode_images,
     encode_splits,
 )
-from moveimg.data.folders import find_splits, open_flat_folder, walk_images
+from moveimg.data.folders import find_split_folders, open_flat_folder, walk_images
 from moveimg.data.images import (
     ImageSource,
     Split,

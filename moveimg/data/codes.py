@@ -13,25 +13,20 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt
 
 from moveimg.config import Size
+from moveimg.config.model import Config
 from moveimg.config.run import Crops
 from moveimg.errors import validate
 from moveimg.files import atomic, parse_json, read_text, write_text
 
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 512 * 2**20  # bytes; a skipped image takes a line
+MANIFEST_LIMIT = 512 * 2**20  # bytes; a skipped image is a line
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Record(BaseModel):
-    """A frozen part of a file, unknown keys forbidden."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Shard(Record):
+class Shard(Config):
     """Two files: the codes and the labels of `n` images."""
 
     codes: Annotated[str, Field(pattern=r"^codes-\d{5,}\.npy$")]
@@ -41,22 +36,22 @@ class Shard(Record):
     labels_sha256: Sha256
 
 
-class Skipped(Record):
+class Skipped(Config):
     """An image that could not be read, and why."""
 
     path: str
     reason: str
 
 
-class FinishedShard(Record):
-    """A shard on disk, and the images left out of it; no shard where none could be read."""
+class FinishedShard(Config):
+    """A shard on disk and the images left out of it; `shard` is None if no image could be read."""
 
     shard: Shard | None
     skipped: tuple[Skipped, ...]
 
 
-class EncodeSettings(Record):
-    """Everything that the bytes of the shards follow from."""
+class EncodeSettings(Config):
+    """All settings that determine the bytes of the shards."""
 
     tokenizer_fingerprint: str
     codebook_size: int = Field(ge=1, le=2**16)  # codes are uint16 on disk
@@ -72,7 +67,7 @@ class EncodeSettings(Record):
     shard_size: PositiveInt  # images a shard is made from
 
 
-class Manifest(Record):
+class Manifest(Config):
     """The content of manifest.json; `source` names the images, `skipped` were unreadable."""
 
     format_version: Literal[1] = 1
@@ -83,14 +78,14 @@ class Manifest(Record):
     skipped: tuple[Skipped, ...]
 
 
-def read_record(path: Path, kind: type[Any]) -> Any:
-    """The `Record` of a JSON file. Raises ValueError with one line that names the first fault."""
+def load_json(path: Path, kind: type[Any]) -> Any:
+    """The pydantic model `kind` in a JSON file. Raises ValueError, which names the first fault."""
     return validate(kind, parse_json(read_text(path, MANIFEST_LIMIT), str(path)), str(path))
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a record as JSON, atomically."""
-    write_text(path, record.model_dump_json(indent=1) + "\n")
+def save_json(path: Path, model: BaseModel) -> None:
+    """Write a pydantic model as JSON, atomically."""
+    write_text(path, model.model_dump_json(indent=1) + "\n")
 
 
 def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndarray) -> Shard:
@@ -129,7 +124,7 @@ class PackedCodes:
         if not (self.directory / MANIFEST).is_file():
             expected = "expected codes of a finished `moveimg encode`"
             raise FileNotFoundError(f"'{directory}' holds no {MANIFEST}: {expected}")
-        self.manifest: Manifest = read_record(self.directory / MANIFEST, Manifest)
+        self.manifest: Manifest = load_json(self.directory / MANIFEST, Manifest)
         self.settings = settings = self.manifest.settings
         self.n_crops, self.codebook_size = settings.n_crops, settings.codebook_size
         self.image_size, self.grid = settings.image_size, settings.grid
@@ -191,7 +186,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def crop_choice(n: int, n_crops: int, seed: int, epoch: int) -> np.ndarray:
-    """The view each of `n` images shows in an epoch: int64 [n] in 0..n_crops-1, uniform."""
+    """The view of each of `n` images in an epoch: int64 [n] in 0..n_crops-1, uniform."""
     return np.random.default_rng((seed, epoch, 1)).integers(n_crops, size=n)
 
 
@@ -213,11 +208,11 @@ class Batches:
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """This rank's slice of a step's batch: codes int64 [b, T], labels and image indices [b].
 
-        b = batch_size / world_size; the slices of all ranks are the batch of a single one.
+        b = batch_size / world_size; all ranks' slices together are the batch of one process.
         """
         local = self.batch_size // world_size
         start = step * self.batch_size + rank * local
-        epochs, places = np.divmod(np.arange(start, start + local), self.images_per_epoch)
+        epochs, positions = np.divmod(np.arange(start, start + local), self.images_per_epoch)
         indices, crops = np.empty((2, local), np.int64)
         for epoch in np.unique(epochs).tolist():
             if self._cached is None or self._cached[0] != epoch:
@@ -225,7 +220,7 @@ class Batches:
                 choice = crop_choice(n, self.codes.n_crops, seed, epoch)
                 self._cached = epoch, epoch_order(n, seed, epoch), choice
             here = epochs == epoch
-            indices[here] = self._cached[1][places[here]]
+            indices[here] = self._cached[1][positions[here]]
             crops[here] = self._cached[2][indices[here]]
         codes, labels = self.codes.get(indices, crops)
         return codes, labels, indices

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Parts
+from moveimg.data.images import ImageSource, Splits
 from moveimg.errors import describe
 from moveimg.files import atomic
 from moveimg.images import UnreadableImageError, read_image, to_rgb
 
-Arguments = dict[str, dict[str, Any]]  # of torchvision's class, for each of the set's own splits
+Arguments = dict[str, dict[str, Any]]  # split -> arguments of torchvision's class
 TRAIN_FLAG: Arguments = {"train": {"train": True}, "test": {"train": False}}
 TWO_SPLITS: Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
 THREE_SPLITS: Arguments = TWO_SPLITS | {"val": {"split": "val"}}
@@ -45,17 +45,17 @@ DATASETS: dict[str, tuple[str, Arguments]] = {
     "caltech256": ("Caltech256", {"train": {}}),
 }
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
-PART_OF = {"train": "train", "test": "test", "validation": "val", "val": "val", "valid": "val"}
+SPLIT_OF = {"train": "train", "test": "test", "validation": "val", "val": "val", "valid": "val"}
 
 
 def is_named_source(source: str | Path) -> bool:
-    """Whether a source is a named data set, or an id `owner/name` of the Hub that is no folder."""
+    """Whether a source is a named data set, or a Hub id `owner/name` that is not a folder."""
     text = str(source)
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists()
     return text == "digits" or text in DATASETS or bool(on_hub and find_spec("datasets"))
 
 
-def find_parts(name: str, data_root: Path | None = None) -> Parts:
+def find_splits(name: str, data_root: Path | None = None) -> Splits:
     """The splits of a named data set, which is downloaded when the first of them is opened.
 
     Opening a split raises FileNotFoundError where its files are missing and cannot be downloaded.
@@ -63,15 +63,15 @@ def find_parts(name: str, data_root: Path | None = None) -> Parts:
     if name not in DATASETS:
         return find_tables(name)
     root = data_root or Path(os.environ.get("MOVEIMG_DATA") or Path.home() / ".cache/moveimg/data")
-    return {part: partial(_open_part, name, part, root) for part in DATASETS[name][1]}
+    return {split: partial(_open_split, name, split, root) for split in DATASETS[name][1]}
 
 
-def _open_part(name: str, part: str, root: Path) -> ImageSource:
-    dataset = _open_dataset(name, part, root)
+def _open_split(name: str, split: str, root: Path) -> ImageSource:
+    dataset = _open_dataset(name, split, root)
     key = next((k for k in ("targets", "labels", "_labels", "y") if hasattr(dataset, k)), None)
     labels = getattr(dataset, key) if key else [sample[1] for sample in dataset._samples]
     labels = np.asarray(labels).astype(np.int32)
-    identifiers = [f"{name}/{part}/{row:05d}" for row in range(len(labels))]
+    identifiers = [f"{name}/{split}/{row:05d}" for row in range(len(labels))]
     names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     names = names or range(int(labels.max()) + 1)
     names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
@@ -80,17 +80,17 @@ def _open_part(name: str, part: str, root: Path) -> ImageSource:
     return ImageSource(name, names, identifiers, labels, load, content)
 
 
-def _open_dataset(name: str, part: str, root: Path) -> Any:
+def _open_dataset(name: str, split: str, root: Path) -> Any:
     from torchvision import datasets
 
-    kind, parts = DATASETS[name]
+    kind, splits = DATASETS[name]
     for path in DEBIAN_FASHION_MNIST.glob("*.gz") if name == "fashion-mnist" else ():
         unpacked = root / "FashionMNIST/raw" / path.stem  # where torchvision reads it
         if not unpacked.exists():
             with atomic(unpacked) as temporary:
                 temporary.write_bytes(gzip.decompress(path.read_bytes()))
-    make = partial(getattr(datasets, kind), root=str(root), **parts[part])
-    if "loader" in inspect.signature(make).parameters:  # torchvision's own ignores EXIF
+    make = partial(getattr(datasets, kind), root=str(root), **splits[split])
+    if "loader" in inspect.signature(make).parameters:  # torchvision's ignores EXIF
         make.keywords["loader"] = partial(read_image, identifier=name)
     try:
         with redirect_stdout(sys.stderr):
@@ -102,7 +102,7 @@ def _open_dataset(name: str, part: str, root: Path) -> Any:
     except Exception as error:  # urllib, torchvision and the sets' own readers raise many kinds
         raise FileNotFoundError(
             f"the data set {name} cannot be downloaded ({describe(error, 150)}): expected the "
-            f"files of torchvision.datasets.{kind} in '{root}', --data-root or $MOVEIMG_DATA"
+            f"files of torchvision.datasets.{kind} in '{root}' (--data-root or $MOVEIMG_DATA)"
         ) from None
 
 
@@ -118,10 +118,10 @@ def _read_pixels(dataset: Any, row: int) -> str:
     return np.asarray(dataset[row][0]).tobytes().hex()
 
 
-def find_tables(source: Path | str) -> Parts:
+def find_tables(source: Path | str) -> Splits:
     """The splits of a folder of Parquet files, or of a data set `owner/name` of the Hub.
 
-    Raises ValueError where the library `datasets` is not installed, or columns are missing.
+    Raises ValueError if the library `datasets` is not installed, or columns are missing.
     """
     try:
         import datasets
@@ -141,13 +141,13 @@ def find_tables(source: Path | str) -> Parts:
     except Exception as error:  # its loaders raise many kinds for broken files
         reason = describe(error.__cause__ or error, 300)
         raise ValueError(
-            f"'{source}' is no folder or data set with a split `train`, a column of images and one "
-            f"of labels: {reason}"
+            f"'{source}': expected a folder or data set with a split `train`, a column of images "
+            f"and one of labels: {reason}"
         ) from error
     return {
-        PART_OF[name]: partial(_open_table, source, name, tables[name], image, label, values)
+        SPLIT_OF[name]: partial(_open_table, source, name, tables[name], image, label, values)
         for name in reversed(tables)
-        if name in PART_OF
+        if name in SPLIT_OF
     }
 
 

@@ -1,7 +1,7 @@
-"""Images -> packed codes, in shards that ranks share and that survive an interruption.
+"""Images -> packed codes, in shards: divided among ranks, and kept if the run is stopped.
 
 Until the manifest is written, the directory also holds `progress.json` (the settings) and one
-`finished-00000.json` per whole shard, with its sha256.
+`finished-00000.json` per finished shard, with its sha256.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_WORKERS = 8
 
 
 class ChangedSettingsError(ValueError):
-    """A directory holds codes of other settings."""
+    """The directory holds codes of other settings."""
 
 
 def encode_images(
@@ -53,14 +53,14 @@ def encode_images(
 ) -> Manifest:
     """Encode every view of every image of `source` into the directory `out`.
 
-    Every process of a `torchrun` job has to call this. They share the shards, and the bytes are
-    those that one process would write. An interrupted run continues after its finished shards, on
-    any number of processes. A finished directory of the same settings is left unchanged.
+    Every process of a `torchrun` job has to call this. Shards are divided among the processes, and
+    have the bytes that one process would write. An interrupted run continues after its finished
+    shards, on any number of processes. A finished directory of the same settings is left unchanged.
     Unreadable images are left out and listed in the manifest. `dtype` is the tokenizer's autocast
     precision, by default its own; for the other arguments see EncodeSettings.
 
-    Raises ValueError where the settings do not fit each other, the directory holds something else
-    or is in use, or no image can be read; OSError where `out` cannot be written.
+    Raises ValueError if settings contradict each other, `out` holds other files or is in use, or no
+    image can be read; OSError if `out` cannot be written.
     """
     out = Path(out)
     values = {
@@ -100,12 +100,11 @@ def encode_splits(
     """Encode a source's train and val images into `out`/train and `out`/val.
 
     val images get one view, the centre of the first range. Prints the classes and the images that
-    cannot be read on stderr. `options` are further ones of encode_images. Errors as of open_images
-    and encode_images.
+    cannot be read on stderr. `options` are further arguments of encode_images.
     """
     folder = Path(images.source)
     if folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{out} is inside the image folder {folder}: expected another place")
+        raise ValueError(f"{out} is inside the image folder {folder}: expected a folder outside it")
     device = torch.device(options.get("device", "cpu"))
     options = {"batch_size": default_batch_size(images.size, device), "size": images.size} | options
 
@@ -116,7 +115,7 @@ def encode_splits(
 
     with all_ranks() as world:
         if world.size > 1:
-            world.run_first(open_splits)  # which downloads
+            world.run_first(open_splits)  # rank 0 downloads
     train, val = open_splits()
     print_rank0(f"{len(train.class_names)} classes: {list_names(train.class_names)}")
     views: dict[str, Any] = {"crops": images.crops, "ranges": images.ranges}
@@ -130,7 +129,7 @@ def encode_splits(
 
 
 def code_grid(size: Size, downsample: int) -> tuple[int, int]:
-    """The grid (h, w) of an image's codes. Raises ValueError for a size that cannot be cut so."""
+    """The grid (h, w) of an image's codes. Raises ValueError unless `downsample` divides `size`."""
     height, width = as_pair(size)
     if height % downsample or width % downsample:
         raise ValueError(f"size is {size}: expected a multiple of the tokenizer's {downsample}")
@@ -138,19 +137,19 @@ def code_grid(size: Size, downsample: int) -> tuple[int, int]:
 
 
 def default_batch_size(size: Size, device: torch.device) -> int:
-    """The number of views of `size` pixels per call of the tokenizer: few on a CPU with caches."""
+    """Views of `size` pixels per call of the tokenizer: few on a CPU, to fit into its caches."""
     pixels = math.prod(as_pair(size))
     return 64 if device.type != "cpu" else max(1, min(64, 2 * 256**2 // pixels))
 
 
 def _prepare(out: Path, settings: EncodeSettings) -> None:
-    """Make `out` ready for its first or its next shard, unless it is finished."""
+    """Make `out`, or raise ValueError if it holds codes of other settings or other files."""
     out.mkdir(parents=True, exist_ok=True)
     present = settings
     if (out / MANIFEST).exists():
         present = packed.PackedCodes(out).settings
     elif any(out.glob("finished-*")):
-        present = packed.read_record(out / PROGRESS, EncodeSettings)
+        present = packed.load_json(out / PROGRESS, EncodeSettings)
     elif not (out / PROGRESS).exists() and any(out.glob("[!.]*")):
         raise ValueError(f"'{out}' is not empty and holds no packed codes: expected a new folder")
     changed = []
@@ -161,18 +160,18 @@ def _prepare(out: Path, settings: EncodeSettings) -> None:
     if changed:
         raise ChangedSettingsError(f"'{out}' holds codes of other settings: {'; '.join(changed)}")
     if not (out / MANIFEST).exists():
-        packed.write_record(out / PROGRESS, settings)
+        packed.save_json(out / PROGRESS, settings)
 
 
 def _find_finished(out: Path, number: int) -> FinishedShard | None:
-    """The entry of a finished shard whose bytes are still those that were written."""
+    """A finished shard's entry, or None if its files are missing or changed."""
     path = out / f"finished-{number:05d}.json"
-    entry = packed.read_record(path, FinishedShard) if path.exists() else None
+    entry = packed.load_json(path, FinishedShard) if path.exists() else None
     return entry if entry and (not entry.shard or packed.is_intact(out, entry.shard)) else None
 
 
 def _write_manifest(out: Path, settings: EncodeSettings, name: str, n_shards: int) -> None:
-    """Write the manifest, once every shard is whole, and remove the other notes."""
+    """Write the manifest once every shard is finished, and remove the files of progress."""
     entries = [entry for number in range(n_shards) if (entry := _find_finished(out, number))]
     if len(entries) < n_shards:
         raise ValueError(f"'{out}' lacks {n_shards - len(entries)} shards: run encode again")
@@ -182,7 +181,7 @@ def _write_manifest(out: Path, settings: EncodeSettings, name: str, n_shards: in
         raise ValueError(f"{name}: no image can be read; {skipped[0].path}: {skipped[0].reason}")
     n = sum(shard.n for shard in shards)
     manifest = Manifest(source=name, settings=settings, n_images=n, shards=shards, skipped=skipped)
-    packed.write_record(out / MANIFEST, manifest)
+    packed.save_json(out / MANIFEST, manifest)
     for path in (*out.glob("finished-*.json"), out / PROGRESS):
         path.unlink(missing_ok=True)
 
@@ -196,7 +195,7 @@ def _encode_shards(
     device: str | torch.device,
     dtype: torch.dtype | None,
 ) -> None:
-    """Encode those of the shards `numbers` that are not whole yet."""
+    """Encode those of the shards `numbers` that are not finished yet."""
     size, views = settings.shard_size, _Views(source, settings)
     rows = {n: range(len(source))[n * size : (n + 1) * size] for n in numbers}
     rows = {n: own for n, own in rows.items() if _find_finished(out, n) is None}
@@ -222,7 +221,7 @@ def _encode_shards(
             arrays = [np.concatenate(parts) for parts in zip(*made, strict=True)]
             shard = packed.write_shard(out, number, *arrays) if made else None
             entry = FinishedShard(shard=shard, skipped=tuple(skipped))
-            packed.write_record(out / f"finished-{number:05d}.json", entry)
+            packed.save_json(out / f"finished-{number:05d}.json", entry)
 
 
 @torch.inference_mode()
@@ -238,7 +237,7 @@ def _encode_views(
 
 
 class _Views(Dataset):
-    """Image index -> (uint8 views [n_crops, 3, H, W], label), or why it is left out."""
+    """Image index -> (uint8 views [n_crops, 3, H, W], label), or why the image is left out."""
 
     def __init__(self, source: ImageSource, settings: EncodeSettings) -> None:
         self.source, self.settings = source, settings

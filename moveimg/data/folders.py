@@ -12,7 +12,7 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Parts
+from moveimg.data.images import ImageSource, Splits
 from moveimg.dist import print_rank0
 from moveimg.errors import list_names
 from moveimg.files import atomic_directory
@@ -29,15 +29,15 @@ print_once = cache(print_rank0)  # a folder is opened once per split
 
 
 def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Paths of image files below `root`, relative to it and sorted; the others' number by suffix.
+    """Sorted paths of image files below `root`, relative to it; other files counted by suffix.
 
     Hidden entries and folders of tools (`@eaDir`, `__MACOSX`) are skipped at every depth. Linked
-    folders are followed last, but for those already entered and the parents of `root`.
+    folders are followed last, except those already entered and the parents of `root`.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
     entered, waiting = {str(parent) for parent in root.resolve().parents}, [str(root)]
-    for top in waiting:  # which grows meanwhile
+    for top in waiting:  # grows in the loop
         for folder, subfolders, files in os.walk(top):
             if (real := os.path.realpath(folder)) in entered:
                 subfolders.clear()
@@ -59,10 +59,10 @@ def _is_visible(name: str) -> bool:
     return name[0] != "." and name.lower() not in TOOL_FOLDERS
 
 
-def find_splits(root: Path) -> dict[str, str]:
-    """The split (train, val, test) of each subfolder; empty where none is named like one.
+def find_split_folders(root: Path) -> dict[str, str]:
+    """The split (train, val, test) of each subfolder; empty if no name is that of a split.
 
-    Raises ValueError for splits beside other folders or without `train`: a model must not be
+    Raises ValueError for split folders beside others or without `train`: a model must not be
     trained on the classes `train` and `test`.
     """
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and _is_visible(path.name))
@@ -75,19 +75,19 @@ def find_splits(root: Path) -> dict[str, str]:
     return dict(zip(names, splits, strict=True)) if any(splits) else {}
 
 
-def find_parts(root: Path) -> Parts:
+def find_splits(root: Path) -> Splits:
     """The splits of a folder of class subfolders; see `moveimg.data.images.open_images`."""
     if (root / "ILSVRC2012_img_train.tar").is_file():
         _unpack_imagenet(root)
-    splits, (paths, others) = find_splits(root), walk_images(root)
+    splits, (paths, others) = find_split_folders(root), walk_images(root)
     by_class: dict[str, dict[str, list[str]]] = {}
     for path in paths:
         first, _, rest = path.partition("/")
-        part, inner = (splits.get(first, ""), rest) if splits else ("train", path)
+        split, inner = (splits.get(first, ""), rest) if splits else ("train", path)
         folder, slash, _ = inner.partition("/")
-        if part and slash:  # macOS writes `é` as two characters
-            group = by_class.setdefault(part, {})
-            group.setdefault(normalize("NFC", folder), []).append(path)
+        if split and slash:
+            group = by_class.setdefault(split, {})
+            group.setdefault(normalize("NFC", folder), []).append(path)  # macOS splits `é` in two
         else:
             others["image outside the class folders"] += 1
     if others:
@@ -95,17 +95,17 @@ def find_parts(root: Path) -> Parts:
         print_once(f"not read in '{root}': {kinds}")
     if "train" not in by_class:
         raise ValueError(f"'{root}' holds no images by class: expected one subfolder per class")
-    for part, group in by_class.items():
+    for split, group in by_class.items():
         if differing := sorted(set(by_class["train"]) ^ set(group)):
             names = list_names(differing)
             raise ValueError(
-                f"'{root}' has other classes of images in train than in {part}: {names}"
+                f"'{root}' has other classes of images in train than in {split}: {names}"
             )
-    return {part: partial(_open_folder, root, group) for part, group in by_class.items()}
+    return {split: partial(_open_folder, root, group) for split, group in by_class.items()}
 
 
 def _unpack_imagenet(root: Path) -> None:
-    """Unpack ImageNet's archives of 2012 into train/ and val/ beside them, once."""
+    """Unpack ImageNet's archives of 2012 into train/ and val/ beside them, if missing."""
     from torchvision.datasets import imagenet
 
     try:
@@ -144,7 +144,7 @@ def _read_file(root: Path, names: list[str], as_published: bool, row: int) -> Im
 def _file_status(root: Path, names: list[str], row: int) -> tuple[int, int]:
     try:
         status = (root / names[row]).stat()
-    except FileNotFoundError:  # removed since: left out when it is to be read
+    except FileNotFoundError:  # removed since: reading it will fail
         return -1, -1
     return status.st_size, status.st_mtime_ns
 

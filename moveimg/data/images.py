@@ -33,8 +33,8 @@ class ImageSource(Dataset):
     Attributes:
         identifiers: one per image; for files the path relative to the source, in posix form.
         labels: int32 [N], in 0..len(class_names)-1.
-        load: row number -> RGB image; raises UnreadableImageError, which names the image.
-        content: row number -> what changes with the image's bytes (size and time, or pixels).
+        load: row number -> RGB image, or UnreadableImageError, which names the image.
+        content: row number -> a value that changes with the image (size and time, or pixels).
     """
 
     name: str
@@ -51,7 +51,7 @@ class ImageSource(Dataset):
         return self.load(index), int(self.labels[index])
 
     def select(self, rows: np.ndarray) -> ImageSource:
-        """The source of the images `rows` alone."""
+        """A source of only the images `rows`."""
         names, labels = [self.identifiers[row] for row in rows], self.labels[rows]
         load, content = (partial(_call_at, f, rows) for f in (self.load, self.content))
         return ImageSource(self.name, self.class_names, names, labels, load, content)
@@ -69,7 +69,7 @@ def _call_at(function: Callable[[int], Any], rows: np.ndarray, index: int) -> An
 
 
 # A source's own splits (train, val, test), each with the function that opens it
-Parts = dict[str, Callable[[], ImageSource]]
+Splits = dict[str, Callable[[], ImageSource]]
 
 
 def open_images(
@@ -86,19 +86,19 @@ def open_images(
     source's own validation or test split, or a fifth of a source that has none. `data_root` is the
     folder of downloaded data sets. docs/encoding.md describes folders.
 
-    Raises FileNotFoundError for what is missing, ValueError for a source without images by class or
-    without this split.
+    Raises FileNotFoundError for a missing folder or data set, ValueError for a source without
+    images by class or without this split.
     """
-    parts = _find_parts(source, data_root)
-    held_out = next((part for part in ("val", "test") if part in parts), "")
-    drawn, part = split != "test" and (val_fraction is not None or not held_out), str(split)
+    splits = _find_splits(source, data_root)
+    held_out = next((name for name in ("val", "test") if name in splits), "")
+    drawn, own = split != "test" and (val_fraction is not None or not held_out), str(split)
     if split == "val":
-        part = "train" if drawn else held_out
-    elif split == "test" and "test" not in parts and val_fraction is not None:
-        part = held_out
-    if part not in parts:
-        raise ValueError(f"'{source}' has no {split} split: expected one of {', '.join(parts)}")
-    images = parts[part]()
+        own = "train" if drawn else held_out
+    elif split == "test" and "test" not in splits and val_fraction is not None:
+        own = held_out
+    if own not in splits:
+        raise ValueError(f"'{source}' has no {split} split: expected one of {', '.join(splits)}")
+    images = splits[own]()
     if drawn:
         fraction = FOLDER_VAL_FRACTION if val_fraction is None else val_fraction
         images = images.select(_draw_split(images.labels, split, fraction, seed))
@@ -107,28 +107,28 @@ def open_images(
     return replace(images, name=f"{source} ({split})")
 
 
-def _find_parts(source: str | Path, data_root: Path | None) -> Parts:
+def _find_splits(source: str | Path, data_root: Path | None) -> Splits:
     from moveimg.data import datasets, folders
 
     root = Path(source)
     if source == "digits":
         return {"train": partial(_open_digits, "train"), "val": partial(_open_digits, "val")}
     if datasets.is_named_source(source):
-        return datasets.find_parts(str(source), data_root)
+        return datasets.find_splits(str(source), data_root)
     if not root.is_dir():
         known = ("digits", *datasets.DATASETS)
         nearest = ", ".join(get_close_matches(str(source), known, cutoff=0.5) or known)
         raise FileNotFoundError(f"no image folder at '{source}': expected one, or one of {nearest}")
     if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
         return datasets.find_tables(root)
-    return folders.find_parts(root)
+    return folders.find_splits(root)
 
 
 def _draw_split(labels: np.ndarray, split: str, val_fraction: float, seed: int) -> np.ndarray:
     from sklearn.model_selection import train_test_split
 
     rows: list[np.ndarray] = []
-    for label in np.unique(labels):  # alone: a class that gains an image reshuffles no other
+    for label in np.unique(labels):  # each alone: a new image reshuffles one class
         train = members = np.flatnonzero(labels == label)
         n_val, val = min(round(len(members) * val_fraction), len(members) - 1), members[:0]
         if n_val > 0:
@@ -168,7 +168,7 @@ def _open_digits(split: str) -> ImageSource:
 
 
 def drop_unreadable(source: ImageSource) -> ImageSource:
-    """The source without the images that cannot be read; they are counted and named on stderr."""
+    """The source without unreadable images, which are counted and named on stderr."""
     readable, unreadable = [], []
     for row in range(len(source)):
         try:
@@ -183,7 +183,7 @@ def drop_unreadable(source: ImageSource) -> ImageSource:
 
 
 def report_unreadable(images: Sequence[str], total: int) -> None:
-    """Print the number and the first twenty of the images that cannot be read on stderr."""
+    """Print the number of unreadable images and the first twenty of them on stderr."""
     if images:
         print_rank0(f"warning: {len(images)} of {total} images cannot be read and are left out:")
     for line in images[:20]:
@@ -195,14 +195,14 @@ def crop_views(
 ) -> list[Image.Image]:
     """Views of `image` of (height, width) `size`, `count_views(crops, ranges)` of them.
 
-    Each range r centre-crops to size * r pixels (rounded down, as in LlamaGen), and of that takes
+    Each range r centre-crops to size * r pixels (rounded down, as in LlamaGen), and cuts from that
     center: its centre; flip: the centre and its mirror image; five: the corners (top left, top
     right, bottom left, bottom right) and the centre; ten: the five, then their mirror images.
     """
     height, width = as_pair(size)
     views: list[Image.Image] = []
     for ratio in ranges:
-        # A product that only rounding puts below a whole number is that number.
+        # 1e-9: rounding must not put a product below an integer.
         larger = center_crop(image, (int(height * ratio + 1e-9), int(width * ratio + 1e-9)))
         if crops in ("five", "ten"):
             cut = functional.five_crop if crops == "five" else functional.ten_crop

@@ -1,4 +1,4 @@
-"""Models in memory, and their jobs step by step: images drawn code by code, or scored."""
+"""Models in memory, and jobs that yield their progress: drawing and scoring images."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from moveimg.sampling import UNKNOWN
 LOG = logging.getLogger("moveimg.demo")
 MAX_PIXELS = 40_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-SCORED = 8  # classes in one step
+SCORED = 8  # classes scored at once
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the page shows of a model before it is loaded; `name` is never a path."""
+    """A model's config, class names and settings without weights; `name` is never a path."""
 
     name: str
     directory: Path
@@ -170,11 +170,10 @@ def turn_bank_off(row: Row) -> list[Row]:
 def draw(
     rows: Sequence[Row], models: Models, is_gone: Callable[[], bool]
 ) -> Iterator[tuple[float, list[list[Image.Image]]]]:
-    """Draw rows one after another; yields the share that is done, and the images of each row.
+    """Draw rows one after another; yields the share done, up to 1, and the images of each row.
 
-    The share is 1 at last. Images are decoded when a line of the grid is full and twice the time
-    of the last decoding has passed, so that decoding takes at most a third of the time.
-    Raises ValueError where `is_gone` is true after a code.
+    Images are decoded when a line of the grid is full and twice the time of the last decoding has
+    passed: decoding is at most a third of the time. Raises ValueError once `is_gone` returns true.
     """
     images: list[list[Image.Image]] = [[] for _ in rows]
     for number, row in enumerate(rows):
@@ -207,24 +206,25 @@ def draw(
 def score(
     data: str, name: str, models: Models, is_gone: Callable[[], bool]
 ) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Score an uploaded image; yields the share that is done, and at last the answer of /score.
+    """Score an uploaded image; yields the share done, and finally the answer of /score.
 
-    Raises ValueError where `is_gone` is true after some classes.
+    Raises ValueError once `is_gone` returns true.
     """
     pipeline = models.get(name)
     image = pipeline.crop(read_upload(data))
     codes = pipeline.encode([image])
-    parts: list[torch.Tensor] = []
+    log_probs: list[torch.Tensor] = []
     labels = torch.arange(len(pipeline.class_names), device=pipeline.device)
     for batch in labels.split(SCORED):
-        yield len(parts) * SCORED / len(labels), {}
+        yield len(log_probs) * SCORED / len(labels), {}
         if is_gone():
             raise ValueError("stopped")
-        parts.append(code_log_probs(pipeline.decoder, codes.expand(len(batch), -1), batch).cpu())
-    found = Likelihood(torch.cat(parts), image.width * image.height)
-    shares, nats = found.total.softmax(0).tolist(), found.nats_per_code
+        scored = code_log_probs(pipeline.decoder, codes.expand(len(batch), -1), batch)
+        log_probs.append(scored.cpu())
+    likelihood = Likelihood(torch.cat(log_probs), image.width * image.height)
+    shares, nats = likelihood.total.softmax(0).tolist(), likelihood.nats_per_code
     best = nats.argsort()[:10].tolist()  # equal priors
-    by_code = -found.log_probs[best[0]].view(pipeline.generator.config.grid)
+    by_code = -likelihood.log_probs[best[0]].view(pipeline.generator.config.grid)
     classes = [
         {
             "index": i, "name": pipeline.class_names[i], "probability": shares[i],
@@ -232,7 +232,7 @@ def score(
         }
         for i in best
     ]  # fmt: skip
-    bits = found.bits_per_pixel[best[0]].item()
+    bits = likelihood.bits_per_pixel[best[0]].item()
     release_memory()
     yield 1.0, {"classes": classes, "bits_per_pixel": bits, "nats": by_code.tolist()}
 
@@ -240,7 +240,7 @@ def score(
 def read_upload(data: str) -> Image.Image:
     """Return the RGB image in a data URI or in bare base64, as a browser shows it.
 
-    Raises ValueError, in words for the visitor, for anything but an image of bounded size.
+    Raises ValueError, with a message for visitors, for data that is no image or too large.
     """
     encoded = data.split(",", 1)[-1] if data.startswith("data:") else data
     if len(encoded) > MAX_UPLOAD * 4 / 3 + 8:
@@ -257,7 +257,7 @@ def read_upload(data: str) -> Image.Image:
 
 
 def metadata(row: Row, index: int, models: Models) -> dict[str, Any]:
-    """Return what draws image `index` of a row again; the keys are those of `moveimg sample`."""
+    """Return the settings that draw image `index` of a row again, with `moveimg sample`'s keys."""
     label = row.labels[index]
     name = models.describe(row.model).class_names[label]
     values = {"model": row.model, "class": label, "class_name": name, "seed": row.seed + index}

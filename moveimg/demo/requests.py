@@ -48,7 +48,7 @@ class Reconstruct(Request):
 
 
 class Score(Reconstruct):
-    """Score an image: its likeliest classes, and nats per code of all codes, given the first."""
+    """Score an image: its likeliest classes, and the nats of each code under the likeliest."""
 
 
 class _Generate(Request):
@@ -74,7 +74,7 @@ class _VaryGuidance(_Generate):
 
 
 class _Edit(_Generate):
-    """Draw a part of an image anew, as a class; pixels outside the part stay its own."""
+    """Draw a part of an image anew, as a class; pixels outside the part stay the image's."""
 
     num: int = Field(1, ge=1, le=MAX_EDITS, description="versions")
     image: str = IMAGE

@@ -45,7 +45,7 @@ FREE_LOGINS, LOGIN_WAIT = 3, 10.0  # failed logins without a wait; seconds betwe
 
 
 class Guard:
-    """ASGI middleware: no route to the server's disk, bounded bodies, valid calls, rare logins.
+    """ASGI middleware: no route to the disk, bounded bodies, valid calls, few failed logins.
 
     trust_proxy: whether the last entry of X-Forwarded-For is the visitor's address.
     """
@@ -65,10 +65,10 @@ class Guard:
         if status != 200:
             await PlainTextResponse(f"{answer}\n", status)(scope, receive, send)
             return
-        parts = [{"type": "http.request", "body": answer, "more_body": False}]
+        messages = [{"type": "http.request", "body": answer, "more_body": False}]
 
         async def replay() -> Any:
-            return parts.pop() if parts else await receive()
+            return messages.pop() if messages else await receive()
 
         async def respond(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -137,7 +137,7 @@ def build_server(
     queue: int = 64,
     per_visitor: int = 2,
 ) -> tuple[uvicorn.Server, socket.socket]:
-    """Return a server, and the socket for its `run`; arguments as of `moveimg demo`.
+    """Return a server, and the socket for its `run`; arguments: see `moveimg demo`.
 
     Raises OSError where no port can be used.
     """

@@ -1,1 +1,1 @@
-"""Images -> features -> statistics -> metrics. Only `run` and `sample` see a model of ours."""
+"""Images -> features -> statistics -> metrics. Only `run` and `sample` use a Pipeline."""

