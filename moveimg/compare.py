@@ -30,7 +30,7 @@ from moveimg.files import write_json, write_text
 from moveimg.model import model_cost
 from moveimg.progress import progress_bar
 from moveimg.tables import markdown_table
-from moveimg.training.settings import (
+from moveimg.training.logging import (
     Measurement,
     changed_settings,
     differing,

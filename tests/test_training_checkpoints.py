@@ -20,8 +20,8 @@ from moveimg.checkpoint import load_generator, read_about
 from moveimg.data.codes import PackedCodes
 from moveimg.training.checkpoints import read_index
 from moveimg.training.generator import GeneratorTask, train_generator
+from moveimg.training.logging import read_measurements
 from moveimg.training.loop import Run, catch_stop
-from moveimg.training.settings import read_measurements
 from tests.test_training import (
     CPU,
     die_at_step_5,

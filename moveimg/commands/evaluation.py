@@ -79,12 +79,7 @@ def evaluate(
         reference = reference or runner.REFERENCES.get(name)
         if reference is None:
             raise ValueError(f"{name} needs a --reference: imagenet256, an .npz or a folder")
-        changes = [set or []]
-        if sweep is not None:
-            key, _, values = sweep.partition("=")
-            if not values:
-                raise ValueError(f"--sweep {sweep}: expected KEY=A,B,...")
-            changes = [[*(set or []), f"{key}={value}"] for value in values.split(",")]
+        changes = _list_changes(set or [], sweep)
         pipeline = Pipeline.from_pretrained(name, device=own_device(device), dtype=dtype)
         network = runner.open_extractor(reference, *files, pipeline.device)
         num = num or (50_000 if network.class_names is None else 2_000)
@@ -141,6 +136,16 @@ def reconstruct(
         if out is not None:
             save_png(grid, out, figures)
     print(json.dumps(figures, indent=2))
+
+
+def _list_changes(settings: list[str], sweep: str | None) -> list[list[str]]:
+    """The settings KEY=VALUE of each set of samples: one for each value of a sweep KEY=A,B,..."""
+    if sweep is None:
+        return [settings]
+    key, _, values = sweep.partition("=")
+    if not values:
+        raise ValueError(f"--sweep {sweep}: expected KEY=A,B,...")
+    return [[*settings, f"{key}={value}"] for value in values.split(",")]
 
 
 def _report(results: Sequence[dict[str, Any]]) -> None:

@@ -33,6 +33,7 @@ from moveimg.device import peak_memory
 from moveimg.files import lock, remove_temporaries
 from moveimg.rng import set_generator
 from moveimg.training.checkpoints import Checkpoints
+from moveimg.training.logging import RunLogger, check_or_write_settings
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
 from moveimg.training.parallel import (
     Parallelism,
@@ -41,7 +42,6 @@ from moveimg.training.parallel import (
     parallelize,
     sync_gradients,
 )
-from moveimg.training.settings import RunLogger, check_or_write_settings
 
 STOP_CHECK_EVERY = 10  # steps
 
@@ -97,7 +97,7 @@ def fit(
     """
     with lock(config.out, "a training"):
         run = Run(task, config, parallel)
-        run.open(restart, data or {})
+        run.resume(restart, data or {})
         with RunLogger(run.logs, config, run.step, run.world.main) as logger, catch_stop() as asked:
             while run.step < config.steps:
                 scalars = run.advance()
@@ -218,7 +218,7 @@ class Run:
             state["ema"] = get_model_state_dict(self.ema.module)
         return state
 
-    def open(self, restart: bool, data: dict[str, str]) -> None:
+    def resume(self, restart: bool, data: dict[str, str]) -> None:
         """Create the run's directory, or load its newest checkpoint."""
         if self.world.main:
             if restart and self.logs.exists():

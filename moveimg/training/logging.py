@@ -1,4 +1,4 @@
-"""The records of a run in training/: settings, held-out scores, previews, TensorBoard, wandb."""
+"""What a run writes into training/: its settings, held-out scores, previews, TensorBoard, wandb."""
 
 from __future__ import annotations
 
