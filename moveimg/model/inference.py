@@ -69,6 +69,8 @@ def _pack(model: Transformer, quantize: str | None) -> Transformer:
         for name, child in module.named_children():
             if type(child) is Dropout:
                 setattr(module, name, nn.Identity())
+            elif type(child) is nn.RMSNorm and fast.norm.weight.dtype == torch.float32:
+                setattr(module, name, FastRMSNorm(child))
             elif type(child) is nn.Linear and name not in getattr(module, "unpacked", ()):
                 setattr(module, name, kind(child))
     return fast
@@ -90,6 +92,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class FastRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight [..., D] by way of the length of x, in float32."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        self.weight, size = norm.weight, norm.weight.numel()
+        self.scaled = norm.weight.detach() * size**0.5
+        self.epsilon = self.scaled.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.epsilon) * self.scaled
 
 
 class HalfLinear(nn.Module):
