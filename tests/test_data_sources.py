@@ -208,7 +208,7 @@ def test_a_set_without_network_says_where_its_files_belong(tmp_path: Path, monke
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(urllib.request, "urlopen", fail)
-    with pytest.raises(FileNotFoundError, match="CIFAR10") as caught:
+    with pytest.raises(FileNotFoundError, match="cifar-10-python.tar.gz") as caught:
         open_images("cifar10", "train", data_root=tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -216,4 +216,17 @@ def test_a_set_without_network_says_where_its_files_belong(tmp_path: Path, monke
 def test_every_named_set_is_one_of_torchvision() -> None:
     from torchvision import datasets as available
 
-    assert all(hasattr(available, kind) for kind, _ in datasets.DATASETS.values())
+    assert all(hasattr(available, kind) for kind, *_ in datasets.DATASETS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "value"),
+    [
+        ("celeba", ValueError, "celeba has several labels"),
+        ("lsun", ValueError, "lsun has no class label"),
+        ("cifar-10", FileNotFoundError, "'cifar-10'.*cifar10"),
+    ],
+)
+def test_sets_without_one_label_and_unknown_names_are_refused(name, error, value):
+    with pytest.raises(error, match=value):
+        open_images(name, "train")

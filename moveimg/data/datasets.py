@@ -11,6 +11,7 @@ import sys
 from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,59 @@ Arguments = dict[str, dict[str, Any]]  # split -> arguments of torchvision's cla
 TRAIN_FLAG: Arguments = {"train": {"train": True}, "test": {"train": False}}
 TWO_SPLITS: Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
 THREE_SPLITS: Arguments = TWO_SPLITS | {"val": {"split": "val"}}
-DATASETS: dict[str, tuple[str, Arguments]] = {
-    "mnist": ("MNIST", TRAIN_FLAG),
-    "fashion-mnist": ("FashionMNIST", TRAIN_FLAG),
-    "kmnist": ("KMNIST", TRAIN_FLAG),
-    "cifar10": ("CIFAR10", TRAIN_FLAG),
-    "cifar100": ("CIFAR100", TRAIN_FLAG),
-    "svhn": ("SVHN", TWO_SPLITS),
-    "stl10": ("STL10", TWO_SPLITS),
-    "food101": ("Food101", TWO_SPLITS),
-    "flowers102": ("Flowers102", THREE_SPLITS),
-    "fgvc-aircraft": ("FGVCAircraft", THREE_SPLITS),
-    "dtd": ("DTD", THREE_SPLITS),
-    "oxford-pets": ("OxfordIIITPet", TWO_SPLITS | {"train": {"split": "trainval"}}),
-    "imagenette": ("Imagenette", {"train": {"split": "train"}, "val": {"split": "val"}}),
-    "eurosat": ("EuroSAT", {"train": {}}),
-    "caltech101": ("Caltech101", {"train": {}}),
-    "caltech256": ("Caltech256", {"train": {}}),
+ONE_SPLIT: Arguments = {"train": {}}
+TURN = methodcaller("transpose", Image.Transpose.TRANSPOSE)  # EMNIST is stored column by column
+EMNIST: Arguments = {
+    split: {"split": "balanced", "transform": TURN, **TRAIN_FLAG[split]} for split in TRAIN_FLAG
+}
+IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+# torchvision's class, its arguments by split, and the files that it needs below the data root
+DATASETS: dict[str, tuple[str, Arguments, str]] = {
+    "mnist": ("MNIST", TRAIN_FLAG, f"MNIST/raw/{IDX}"),
+    "fashion-mnist": ("FashionMNIST", TRAIN_FLAG, f"FashionMNIST/raw/{IDX}"),
+    "kmnist": ("KMNIST", TRAIN_FLAG, f"KMNIST/raw/{IDX}"),
+    "emnist": ("EMNIST", EMNIST, "EMNIST/raw/gzip.zip"),
+    "usps": ("USPS", TRAIN_FLAG, "usps.bz2 and usps.t.bz2"),
+    "semeion": ("SEMEION", ONE_SPLIT, "semeion.data"),
+    "cifar10": ("CIFAR10", TRAIN_FLAG, "cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", TRAIN_FLAG, "cifar-100-python.tar.gz"),
+    "svhn": ("SVHN", TWO_SPLITS, "train_32x32.mat and test_32x32.mat"),
+    "stl10": ("STL10", TWO_SPLITS, "stl10_binary.tar.gz"),
+    "food101": ("Food101", TWO_SPLITS, "food-101.tar.gz"),
+    "gtsrb": ("GTSRB", TWO_SPLITS, "gtsrb/GTSRB, unpacked, and gtsrb/GT-final_test.csv"),
+    "flowers102": (
+        "Flowers102",
+        THREE_SPLITS,
+        "flowers-102/102flowers.tgz, imagelabels.mat and setid.mat",
+    ),
+    "fgvc-aircraft": ("FGVCAircraft", THREE_SPLITS, "fgvc-aircraft-2013b.tar.gz"),
+    "dtd": ("DTD", THREE_SPLITS, "dtd/dtd-r1.0.1.tar.gz"),
+    "country211": (
+        "Country211",
+        TWO_SPLITS | {"val": {"split": "valid"}},
+        "country211.tgz",
+    ),
+    "rendered-sst2": ("RenderedSST2", THREE_SPLITS, "rendered-sst2.tgz"),
+    "oxford-pets": (
+        "OxfordIIITPet",
+        TWO_SPLITS | {"train": {"split": "trainval"}},
+        "oxford-iiit-pet/images.tar.gz and annotations.tar.gz",
+    ),
+    "imagenette": (
+        "Imagenette",
+        {"train": {"split": "train"}, "val": {"split": "val"}},
+        "imagenette2.tgz",
+    ),
+    "eurosat": ("EuroSAT", ONE_SPLIT, "eurosat/EuroSAT.zip"),
+    "caltech101": ("Caltech101", ONE_SPLIT, "caltech101/101_ObjectCategories, unpacked"),
+    "caltech256": ("Caltech256", ONE_SPLIT, "caltech256/256_ObjectCategories.tar"),
+}
+SEVERAL, UNLABELLED = "has several labels per image", "has no class label per image"
+REFUSED = {
+    **dict.fromkeys(("celeba", "coco", "voc", "inaturalist"), SEVERAL),
+    **dict.fromkeys(("kitti", "cityscapes", "widerface", "sbd", "lsun", "lfw"), UNLABELLED),
+    **dict.fromkeys(("flickr8k", "flickr30k", "sbu", "phototour", "moving-mnist"), UNLABELLED),
+    "omniglot": "has other classes in its test split",
 }
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 SPLIT_OF = {"train": "train", "test": "test", "validation": "val", "val": "val", "valid": "val"}
@@ -52,14 +89,18 @@ def is_named_source(source: str | Path) -> bool:
     """Whether a source is a named data set, or a Hub id `owner/name` that is not a folder."""
     text = str(source)
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists()
-    return text == "digits" or text in DATASETS or bool(on_hub and find_spec("datasets"))
+    known = text == "digits" or text in DATASETS or text in REFUSED
+    return known or bool(on_hub and find_spec("datasets"))
 
 
 def find_splits(name: str, data_root: Path | None = None) -> Splits:
     """The splits of a named data set, which is downloaded when the first of them is opened.
 
-    Opening a split raises FileNotFoundError where its files are missing and cannot be downloaded.
+    Raises ValueError for a set without exactly one label per image. Opening a split raises
+    FileNotFoundError where its files are missing and cannot be downloaded.
     """
+    if name in REFUSED:
+        raise ValueError(f"the data set {name} {REFUSED[name]}: expected one label per image")
     if name not in DATASETS:
         return find_tables(name)
     root = data_root or Path(os.environ.get("MOVEIMG_DATA") or Path.home() / ".cache/moveimg/data")
@@ -83,7 +124,7 @@ def _open_split(name: str, split: str, root: Path) -> ImageSource:
 def _open_dataset(name: str, split: str, root: Path) -> Any:
     from torchvision import datasets
 
-    kind, splits = DATASETS[name]
+    kind, splits, files = DATASETS[name]
     for path in DEBIAN_FASHION_MNIST.glob("*.gz") if name == "fashion-mnist" else ():
         unpacked = root / "FashionMNIST/raw" / path.stem  # where torchvision reads it
         if not unpacked.exists():
@@ -101,8 +142,8 @@ def _open_dataset(name: str, split: str, root: Path) -> Any:
                 return make(download=True)
     except Exception as error:  # urllib, torchvision and the sets' own readers raise many kinds
         raise FileNotFoundError(
-            f"the data set {name} cannot be downloaded ({describe(error, 150)}): expected the "
-            f"files of torchvision.datasets.{kind} in '{root}' (--data-root or $MOVEIMG_DATA)"
+            f"the data set {name} cannot be downloaded ({describe(error, 150)}): put {files} into "
+            f"'{root}', or name another folder by --data-root or $MOVEIMG_DATA"
         ) from None
 
 
