@@ -208,7 +208,7 @@ def test_a_set_without_network_says_where_its_files_belong(tmp_path: Path, monke
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(urllib.request, "urlopen", fail)
-    with pytest.raises(FileNotFoundError, match="cifar-10-python.tar.gz") as caught:
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz") as caught:
         open_images("cifar10", "train", data_root=tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
