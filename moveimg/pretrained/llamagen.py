@@ -57,7 +57,8 @@ def convert_llamagen(
         if config.n_classes == 1000:  # ImageNet, in WordNet-id order
             from timm.data import ImageNetInfo
 
-            names = [ImageNetInfo().index_to_description(label) for label in range(1000)]
+            info = ImageNetInfo()  # reads every subset's lists
+            names = [info.index_to_description(label) for label in range(1000)]
         settings = SamplingSettings()
         for name, cfg_scale in PUBLISHED_CFG.items():
             if (SIZES[name]["n_layer"], SIZES[name]["width"]) == (config.n_layer, config.width):
