@@ -286,7 +286,7 @@ class Pipeline:
 
         The tensor is filled from the left. known: int64 [T] or [B, T], see
         moveimg.sampling.sample_codes. passes: resampling passes over the codes that `known` [T]
-        lacks (see moveimg.editing); the count of codes goes on beyond T.
+        lacks (see moveimg.editing); the count of codes then exceeds T.
         """
         labels, length = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)

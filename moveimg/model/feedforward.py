@@ -79,7 +79,7 @@ class MoE(FeedForward):
 
     p = softmax(x W_r), scaled to sum to 1 over the chosen k (Mixtral, arXiv 2401.04088); shared
     expert as in DeepSeekMoE (arXiv 2401.06066). No expert has a capacity and no token is dropped,
-    so the experts of a token depend on that token alone, as cached decoding requires.
+    so experts are chosen per token, as cached decoding requires.
 
     In train mode a forward pass keeps `load` and the load-balancing loss in `auxiliary`: E * sum_e
     load_e * mean probability_e (arXiv 2101.03961, equation 4), times its weight; 1 when balanced.
@@ -254,7 +254,7 @@ class TableLayer(FeedForward):
         self.lookup = ProductKeys(config, spec)
 
     def active_own(self) -> int:
-        """Numbers of the tables that a token reads."""
+        """Numbers of the tables read per token."""
         return self.spec.key_heads * self.spec.top_k * self.row_width
 
     def own_flops(self, context: float) -> float:

@@ -113,7 +113,7 @@ class RunLogger:
                 import wandb
             except ImportError:
                 raise ValueError("wandb is not installed: pip install 'moveimg[wandb]'") from None
-            run_id = logs / "wandb-id"  # of the run that goes on
+            run_id = logs / "wandb-id"  # of the run that is continued
             settings = config.model_dump(mode="json")
             options: dict[str, Any] = {"project": "moveimg", "name": config.out.name}
             options |= {"id": run_id.read_text(encoding="utf-8")} if run_id.is_file() else {}
