@@ -45,11 +45,32 @@ def no_memory(weights, config, codes, label, layer, width):
 
 def move(weights, config, codes, label, layer, width):
     """The value rows that a layer reads at each position: list of [M, width]."""
-    bank = weights["memory.bank.weight"]
+    bank, spec = weights["memory.bank.weight"], config.memory
     first = np.zeros(bank.shape[1])
-    if config.memory.class_rows:
+    if spec.class_rows:
         first = weights["memory.class_bank.weight"][label]
-    return [row.reshape(-1, width) for row in (first, *(bank[code] for code in codes))]
+    rows = [first]
+    for i, code in enumerate(codes):
+        shared = getattr(spec, "rows", None) is not None
+        row = bank[int(weights["memory.row_of_code"][code]) if shared else code]
+        if getattr(spec, "context", None) is not None:
+            line, column = divmod(i, config.grid[1])
+            neighbour = config.codebook_size
+            if spec.context == "left" and column > 0:
+                neighbour = codes[i - 1]
+            if spec.context == "above" and line > 0:
+                neighbour = codes[i - config.grid[1]]
+            table = weights["memory.context_bank.weight"]
+            row = row + table[hashed(code * (config.codebook_size + 1) + neighbour) % len(table)]
+        rows.append(row)
+    return [row.reshape(-1, width) for row in rows]
+
+
+def hashed(number):
+    """The finalizer of 32-bit murmur3, with 15 for its shifts of 16 and 13."""
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        number = (number ^ (number >> 15)) * factor % 2**32
+    return number ^ (number >> 16)
 
 
 def lave(weights, config, codes, label, layer, width):
@@ -68,9 +89,10 @@ def lave(weights, config, codes, label, layer, width):
     return [row[slot][None] for row in rows]
 
 
-def mixed_value(v, x, rows, router, n_head, gate_standard):
-    """V = g_0 V + sum_i g_i M_i per head, g = 2 sigmoid(x W_G)."""
-    gates = 2 / (1 + np.exp(-(router @ x))).reshape(n_head, -1)
+def mixed_value(v, x, rows, weights, name, n_head, gate_standard):
+    """V = g_0 V + sum_i g_i M_i per head, g = 2 sigmoid(x W_G + b)."""
+    logits = weights[name + ".router.weight"] @ x + weights.get(name + ".router.bias", 0.0)
+    gates = 2 / (1 + np.exp(-logits)).reshape(n_head, -1)
     head_dim = len(v) // n_head
     out = np.empty_like(v)
     for h in range(n_head):
@@ -104,8 +126,8 @@ def mha(weights, pre, config, hs, memory):
         q, k, v = np.split(weights[pre + "wqkv.weight"] @ h, 3)
         rows = memory(config.width)
         if rows is not None:
-            router = weights[pre + "mixer.router.weight"]
-            v = mixed_value(v, h, rows[t], router, n_head, config.memory.gate_standard)
+            gated = config.memory.gate_standard
+            v = mixed_value(v, h, rows[t], weights, pre + "mixer", n_head, gated)
         for vector, into in ((q, qs), (k, ks)):
             heads = vector.reshape(n_head, -1)
             into.append(np.stack([rotated(p, t - 1, config.grid, config.rope_base) for p in heads]))
@@ -121,13 +143,14 @@ def swiglu(weights, pre, config, spec, x):
 
 def reference_logits(model, codes, label):
     """logits [T, V] of one sequence, as lists of numbers would give them."""
-    from tests.reference_variants import ATTENTIONS, FEEDFORWARDS, MEMORIES
+    from tests.reference_variants import ATTENTIONS, FEEDFORWARDS, MEMORIES, remember
 
     config = model.config
     weights = {k: v.detach().double().numpy() for k, v in model.state_dict().items()}
     codes = [int(c) for c in codes][:-1]
     xs = [weights["label_embedding.weight"][int(label)]]
     xs += [weights["code_embedding.weight"][c] for c in codes]
+    remembered = {}
     for layer in range(config.n_layer):
         pre = f"layers.{layer}."
 
@@ -148,6 +171,11 @@ def reference_logits(model, codes, label):
         xs = [
             x + feed(weights, pre + "ffn.", config, spec, normed(x, "ffn_norm.weight")) for x in xs
         ]
+        if spec.kind == "ultramem":
+            later = [remember(weights, pre + "ffn.", config, spec, x) for x in xs]
+            remembered.setdefault(layer + spec.delay, []).append(later)
+        for later in remembered.get(layer, []):
+            xs = [x + y for x, y in zip(xs, later, strict=True)]
     final = [rms_norm(x, weights["norm.weight"], config.norm_eps) for x in xs]
     return np.stack([weights["head.weight"] @ x for x in final])
 

@@ -44,15 +44,14 @@ def mla(weights, pre, config, hs, memory):
         c, key = down[: spec.kv_rank], down[spec.kv_rank :]
         c = rms_norm(c, weights[pre + "kv_norm.weight"], config.norm_eps)
         if in_latent:
-            router = weights[pre + "latent_mixer.router.weight"]
-            rows = memory(spec.kv_rank)[t]
-            c = mixed_value(c, h, rows, router, n_head, config.memory.gate_standard)
+            rows, gated = memory(spec.kv_rank)[t], config.memory.gate_standard
+            c = mixed_value(c, h, rows, weights, pre + "latent_mixer", n_head, gated)
         up = (weights[pre + "wkv_up.weight"] @ c).reshape(n_head, 2, config.head_dim)
         v = up[:, 1]
         if not in_latent and (rows := memory(config.width)) is not None:
-            router = weights[pre + "value_mixer.router.weight"]
-            gated = config.memory.gate_standard
-            v = mixed_value(v.reshape(-1), h, rows[t], router, n_head, gated).reshape(v.shape)
+            gated, name = config.memory.gate_standard, pre + "value_mixer"
+            v = mixed_value(v.reshape(-1), h, rows[t], weights, name, n_head, gated)
+            v = v.reshape(n_head, -1)
         key = rotated(key, t - 1, config.grid, config.rope_base)
         ks.append(np.stack([np.concatenate([up[i, 0], key]) for i in range(n_head)]))
         turned = [rotated(p[config.head_dim :], t - 1, config.grid, config.rope_base) for p in q]
@@ -102,6 +101,52 @@ def peer(weights, pre, config, spec, x):
     return out
 
 
+def ultramem(weights, pre, config, spec, x):
+    return swiglu(weights, pre + "dense.", config, spec.elsewhere, x)
+
+
+def layer_norm(x, weight):
+    return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * weight
+
+
+def remember(weights, pre, config, spec, x):
+    """UltraMem's memory of a stream: every cell scored, one at a time."""
+    x = rms_norm(x, weights[pre + "memory_norm.weight"], config.norm_eps)
+    n, cells = spec.n_keys, spec.n_keys**2
+    step = int(cells * 0.618)
+    while math.gcd(step, cells) > 1:
+        step += 1
+    values, look = weights[pre + "values.weight"], pre + "lookup."
+    pooled = np.zeros((spec.expansion, values.shape[1]))
+    query = (weights[look + "query.weight"] @ x).reshape(spec.key_heads, 2, -1)
+    for h in range(spec.key_heads):
+        q = [layer_norm(part, weights[look + "query_norm.weight"]) for part in query[h]]
+        keys = weights[look + "keys"][h]  # [2, r, n, half]
+        s = np.zeros((2, spec.rank, n))
+        for p, r, i in np.ndindex(*s.shape):
+            s[p, r, i] = layer_norm(keys[p, r, i], weights[look + "key_norm.weight"]) @ q[p]
+        cores = weights[look + "core"][:, h]
+        u, _, vt = np.linalg.svd(cores.sum(0))
+        sign = np.sign(u[np.argmax(abs(u[:, 0])), 0])
+        best_rows = np.argsort(-(sign * u[:, 0] @ s[0]))[: spec.top_k]
+        best_columns = np.argsort(-(sign * vt[0] @ s[1]))[: spec.top_k]
+        found = []
+        for i in best_rows:
+            for j in best_columns:
+                by_core = [s[0][:, i] @ core @ s[1][:, j] for core in cores]
+                found.append((sum(by_core), i * n + j, by_core))
+        for _, cell, by_core in sorted(found, key=lambda item: -item[0])[: spec.top_k]:
+            table, row = divmod(int(cell) * step % cells, len(values))
+            pooled[table] += np.repeat(by_core, len(values[row]) // spec.cores) * values[row]
+    return weights[pre + "out.weight"] @ pooled.reshape(-1)
+
+
 MEMORIES = {"none": no_memory, "lave": lave, "move": move}
 ATTENTIONS = {"mha": mha, "mla": mla}
-FEEDFORWARDS = {"swiglu": swiglu, "moe": moe, "product_key": product_key, "peer": peer}
+FEEDFORWARDS = {
+    "swiglu": swiglu,
+    "moe": moe,
+    "product_key": product_key,
+    "peer": peer,
+    "ultramem": ultramem,
+}

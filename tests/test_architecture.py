@@ -24,7 +24,8 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "pretrained": {"config", "model", "checkpoint", "tokenizer"},
     "likelihood": {"model", "sampling"},
     "editing": {"config", "model", "sampling", "likelihood"},
-    "pipeline": CORE | {"likelihood", "editing"},
+    "bank_editing": {"model"},
+    "pipeline": CORE | {"likelihood", "editing", "bank_editing"},
     "evaluation": CORE | {"data", "pipeline"},
     "training": CORE | {"data", "pipeline", "evaluation"},
 }

@@ -129,6 +129,8 @@ def train_generator(
     settings = fit_to_codes(config.model, train)
     with InitialValues(config.seed):
         model = initial_model(config, settings, train.class_names, tokenizer.fingerprint)
+    if config.init_from is None and isinstance(model.memory, ValueBank):
+        model.memory.share_rows(tokenizer.quantize.codebook())
     task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
     data = {"tokenizer": tokenizer.fingerprint}  # a manifest names every shard's digest
     for name, codes in (("train codes", train), ("val codes", val)):
@@ -179,6 +181,8 @@ def initial_model(
     Raises FileNotFoundError without a model at config.init_from; ValueError where its settings or
     tokenizer differ, or `train: memory` has no memory to train or a new label table.
     """
+    if bits := getattr(model.memory, "bits", None):
+        raise ValueError(f"memory.bits {bits}: a quantized bank cannot be trained")
     if config.init_from is None:
         return Transformer(model)
     directory = resolve(config.init_from)
