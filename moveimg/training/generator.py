@@ -30,6 +30,7 @@ from moveimg.dist import World, print_rank0
 from moveimg.files import lock
 from moveimg.images import labelled_grid, to_pil
 from moveimg.model import GatedMixer, Transformer, ValueBank
+from moveimg.model.analysis import bank_maps, gradient_sources
 from moveimg.pipeline import resolve
 from moveimg.rng import InitialValues
 from moveimg.sampling import image_rngs, sample_codes
@@ -89,6 +90,24 @@ class GeneratorTask(Task):
             sums += means.cpu().double() * len(indices)
         loss, accuracy = (world.mean(sums) * world.size / n).tolist()
         return {"loss": loss, "accuracy": accuracy}
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Every memory_every steps: the bank's gradient by layer, and the layers' mean gates.
+
+        Those of the step's first micro-batch, without dropout (see gradient_sources).
+        """
+        every = self.config.memory_every
+        if not every or step % every or not isinstance(self.model.memory, ValueBank):
+            return {}
+        codes, labels, _ = self.batches.batch(step - 1, 0, self.parallel.parts)
+        batch = codes.to(self.device), labels.to(self.device)
+        self.model.eval()
+        record = gradient_sources(self.model, *batch)
+        maps = bank_maps(self.model, *batch)
+        self.model.train()
+        for key in ("g_0", "slots", "share"):
+            record[key] = {i + 1: getattr(m, key).mean().item() for i, m in maps.items()}
+        return record
 
     def preview(self, model: Transformer) -> Image.Image:
         """A grid of samples, one row per class, always from the same seeds."""

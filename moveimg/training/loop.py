@@ -61,6 +61,10 @@ class Task:
         """Held-out scalars; the model with the smallest first one is the best."""
         raise NotImplementedError
 
+    def record(self, step: int) -> dict[str, Any]:
+        """Plain data on the model after a step, for records.jsonl; empty for none."""
+        return {}
+
     def preview(self, model: Any) -> Image.Image:
         """An image of samples or reconstructions."""
         raise NotImplementedError
@@ -176,6 +180,8 @@ class Run:
         due = {k for k in kinds if last or self.step % getattr(self.config, f"{k}_every") == 0}
         if "log" in due:
             self._log(scalars, logger)
+        if self.world.main and (record := self.task.record(self.step)):
+            logger.record(self.step, record)
         if due <= {"log"}:
             return
         model = gather_full_model(self.averaged)
