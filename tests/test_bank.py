@@ -106,8 +106,14 @@ def test_similar_codes_share_a_row_and_the_map_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     "memory",
-    [{"rows": 12}, {"rows": 0}, {"context": "left"}, {"context_rows": 5}]
-    + [{"context": "left", "context_rows": 0}, {"context_rows": 5, "context": "right"}],
+    [
+        {"rows": 12},
+        {"rows": 0},
+        {"context": "left"},
+        {"context_rows": 5},
+        {"context": "left", "context_rows": 0},
+        {"context_rows": 5, "context": "right"},
+    ],
 )
 def test_memories_that_do_not_fit_are_refused_by_name(memory):
     with pytest.raises(ValueError, match=next(reversed(memory))):

@@ -20,7 +20,8 @@ from moveimg.progress import progress_bar
 
 # Settings that may differ when a run continues: no result depends on them, but for rounding.
 MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
-              "keep_checkpoints", "memory_every", "distributed", "activation_checkpointing", "compile")  # fmt: skip
+              "memory_every", "keep_checkpoints", "distributed", "activation_checkpointing",
+              "compile")  # fmt: skip
 
 
 class Measurement(BaseModel):
