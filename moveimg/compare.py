@@ -1,85 +1,141 @@
-"""Several configs with several seeds in one table: the same steps, data order and settings.
+"""Several configs with several seeds, trained alike and compared (see moveimg.compare_report).
 
-Each training is a process of its own, `moveimg train`, so that its peak memory is its own. The
-table is made from what it leaves in its directory: metrics.jsonl and config.json.
+A study names its rows: a config, settings of its own, and seeds. Each training is a process of its
+own, `moveimg train`, so that its peak memory is its own; `moveimg evaluate` then scores it on the
+test set, once. A finished part is not repeated, and a stopped one continues.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
+import re
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from scipy.stats import t as student
+from pydantic import Field, model_validator
 
-from moveimg import plots
-from moveimg.checkpoint import read_about, read_model_config
-from moveimg.config import TrainConfig, load_config
+from moveimg.bench import bench_sample, bench_train
+from moveimg.checkpoint import load_generator, read_about
+from moveimg.compare_report import write_report
+from moveimg.config import SamplingSettings, TrainConfig, load_config
+from moveimg.config.files import read_yaml
+from moveimg.config.model import Config
+from moveimg.data import PackedCodes
 from moveimg.device import hardware
-from moveimg.dist import die_with_parent, signals_raise
-from moveimg.files import write_json, write_text
-from moveimg.model import model_cost
+from moveimg.errors import validate
+from moveimg.files import read_json, write_json
 from moveimg.progress import progress_bar
-from moveimg.tables import markdown_table
 from moveimg.training.logging import (
-    Measurement,
     changed_settings,
     differing,
     flatten_settings,
     read_measurements,
+    read_records,
 )
 
-# Keys in which the configs may differ: the model's slots and size, and what the codes decide.
-COMPARED = ("out", "seed", "model.attention", "model.memory", "model.ffn", "model.n_layer",
-            "model.n_head", "model.width", "model.codebook_size", "model.n_classes",
-            "model.grid")  # fmt: skip
+# Keys in which the rows may differ: the model's slots and size, and what the codes decide.
+COMPARED = ("out", "seed", "memory_every", "model.attention", "model.memory", "model.ffn",
+            "model.n_layer", "model.n_head", "model.width", "model.codebook_size",
+            "model.n_classes", "model.grid")  # fmt: skip
+Seeds = tuple[Annotated[int, Field(ge=0, lt=2**32)], ...]
+
+
+class StudyRow(Config):
+    """A config that is compared."""
+
+    config: str = Field(description="a YAML file or recipe, as for `moveimg train`")
+    set: dict[str, Any] = Field({}, description="settings of its own, by dotted key")
+    seeds: Seeds | None = Field(None, description="null: the study's")
+
+
+class TestSet(Config):
+    """What a trained model is scored on, once."""
+
+    codes: Path = Field(description="packed codes, for the loss in nats per code")
+    reference: str = Field(description="the reference of `moveimg evaluate`")
+    samples: int = Field(10_000, ge=4, le=10**7, description="samples that it draws")
+
+
+class Study(Config):
+    """Rows to compare, the first of which is the baseline, and the questions asked of them."""
+
+    seeds: Seeds = (0, 1, 2)
+    rows: dict[str, StudyRow] = Field(min_length=1)
+    vary: tuple[str, ...] = Field((), description="other keys in which rows may differ")
+    test: TestSet | None = None
+    questions: tuple[tuple[str, str], ...] = Field((), description="pairs of rows: a - b")
+
+    @model_validator(mode="after")
+    def _check_questions(self) -> Study:
+        if unknown := {name for pair in self.questions for name in pair} - self.rows.keys():
+            raise ValueError(f"questions: no row {min(unknown)!r}")
+        return self
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A config with a seed, trained in `config.out`."""
+    """A row with a seed, trained in `config.out`."""
 
     name: str
-    path: Path
+    row: StudyRow
     config: TrainConfig
+    test: TestSet | None
 
     def __str__(self) -> str:
         return f"{self.name}, seed {self.config.seed}"
 
-    def measurements(self) -> list[Measurement]:
-        """The lines of metrics.jsonl."""
-        return read_measurements(self.config.out / "training" / "metrics.jsonl")
-
-    def changed_settings(self) -> dict[str, tuple[Any, Any]]:
-        """Settings in which the run in the directory differs from this one: before and now."""
-        path = self.config.out / "training" / "config.yaml"
-        return changed_settings(path, self.config) if path.is_file() else {}
-
     def finished(self) -> bool:
         """Whether the directory holds the model of this run's last step, and its measurement."""
-        if not (self.config.out / "config.json").is_file() or not self.measurements():
+        out = self.config.out
+        if not (out / "config.json").is_file() or not read_measurements(metrics_of(out)):
             return False
-        return read_about(self.config.out).get("step") == self.config.steps
+        return read_about(out).get("step") == self.config.steps
+
+    def scored(self) -> bool:
+        """Whether the run is finished, and its test scores are there if there is a test set."""
+        return self.finished() and (self.test is None or (self.config.out / "test.json").is_file())
+
+    def commands(self, overrides: Sequence[str], device: torch.device) -> list[list[str]]:
+        """The commands that are missing: `moveimg train`, then `moveimg evaluate`."""
+        out, moveimg = str(self.config.out), [sys.executable, "-m", "moveimg"]
+        own = {**self.row.set, "seed": self.config.seed, "out": out}
+        settings = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in own.items())]
+        train = ["train", self.row.config, *(word for text in settings for word in ("--set", text))]
+        commands = [] if self.finished() else [train]
+        if self.test is not None and not (self.config.out / "test" / "results.json").is_file():
+            count = ["--num-samples", str(self.test.samples), "--out", f"{out}/test"]
+            commands.append(["evaluate", out, "--reference", self.test.reference, *count])
+        return [[*moveimg, *command, "--device", str(device)] for command in commands]
 
     def outcome(self) -> dict[str, Any]:
-        """The last measurement and the learning curve of a finished run."""
-        lines = self.measurements()  # a stopped run has had several processes
+        """Held-out and test scores, learning curve, records and speed of a finished run."""
+        out = self.config.out
+        lines = read_measurements(metrics_of(out))
+        test = read_json(out / "test.json") if self.test is not None else {}
         return {
             "seed": self.config.seed,
+            "val_loss": lines[-1].loss,
             "loss": lines[-1].loss,
+            **test,
             "steps_per_second": lines[-1].step / max(lines[-1].seconds, 1e-9),
             "peak_memory": max(line.peak_memory or 0 for line in lines),
             "curve": [[line.step, line.loss] for line in lines],
+            "records": read_records(out / "training" / "records.jsonl"),
         }
+
+
+def metrics_of(out: Path) -> Path:
+    """The metrics.jsonl of a run's directory."""
+    return out / "training" / "metrics.jsonl"
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -90,77 +146,91 @@ def parse_seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def load_study(configs: Sequence[str], seeds: str | None, vary: Sequence[str] = ()) -> Study:
+    """The study of a file with `rows`, or one whose rows are configs.
+
+    `seeds`, as in 0,1,2, replace those of the study and its rows. Raises FileNotFoundError, or
+    ValueError for a file that is not a study or two configs of one name.
+    """
+    settings = read_yaml(configs[0]) if len(configs) == 1 else {}
+    if "rows" not in settings:
+        settings = {"rows": {Path(config).stem: {"config": config} for config in configs}}
+        if len(settings["rows"]) < len(configs):
+            raise ValueError("two configs have the same file name: expected different ones")
+    study = validate(Study, settings, configs[0])
+    chosen = {"seeds": tuple(parse_seeds(seeds))} if seeds else {}
+    rows = {
+        n: row.model_copy(update={"seeds": None} if seeds else {}) for n, row in study.rows.items()
+    }
+    return study.model_copy(update={**chosen, "rows": rows, "vary": (*study.vary, *vary)})
+
+
 def compare(
-    configs: Sequence[Path],
-    seeds: Sequence[int],
+    study: Study,
     out: Path,
     overrides: Sequence[str],
     device: torch.device,
     jobs: int = 1,
-    vary: Sequence[str] = (),
+    rounds: int = 0,
 ) -> str:
-    """Train every config with every seed in out/NAME-seedN; write and return the table.
+    """Train every row with every seed in out/ROW-seedN; write and return the table.
 
-    A finished run is read, a stopped one continues. out/ receives table.md, table.json (with the
-    learning curves), two plots and logs/, anew whenever all seeds of a config are done; the first
-    of those configs is the baseline of the others.
+    out/ receives the report of moveimg.compare_report and logs/, anew whenever a run is done.
 
-    The configs may differ in the model's slots and size, and in the keys of `vary` and those below
-    them (`optimizer.lr`). `overrides`, as `key.path=value`, are for all configs. `jobs` trainings
-    run at the same time, each with its share of the CPU cores.
+    Args:
+        overrides: settings for all rows, as `key.path=value`.
+        jobs: trainings at the same time, each with its share of the CPU cores.
+        rounds: alternating rounds in which speed is then measured; 0: none.
 
-    Raises ValueError when two configs have one name or differ in more, when a run's folder holds
-    another run, or, after all others are done, for trainings that failed.
+    Raises ValueError when rows differ in other keys than they may, when a run's folder holds
+    another run, or, after all others are done, for runs that failed.
     """
-    runs = list_runs(configs, seeds, out, overrides, vary)
-    about = {
-        "settings": flatten_settings(runs[0].config, COMPARED),
-        "hardware": {**hardware(device), "jobs": jobs},
-    }
-    missing = [run for run in runs if not run.finished()]
-    table, failures = write_report(runs, out, about), []
-    trainings = train_all(missing, overrides, device, jobs, out / "logs")
-    with progress_bar(len(missing), "compare", "run") as bar, closing(trainings):
-        for run, failure in trainings:
+    runs, failures = list_runs(study, out, overrides), []
+    settings = flatten_settings(runs[0].config, (*COMPARED, *study.vary))
+    about = {"settings": settings, "hardware": {**hardware(device), "jobs": jobs}}
+    missing = [run for run in runs if not run.scored()]
+    jobs_done = run_all(missing, overrides, device, jobs, out / "logs")
+    with progress_bar(len(missing), "compare", "run") as bar, closing(jobs_done):
+        for run, failure in jobs_done:
             bar.update()
-            if failure is None and not run.finished():
-                failure = "ended without the model of its last step"
-            if failure is None:
-                bar.write(f"{run}: loss {run.measurements()[-1].loss:.4f}", file=sys.stderr)
-                table = write_report(runs, out, about)
+            if failure is None and run.finished():
+                write_test_scores(run, device)
+                write_report(list(runs), study.questions, out, about)
             else:
-                failures.append(f"{run}: {failure}")
+                failures.append(f"{run}: {failure or 'ended without the model of its last step'}")
                 bar.write(f"failed: {failures[-1]}", file=sys.stderr)
+    if rounds:
+        firsts = {run.name: run.config for run in reversed(runs)}
+        write_json(out / "speed.json", measure_speed(firsts, rounds, device))
+    table = write_report(list(runs), study.questions, out, about)
     if failures:
         raise ValueError("; ".join(failures))
     return table
 
 
-def list_runs(
-    configs: Sequence[Path],
-    seeds: Sequence[int],
-    out: Path,
-    overrides: Sequence[str],
-    vary: Sequence[str] = (),
-) -> list[ComparedRun]:
-    """Every config with every seed. Raises ValueError where they cannot be compared."""
-    loaded = {path.stem: (path, load_config(path, TrainConfig, overrides)) for path in configs}
-    if len(loaded) != len(configs):
-        raise ValueError("two configs have the same file name: expected different ones")
-    runs, first = [], None
-    for name, (path, config) in loaded.items():
-        settings = flatten_settings(config, (*COMPARED, *vary))
+def list_runs(study: Study, out: Path, overrides: Sequence[str]) -> list[ComparedRun]:
+    """Every row with every seed. Raises ValueError where they cannot be compared."""
+    runs: list[ComparedRun] = []
+    first = None
+    for name, row in study.rows.items():
+        own = [f"{key}={json.dumps(value)}" for key, value in row.set.items()]
+        config = load_config(row.config, TrainConfig, [*overrides, *own])
+        settings = flatten_settings(config, (*COMPARED, *study.vary))
         first = first or settings
         for key, values in differing(first, settings).items():
             raise ValueError(
-                f"{key} is {values[0]} in the first config, {values[1]} in {name}: expected "
+                f"{key} is {values[0]} in the first row, {values[1]} in {name}: expected "
                 f"differences in the model's slots and size only (or --vary {key})"
             )
-        for seed in seeds:
-            own = config.model_copy(update={"seed": seed, "out": out / f"{name}-seed{seed}"})
-            runs.append(ComparedRun(name, path, own))
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        for seed in row.seeds or study.seeds:
+            chosen = {"seed": seed, "out": out / f"{slug}-seed{seed}"}
+            runs.append(ComparedRun(name, row, config.model_copy(update=chosen), study.test))
     for run in runs:
-        for key, (before, now) in run.changed_settings().items():
+        path = run.config.out / "training" / "config.yaml"
+        for key, (before, now) in (
+            changed_settings(path, run.config) if path.is_file() else {}
+        ).items():
             raise ValueError(
                 f"{run.config.out}: holds a run with another value of {key} ({before}, now {now}); "
                 "choose another --out, or remove it"
@@ -168,117 +238,88 @@ def list_runs(
     return runs
 
 
-def train_all(
+def run_all(
     runs: Sequence[ComparedRun],
     overrides: Sequence[str],
     device: torch.device,
     jobs: int,
     logs: Path,
 ) -> Generator[tuple[ComparedRun, str | None], None, None]:
-    """Train `runs`, `jobs` at a time; yield each when it has ended, with its error or None.
+    """Run the commands of `runs`, `jobs` at a time; yield each run at its end, with its error.
 
-    Closing the iterator (or SIGTERM, SIGHUP, Ctrl-C) ends those that run: they get SIGTERM, write
-    a checkpoint, and are waited for.
+    Closing the iterator (or SIGTERM, or Ctrl-C) ends those that run: they get SIGTERM, write a
+    checkpoint, and are waited for.
     """
     logs.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if jobs > 1:  # else they would compete for the cores
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    waiting = list(runs)
-    running: dict[subprocess.Popen, tuple[ComparedRun, Path]] = {}
-    with signals_raise():
+    running: set[subprocess.Popen] = set()
+
+    def work(run: ComparedRun) -> str | None:
+        log = logs / f"{run.config.out.name}.log"
+        for command in run.commands(overrides, device):
+            with log.open("a") as file:  # in its own session: a terminal's Ctrl-C reaches us alone
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
+                                           env=environment, start_new_session=True)  # fmt: skip
+            running.add(process)
+            if process.wait():
+                lines = ["killed", *log.read_text(errors="replace").splitlines()]
+                return f"{lines[-1].removeprefix('error: ')} (see {log})"
+            running.discard(process)
+        return None
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(work, run): run for run in runs}
         try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    log = logs / f"{run.config.out.name}.log"
-                    with log.open("w") as file:
-                        # In its own session: a terminal's Ctrl-C reaches this process alone.
-                        process = subprocess.Popen(
-                            train_command(run, overrides, device), stdout=file,
-                            stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-                            preexec_fn=die_with_parent(),
-                        )  # fmt: skip
-                    running[process] = run, log
-                for process in [process for process in running if process.poll() is not None]:
-                    run, log = running.pop(process)
-                    lines = ["killed", *log.read_text(errors="replace").splitlines()]
-                    reason = f"{lines[-1].removeprefix('error: ')} (see {log})"
-                    yield run, reason if process.returncode else None
-                time.sleep(0.1)
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:
-            for process in running:
+            for future in futures:
+                future.cancel()
+            for process in list(running):
                 process.terminate()
-            for process in running:
-                process.wait()
+            signal.signal(signal.SIGTERM, before)
 
 
-def train_command(run: ComparedRun, overrides: Sequence[str], device: torch.device) -> list[str]:
-    """The `moveimg train` of a run."""
-    own = (f"seed={run.config.seed}", f"out={json.dumps(str(run.config.out))}")
-    command = [sys.executable, "-m", "moveimg", "train", str(run.path), "--device", str(device)]
-    return command + [word for text in (*overrides, *own) for word in ("--set", text)]
+@torch.inference_mode()
+def write_test_scores(run: ComparedRun, device: torch.device, batch_size: int = 100) -> None:
+    """Write test.json: the loss on the test codes, FID and the share of samples recognised.
 
-
-def write_report(runs: Sequence[ComparedRun], out: Path, about: dict[str, Any]) -> str:
-    """Write table and plots of the configs whose runs are all finished; return the table."""
-    results: list[dict[str, Any]] = []
-    for name in dict.fromkeys(run.name for run in runs):
-        own = [run for run in runs if run.name == name]
-        if all(run.finished() for run in own):
-            cost = asdict(model_cost(read_model_config(own[0].config.out)))
-            outcomes = [run.outcome() for run in own]
-            baseline = results[0]["runs"] if results else outcomes
-            results.append({"name": name, **cost, "runs": outcomes} | summarize(outcomes, baseline))
-    if not results:
-        return ""
-    table = markdown_table([describe_result(result) for result in results])
-    write_json(out / "table.json", {**about, "configs": results})
-    write_text(out / "table.md", table + "\n")
-    plots.plot_comparison(results, out)
-    return table
-
-
-def summarize(
-    runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]
-) -> dict[str, float | None]:
-    """Statistics over a config's outcomes and the baseline's with the same seeds.
-
-    loss_mean, loss_std     held-out loss over seeds; the deviation is of the sample (n - 1)
-    difference, interval    mean over seeds of (loss - baseline's with the same seed), and half
-                            its 95 % confidence interval by Student's t (None with one seed)
+    Raises ValueError for codes of another tokenizer.
     """
-    losses, several = [run["loss"] for run in runs], len(runs) > 1
-    differences = [run["loss"] - other["loss"] for run, other in zip(runs, baseline, strict=True)]
-    interval = None
-    if several:
-        error = statistics.stdev(differences) / len(runs) ** 0.5
-        interval = float(student.ppf(0.975, len(runs) - 1)) * error
-    return {
-        "loss_mean": statistics.mean(losses),
-        "loss_std": statistics.stdev(losses) if several else None,
-        "difference": statistics.mean(differences),
-        "interval": interval,
-        "steps_per_second": statistics.median(run["steps_per_second"] for run in runs),
-        "peak_memory": max(run["peak_memory"] for run in runs),
-    }
+    if run.test is None or run.scored():
+        return
+    model, codes = load_generator(run.config.out, device), PackedCodes(run.test.codes)
+    fingerprint = read_json(run.config.out / "config.json")["tokenizer"]
+    codes.require_tokenizer(fingerprint)
+    total = 0.0
+    for indices in torch.arange(len(codes)).split(batch_size):
+        batch, labels = codes.get(indices.numpy(), 0 * indices.numpy())
+        loss, _ = model(batch.to(device), labels.to(device), loss=True)
+        total += loss.item() * len(indices)
+    metrics = read_json(run.config.out / "test" / "results.json")["metrics"]
+    scores = {"loss": total / len(codes), "fid": metrics["fid"]}
+    write_json(run.config.out / "test.json", scores | {"accuracy": metrics.get("accuracy")})
 
 
-def describe_result(result: dict[str, Any]) -> dict[str, Any]:
-    """The table's row of a config, rounded for people."""
-    spread, interval = (
-        "" if result[key] is None else f" ± {result[key]:.4f}" for key in ("loss_std", "interval")
-    )
-    return {
-        "config": result["name"],
-        "held-out loss (nats per code)": f"{result['loss_mean']:.4f}{spread}",
-        "seeds": len(result["runs"]),
-        "to the first (95 %)": f"{result['difference']:+.4f}{interval}",
-        "parameters": f"{result['parameters']:,}",
-        "active per token": f"{result['active']:,}",
-        "MFLOPs per token (forward)": f"{result['flops_per_token'] / 1e6:.3f}",
-        "GFLOPs per image (decoding)": f"{result['flops_per_image'] / 1e9:.3f}",
-        "cache bytes per token (float32)": f"{result['cache_bytes_per_token']:,}",
-        "steps/s": f"{result['steps_per_second']:.2f}",
-        "peak memory (MiB)": f"{result['peak_memory'] / 2**20:,.0f}",
+def measure_speed(
+    configs: dict[str, TrainConfig], rounds: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a training step and of sampling 8 images, for each row in each of the rounds.
+
+    The rows alternate, so that a slow moment of the machine falls on all of them.
+    """
+    spent: dict[str, dict[str, list[float]]] = {
+        name: {"step": [], "sample": []} for name in configs
     }
+    with progress_bar(rounds, "measure", "round") as bar:
+        for _ in range(rounds):
+            for name, config in configs.items():
+                model = load_generator(config.out, device)
+                drawn = bench_sample(model, SamplingSettings(), 8, 3)
+                spent[name]["step"] += [min(bench_train(config, 3, device)["seconds"])]
+                spent[name]["sample"] += [min(drawn["seconds"])]
+            bar.update()
+    return spent

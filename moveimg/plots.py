@@ -16,7 +16,7 @@ LOSS = "held-out loss (nats per code)"
 COSTS = {
     "parameters": "parameters",
     "flops_per_token": "FLOPs per token (forward; training takes 3 times)",
-    "flops_per_image": "FLOPs per image (decoding, unguided)",
+    "seconds": "seconds of a training step, over those of the first row",
 }
 STATISTICS = {
     "mean": "mean gate",
@@ -32,35 +32,89 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
 
 
-def plot_comparison(configs: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write curves.png and costs.png of results (see moveimg.compare).
+def plot_comparison(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write curves.png, costs.png, and saturation.png and memory.png where there is a bank.
 
-    A curve is the mean held-out loss over seeds, with a band of one standard deviation.
+    `rows` are those of comparison.json. A band is one standard deviation over seeds.
     """
-    curves, costs = Figure(figsize=(8, 5), layout="constrained"), Figure(figsize=(18, 5))
-    axes, panels, ends = curves.add_subplot(), costs.subplots(1, len(COSTS), sharey=True), []
-    for i, config in enumerate(configs):
-        style = {"label": config["name"], "color": matplotlib.colormaps["tab20"](i % 20)}
-        runs = [dict(map(tuple, run["curve"])) for run in config["runs"]]
+    colors = matplotlib.colormaps["tab20"]
+    style = {
+        row["name"]: {"label": row["name"], "color": colors(i % 20)} for i, row in enumerate(rows)
+    }
+    _plot_curves(rows, style, out)
+    _plot_costs(rows, style, out)
+    if len(banks := [row for row in rows if row["name"].startswith("MoVE x")]) > 1:
+        figure = Figure(figsize=(6, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        stds = [row["loss"]["std"] or 0 for row in banks]
+        values = [row["loss"]["mean"] for row in banks]
+        axes.errorbar([row["bank"] for row in banks], values, yerr=stds, fmt="o-", capsize=3)
+        for row in banks:
+            axes.annotate(row["name"], (row["bank"], row["loss"]["mean"]), fontsize=8)
+        axes.set(xlabel="parameters of the bank", ylabel=LOSS, xscale="log")
+        axes.grid(alpha=0.3)
+        save_figure(figure, out / "saturation.png")
+    if recorded := [row for row in rows if row["runs"][0].get("records")]:
+        _plot_records(recorded, style, out)
+
+
+def _plot_curves(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path) -> None:
+    figure, ends = Figure(figsize=(9, 6), layout="constrained"), []
+    axes = figure.add_subplot()
+    for row in rows:
+        runs = [dict(map(tuple, run["curve"])) for run in row["runs"]]
         steps = sorted(set.intersection(*map(set, runs)))
         losses = np.array([[run[step] for step in steps] for run in runs])
         mean, spread = losses.mean(axis=0), losses.std(axis=0, ddof=int(len(runs) > 1))
-        axes.plot(steps, mean, **style)
-        axes.fill_between(steps, mean - spread, mean + spread, color=style["color"], alpha=0.2)
+        axes.plot(steps, mean, **style[row["name"]])
+        axes.fill_between(
+            steps, mean - spread, mean + spread, color=style[row["name"]]["color"], alpha=0.2
+        )
         ends += list(mean[len(mean) // 4 :])
-        for panel, key in zip(panels, COSTS, strict=True):
-            panel.errorbar(config[key], config["loss_mean"], yerr=config["loss_std"] or 0, fmt="o",
-                           capsize=3, **style)  # fmt: skip
     if min(ends) < max(ends):  # the high losses of the first steps would hide the others
         margin = 0.1 * (max(ends) - min(ends))
         axes.set_ylim(min(ends) - margin, max(ends) + margin)
-    for panel, label in zip((axes, *panels), ("step", *COSTS.values()), strict=True):
+    axes.set(xlabel="step", ylabel=LOSS)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save_figure(figure, out / "curves.png")
+
+
+def _plot_costs(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path) -> None:
+    figure = Figure(figsize=(6 * len(COSTS), 5))
+    panels = figure.subplots(1, len(COSTS), sharey=True)
+    for panel, (key, label) in zip(panels, COSTS.items(), strict=True):
+        for row in rows:
+            cost = (row["relative_seconds"] or {}).get("step") if key == "seconds" else row[key]
+            if cost is not None:
+                panel.errorbar(cost, row["loss"]["mean"], yerr=row["loss"]["std"] or 0, fmt="o",
+                               capsize=3, **style[row["name"]])  # fmt: skip
         panel.set(xlabel=label, ylabel=LOSS)
         panel.grid(alpha=0.3)
-    for panel in (axes, panels[-1]):
-        panel.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-    save_figure(curves, out / "curves.png")
-    save_figure(costs, out / "costs.png")
+    panels[0].legend(fontsize=7, bbox_to_anchor=(len(COSTS) * 1.21, 1), loc="upper left")
+    save_figure(figure, out / "costs.png")
+
+
+def _plot_records(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path) -> None:
+    """Alignment of the layers' gradients, the bank's gradient, and mean gates over training."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for row in rows:
+        records = row["runs"][0]["records"]
+        steps = [record["step"] for record in records]
+        series = {
+            "alignment of the layers' gradients": [r["alignment"] for r in records],
+            "norm of the bank's gradient": [r["bank"] for r in records],
+            "mean g_0": [np.mean(list(r["g_0"].values())) for r in records],
+            "mean gate of the slots": [np.mean(list(r["slots"].values())) for r in records],
+        }
+        for axes, (title, values) in zip(panels, series.items(), strict=True):
+            axes.plot(steps, values, **style[row["name"]])
+            axes.set(title=title, xlabel="step")
+            axes.grid(alpha=0.3)
+    panels[1].set_yscale("log")
+    panels[1].legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save_figure(figure, out / "memory.png")
 
 
 def plot_gates(layers: dict[int, Any], out: Path) -> None:

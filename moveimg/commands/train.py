@@ -95,24 +95,26 @@ def train(
 
 @command
 def compare(
-    configs: list[Path] = Argument(help="YAML files or recipes, as for `train`."),
-    out: Path = Option(help="The folder for the runs and the table."),
-    seeds: str = Option("0,1,2", help="Comma-separated seeds."),
+    configs: list[str] = Argument(help="A study's YAML file, or configs as for `train`."),
+    out: Path = Option(help="The folder for the runs and the report."),
+    seeds: str | None = Option(None, help="Comma-separated; default: the study's, or 0,1,2."),
     jobs: int = Option(1, min=1, max=256, help="Trainings at the same time."),
     set: common.Set = None,
     vary: list[str] = Option([], metavar="KEY.PATH", help="Another key that may differ."),
+    rounds: int = Option(0, min=0, max=1000, help="Measure speed in this many rounds."),
     device: common.Device = None,
 ) -> None:
-    """Train several configs with several seeds, and write a table and plots.
+    """Train several configs with several seeds; write tables, plots and all numbers as JSON.
 
     Finished runs are not repeated; the same command continues stopped runs.
     """
     where = device_of(device)
-    from moveimg.compare import compare, parse_seeds
+    from moveimg.compare import compare, load_study
     from moveimg.files import lock
 
+    study = load_study(configs, seeds, vary)
     with lock(out, "moveimg compare"):
-        print(compare(configs, parse_seeds(seeds), out, set or [], where, jobs, vary))
+        print(compare(study, out, set or [], where, jobs, rounds))
 
 
 @command

@@ -1,0 +1,163 @@
+"""The report of a comparison: statistics over seeds, tables and plots, and all numbers as JSON.
+
+A directory receives comparison.json, table.md, questions.md and the plots of moveimg.plots.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from moveimg import plots
+from moveimg.checkpoint import read_model_config
+from moveimg.files import read_json, write_json, write_text
+from moveimg.model import model_cost
+from moveimg.tables import markdown_table
+
+SCORES = ("loss", "val_loss", "fid", "accuracy")
+
+
+def write_report(
+    runs: Sequence[Any], questions: Sequence[tuple[str, str]], out: Path, about: dict[str, Any]
+) -> str:
+    """Write the report of the runs that are finished and scored; return the table.
+
+    `runs` are moveimg.compare.ComparedRun. Differences are to the first row, for each row over the
+    seeds that both have.
+    """
+    results: list[dict[str, Any]] = []
+    for name in dict.fromkeys(run.name for run in runs):
+        done = [run for run in runs if run.name == name and run.scored()]
+        if not done:
+            continue
+        outcomes = [run.outcome() for run in done]
+        cost = asdict(model_cost(read_model_config(done[0].config.out)))
+        result = {"name": name, **cost, "runs": outcomes, **summarize(outcomes)}
+        baseline = results[0]["runs"] if results else outcomes
+        results.append(result | {"difference": difference(outcomes, baseline)})
+    if not results:
+        return ""
+    speed = out / "speed.json"
+    times = read_json(speed) if speed.is_file() else {}
+    for result in results:
+        result["relative_seconds"] = relative_seconds(times, result["name"], results[0]["name"])
+    answers = answer(questions, results)
+    report = {**about, "rows": results, "questions": answers}
+    write_json(out / "comparison.json", report)
+    table = results_table(report)
+    write_text(out / "table.md", table + "\n")
+    write_text(out / "questions.md", questions_table(report) + "\n")
+    plots.plot_comparison(results, out)
+    return table
+
+
+def summarize(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation (of the sample, n - 1) of each score over seeds; speed and memory."""
+    summary: dict[str, Any] = {
+        "steps_per_second": statistics.median(run["steps_per_second"] for run in outcomes),
+        "peak_memory": max(run["peak_memory"] for run in outcomes),
+    }
+    for key in SCORES:
+        values = [run[key] for run in outcomes if run.get(key) is not None]
+        if values:
+            std = statistics.stdev(values) if len(values) > 1 else None
+            summary[key] = {"mean": statistics.mean(values), "std": std}
+    return summary
+
+
+def difference(
+    outcomes: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], level: float = 0.95
+) -> dict[str, Any]:
+    """The mean difference of loss over common seeds, and half its confidence interval.
+
+    By Student's t over the differences paired by seed; no interval with a single seed, no mean
+    without a common one.
+    """
+    theirs = {run["seed"]: run["loss"] for run in baseline}
+    paired = [run["loss"] - theirs[run["seed"]] for run in outcomes if run["seed"] in theirs]
+    half = None
+    if len(paired) > 1:
+        error = statistics.stdev(paired) / len(paired) ** 0.5
+        half = float(student.ppf((1 + level) / 2, len(paired) - 1)) * error
+    mean = statistics.mean(paired) if paired else None
+    return {"mean": mean, "interval": half, "seeds": len(paired), "level": level}
+
+
+def answer(
+    questions: Sequence[tuple[str, str]], results: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The differences asked for, at 95 % for all together (Bonferroni), of rows that are done."""
+    by_name = {result["name"]: result["runs"] for result in results}
+    level = 1 - 0.05 / max(1, len(questions))
+    answers = []
+    for a, b in questions:
+        if a in by_name and b in by_name:
+            found = difference(by_name[a], by_name[b], level)
+            apart = found["interval"] is not None and abs(found["mean"]) > found["interval"]
+            answers.append({"question": f"{a} - {b}", **found, "told_apart": apart})
+    return answers
+
+
+def relative_seconds(times: dict[str, Any], name: str, baseline: str) -> dict[str, float] | None:
+    """Medians over rounds of a row's seconds over the baseline's in the same round."""
+    if name not in times or baseline not in times:
+        return None
+    ratios = {
+        key: [a / b for a, b in zip(times[name][key], times[baseline][key], strict=True)]
+        for key in times[name]
+    }
+    return {key: statistics.median(values) for key, values in ratios.items()}
+
+
+def results_table(report: dict[str, Any]) -> str:
+    """The Markdown table of a report's rows."""
+    return markdown_table([_row(result) for result in report["rows"]])
+
+
+def questions_table(report: dict[str, Any]) -> str:
+    """The Markdown table of a report's questions."""
+    return markdown_table([
+        {
+            "question": found["question"],
+            "nats per code": _signed(found),
+            "seeds": found["seeds"],
+            "told apart": "yes" if found["told_apart"] else "no",
+        }
+        for found in report["questions"]
+    ])  # fmt: skip
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    def spread(key: str, form: str) -> str:
+        if key not in result:
+            return ""
+        mean, std = result[key]["mean"], result[key]["std"]
+        return format(mean, form) + ("" if std is None else f" ± {format(std, form)}")
+
+    relative = result["relative_seconds"] or {}
+    return {
+        "row": result["name"],
+        "seeds": len(result["runs"]),
+        "nats per code": spread("loss", ".4f"),
+        "to the first (95 %)": _signed(result["difference"]),
+        "FID": spread("fid", ".4f"),
+        "recognised": spread("accuracy", ".1%"),
+        "parameters": f"{result['parameters']:,}",
+        "active": f"{result['active']:,}",
+        "MFLOPs per token": f"{result['flops_per_token'] / 1e6:.3f}",
+        "step": f"{relative['step']:.2f}" if relative else "",
+        "sampling": f"{relative['sample']:.2f}" if relative else "",
+        "peak MiB": f"{result['peak_memory'] / 2**20:,.0f}",
+    }
+
+
+def _signed(found: dict[str, Any]) -> str:
+    if found["mean"] is None:
+        return ""
+    half = "" if found["interval"] is None else f" ± {found['interval']:.4f}"
+    return f"{found['mean']:+.4f}{half}"
