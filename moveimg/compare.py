@@ -7,6 +7,7 @@ test set, once. A finished part is not repeated, and a stopped one continues.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from moveimg.errors import validate
 from moveimg.files import read_json, write_json
 from moveimg.progress import progress_bar
 from moveimg.training.logging import (
+    MAY_CHANGE,
     changed_settings,
     differing,
     flatten_settings,
@@ -89,6 +91,7 @@ class ComparedRun:
     row: StudyRow
     config: TrainConfig
     test: TestSet | None
+    known: dict[str, Any] | None = None  # its outcome, of an earlier comparison.json
 
     def __str__(self) -> str:
         return f"{self.name}, seed {self.config.seed}"
@@ -101,7 +104,9 @@ class ComparedRun:
         return read_about(out).get("step") == self.config.steps
 
     def scored(self) -> bool:
-        """Whether the run is finished, and its test scores are there if there is a test set."""
+        """Whether its outcome is known: trained, and scored if there is a test set."""
+        if self.known is not None:
+            return True
         return self.finished() and (self.test is None or (self.config.out / "test.json").is_file())
 
     def commands(self, overrides: Sequence[str], device: torch.device) -> list[list[str]]:
@@ -118,11 +123,14 @@ class ComparedRun:
 
     def outcome(self) -> dict[str, Any]:
         """Held-out and test scores, learning curve, records and speed of a finished run."""
+        if self.known is not None:
+            return self.known
         out = self.config.out
         lines = read_measurements(metrics_of(out))
         test = read_json(out / "test.json") if self.test is not None else {}
         return {
             "seed": self.config.seed,
+            "settings": settings_key(self.config),
             "val_loss": lines[-1].loss,
             "loss": lines[-1].loss,
             **test,
@@ -175,7 +183,8 @@ def compare(
 ) -> str:
     """Train every row with every seed in out/ROW-seedN; write and return the table.
 
-    out/ receives the report of moveimg.compare_report and logs/, anew whenever a run is done.
+    out/ receives the report of moveimg.compare_report and logs/, anew whenever a run is done. Runs
+    in its comparison.json of the same settings are not repeated, even where their folders are gone.
 
     Args:
         overrides: settings for all rows, as `key.path=value`.
@@ -211,7 +220,7 @@ def compare(
 def list_runs(study: Study, out: Path, overrides: Sequence[str]) -> list[ComparedRun]:
     """Every row with every seed. Raises ValueError where they cannot be compared."""
     runs: list[ComparedRun] = []
-    first = None
+    first, known = None, read_known(out)
     for name, row in study.rows.items():
         own = [f"{key}={json.dumps(value)}" for key, value in row.set.items()]
         config = load_config(row.config, TrainConfig, [*overrides, *own])
@@ -225,7 +234,9 @@ def list_runs(study: Study, out: Path, overrides: Sequence[str]) -> list[Compare
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         for seed in row.seeds or study.seeds:
             chosen = {"seed": seed, "out": out / f"{slug}-seed{seed}"}
-            runs.append(ComparedRun(name, row, config.model_copy(update=chosen), study.test))
+            own_config = config.model_copy(update=chosen)
+            outcome = known.get((settings_key(own_config), seed))
+            runs.append(ComparedRun(name, row, own_config, study.test, outcome))
     for run in runs:
         path = run.config.out / "training" / "config.yaml"
         for key, (before, now) in (
@@ -236,6 +247,19 @@ def list_runs(study: Study, out: Path, overrides: Sequence[str]) -> list[Compare
                 "choose another --out, or remove it"
             )
     return runs
+
+
+def settings_key(config: TrainConfig) -> str:
+    """A digest of the settings that an outcome depends on, without the seed and the data."""
+    settings = flatten_settings(config, (*MAY_CHANGE, "seed", "data", "init_from"))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_known(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The outcomes in a directory's comparison.json, by settings_key and seed."""
+    path = out / "comparison.json"
+    rows = read_json(path)["rows"] if path.is_file() else []
+    return {(run["settings"], run["seed"]): run for row in rows for run in row["runs"]}
 
 
 def run_all(

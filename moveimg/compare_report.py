@@ -14,7 +14,6 @@ from typing import Any
 from scipy.stats import t as student
 
 from moveimg import plots
-from moveimg.checkpoint import read_model_config
 from moveimg.files import read_json, write_json, write_text
 from moveimg.model import model_cost
 from moveimg.tables import markdown_table
@@ -36,7 +35,7 @@ def write_report(
         if not done:
             continue
         outcomes = [run.outcome() for run in done]
-        cost = asdict(model_cost(read_model_config(done[0].config.out)))
+        cost = asdict(model_cost(done[0].config.model))
         result = {"name": name, **cost, "runs": outcomes, **summarize(outcomes)}
         baseline = results[0]["runs"] if results else outcomes
         results.append(result | {"difference": difference(outcomes, baseline)})
@@ -120,7 +119,9 @@ def results_table(report: dict[str, Any]) -> str:
 
 
 def questions_table(report: dict[str, Any]) -> str:
-    """The Markdown table of a report's questions."""
+    """The Markdown table of a report's questions; empty while none can be answered."""
+    if not report["questions"]:
+        return ""
     return markdown_table([
         {
             "question": found["question"],

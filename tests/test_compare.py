@@ -1,4 +1,4 @@
-"""Comparisons: which configs are comparable, the table, plots, and ended trainings.
+"""Comparisons: what is comparable, statistics, the report, and runs that end early.
 
 Nothing is trained here: a stand-in leaves a run's folder as a training would (test_cli.py has a
 real one).
@@ -21,7 +21,8 @@ from PIL import Image
 
 from moveimg import compare as module
 from moveimg import plots
-from moveimg.compare import compare, list_runs, parse_seeds, summarize
+from moveimg.compare import compare, list_runs, load_study, parse_seeds, run_all
+from moveimg.compare_report import answer, difference, questions_table, results_table
 from moveimg.files import write_json, write_text
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def configs(tmp_path):
     base = "out: unused\ndata: {codes: c, tokenizer: t}\nsteps: 4\nbatch_size: 8\n"
     for name, model in MODELS.items():
         (tmp_path / f"{name}.yaml").write_text(f"{base}model: {model}\n")
-    return [tmp_path / f"{name}.yaml" for name in MODELS]
+    return [str(tmp_path / f"{name}.yaml") for name in MODELS]
 
 
 def leave(run, exported=4):
@@ -58,59 +59,84 @@ def leave(run, exported=4):
 
 
 @pytest.fixture
-def trained(monkeypatch, tmp_path):
-    """A stand-in for trainings: a list of those made, each with the table at its time.
-
-    Seed 13 fails.
-    """
+def trained(monkeypatch):
+    """A stand-in for trainings: a list of those made. Seed 13 fails."""
     made = []
 
-    def train_all(runs, *_):
+    def run_all(runs, *_):
         for run in runs:
-            table = tmp_path / "out" / "table.json"
-            rows = json.loads(table.read_text())["configs"] if table.exists() else []
-            made.append((str(run), [row["name"] for row in rows]))
+            made.append(str(run))
             if run.config.seed != 13:
                 leave(run)
             yield run, "the codes are gone" if run.config.seed == 13 else None
 
-    monkeypatch.setattr(module, "train_all", train_all)
+    monkeypatch.setattr(module, "run_all", run_all)
     monkeypatch.setattr(plots, "plot_comparison", lambda *_: None)  # takes seconds
     return made
 
 
-def test_table_holds_every_config(configs, tmp_path, trained, monkeypatch):
+def test_a_study_file_names_rows_with_settings_and_questions(configs, tmp_path, trained):
+    study = {
+        "seeds": [0, 1],
+        "rows": {
+            "Dense": {"config": configs[0], "seeds": [0, 1, 2]},
+            "Two slots": {"config": configs[1], "set": {"model.ffn": {"kind": "swiglu"}}},
+        },
+        "questions": [["Two slots", "Dense"]],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    found, out = load_study([str(tmp_path / "study.yaml")], None), tmp_path / "out"
+    runs = list_runs(found, out, [])
+    assert [run.config.out.name for run in runs] == [
+        "dense-seed0", "dense-seed1", "dense-seed2", "two-slots-seed0", "two-slots-seed1"
+    ]  # fmt: skip
+    assert runs[3].config.model.ffn.kind == "swiglu"
+    compare(found, out, [], CPU)
+    report = json.loads((out / "comparison.json").read_text())
+    assert report["questions"][0]["mean"] == 0 and report["questions"][0]["seeds"] == 2
+    assert "Two slots - Dense" in questions_table(report)
+    with pytest.raises(ValueError, match="Nobody"):
+        study["questions"] = [["Nobody", "Dense"]]
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        load_study([str(tmp_path / "study.yaml")], None)
+
+
+def test_report_holds_every_row(configs, tmp_path, trained, monkeypatch):
     out = tmp_path / "out"
-    table = compare(configs, [0, 1], out, [], CPU)
-    assert [made[0] for made in trained] == [f"{name}, seed {s}" for name in MODELS for s in (0, 1)]
-    assert [made[1] for made in trained][::2] == [[], ["dense"], ["dense", "experts"]]  # it grows
-    lines = table.splitlines()
-    assert len(lines) == 5 and all(line.count("|") == 12 for line in lines)
-    report = json.loads((out / "table.json").read_text())
+    table = compare(load_study(configs, "0,1"), out, [], CPU)
+    assert trained == [f"{name}, seed {seed}" for name in MODELS for seed in (0, 1)]
+    report = json.loads((out / "comparison.json").read_text())
+    assert table == results_table(report) == (out / "table.md").read_text().strip()
     assert report["settings"]["steps"] == 4 and report["hardware"]["device"] == "cpu"
-    for config in report["configs"]:
-        assert config["loss_mean"] == 1.0 and [run["loss"] for run in config["runs"]] == [0.5, 1.5]
-        assert config["runs"][0]["curve"] == [[2, 1.0], [4, 0.5]]
-        assert config["peak_memory"] == 3 * 2**20 and config["steps_per_second"] == 2
-        line = next(line for line in lines if line.startswith(f"| {config['name']} |"))
-        assert f"{config['active']:,}" in line and f"{config['flops_per_token'] / 1e6:.3f}" in line
+    for row in report["rows"]:
+        assert row["loss"]["mean"] == 1.0 and [run["loss"] for run in row["runs"]] == [0.5, 1.5]
+        assert row["runs"][0]["curve"] == [[2, 1.0], [4, 0.5]]
+        assert row["peak_memory"] == 3 * 2**20 and row["steps_per_second"] == 2
+        line = next(line for line in table.splitlines() if line.startswith(f"| {row['name']} |"))
+        assert f"{row['active']:,}" in line and f"{row['flops_per_token'] / 1e6:.3f}" in line
     monkeypatch.undo()
-    plots.plot_comparison(report["configs"], out)
+    plots.plot_comparison(report["rows"], out)
     for name in ("curves", "costs"):
         assert Image.open(out / f"{name}.png").width > 300
 
 
-def test_finished_runs_are_read(configs, tmp_path, trained):
-    out = tmp_path / "out"
-    table = compare(configs[:2], [0], out, [], CPU)
-    (run, _) = list_runs(configs[:2], [0], out, [])
+def test_finished_runs_are_read_and_known_ones_need_no_folder(configs, tmp_path, trained):
+    out, study = tmp_path / "out", load_study(configs[:2], "0")
+    run = list_runs(study, out, [])[0]
     leave(run, exported=2)  # as if killed before its last export
-    assert run.measurements()[-1].step == 4 and not run.finished()
-    leave(run)
+    assert not run.finished()
+    table = compare(study, out, [], CPU)
+    assert trained == ["dense, seed 0", "experts, seed 0"]
     trained.clear()
-    assert compare(configs[:2], [0], out, ["log_every=7"], CPU) == table and not trained
-    compare(configs[:1], [0, 2], out, [], CPU)
-    assert [made[0] for made in trained] == ["dense, seed 2"]
+    for name in ("dense-seed0", "experts-seed0"):
+        (out / name).rename(tmp_path / name)
+    assert compare(study, out, ["log_every=7"], CPU) == table and not trained
+    compare(load_study(configs[:1], "0,2"), out, [], CPU)
+    assert trained == ["dense, seed 2"]
+    trained.clear()
+    with pytest.raises(ValueError, match="last step"):  # another setting: none of them is known
+        compare(study, tmp_path / "out", ["steps=5"], CPU)
+    assert trained == ["dense, seed 0", "experts, seed 0"]
 
 
 @pytest.mark.parametrize(
@@ -119,31 +145,29 @@ def test_finished_runs_are_read(configs, tmp_path, trained):
 )
 def test_only_slots_and_size_may_differ(configs, tmp_path, text, key):
     (tmp_path / "other.yaml").write_text(f"base: dense.yaml\n{text}")
-    pair, out = [configs[0], tmp_path / "other.yaml"], tmp_path / "out"
-    assert len(list_runs(pair, [0], out, [], [key])) == 2
+    pair, out = [configs[0], str(tmp_path / "other.yaml")], tmp_path / "out"
+    assert len(list_runs(load_study(pair, "0", [key]), out, [])) == 2
     for vary in ([], ["opt", "model.n"]):  # a part of a key's name is not the key
         with pytest.raises(ValueError, match=key):
-            list_runs(pair, [0], out, [], vary)
+            list_runs(load_study(pair, "0", vary), out, [])
     with pytest.raises(ValueError, match="same file name"):
-        list_runs([configs[0], configs[0]], [0], out, [])
+        load_study([configs[0], configs[0]], "0")
 
 
 def test_folder_with_another_run_is_refused_before_anything_is_trained(configs, tmp_path, trained):
-    out = tmp_path / "out"
-    leave(list_runs(configs, [0], out, [])[2])
+    out, study = tmp_path / "out", load_study(configs, "0")
+    leave(list_runs(study, out, [])[2])
     with pytest.raises(ValueError, match=r"wide-seed0.*steps \(4, now 5\)"):
-        compare(configs, [0], out, ["steps=5"], CPU)
+        compare(study, out, ["steps=5"], CPU)
     assert not trained
 
 
 def test_failed_training_does_not_lose_the_others(configs, tmp_path, trained):
     out = tmp_path / "out"
-    for run in list_runs(configs[1:2], [13], out, []):
-        leave(run)
     with pytest.raises(ValueError, match=r"dense, seed 13: the codes are gone.*wide, seed 13"):
-        compare(configs, [0, 13], out, [], CPU)
-    report = json.loads((out / "table.json").read_text())
-    assert [row["name"] for row in report["configs"]] == ["experts"]
+        compare(load_study(configs, "0,13"), out, [], CPU)
+    report = json.loads((out / "comparison.json").read_text())
+    assert [[run["seed"] for run in row["runs"]] for row in report["rows"]] == [[0]] * 3
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell stands in for a training")
@@ -151,7 +175,8 @@ def test_failed_training_does_not_lose_the_others(configs, tmp_path, trained):
 def test_end_of_a_comparison_ends_its_trainings(configs, tmp_path, monkeypatch, number):
     logs = tmp_path / "out" / "logs"
     waits = "trap 'echo stopped; kill $!; exit 143' TERM; echo up; sleep 60 & wait"
-    monkeypatch.setattr(module, "train_command", lambda *_: ["sh", "-c", waits])
+    commands = lambda *_: [["sh", "-c", waits], ["false"]]  # noqa: E731
+    monkeypatch.setattr(module.ComparedRun, "commands", commands)
     both = [logs / f"{name}-seed0.log" for name in ("dense", "experts")]
 
     def end():
@@ -165,23 +190,26 @@ def test_end_of_a_comparison_ends_its_trainings(configs, tmp_path, monkeypatch, 
     before, thread = signal.getsignal(signal.SIGTERM), threading.Thread(target=end)
     thread.start()
     with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt):
-        compare(configs, [0], tmp_path / "out", [], CPU, jobs=2)
+        compare(load_study(configs, "0"), tmp_path / "out", [], CPU, jobs=2)
     thread.join()
     assert [path.read_text() for path in both] == ["up\nstopped\n"] * 2
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_trainings_run_with_seed_and_folder_and_name_their_failure(configs, tmp_path, monkeypatch):
-    runs = list_runs(configs[:1], [3, 4], tmp_path, [])
-    command = module.train_command(runs[0], ["steps=9"], CPU)
-    assert command[3:5] == ["train", str(configs[0])]
-    assert command[-6:] == [
-        "--set", "steps=9", "--set", "seed=3", "--set", f'out="{tmp_path}/dense-seed3"'
-    ]  # fmt: skip
+def test_runs_have_their_seed_and_folder_and_name_their_failure(configs, tmp_path, monkeypatch):
+    test = {"codes": "c", "reference": "digits", "samples": 30}
+    study = load_study(configs[:1], "3,4").model_copy(update={"test": module.TestSet(**test)})
+    runs = list_runs(study, tmp_path, [])
+    train, evaluate = runs[0].commands(["steps=9"], CPU)
+    assert train[3:5] == ["train", configs[0]]
+    own = ["--set", "steps=9", "--set", "seed=3", "--set", f'out="{tmp_path}/dense-seed3"']
+    assert train[5:11] == own
+    assert evaluate[3:5] == ["evaluate", f"{tmp_path}/dense-seed3"] and "30" in evaluate
     script = "import sys; print('error: the codes are gone'); sys.exit(int(sys.argv[1]) - 3)"
     words = [sys.executable, "-c", script]
-    monkeypatch.setattr(module, "train_command", lambda run, *_: [*words, str(run.config.seed)])
-    ended = {str(run): failure for run, failure in module.train_all(runs, [], CPU, 1, tmp_path)}
+    commands = lambda run, *_: [[*words, str(run.config.seed)]]  # noqa: E731
+    monkeypatch.setattr(module.ComparedRun, "commands", commands)
+    ended = {str(run): failure for run, failure in run_all(runs, [], CPU, 2, tmp_path)}
     assert ended["dense, seed 3"] is None
     assert ended["dense, seed 4"].startswith("the codes are gone")
     assert "dense-seed4.log" in ended["dense, seed 4"]
@@ -189,17 +217,21 @@ def test_trainings_run_with_seed_and_folder_and_name_their_failure(configs, tmp_
 
 def test_differences_are_paired_by_seed():
     def outcomes(*losses):
-        return [{"loss": loss, "steps_per_second": 1.0, "peak_memory": 0} for loss in losses]
+        return [{"seed": seed, "loss": loss} for seed, loss in enumerate(losses)]
 
     first = outcomes(1.0, 2.0, 3.0)
-    assert summarize(first, first)["loss_std"] == pytest.approx(1.0)
-    second = summarize(outcomes(0.9, 1.9, 2.9), first)
-    assert second["difference"] == pytest.approx(-0.1)
-    assert second["interval"] == pytest.approx(0, abs=1e-12)  # each seed gained the same
-    assert summarize(first[:1], first[:1])["interval"] is None
-    # Student's t with two degrees of freedom: 4.303
-    third = summarize(outcomes(0.0, 2.0, 4.0), first)
-    assert third["interval"] == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    same = difference(outcomes(0.9, 1.9, 2.9), first)
+    assert same["mean"] == pytest.approx(-0.1)
+    assert same["interval"] == pytest.approx(0, abs=1e-12)  # each seed gained the same
+    assert difference(first[:1], first)["interval"] is None
+    # Student's t with two degrees of freedom: 4.303 at 95 %, 9.925 at 99 %
+    for level, t in ((0.95, 4.3027), (0.99, 9.9248)):
+        found = difference(outcomes(0.0, 2.0, 4.0, 9.0), first, level)
+        assert found["interval"] == pytest.approx(t / math.sqrt(3), rel=1e-4)
+    rows = [{"name": "a", "runs": first}, {"name": "b", "runs": outcomes(0.0, 1.1, 2.0)}]
+    (asked,) = answer([("b", "a")], rows)
+    assert asked["level"] == 0.95 and asked["told_apart"]
+    assert not answer([("b", "a")] * 50, rows)[0]["told_apart"]
 
 
 def test_seeds_are_read():
