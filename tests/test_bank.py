@@ -13,7 +13,7 @@ from moveimg.model import Transformer
 from moveimg.model.analysis import scale_bank
 from moveimg.model.bank import DiskRows, QuantizedRows
 from moveimg.pipeline import Pipeline
-from moveimg.pretrained.upcycle import convert_quantize_bank
+from moveimg.pretrained.upcycle import convert_quantize_bank, convert_upcycle
 from moveimg.sampling import image_rngs, sample_codes
 from tests.conftest import lively, random_inputs, tiny_config
 from tests.test_pipeline import NAMES, tiny_tokenizer
@@ -181,3 +181,16 @@ def test_edited_banks_change_their_rows_alone_and_can_be_saved(tmp_path):
     dense = lively(tiny_config(), dtype=torch.float32)
     with pytest.raises(ValueError, match="none"):
         erase_rows(dense, [0])
+
+
+def test_upcycling_with_shared_rows_keeps_logits_and_maps_codes(tmp_path):
+    dense = lively(tiny_config(), dtype=torch.float32)
+    save_model(tmp_path / "d", ModelParts(dense, tiny_tokenizer(), NAMES, SamplingSettings()), {})
+    options = {"kind": "move", "slots": 2, "rows": 3, "context": "above", "context_rows": 7}
+    convert_upcycle(tmp_path / "d", options, tmp_path / "m")
+    model = load_generator(tmp_path / "m")
+    codes, labels = random_inputs(dense.config)
+    assert torch.equal(model(codes, labels), dense(codes, labels))
+    expected = Transformer(model.config).memory
+    expected.share_rows(tiny_tokenizer().quantize.codebook())
+    assert torch.equal(model.memory.row_of_code, expected.row_of_code)

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,3 +240,10 @@ def test_seeds_are_read():
     for wrong in ("", "a", "1,1", "-1", "9" * 5000, "²"):
         with pytest.raises(ValueError, match="seeds"):
             parse_seeds(wrong)
+
+
+def test_the_document_shows_the_numbers_of_its_json():
+    docs = Path(__file__).parents[1] / "docs"
+    report = json.loads((docs / "comparison.json").read_text())
+    text = (docs / "comparison.md").read_text()
+    assert results_table(report) in text and questions_table(report) in text
