@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers, vgg16
 
+from moveimg.config import AdversarialConfig, TokenizerTrainConfig
+from moveimg.errors import validate
+from moveimg.training import tokenizer as losses
 from tests.test_tokenizer import make_images
 from tests.test_tokenizer_files import Hostile
-from tokenizer import losses
 
 CHANNELS = (64, 128, 256, 512, 512)
 CPU = torch.device("cpu")
@@ -82,17 +84,24 @@ def test_lpips_weights_are_not_unpickled_freely(folder, tmp_path, hostile):
 
 
 def test_adaptive_weight_matches_reference():
+    """The discriminator is replaced by x -> sum(a tanh(x)), whose gradients are written out."""
+    settings = {"out": "x", "steps": 1, "images": {"source": "x", "size": 8}, "tokenizer": {}}
+    run = validate(TokenizerTrainConfig, settings, "test")
+    adversary = losses.Adversary(AdversarialConfig(weight=0.5, n_layers=1, width=4), run, CPU)
     rng = np.random.default_rng(0)
     layer, x, y, a = (rng.standard_normal(n) for n in (4, 4, 4, 4))
+    adversary.discriminator = nn.Tanh()
+    adversary.discriminator.register_forward_hook(lambda *args: (torch.tensor(a) * args[2]).sum())
     last = torch.tensor(layer, requires_grad=True)
     out = last * torch.tensor(x)
     reconstruction = ((out - torch.tensor(y)) ** 2).mean()
-    adversarial = -(torch.tensor(a) * out.tanh()).sum()
-    weight = losses.adaptive_weight(reconstruction, adversarial, last)
+    loss, scalars = adversary.generator_loss(out, reconstruction, last)
+    weight = scalars["adversarial_weight"]
     first = 2 * (layer * x - y) * x / 4
     second = -a * (1 - np.tanh(layer * x) ** 2) * x
-    expected = np.linalg.norm(first) / (np.linalg.norm(second) + 1e-4)
+    expected = 0.5 * np.linalg.norm(first) / (np.linalg.norm(second) + 1e-4)
     assert weight.item() == pytest.approx(expected, rel=1e-12) and not weight.requires_grad
-    (reconstruction + weight * adversarial).backward()  # the graphs are still there
+    (reconstruction + loss).backward()  # the graphs are still there
     np.testing.assert_allclose(last.grad, first + expected * second, rtol=1e-10)
-    assert losses.adaptive_weight(9e9 * last.sum(), 1e-9 * last.sum(), last) == 1e4
+    _, scalars = adversary.generator_loss(1e-9 * last, 9e9 * last.sum(), last)
+    assert scalars["adversarial_weight"] == 0.5e4

@@ -1,8 +1,10 @@
 """Every setting of the program, with its default, its range and its help text."""
 
+# ruff: noqa: F401 (the package's names)
 from moveimg.config.files import SUFFIXES, list_recipes, override, yaml_of
 from moveimg.config.model import SIZES, Config, ModelConfig, SamplingSettings, SwiGLUConfig
 from moveimg.config.run import (
+    AdversarialConfig,
     ImagesConfig,
     ModelFile,
     OptimizerConfig,
@@ -14,10 +16,3 @@ from moveimg.config.run import (
     load_config,
     parse_size,
 )
-
-__all__ = [
-    "SIZES", "SUFFIXES", "Config", "ImagesConfig", "ModelConfig", "ModelFile",
-    "OptimizerConfig", "RunConfig", "SamplingSettings", "Size", "SwiGLUConfig",
-    "TokenizerTrainConfig", "TrainConfig", "as_pair", "list_recipes", "load_config", "override",
-    "parse_size", "yaml_of",
-]  # fmt: skip

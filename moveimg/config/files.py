@@ -36,7 +36,7 @@ def read_yaml(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
     Raises FileNotFoundError for a missing file, ValueError for one without keys and values.
     """
-    return override(_read(str(source), Path(), ()), overrides)
+    return override(_read(str(source), Path()), overrides)
 
 
 def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -52,12 +52,6 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return data
 
 
-def find_recipe(name: str) -> Path | None:
-    """The file in configs/ of a recipe's name; none for names put together from parts."""
-    path = CONFIGS / f"{name}.yaml"
-    return path if re.fullmatch("[a-z0-9-]{1,100}", name) and path.is_file() else None
-
-
 def list_recipes() -> dict[str, str]:
     """The recipes' names with a line about each: files by their first line, then the forms."""
     models = {name: f"The bundled model {name}: {recipe}." for name, recipe in MODELS.items()}
@@ -70,31 +64,35 @@ def yaml_of(name: str) -> str:
 
     Raises FileNotFoundError for an unknown name.
     """
-    if path := find_recipe(name):
+    if path := _find_recipe(name):
         return path.read_text(encoding="utf-8")
     return yaml.safe_dump(read_yaml(name), sort_keys=False, default_flow_style=None)
 
 
-def _read(source: str, folder: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _find_recipe(name: str) -> Path | None:
+    path = CONFIGS / f"{name}.yaml"
+    return path if re.fullmatch("[a-z0-9-]{1,100}", name) and path.is_file() else None
+
+
+def _read(source: str, folder: Path, depth: int = 0) -> dict[str, Any]:
     """The settings of a file, its path relative to `folder`, or of a recipe."""
     path = folder / source
     if not (path.is_file() or source.endswith(SUFFIXES)):
-        path = find_recipe(source) or Path(source)
-    if path.resolve() in seen:
-        raise ValueError(f"{path}: `base` leads back to itself")
+        path = _find_recipe(source) or Path(source)
     is_file = path.is_file() or source.endswith(SUFFIXES)
     data = files.read_yaml(path) if is_file else _compose(source)
     base = data.pop("base", None) if isinstance(data, dict) else data
     if not isinstance(data, dict) or not isinstance(base, str | None):
         raise ValueError(f"{path}: expected keys and values, `base` a file or recipe (got {base})")
-    return data if base is None else _merge(_read(base, path.parent, (*seen, path.resolve())), data)
+    if depth > 20:
+        raise ValueError(f"{path}: `base` leads back to itself")
+    return data if base is None else _merge(_read(base, path.parent, depth + 1), data)
 
 
 def _merge(base: Any, over: Any) -> Any:
     """Merge `over` into `base` key by key; a new `kind` replaces the group, whose keys differ."""
-    if not isinstance(base, dict) or not isinstance(over, dict):
-        return over
-    if "kind" in over and over["kind"] != base.get("kind"):
+    both = isinstance(base, dict) and isinstance(over, dict)
+    if not both or over.get("kind", base.get("kind")) != base.get("kind"):
         return over
     return base | {key: _merge(base.get(key), value) for key, value in over.items()}
 
@@ -111,9 +109,9 @@ def _compose(name: str) -> dict[str, Any]:
     part = r"(?:(mla|standard)|(lave|move)(?:-x([1-9]\d{0,2}))?)"
     match = re.fullmatch(rf"([a-z0-9-]{{1,90}}?)-{part}", name)
     base = match[1] if match else ""
-    if match and find_recipe(base) is None and find_recipe(f"{base}-base"):
+    if match and _find_recipe(base) is None and _find_recipe(f"{base}-base"):
         base = f"{base}-base"
-    data = _read(base, Path(), ()) if base else {}
+    data = _read(base, Path()) if base else {}
     if match is None or "model" not in data:
         raise FileNotFoundError(
             f"no config {shorten(name)}: expected a YAML file or a recipe (see `moveimg configs`)"

@@ -12,7 +12,7 @@ from moveimg.config.files import read_yaml
 from moveimg.config.model import Config, ModelConfig, Rate, SamplingSettings, Width
 from moveimg.errors import validate
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 GradientNorm = Annotated[float, Field(gt=0, le=1e9)]
@@ -74,7 +74,7 @@ class OptimizerConfig(Config):
     clip: GradientNorm = Field(1.0, description="largest norm of the gradient")
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     warmup: StepsFromZero = Field(0, description="steps of linear warm-up")
-    final_lr: Probability = Field(0.0, description="end of the cosine, as a share of lr")
+    final_lr: Share = Field(0.0, description="end of the cosine, as a share of lr")
     table_lr: LearningRate = Field(1e-3, description="of product-key value tables (Memory+)")
     table_clip: GradientNorm = Field(1.0, description="largest norm of the value tables' gradient")
 
@@ -103,7 +103,7 @@ class TrainConfig(RunConfig):
     model: ModelConfig
     init_from: Path | None = Field(None, description="start from this model (and its settings)")
     train: Literal["all", "memory"] = Field("all", description="memory: bank and routers alone")
-    class_dropout: Probability = Field(0.1, description="share of null labels, for guidance")
+    class_dropout: Share = Field(0.1, description="share of null labels, for guidance")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="autocast type; auto: bfloat16 on CUDA from capability 8.0"
     )

@@ -24,7 +24,7 @@ from moveimg.checkpoint import (
     save_model,
 )
 from moveimg.config import ModelConfig, TrainConfig
-from moveimg.data import MANIFEST, Batches, PackedCodes, sha256_file
+from moveimg.data import MANIFEST, PackedCodes, draw_batch, sha256_file
 from moveimg.device import shapes_only
 from moveimg.dist import World, print_rank0
 from moveimg.files import lock
@@ -59,10 +59,10 @@ class GeneratorTask(Task):
         self.parallel, self.world, self.device = parallel, parallel.world, parallel.world.device
         self.forward, self.codes, self.val = model, train, val
         self.class_names = train.class_names
-        self.batches = Batches(train, config.batch_size, config.seed)
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        codes, labels, _ = self.batches.batch(step, part, self.parallel.parts)
+        size, seed = self.config.batch_size, self.config.seed
+        codes, labels, _ = draw_batch(self.codes, size, seed, step, part, self.parallel.parts)
         codes, labels = codes.to(self.device), labels.to(self.device)
         draws = torch.rand(len(labels), device=self.device, generator=self.rng)
         dropped = draws < self.config.class_dropout
