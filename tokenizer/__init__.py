@@ -1,13 +1,13 @@
 """Images <-> codes: VQ tokenizers, their quantizers and files."""
 
-from tokenizer.config import IBQQuantizerConfig, TamingConfig, VQConfig, parse_config
+from tokenizer.config import QuantizerConfig, TamingConfig, VQConfig, parse_config
 from tokenizer.io import load, load_llamagen_vq, load_taming, load_weights, read_weights, save
 from tokenizer.quantizers import code_statistics
 from tokenizer.vq import AutoencoderTokenizer
 
 __all__ = [
     "AutoencoderTokenizer",
-    "IBQQuantizerConfig",
+    "QuantizerConfig",
     "TamingConfig",
     "VQConfig",
     "code_statistics",

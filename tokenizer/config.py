@@ -20,28 +20,17 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class VQQuantizerConfig(_Config):
-    """Nearest vector of a learned codebook (VQ-VAE, arXiv 1711.00937)."""
+class QuantizerConfig(_Config):
+    """Vectors -> codes; a kind takes the options that name it."""
 
-    kind: Literal["vq"] = "vq"
-    init_from_data: bool = True  # start the codebook at vectors of the first training batch
-    # training steps after which an unused code moves onto a vector; 0: never
+    # nearest vector (VQ-VAE, arXiv 1711.00937), a frozen random codebook behind one learned linear
+    # map (SimVQ, arXiv 2411.02038), or index backpropagation (IBQ, arXiv 2412.02692)
+    kind: Literal["vq", "simvq", "ibq"] = "vq"
+    init_from_data: bool = True  # vq: start the codebook at vectors of the first training batch
+    # vq: training steps after which an unused code moves onto a vector; 0: never
     reseed_after: int = Field(100, ge=0, le=2**31)
-
-
-# No default `kind` below: a fingerprint leaves out defaults, and it must contain the kind.
-class SimVQQuantizerConfig(_Config):
-    """A frozen random codebook behind one learned linear map (SimVQ, arXiv 2411.02038)."""
-
-    kind: Literal["simvq"]
-
-
-class IBQQuantizerConfig(_Config):
-    """Index backpropagation (IBQ, arXiv 2412.02692), with the loss weights of its authors' code."""
-
-    kind: Literal["ibq"]
-    entropy_weight: float = Field(0.05, ge=0, le=1e6)
-    entropy_temperature: float = Field(0.01, gt=0, le=1e6)  # divides scores in the entropy loss
+    entropy_weight: float = Field(0.05, ge=0, le=1e6)  # ibq: of the entropy loss
+    entropy_temperature: float = Field(0.01, gt=0, le=1e6)  # ibq: divides the scores in it
 
 
 class VQConfig(_Config):
@@ -59,9 +48,7 @@ class VQConfig(_Config):
     l2_normalize: bool = True  # compare and decode unit vectors (ViT-VQGAN, arXiv 2110.04627)
     norm_groups: Size = 32  # of every GroupNorm
     attention: bool = True  # self-attention at the lowest resolution
-    quantizer: VQQuantizerConfig | SimVQQuantizerConfig | IBQQuantizerConfig = Field(
-        VQQuantizerConfig(), discriminator="kind"
-    )
+    quantizer: QuantizerConfig = QuantizerConfig()
     dropout: Dropout = 0.0  # inside residual blocks
 
 

@@ -79,6 +79,7 @@ def load_llamagen_vq(file: PathLike) -> AutoencoderTokenizer:
             "z_channels": len(weights["encoder.conv_out.weight"]),
             "codebook_size": codebook_size,
             "codebook_dim": codebook_dim,
+            "attention": "encoder.mid.1.q.weight" in weights,
         }
     except (KeyError, ValueError) as error:  # a tensor is missing, or has other dimensions
         raise ValueError(f"{source} ({error})") from None

@@ -1,7 +1,7 @@
 """Vectors -> codes -> vectors: VQ, SimVQ and IBQ.
 
 B batch size   D codebook dimension   N codebook size   h, w grid of codes   n = B*h*w vectors
-A new kind is one subclass of `Quantizer`, one config in config.py, and one line in `QUANTIZERS`.
+A new kind is one subclass of `Quantizer`, its name in config.py, and one line in `QUANTIZERS`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moveimg.dist import broadcast_from_rank0, reduce_mean, reduce_sum
+from tokenizer.config import QuantizerConfig
 
 MAX_SCORES = 2**24  # elements of the score matrix [n, N] in memory at once: 64 MiB in float32
 Losses = dict[str, Tensor]
@@ -39,7 +40,7 @@ class Quantizer(nn.Module):
     generator: torch.Generator | None = None  # of re-seeding; torch's default one if None
     idle_steps: Tensor | None = None  # int64 [N], training steps since each code was last chosen
 
-    def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:
+    def __init__(self, config: QuantizerConfig, size: int, dim: int, l2_normalize: bool) -> None:
         super().__init__()
         self.config, self.l2_normalize = config, l2_normalize
         self.loss_weights = {"codebook": 1.0, "commitment": 0.25}  # LlamaGen's; VQ-VAE's beta
@@ -132,7 +133,7 @@ class SimVectorQuantizer(Quantizer):
     Its authors' code adds a bias to the paper's C W; there is none here.
     """
 
-    def __init__(self, config: Any, size: int, dim: int, l2_normalize: bool) -> None:
+    def __init__(self, config: QuantizerConfig, size: int, dim: int, l2_normalize: bool) -> None:
         super().__init__(config, size, dim, l2_normalize)
         self.embedding.requires_grad_(False)
         self.projection = nn.Linear(dim, dim, bias=False)
@@ -153,7 +154,7 @@ class IndexQuantizer(Quantizer):
 
     nearest = False
 
-    def __init__(self, config: Any, *sizes: Any) -> None:
+    def __init__(self, config: QuantizerConfig, *sizes: Any) -> None:
         super().__init__(config, *sizes)
         # VQ-VAE's two weights are swapped, as in the authors' code
         self.loss_weights = {"codebook": 0.25, "commitment": 1.0, "double": 1.0}

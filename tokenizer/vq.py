@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moveimg.rng import Dropout
-from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, VQQuantizerConfig
+from tokenizer.config import QuantizerConfig, TamingConfig, TokenizerConfig, VQConfig
 from tokenizer.quantizers import QUANTIZERS, Quantizer, TrainingOutput
 
 
@@ -127,7 +127,7 @@ def make_taming_layers(config: TamingConfig) -> Layers:
     encoder = layers.Encoder(**settings)
     with redirect_stdout(io.StringIO()):  # its constructor prints
         decoder = layers.Decoder(**settings)
-    quantize = Quantizer(VQQuantizerConfig(), config.n_embed, config.embed_dim, False)
+    quantize = Quantizer(QuantizerConfig(), config.n_embed, config.embed_dim, False)
     return encoder, decoder, quantize, len(config.ch_mult)
 
 
@@ -146,10 +146,10 @@ def make_llamagen_layers(config: VQConfig) -> Layers:
         )
 
     def middle() -> nn.Sequential:
+        # without attention an Identity keeps the names; made first, as seeds' weights depend on it
+        attention = AttentionBlock(config, lowest) if config.attention else nn.Identity()
         return nn.Sequential(
-            ResidualBlock(config, lowest, lowest),
-            AttentionBlock(config, lowest) if config.attention else nn.Identity(),
-            ResidualBlock(config, lowest, lowest),
+            ResidualBlock(config, lowest, lowest), attention, ResidualBlock(config, lowest, lowest)
         )
 
     sizes = config.codebook_size, config.codebook_dim, config.l2_normalize

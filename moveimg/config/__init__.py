@@ -1,9 +1,9 @@
 """Every setting of the program, with its default, its range and its help text."""
 
 # ruff: noqa: F401 (the package's names)
-from moveimg.config.files import SUFFIXES, list_recipes, override, yaml_of
 from moveimg.config.model import SIZES, Config, ModelConfig, SamplingSettings, SwiGLUConfig
 from moveimg.config.run import (
+    SUFFIXES,
     AdversarialConfig,
     ImagesConfig,
     ModelFile,
@@ -13,6 +13,9 @@ from moveimg.config.run import (
     TokenizerTrainConfig,
     TrainConfig,
     as_pair,
+    list_recipes,
     load_config,
+    override,
     parse_size,
+    yaml_of,
 )

@@ -144,11 +144,15 @@ def _prepare(out: Path, settings: EncodeSettings) -> None:
     names = {path.name.partition("-")[0] for path in out.glob("[!.]*")}
     if not stored and not names <= {"codes", "labels"}:
         raise ValueError(f"'{out}' is not empty and holds no packed codes: expected a new folder")
-    for name, was in packed.load_manifest(stored[0]).settings if stored else ():
-        if was != (asked := getattr(settings, name)):
-            reason = f"{name} is {shorten(was, 40)} there, {shorten(asked, 40)} asked"
-            reason = "the images have changed" if name == "source_digest" else reason
-            raise ValueError(f"'{out}' holds codes of other settings: {reason}")
+    differing = [
+        f"{name} is {shorten(was, 40)} there, {shorten(getattr(settings, name), 40)} asked"
+        if name != "source_digest"
+        else "the images have changed"
+        for name, was in (packed.load_manifest(stored[0]).settings if stored else ())
+        if was != getattr(settings, name)
+    ]
+    if differing:
+        raise ValueError(f"'{out}' holds codes of other settings: {'; '.join(differing)}")
 
 
 def _find_finished(out: Path, number: int) -> Manifest | None:
