@@ -71,37 +71,29 @@ def test_inheritance_and_overrides(tmp_path):
         ("steps: nan", "steps"),
         ("steps: 3\nsteps: 4", "'steps'"),
         ("model: {b: [", "YAML"),
+        ("base: child.yaml", "child.yaml"),
+        ("base: no.yaml", "no.yaml"),
+        ("base: 3", "3"),
+        ("- 1", "child.yaml"),
+        ("base: digits-mov", "digits-mov"),
+        ("base: ../fashion-move", "fashion-move"),
+        ("base: digits-tokenizer-move", "digits-tokenizer"),
+        ("base: digits-lave-x3", "got 3"),
+        ("base: digits-mla-x2", "digits-mla-x2"),
+        ("base: digits-move-x999", "2997"),
+        ("base: digits-move-x0", "x0"),
+        ("base: imagenet-b-512-move-x1", "imagenet-b-512"),
+        ("--set steps", "steps"),
+        ("--set =3", "=3"),
+        ("--set steps=[", "YAML"),
     ],
 )
 def test_bad_configs_get_one_line(tmp_path, text, value):
-    with pytest.raises(ValueError) as error:
-        load(tmp_path, text)
-    assert value in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "overrides", "value"),
-    [
-        ("base: child.yaml", [], "child.yaml"),
-        ("base: no.yaml", [], "no.yaml"),
-        ("base: 3", [], "3"),
-        ("- 1", [], "child.yaml"),
-        (BASE, ["steps"], "steps"),
-        (BASE, ["=3"], "=3"),
-        (BASE, ["steps=["], "YAML"),
-        ("base: digits-mov", [], "digits-mov"),
-        ("base: ../fashion-move", [], "fashion-move"),
-        ("base: digits-tokenizer-move", [], "digits-tokenizer"),
-        ("base: digits-lave-x3", [], "got 3"),
-        ("base: digits-mla-x2", [], "digits-mla-x2"),
-        ("base: digits-move-x999", [], "2997"),
-        ("base: digits-move-x0", [], "x0"),
-        ("base: imagenet-b-512-move-x1", [], "imagenet-b-512"),
-    ],
-)
-def test_bad_files_overrides_and_recipes_get_one_line(tmp_path, text, overrides, value):
+    overrides = [text.removeprefix("--set ")] if text.startswith("--set") else []
+    text = "" if overrides else text
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        load(tmp_path, text, overrides, base="")
+        whole = text.startswith(("base", "- "))
+        load(tmp_path, text, overrides, **({"base": ""} if whole else {}))
     assert value in str(error.value) and "\n" not in str(error.value)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moveimg.data import count_views, crop_views, digits_arrays, open_images, walk_images
+from moveimg.data import count_views, crop_views, open_images
+from moveimg.data.images import digits_arrays, walk_images
 from moveimg.images import (
     UnreadableImageError,
     center_crop,

@@ -9,10 +9,8 @@ from moveimg.data.images import (
     Split,
     count_views,
     crop_views,
-    digits_arrays,
     drop_unreadable,
     find_split_folders,
     open_flat_folder,
     open_images,
-    walk_images,
 )

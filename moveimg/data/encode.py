@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from moveimg.config import ImagesConfig, Size, as_pair
 from moveimg.data import codes as packed
-from moveimg.data.codes import MANIFEST, EncodeSettings, Manifest, PackedCodes, Skipped
+from moveimg.data.codes import MANIFEST, EncodeSettings, Manifest, PackedCodes, Shard, Skipped
 from moveimg.data.images import ImageSource, count_views, crop_views, open_images, report_unreadable
 from moveimg.dist import all_ranks, print_rank0
 from moveimg.errors import list_names, shorten, validate
@@ -87,42 +87,39 @@ def encode_images(
 def _encode_shard(
     number: int, source: ImageSource, settings: EncodeSettings, encode: Any, out: Path, bar: Any
 ) -> None:
+    """Write a shard and its manifest."""
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     rows: Any = range(len(source))[number * settings.shard_size :][: settings.shard_size]
     codes: list[torch.Tensor] = []
     labels: list[int] = []
     skipped: list[Skipped] = []
-    for views, labels_read, unreadable in DataLoader(
+    for views, more, unreadable in DataLoader(
         rows,
         batch_size=max(1, settings.batch_size // settings.n_crops),
         num_workers=0 if len(source) < SMALL_SOURCE else max(1, min(8, share)),
         collate_fn=partial(_read_views, source, settings),
         generator=torch.Generator(),  # else it draws a seed from the global stream
     ):
-        codes += encode(views) if labels_read else []
-        labels += labels_read
+        codes += encode(views) if views is not None else []
+        labels += more
         skipped += unreadable
-        bar.update(len(labels_read) + len(unreadable))
-    shards = []
+        bar.update(len(more) + len(unreadable))
+    shards: tuple[Shard, ...] = ()
     if labels:
         array = torch.cat(codes).numpy().astype(np.uint16)
         array = array.reshape(len(labels), settings.n_crops, -1)
-        shards.append(packed.write_shard(out, number, array, np.array(labels, np.int32)))
-    finished = Manifest(
-        source=source.name,
-        settings=settings,
-        n_images=len(labels),
-        shards=tuple(shards),
-        skipped=tuple(skipped),
-    )
+        shards = (packed.write_shard(out, number, array, np.array(labels, np.int32)),)
+    about: dict[str, Any] = {"source": source.name, "settings": settings, "n_images": len(labels)}
+    finished = Manifest(**about, shards=shards, skipped=tuple(skipped))
     write_text(out / f"finished-{number:05d}.json", finished.model_dump_json(indent=1) + "\n")
 
 
 def _read_views(
     source: ImageSource, settings: EncodeSettings, rows: list[int]
-) -> tuple[torch.Tensor, list[int], list[Skipped]]:
+) -> tuple[torch.Tensor | None, list[int], list[Skipped]]:
     """uint8 views [b * n_crops, 3, H, W] and labels of images, and those left out."""
-    views, labels, skipped = [torch.empty(0)][:0], [], []
+    views: list[torch.Tensor] = []
+    labels, skipped = [], []
     for row in rows:
         try:
             image, label = source[row]
@@ -134,7 +131,7 @@ def _read_views(
         cut = crop_views(image, settings.image_size, settings.crops, settings.ranges)
         views += map(pil_to_tensor, cut)
         labels.append(label)
-    return torch.stack(views) if views else torch.empty(0), labels, skipped
+    return torch.stack(views) if views else None, labels, skipped
 
 
 def _prepare(out: Path, settings: EncodeSettings) -> None:

@@ -69,21 +69,19 @@ class RandomViews(Dataset):
     def __init__(self, source: ImageSource, config: TokenizerTrainConfig) -> None:
         self.source, self.images = source, config.images
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         (index, view), cut = key, self.images
         return to_tensor([crop_views(self.image(index), cut.size, cut.crops, cut.ranges)[view]])[0]
 
     def image(self, index: int) -> Image.Image:
         """An image, or in place of an unreadable one the next that can be read."""
-        for other in (*range(index, len(self)), *range(index)):
+        n = len(self.source)
+        for other in (*range(index, n), *range(index)):
             try:
                 return self.source[other][0]
             except UnreadableImageError as error:
                 print_once(f"warning: {error}; the next image replaces it")
-        raise ValueError(f"{self.source.name}: none of its {len(self)} images can be read")
+        raise ValueError(f"{self.source.name}: none of its {n} images can be read")
 
 
 class Adversary:
@@ -162,7 +160,7 @@ class TokenizerTask(Task):
             if config.perceptual_weight:
                 self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
                 self.reconstruction_weights["perceptual"] = config.perceptual_weight
-        images = map(val.image, spread_indices(len(val), MAX_VALIDATION))
+        images = map(val.image, spread_indices(len(val.source), MAX_VALIDATION))
         self.val = to_tensor([crop_views(i, cut.size, "center", cut.ranges[:1])[0] for i in images])
         self.weights = self.reconstruction_weights | model.quantize.loss_weights
         self.adversary = Adversary(judge, config, device) if judge else None
@@ -170,7 +168,7 @@ class TokenizerTask(Task):
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self._batches is None:
-            small = len(self.train) < MAX_VALIDATION
+            small = len(self.train.source) < MAX_VALIDATION
             loader = DataLoader(
                 self.train,
                 batch_sampler=self._keys(step),
@@ -235,7 +233,7 @@ class TokenizerTask(Task):
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
         """(image, view) keys of this process's part of each batch from `step` on, by the seed."""
-        world, n, size = self.plan.world, len(self.train), self.config.batch_size
+        world, n, size = self.plan.world, len(self.train.source), self.config.batch_size
         n_views = count_views(self.config.images.crops, self.config.images.ranges)
         share = size // world.size
         for start in count(step * size + world.rank * share, size):
