@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import sys
 import tarfile
 import urllib.request
 from pathlib import Path
@@ -132,13 +133,6 @@ def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_images(tmp_path / "plain", "train")
 
 
-def test_parquet_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    (tmp_path / "train.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"pip install 'moveimg\[datasets\]'"):
-        open_images(tmp_path, "train")
-
-
 def write_idx(folder: Path, compressed: bool) -> Path:
     """Fashion-MNIST's four files with a few images, packed as by Debian or unpacked."""
     folder.mkdir(parents=True)
@@ -195,4 +189,8 @@ def test_refused_unknown_and_missing_sets(tmp_path: Path, monkeypatch) -> None:
         open_images("celeba", "train")
     with pytest.raises(FileNotFoundError, match=r"'cifar-10'.*cifar10"):
         open_images("cifar-10", "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "train.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pip install 'moveimg\[datasets\]'"):
+        open_images(tmp_path, "train")
     assert all(hasattr(available, kind) for kind, *_ in datasets.DATASETS.values())

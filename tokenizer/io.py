@@ -81,7 +81,7 @@ def load_llamagen_vq(file: PathLike) -> AutoencoderTokenizer:
             "codebook_dim": codebook_dim,
             "attention": "encoder.mid.1.q.weight" in weights,
         }
-    except (KeyError, ValueError) as error:  # a tensor is missing, or has other dimensions
+    except (KeyError, TypeError, ValueError) as error:  # a tensor is missing or misshapen
         raise ValueError(f"{source} ({error})") from None
     return _assemble(validate(VQConfig, settings, source), file, weights)
 
