@@ -28,8 +28,8 @@ from moveimg.bench import bench_sample, bench_train
 from moveimg.checkpoint import load_generator, read_about
 from moveimg.compare_report import write_report
 from moveimg.config import SamplingSettings, TrainConfig, load_config
-from moveimg.config.files import read_yaml
 from moveimg.config.model import Config
+from moveimg.config.run import read_settings
 from moveimg.data import PackedCodes
 from moveimg.device import hardware
 from moveimg.errors import validate
@@ -160,7 +160,7 @@ def load_study(configs: Sequence[str], seeds: str | None, vary: Sequence[str] = 
     `seeds`, as in 0,1,2, replace those of the study and its rows. Raises FileNotFoundError, or
     ValueError for a file that is not a study or two configs of one name.
     """
-    settings = read_yaml(configs[0]) if len(configs) == 1 else {}
+    settings = read_settings(configs[0]) if len(configs) == 1 else {}
     if "rows" not in settings:
         settings = {"rows": {Path(config).stem: {"config": config} for config in configs}}
         if len(settings["rows"]) < len(configs):

@@ -86,12 +86,11 @@ def labelled_grid(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -
     size = (margin + max(map(len, rows)) * (width + gap), gap + len(rows) * (height + gap))
     grid = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(grid)
-    for r, (row, name) in enumerate(zip(rows, names, strict=True)):
-        top = gap + r * (height + gap)
+    for top, row, name in zip(range(gap, size[1], height + gap), rows, names, strict=True):
         pen.text((gap, top + height // 2), name, fill="black", font=font, anchor="lm")
-        for c, image in enumerate(row):
-            box = margin + c * (width + gap), top
-            grid.paste(image.resize((width, height), Image.Resampling.NEAREST), box)
+        for column, image in enumerate(row):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (margin + column * (width + gap), top))
     return grid
 
 
@@ -142,9 +141,7 @@ def to_rgb(image: Image.Image, as_published: bool = False) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "F" or not 0 <= values.min() <= values.max() <= 65535:
             raise ValueError(f"pixels of mode {image.mode}: expected integers in 0..65535")
-        if deep or values.max() > 255:
-            values = values >> 8
-        image = Image.fromarray(values.astype(np.uint8))
+        image = Image.fromarray((values >> (8 if deep or values.max() > 255 else 0)).astype("u1"))
     if image.has_transparency_data and not as_published:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

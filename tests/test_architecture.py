@@ -29,7 +29,7 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "evaluation": CORE | {"data", "pipeline"},
     "training": CORE | {"data", "pipeline", "evaluation"},
 }
-ON_TOP = {"__main__", "cli", "commands", "compare", "inspect", "bench", "demo"}
+ON_TOP = {"__main__", "cli", "commands", "compare", "compare_report", "inspect", "bench", "demo"}
 ON_TOP |= {"diffusers_pipeline", "serve"}
 FILES = [p for d in ("moveimg", "tokenizer") for p in sorted((ROOT / d).rglob("*.py"))]
 

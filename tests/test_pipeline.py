@@ -25,13 +25,13 @@ NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane", "black swan"]
 CPU = torch.device("cpu")
 
 
-def tiny_tokenizer(codebook_size: int = 11) -> vq.VQTokenizer:
+def tiny_tokenizer(codebook_size: int = 11) -> vq.AutoencoderTokenizer:
     torch.manual_seed(0)
     config = vq.VQConfig(
         width=8, multipliers=(1, 1, 1), n_res_blocks=1, z_channels=8, norm_groups=4,
         codebook_size=codebook_size, codebook_dim=4, attention=False,
     )  # fmt: skip
-    return vq.VQTokenizer(config).freeze()
+    return vq.AutoencoderTokenizer(config).freeze()
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_logits_that_are_not_finite_are_refused(pipeline):
 def test_another_tokenizer_is_refused_and_replaced_by_saving(directory):
     parts = load_model(directory)
     torch.manual_seed(1)
-    other = vq.VQTokenizer(parts.tokenizer.config).freeze()
+    other = vq.AutoencoderTokenizer(parts.tokenizer.config).freeze()
     save_model(directory, ModelParts(parts.generator, other, NAMES, parts.sampling), {})
     assert load_model(directory).tokenizer.fingerprint == other.fingerprint
     vq.save(tiny_tokenizer(), directory / "tokenizer")

@@ -80,7 +80,9 @@ def vq_file(tmp_path) -> Path:
         width=32, multipliers=(1, 2), n_res_blocks=1, z_channels=8,
         codebook_size=CODES, codebook_dim=4, attention=False,
     )  # fmt: skip
-    weights = vq.VQTokenizer(config).state_dict() | {"quantize.codebook_used": torch.zeros(9)}
+    weights = vq.AutoencoderTokenizer(config).state_dict() | {
+        "quantize.codebook_used": torch.zeros(9)
+    }
     torch.save({"model": weights}, tmp_path / "vq.pt")
     return tmp_path / "vq.pt"
 

@@ -1,20 +1,25 @@
-"""Training tokenizers: data, discriminator, resume to the bit, codes of every quantizer."""
+"""Training tokenizers: losses, data, discriminator, resume to the bit."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
+from torchvision.models.vgg import vgg16
 
 import tokenizer as tok
 from moveimg.config import TokenizerTrainConfig
 from moveimg.data import open_images
 from moveimg.errors import validate
 from moveimg.training import tokenizer as training
-from moveimg.training.loop import Run
 from moveimg.training.parallel import Parallelism
 from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
+from tests.test_tokenizer import make_images
+from tests.test_tokenizer_files import Hostile
 from tests.test_training import die_at_step_5
 
 CPU = torch.device("cpu")
@@ -62,6 +67,78 @@ def train(config: TokenizerTrainConfig) -> str:
     return tok.load(config.out).fingerprint
 
 
+# --- losses --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A torch.hub folder with random weights of VGG-16 and of LPIPS's distance."""
+    checkpoints = tmp_path_factory.mktemp("hub") / "checkpoints"
+    checkpoints.mkdir()
+    with torch.device("meta"):
+        shapes = vgg16().state_dict()
+    torch.manual_seed(0)  # one number behind each tensor of the classifier: a small file
+    vgg = {
+        name: torch.zeros(1).expand(w.shape) if "classifier" in name else torch.randn(w.shape) / 20
+        for name, w in shapes.items()
+    }
+    torch.save(vgg, checkpoints / training.VGG_FILE)
+    channels = enumerate((64, 128, 256, 512, 512))
+    lins = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in channels}
+    torch.save(lins, checkpoints / training.LPIPS_FILE)
+    return checkpoints.parent
+
+
+def test_lpips_is_torch_fidelitys_of_pixels_in_0_to_255(hub, monkeypatch):
+    loss = training.load_perceptual_loss(hub, CPU)
+    images, other = make_images(2, 16, 16), make_images(2, 16, 16, seed=7).requires_grad_()
+    value = loss(other, images)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+    pixels = [(x.detach() + 1) * 127.5 for x in (other, images)]
+    assert value.item() == pytest.approx(SampleSimilarityLPIPS("lpips")(*pixels).mean().item())
+    assert value > 1e-3 and loss(images, images) == 0
+    value.backward()
+    assert (other.grad != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("hostile", [training.VGG_FILE, training.LPIPS_FILE])
+def test_lpips_weights_are_not_unpickled_freely(hub, tmp_path, hostile):
+    (tmp_path / "checkpoints").mkdir()
+    for name in training.WEIGHTS:
+        os.link(hub / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / hostile).unlink()
+    torch.save({"x": Hostile(tmp_path / "was-run")}, tmp_path / "checkpoints" / hostile)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        training.load_perceptual_loss(tmp_path, CPU)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_adaptive_weight_matches_reference(folder, tmp_path):
+    """The discriminator is replaced by x -> sum(a tanh(x)), whose gradients are written out."""
+    run = make_config(folder, tmp_path, adversarial=JUDGE | {"weight": 0.5})
+    adversary = training.Adversary(run.adversarial, run, CPU)
+    rng = np.random.default_rng(0)
+    layer, x, y, a = (rng.standard_normal(n) for n in (4, 4, 4, 4))
+    adversary.discriminator = nn.Tanh()
+    adversary.discriminator.register_forward_hook(lambda *args: (torch.tensor(a) * args[2]).sum())
+    last = torch.tensor(layer, requires_grad=True)
+    out = last * torch.tensor(x)
+    reconstruction = ((out - torch.tensor(y)) ** 2).mean()
+    loss, scalars = adversary.generator_loss(out, reconstruction, last)
+    weight = scalars["adversarial_weight"]
+    first = 2 * (layer * x - y) * x / 4
+    second = -a * (1 - np.tanh(layer * x) ** 2) * x
+    expected = 0.5 * np.linalg.norm(first) / (np.linalg.norm(second) + 1e-4)
+    assert weight.item() == pytest.approx(expected, rel=1e-12) and not weight.requires_grad
+    (reconstruction + loss).backward()  # the graphs are still there
+    np.testing.assert_allclose(last.grad, first + expected * second, rtol=1e-10)
+    _, scalars = adversary.generator_loss(1e-9 * last, 9e9 * last.sum(), last)
+    assert scalars["adversarial_weight"] == 0.5e4
+
+
+# --- runs ----------------------------------------------------------------------------------
+
+
 def test_it_trains_on_train_images_and_validates_on_evenly_spaced_val_images(tmp_path, monkeypatch):
     """Each val image has a grey value of its own, and lies in the list in that order."""
     for index in range(12):
@@ -105,34 +182,6 @@ def test_an_interrupted_run_with_a_discriminator_ends_with_the_same_bits(
     assert kept["whole"]["discriminator_optimizer"]["state"][0]["step"] == 5  # steps 3 to 7
 
 
-@pytest.mark.parametrize("kind", ["vq", "simvq"])
-def test_the_average_follows_codes_that_are_moved_and_keeps_frozen_ones(
-    folder, tmp_path, monkeypatch, kind
-):
-    averages, moved, advance = [], [], Run.advance
-
-    def watching(run):
-        quantize = run.ema.module.quantize
-        if not averages:
-            averages.append(quantize.embedding.weight.double())
-        scalars = advance(run)
-        raw = run.task.model.quantize.embedding.weight.detach().double()
-        decay = run.ema.get_decay(run.step)
-        averages.append(decay * averages[-1] + (1 - decay) * raw)
-        moved.append(int(scalars.get("reseeded", 0)))
-        assert getattr(quantize, "idle_steps", None) is None
-        return scalars
-
-    monkeypatch.setattr(Run, "advance", watching)
-    quantizer = {"kind": kind} | ({"reseed_after": 2} if kind == "vq" else {})
-    settings = TINY | {"codebook_size": 200, "quantizer": quantizer}
-    train_tokenizer(make_config(folder, tmp_path, tokenizer=settings), CPU)
-    codes = tok.load(tmp_path).quantize.embedding.weight.double()
-    torch.testing.assert_close(codes, averages[-1], rtol=1e-5, atol=1e-6)
-    assert torch.equal(averages[0], codes) == (kind == "simvq")
-    assert (sum(moved) > 0) == (kind == "vq")
-
-
 def test_init_from_continues_with_the_weights_of_a_tokenizer(folder, tmp_path):
     first = train(make_config(folder, tmp_path / "first", steps=2))
     config = make_config(folder, tmp_path / "second", init_from=tmp_path / "first", tokenizer={})
@@ -151,14 +200,15 @@ def test_refusals_come_before_anything_is_written(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unreadable_image_ends_no_run(tmp_path):
+def test_an_unreadable_image_ends_no_run(tmp_path, capsys):
     folder = smooth_images(tmp_path / "images")
     broken = folder / "warm" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
     task = make_task(make_config(folder, tmp_path / "run"))
-    with pytest.warns(UserWarning, match=r"warm/1.png"):
-        for step in range(4):
-            assert task.loss(step, 0)[0].isfinite()
+    for step in range(4):
+        assert task.loss(step, 0)[0].isfinite()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "warm/1.png" in line and "UserWarning" not in line
     for path in folder.rglob("*.png"):
         path.write_text("no image")
     with pytest.raises(ValueError, match="none of its 2 images"):

@@ -1,20 +1,15 @@
-"""Images <-> codes: VQ tokenizers, their quantizers, files and training losses."""
+"""Images <-> codes: VQ tokenizers, their quantizers and files."""
 
-from tokenizer.config import IBQQuantizerConfig, TamingConfig, VQConfig, parse_config
-from tokenizer.io import build, load, load_llamagen_vq, load_taming, save
-from tokenizer.losses import total_loss
+from tokenizer.config import QuantizerConfig, TamingConfig, VQConfig, parse_config
+from tokenizer.io import load, load_llamagen_vq, load_taming, load_weights, read_weights, save
 from tokenizer.quantizers import code_statistics
-from tokenizer.vq import AutoencoderTokenizer, TamingTokenizer, VQTokenizer
-from tokenizer.weights import load_weights, read_weights
+from tokenizer.vq import AutoencoderTokenizer
 
 __all__ = [
     "AutoencoderTokenizer",
-    "IBQQuantizerConfig",
+    "QuantizerConfig",
     "TamingConfig",
-    "TamingTokenizer",
     "VQConfig",
-    "VQTokenizer",
-    "build",
     "code_statistics",
     "load",
     "load_llamagen_vq",
@@ -23,5 +18,4 @@ __all__ = [
     "parse_config",
     "read_weights",
     "save",
-    "total_loss",
 ]

@@ -8,12 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from moveimg.errors import validate
 
-Channels = Annotated[int, Field(ge=1, le=65_536)]
+Size = Annotated[int, Field(ge=1, le=65_536)]  # codes are stored as uint16
 Blocks = Annotated[int, Field(ge=1, le=64)]
 Multipliers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(min_length=1, max_length=12)
 ]
-CodebookSize = Annotated[int, Field(ge=1, le=65_536)]  # codes are stored as uint16
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -21,78 +20,54 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class VQQuantizerConfig(_Config):
-    """Nearest vector of a learned codebook (VQ-VAE, arXiv 1711.00937)."""
+class QuantizerConfig(_Config):
+    """Vectors -> codes; a kind takes the options that name it."""
 
-    kind: Literal["vq"] = "vq"
-    init_from_data: bool = True  # start the codebook at vectors of the first training batch
-    # training steps after which an unused code moves onto a vector; 0: never
-    reseed_after: Annotated[int, Field(ge=0, le=2**31)] = 100
-
-
-# No default `kind` below: a fingerprint leaves out defaults, and it must contain the kind.
-class SimVQQuantizerConfig(_Config):
-    """A frozen random codebook behind one learned linear map (SimVQ, arXiv 2411.02038)."""
-
-    kind: Literal["simvq"]
-
-
-class IBQQuantizerConfig(_Config):
-    """Index backpropagation (IBQ, arXiv 2412.02692), with the loss weights of its authors' code.
-
-    Scores are dot products; with the tokenizer's `l2_normalize` (not in the paper) cosines.
-    """
-
-    kind: Literal["ibq"]
-    entropy_weight: float = Field(0.05, ge=0, le=1e6)
-    entropy_temperature: float = Field(0.01, gt=0, le=1e6)  # divides scores in the entropy loss
-
-
-QuantizerConfig = Annotated[
-    VQQuantizerConfig | SimVQQuantizerConfig | IBQQuantizerConfig, Field(discriminator="kind")
-]
+    # nearest vector (VQ-VAE, arXiv 1711.00937), a frozen random codebook behind one learned linear
+    # map (SimVQ, arXiv 2411.02038), or index backpropagation (IBQ, arXiv 2412.02692)
+    kind: Literal["vq", "simvq", "ibq"] = "vq"
+    init_from_data: bool = True  # vq: start the codebook at vectors of the first training batch
+    # vq: training steps after which an unused code moves onto a vector; 0: never
+    reseed_after: int = Field(100, ge=0, le=2**31)
+    entropy_weight: float = Field(0.05, ge=0, le=1e6)  # ibq: of the entropy loss
+    entropy_temperature: float = Field(0.01, gt=0, le=1e6)  # ibq: divides the scores in it
 
 
 class VQConfig(_Config):
     """The convolutional VQ tokenizer of LlamaGen (arXiv 2406.06525); the defaults are VQ-16."""
 
     kind: Literal["vq"] = "vq"
-    in_channels: Channels = 3
-    width: Channels = 128  # at full resolution, before multipliers
+    in_channels: Size = 3
+    width: Size = 128  # channels at full resolution, before multipliers
     # channels over `width`; resolution halves at every entry after the first (VQ-8: 1, 2, 2, 4)
     multipliers: Multipliers = (1, 1, 2, 2, 4)
     n_res_blocks: Blocks = 2  # per resolution; the decoder has one more
-    z_channels: Channels = 256  # of the encoder's output
-    codebook_size: CodebookSize = 16_384
-    codebook_dim: Channels = 8
+    z_channels: Size = 256  # of the encoder's output
+    codebook_size: Size = 16_384
+    codebook_dim: Size = 8
     l2_normalize: bool = True  # compare and decode unit vectors (ViT-VQGAN, arXiv 2110.04627)
-    norm_groups: Channels = 32  # of every GroupNorm
+    norm_groups: Size = 32  # of every GroupNorm
     attention: bool = True  # self-attention at the lowest resolution
-    quantizer: QuantizerConfig = VQQuantizerConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
     dropout: Dropout = 0.0  # inside residual blocks
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of every resolution, highest resolution first."""
-        return tuple(self.width * multiplier for multiplier in self.multipliers)
 
 
 class TamingConfig(_Config):
     """A VQGAN of taming-transformers (arXiv 2012.09841): the fields of its `model.yaml`."""
 
     kind: Literal["taming"] = "taming"
-    ch: Channels
+    ch: Size
     ch_mult: Multipliers
     num_res_blocks: Blocks
-    attn_resolutions: tuple[Channels, ...] = Field(max_length=12)
-    resolution: Channels  # of the training images; limits no other image
-    in_channels: Channels
-    out_ch: Channels
-    z_channels: Channels
+    attn_resolutions: tuple[Size, ...] = Field(max_length=12)
+    resolution: Size  # of the training images; limits no other image
+    in_channels: Size
+    out_ch: Size
+    z_channels: Size
     double_z: Literal[False] = False  # True: a KL autoencoder
     dropout: Dropout = 0.0
-    n_embed: CodebookSize
-    embed_dim: Channels
+    n_embed: Size
+    embed_dim: Size
 
 
 TokenizerConfig = VQConfig | TamingConfig

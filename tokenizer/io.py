@@ -1,31 +1,33 @@
-"""Tokenizer directories (`config.json`, `model.safetensors`), and the files of other projects."""
+"""Tokenizer directories (`config.json`, `model.safetensors`), and weights of other projects.
+
+Files are read as plain tensors: no code in them is ever run.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
-from moveimg.files import atomic, read_json, read_yaml, write_json
+from moveimg.files import atomic, read_json, read_yaml, require_file, write_json
 from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, parse_config
-from tokenizer.vq import AutoencoderTokenizer, TamingTokenizer, VQTokenizer, WinogradConv2d
-from tokenizer.weights import load_weights, read_weights
+from tokenizer.vq import AutoencoderTokenizer, WinogradConv2d
+
+PathLike = str | os.PathLike[str]
+CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights are preferred
 
 
-def build(config: TokenizerConfig) -> AutoencoderTokenizer:
-    """A new, trainable tokenizer."""
-    return VQTokenizer(config) if isinstance(config, VQConfig) else TamingTokenizer(config)
-
-
-def save(tokenizer: AutoencoderTokenizer, directory: str | os.PathLike[str]) -> None:
+def save(tokenizer: AutoencoderTokenizer, directory: PathLike) -> None:
     """Write a tokenizer into a directory, in float32; each file appears whole."""
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
@@ -37,29 +39,25 @@ def save(tokenizer: AutoencoderTokenizer, directory: str | os.PathLike[str]) -> 
 
 
 def load(
-    directory: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    directory: PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderTokenizer:
     """The frozen tokenizer of a directory, on `device`, its weights cast to `dtype` (float32).
 
-    On a CPU, large convolutions are computed by NNPACK: values differ by rounding, and so may codes
-    at near-ties. Raises FileNotFoundError for a missing file, ValueError where a file is damaged or
-    config and weights do not fit each other.
+    On a CPU, large convolutions are computed by NNPACK: values differ by rounding. Raises
+    FileNotFoundError for a missing file, ValueError for a damaged file or one that does not fit.
     """
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"{directory}: no such tokenizer directory")
     config_file, weights_file = (Path(directory) / f for f in ("config.json", "model.safetensors"))
     config = parse_config(read_json(config_file), str(config_file))
     tokenizer = _assemble(config, weights_file, read_weights(weights_file))
-    if torch.backends.nnpack.is_available():
-        for module in tokenizer.modules():
-            if type(module) is nn.Conv2d and module.padding == module.stride == (1, 1):
-                module.__class__ = WinogradConv2d  # it adds no state
+    for module in tokenizer.modules() if torch.backends.nnpack.is_available() else ():
+        if type(module) is nn.Conv2d and module.padding == module.stride == (1, 1):
+            module.__class__ = WinogradConv2d  # it adds no state
     return tokenizer.to(device=device, dtype=dtype)
 
 
-def load_llamagen_vq(file: str | os.PathLike[str]) -> AutoencoderTokenizer:
+def load_llamagen_vq(file: PathLike) -> AutoencoderTokenizer:
     """LlamaGen's tokenizer of a file such as `vq_ds16_c2i.pt` (VQ-16) or `vq_ds8_c2i.pt`, frozen.
 
     Sizes are read off the tensors; see `read_weights` for the layouts and errors.
@@ -67,63 +65,118 @@ def load_llamagen_vq(file: str | os.PathLike[str]) -> AutoencoderTokenizer:
     weights, source = read_weights(file), f"{file}: not a LlamaGen tokenizer"
     weights.pop("quantize.codebook_used", None)  # a statistic of its training
 
-    def count(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        return len({match[1] for name in weights if (match := pattern.match(name))})
+    def count(pattern: str) -> int:
+        return len({match[0] for name in weights if (match := re.match(pattern, name))})
 
     try:
-        width, in_channels, _, _ = weights["encoder.conv_in.weight"].shape
+        width, levels = len(weights["encoder.conv_in.weight"]), count(r"encoder.conv_blocks.\d+.")
+        convolutions = [f"encoder.conv_blocks.{i}.res.0.conv1.weight" for i in range(levels)]
         codebook_size, codebook_dim = weights["quantize.embedding.weight"].shape
-        levels = [f"encoder.conv_blocks.{i}" for i in range(count("encoder.conv_blocks"))]
-        widths = [len(weights[f"{level}.res.0.conv1.weight"]) for level in levels]
-        z_channels = len(weights["encoder.conv_out.weight"])
-    except (KeyError, ValueError) as error:  # a tensor is missing, or has other dimensions
+        settings = {
+            "width": width,
+            "multipliers": [len(weights[name]) // max(width, 1) for name in convolutions],
+            "n_res_blocks": count(r"encoder.conv_blocks.0.res.\d+."),
+            "z_channels": len(weights["encoder.conv_out.weight"]),
+            "codebook_size": codebook_size,
+            "codebook_dim": codebook_dim,
+            "attention": "encoder.mid.1.q.weight" in weights,
+        }
+    except (KeyError, TypeError, ValueError) as error:  # a tensor is missing or misshapen
         raise ValueError(f"{source} ({error})") from None
-    settings = {
-        "in_channels": in_channels,
-        "width": width,
-        "multipliers": tuple(channels // max(width, 1) for channels in widths),
-        "n_res_blocks": count("encoder.conv_blocks.0.res"),
-        "z_channels": z_channels,
-        "codebook_size": codebook_size,
-        "codebook_dim": codebook_dim,
-        "attention": "encoder.mid.1.q.weight" in weights,
-    }
     return _assemble(validate(VQConfig, settings, source), file, weights)
 
 
-def load_taming(
-    checkpoint: str | os.PathLike[str], model_yaml: str | os.PathLike[str]
-) -> AutoencoderTokenizer:
+def load_taming(checkpoint: PathLike, model_yaml: PathLike) -> AutoencoderTokenizer:
     """The VQGAN of a checkpoint of taming-transformers or latent diffusion, frozen.
 
-    The networks of its training (`loss.*`) and a moving average (`model_ema.*`) are left out. The
-    YAML beside it has `model.target` and `model.params`; nothing that it names is imported. Raises
-    ValueError where codes are not those of the nearest vector (Gumbel, IBQ, LFQ).
+    The YAML beside it has `model.target` and `model.params`; nothing that it names is imported.
+    Raises ValueError where codes are not those of the nearest vector (Gumbel, IBQ, LFQ).
     """
     content: Any = read_yaml(Path(model_yaml))
     try:
         target, params = str(content["model"]["target"]), content["model"]["params"]
-        ddconfig = dict(params["ddconfig"])
+        sizes = {name: params[name] for name in ("embed_dim", "n_embed") if name in params}
+        settings = dict(params["ddconfig"]) | sizes
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{model_yaml}: not the config of a VQGAN ({error!r:.60})") from None
     if not re.fullmatch(r"[\w.]+\.VQModel\w*", target):
         raise ValueError(f"{model_yaml}: {shorten(target)}: expected a VQModel (nearest vector)")
-    sizes = {name: params[name] for name in ("embed_dim", "n_embed") if name in params}
-    config = validate(TamingConfig, ddconfig | sizes, f"{model_yaml}: model.params")
-    weights = {
-        name: weight
-        for name, weight in read_weights(checkpoint).items()
-        if not name.startswith(("loss.", "model_ema."))
-    }
+    config = validate(TamingConfig, settings, f"{model_yaml}: model.params")
+    stored = read_weights(checkpoint)
+    left_out = ("loss.", "model_ema.")
+    weights = {name: x for name, x in stored.items() if not name.startswith(left_out)}
     return _assemble(config, checkpoint, weights)
 
 
 def _assemble(
-    config: TokenizerConfig, file: str | os.PathLike[str], weights: Mapping[str, Tensor]
+    config: TokenizerConfig, file: PathLike, weights: Mapping[str, Tensor]
 ) -> AutoencoderTokenizer:
-    """A frozen tokenizer with the weights of a file, without a copy of them."""
     with shapes_only():
-        tokenizer = build(config)
+        tokenizer = AutoencoderTokenizer(config)
     load_weights(tokenizer, weights, str(file))
     return tokenizer.freeze()
+
+
+def read_weights(file: PathLike) -> dict[str, Tensor]:
+    """Names and tensors of a safetensors file (by its suffix) or a PyTorch checkpoint.
+
+    They are in the first of `CONTAINERS` that holds tensors, or at the top. The prefixes `module.`
+    (DDP) and `_orig_mod.` (torch.compile) are removed. Raises FileNotFoundError, or ValueError for
+    a file that is damaged, holds no weights, or needs code to be run.
+    """
+    file = require_file(file)
+    try:
+        if file.suffix == ".safetensors":
+            top: Any = load_file(file)
+        else:  # training arguments (argparse.Namespace) are plain data
+            mappable = zipfile.is_zipfile(file)  # the format of torch 1.6 and later
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                top = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:  # damaged files raise many kinds; torch advises weights_only=False
+        raise ValueError(
+            f"{file}: damaged, no weights file, or it holds Python objects beside tensors, which "
+            f"are not read because that could run code ({type(error).__name__})"
+        ) from None
+    for content in (*(top.get(k) for k in CONTAINERS), top) if isinstance(top, dict) else ():
+        if isinstance(content, dict) and any(isinstance(x, Tensor) for x in content.values()):
+            break
+    else:
+        raise ValueError(f"{file}: no weights, neither bare nor in {', '.join(CONTAINERS)}")
+    weights: dict[str, Tensor] = {}
+    for key, value in content.items():
+        name = str(key).replace("_orig_mod.", "").removeprefix("module.")
+        if not isinstance(value, Tensor) or name in weights:
+            reason = "is there twice" if name in weights else f"is a {type(value).__name__}"
+            raise ValueError(f"{file}: {name} {reason}, expected one tensor")
+        weights[name] = value
+    return weights
+
+
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    dtype: torch.dtype | None = torch.float32,
+) -> None:
+    """Set all weights of `module`, cast to `dtype` (None: as they are stored).
+
+    A module on the meta device takes the tensors themselves. Raises ValueError, one line that
+    starts with `source`, for a tensor that is missing, unknown, misshapen or not of floats, and
+    for a norm or bias that is not finite (reading every matrix would take seconds).
+    """
+    expected, state = module.state_dict(), {}
+    for name in sorted(expected.keys() | weights.keys()):
+        there, wanted = (
+            list(tensors[name].shape) if name in tensors else "nothing"
+            for tensors in (weights, expected)
+        )
+        if there != wanted:
+            raise ValueError(f"{source}: {name[:200]!r} is {there}, expected {wanted}")
+        value, floats = weights[name].detach(), expected[name].is_floating_point()
+        if not value.is_floating_point() if floats else value.dtype != expected[name].dtype:
+            needed = "floats" if floats else expected[name].dtype
+            raise ValueError(f"{source}: {name!r} holds {value.dtype}, expected {needed}")
+        state[name] = value.to(dtype=dtype) if floats else value
+        if state[name].ndim == 1 and not state[name].isfinite().all():
+            raise ValueError(f"{source}: {name!r} holds NaN or infinite values: damaged weights")
+    module.load_state_dict(state, assign=next(module.parameters()).is_meta)

@@ -12,45 +12,33 @@ import json
 import math
 from collections import OrderedDict
 from contextlib import redirect_stdout
-from itertools import pairwise
-from typing import NamedTuple, Self
+from functools import partial
+from itertools import pairwise, zip_longest
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moveimg.rng import Dropout
-from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, VQQuantizerConfig
-from tokenizer.losses import reconstruction_losses
-from tokenizer.quantizers import QUANTIZERS, Quantizer
-
-
-class TrainingOutput(NamedTuple):
-    """The result of a training pass."""
-
-    reconstruction: Tensor  # [B, C, H, W], not clamped
-    losses: dict[str, Tensor]  # unweighted: l1, l2, and those of the quantizer
-    codes: Tensor  # int64 [B, T]
-    stats: dict[str, Tensor]  # scalars to log: usage, perplexity, and the quantizer's own
+from tokenizer.config import QuantizerConfig, TamingConfig, TokenizerConfig, VQConfig
+from tokenizer.quantizers import QUANTIZERS, Quantizer, TrainingOutput
 
 
 class AutoencoderTokenizer(nn.Module):
     """encoder -> quant_conv -> quantize -> post_quant_conv -> decoder.
 
-    A new one is trainable (`forward`); those read from files are frozen.
-
-    Attributes:
-        codebook_size: codes are in 0..codebook_size-1.
-        downsample: pixels per code along one side.
+    A new one is trainable (`forward`); those read from files are frozen. Codes are in
+    0..codebook_size-1; `downsample` is the number of pixels per code along one side.
     """
 
-    def __init__(
-        self, config: TokenizerConfig, levels: int,
-        encoder: nn.Module, decoder: nn.Module, quantize: Quantizer,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.config, self.downsample = config, 2 ** (levels - 1)
-        self.encoder, self.decoder, self.quantize = encoder, decoder, quantize
-        self.codebook_size, dim = quantize.embedding.weight.shape
+        self.config = config
+        make_layers: Any = {"vq": make_llamagen_layers, "taming": make_taming_layers}[config.kind]
+        self.encoder, self.decoder, self.quantize, levels = make_layers(config)
+        self.downsample = 2 ** (levels - 1)
+        self.codebook_size, dim = self.quantize.embedding.weight.shape
         self.quant_conv = nn.Conv2d(config.z_channels, dim, 1)
         self.post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
         self._fingerprint: str | None = None
@@ -62,9 +50,8 @@ class AutoencoderTokenizer(nn.Module):
             return self._fingerprint
         # defaults are left out, so that a setting added later changes no fingerprint
         config = self.config.model_dump(mode="json", exclude_defaults=True)
-        text = json.dumps(
-            config | {"kind": self.config.kind}, sort_keys=True, separators=(",", ":")
-        )
+        config["kind"] = self.config.kind
+        text = json.dumps(config, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode())
         for name, tensor in sorted(self.state_dict().items()):
             array = tensor.to("cpu", torch.float32).contiguous().numpy()
@@ -96,7 +83,7 @@ class AutoencoderTokenizer(nn.Module):
         autocast is ignored. Raises ValueError for another shape, or codes out of range.
         """
         h, w = grid or (math.isqrt(codes.shape[-1]),) * 2
-        if codes.ndim != 2 or h < 1 or w < 1 or h * w != codes.shape[1]:
+        if codes.ndim != 2 or h * w != codes.shape[1]:
             raise ValueError(f"codes {list(codes.shape)}: expected [B, {h} x {w}]: pass `grid`")
         like = self.quant_conv.weight
         codes = codes.to(like.device, torch.int64)
@@ -112,10 +99,11 @@ class AutoencoderTokenizer(nn.Module):
     def forward(self, images: Tensor) -> TrainingOutput:
         """Encode, quantize and decode images [B, C, H, W] in [-1, 1], with gradients."""
         quantized = self.quantize(self._encode(images))
-        reconstruction = self.decoder(self.post_quant_conv(quantized.vectors))
-        losses = reconstruction_losses(reconstruction, images.to(reconstruction.device))
-        losses |= quantized.losses
-        return TrainingOutput(reconstruction, losses, quantized.codes, quantized.stats)
+        output = self.decoder(self.post_quant_conv(quantized.output))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        x, y = output.to(dtype), images.to(output.device, dtype)
+        losses = {"l1": F.l1_loss(x, y), "l2": F.mse_loss(x, y)} | quantized.losses
+        return quantized._replace(output=output, losses=losses)
 
     def _encode(self, images: Tensor) -> Tensor:
         """Vectors [B, D, h, w] before quantization."""
@@ -127,96 +115,87 @@ class AutoencoderTokenizer(nn.Module):
         return self.quant_conv(self.encoder(images.to(self.quant_conv.weight)))
 
 
-class VQTokenizer(AutoencoderTokenizer):
-    """The tokenizer of kind `vq`."""
-
-    def __init__(self, config: VQConfig) -> None:
-        sizes = config.codebook_size, config.codebook_dim, config.l2_normalize
-        quantize = QUANTIZERS[config.quantizer.kind](config.quantizer, *sizes)
-        layers = make_encoder(config), make_decoder(config), quantize
-        super().__init__(config, len(config.multipliers), *layers)
+_conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+Layers = tuple[nn.Module, nn.Module, Quantizer, int]  # encoder, decoder, quantizer, resolutions
 
 
-class TamingTokenizer(AutoencoderTokenizer):
-    """The tokenizer of kind `taming`: a VQGAN of taming-transformers, imported when it is built."""
+def make_taming_layers(config: TamingConfig) -> Layers:
+    """The layers of a VQGAN, which are taming-transformers' own."""
+    from taming.modules.diffusionmodules import model as layers
 
-    def __init__(self, config: TamingConfig) -> None:
-        from taming.modules.diffusionmodules import model as layers
-
-        settings = config.model_dump(exclude={"kind", "n_embed", "embed_dim"})
-        encoder = layers.Encoder(**settings)
-        with redirect_stdout(io.StringIO()):  # its constructor prints
-            decoder = layers.Decoder(**settings)
-        quantize = Quantizer(VQQuantizerConfig(), config.n_embed, config.embed_dim, False)
-        super().__init__(config, len(config.ch_mult), encoder, decoder, quantize)
+    settings = config.model_dump(exclude={"kind", "n_embed", "embed_dim"})
+    encoder = layers.Encoder(**settings)
+    with redirect_stdout(io.StringIO()):  # its constructor prints
+        decoder = layers.Decoder(**settings)
+    quantize = Quantizer(QuantizerConfig(), config.n_embed, config.embed_dim, False)
+    return encoder, decoder, quantize, len(config.ch_mult)
 
 
-def make_encoder(config: VQConfig) -> nn.Sequential:
-    """Images [B, C, H, W] -> [B, z_channels, h, w]."""
-    channels = (config.width, *config.channels)
-    layers = OrderedDict[str, nn.Module](
-        conv_in=_conv3(config.in_channels, config.width),
-        conv_blocks=_levels(config, channels, config.n_res_blocks, up=False),
-        mid=_middle(config),
-        norm_out=_norm(config, channels[-1]),
-        swish=Swish(),
-        conv_out=_conv3(channels[-1], config.z_channels),
-    )
-    return nn.Sequential(layers)
+def make_llamagen_layers(config: VQConfig) -> Layers:
+    """The layers of a tokenizer of kind `vq`."""
+    channels = [config.width * multiplier for multiplier in config.multipliers]
+    n_blocks, lowest = config.n_res_blocks, channels[-1]
 
-
-def make_decoder(config: VQConfig) -> nn.Sequential:
-    """[B, z_channels, h, w] -> images [B, C, H, W]."""
-    channels = config.channels[::-1]  # lowest resolution first
-    layers = OrderedDict[str, nn.Module](
-        conv_in=_conv3(config.z_channels, channels[0]),
-        mid=_middle(config),
-        conv_blocks=_levels(config, (channels[0], *channels), config.n_res_blocks + 1, up=True),
-        norm_out=_norm(config, channels[-1]),
-        swish=Swish(),
-        conv_out=_conv3(channels[-1], config.in_channels),
-    )
-    return nn.Sequential(layers)
-
-
-def _levels(config: VQConfig, channels: tuple[int, ...], n_blocks: int, up: bool) -> nn.Sequential:
-    last = len(channels) - 2
-    lowest = 0 if up else last
-    return nn.Sequential(
-        *(
-            Level(config, [before] + [after] * n_blocks, level == lowest, level == last, up)
-            for level, (before, after) in enumerate(pairwise(channels))
+    def levels(widths: list[int], n_blocks: int, up: bool) -> nn.Sequential:
+        last = len(widths) - 2
+        return nn.Sequential(
+            *(
+                Level(config, [a] + [b] * n_blocks, i == (0 if up else last), i == last, up)
+                for i, (a, b) in enumerate(pairwise(widths))
+            )
         )
+
+    def middle() -> nn.Sequential:
+        # without attention an Identity keeps the names; made first, as seeds' weights depend on it
+        attention = AttentionBlock(config, lowest) if config.attention else nn.Identity()
+        return nn.Sequential(
+            ResidualBlock(config, lowest, lowest), attention, ResidualBlock(config, lowest, lowest)
+        )
+
+    sizes = config.codebook_size, config.codebook_dim, config.l2_normalize
+    quantize = QUANTIZERS[config.quantizer.kind](config.quantizer, *sizes)
+    encoder = OrderedDict[str, nn.Module](
+        conv_in=_conv3(config.in_channels, config.width),
+        conv_blocks=levels([config.width, *channels], n_blocks, up=False),
+        mid=middle(),
+        norm_out=_norm(config, lowest),
+        swish=Swish(),
+        conv_out=_conv3(lowest, config.z_channels),
     )
+    decoder = OrderedDict[str, nn.Module](
+        conv_in=_conv3(config.z_channels, lowest),
+        mid=middle(),
+        conv_blocks=levels([lowest, *channels[::-1]], n_blocks + 1, up=True),
+        norm_out=_norm(config, channels[0]),
+        swish=Swish(),
+        conv_out=_conv3(channels[0], config.in_channels),
+    )
+    return nn.Sequential(encoder), nn.Sequential(decoder), quantize, len(channels)
 
 
-class Level(nn.Module):
+class Level(nn.ModuleDict):
     """Residual blocks of one resolution, attention after each if it is the lowest, a resampling."""
 
-    def __init__(
-        self, config: VQConfig, channels: list[int], lowest: bool, last: bool, up: bool
-    ) -> None:
+    def __init__(self, config: VQConfig, widths: list[int], lowest: bool, last: bool, up: bool):
+        attended = widths[1:] if lowest and config.attention else []
         super().__init__()
-        self.res = nn.ModuleList(ResidualBlock(config, a, b) for a, b in pairwise(channels))
-        attention = channels[1:] if lowest and config.attention else []
-        self.attn = nn.ModuleList(AttentionBlock(config, c) for c in attention)
-        c = channels[-1]
-        steps = OrderedDict[str, nn.Module]()
+        self["res"] = nn.ModuleList(ResidualBlock(config, a, b) for a, b in pairwise(widths))
+        self["attn"] = nn.ModuleList(AttentionBlock(config, width) for width in attended)
+        c = widths[-1]
         if up:
-            steps |= {"nearest": nn.Upsample(scale_factor=2), "conv": _conv3(c, c)}
+            steps = {"nearest": nn.Upsample(scale_factor=2), "conv": _conv3(c, c)}
         else:  # VQGAN's weights expect padding right and bottom only
-            steps |= {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(c, c, 3, stride=2)}
+            steps = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(c, c, 3, stride=2)}
         if last:  # made all the same, so that a seed keeps giving the same weights
             steps.clear()
-        self.resampling = "upsample" if up else "downsample"
-        self.add_module(self.resampling, nn.Sequential(steps))
+        self["upsample" if up else "downsample"] = nn.Sequential(OrderedDict(steps))
 
     def forward(self, x: Tensor) -> Tensor:
-        for index, res in enumerate(self.res):
-            x = res(x)
-            if self.attn:
-                x = self.attn[index](x)
-        return self.get_submodule(self.resampling)(x)
+        layers: Any = self.values()
+        res, attn, resampling = layers
+        for block, attend in zip_longest(res, attn, fillvalue=nn.Identity()):
+            x = attend(block(x))
+        return resampling(x)
 
 
 class ResidualBlock(nn.Module):
@@ -262,26 +241,12 @@ class Swish(nn.Module):
         return x * gate if torch.is_grad_enabled() else gate.mul_(x)  # a third less memory
 
 
-def _middle(config: VQConfig) -> nn.Sequential:
-    c = config.channels[-1]
-    # without attention an Identity keeps the names of the modules
-    attention = AttentionBlock(config, c) if config.attention else nn.Identity()
-    return nn.Sequential(ResidualBlock(config, c, c), attention, ResidualBlock(config, c, c))
-
-
 def _norm(config: VQConfig, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
 
-def _conv3(before: int, after: int) -> nn.Conv2d:
-    return nn.Conv2d(before, after, 3, padding=1)
-
-
 class WinogradConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of stride 1, by torch's NNPACK on a CPU (Winograd, arXiv 1509.09308).
-
-    Values differ by rounding from nn.Conv2d's.
-    """
+    """A 3 x 3 convolution of stride 1, by torch's NNPACK on a CPU (Winograd, arXiv 1509.09308)."""
 
     def forward(self, x: Tensor) -> Tensor:
         # on smaller inputs the transforms cost about what they save

@@ -58,11 +58,11 @@ def list_commands(data: Path, folder: Path) -> dict[str, Command]:
 
 def live(words: list[str], log: Path) -> None:
     """One life of a command, with its output in a file."""
-    from moveimg.data.encode import encode_images
+    from moveimg.data.codes import EncodeSettings
 
     torch.set_num_threads(1)
-    assert encode_images.__kwdefaults__ is not None
-    encode_images.__kwdefaults__["shard_size"] = 100  # so that a few digits are several shards
+    EncodeSettings.model_fields["shard_size"].default = 100  # a few digits are several shards
+    EncodeSettings.model_rebuild(force=True)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

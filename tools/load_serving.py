@@ -114,7 +114,11 @@ def main(
             generator = Transformer(load_config("imagenet-b-256-standard", ModelFile).model)
             generator.head.reset_parameters()  # it starts at zero
             names, settings = list(map(str, range(1000))), SamplingSettings(cfg_scale=2)
-            save_model(folder, ModelParts(generator, vq.build(vq.VQConfig()), names, settings), {})
+            save_model(
+                folder,
+                ModelParts(generator, vq.AutoencoderTokenizer(vq.VQConfig()), names, settings),
+                {},
+            )
             model = folder
         if kill or minutes:
             with service(model, "--replicas", 1 + kill):

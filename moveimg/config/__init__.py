@@ -1,8 +1,10 @@
 """Every setting of the program, with its default, its range and its help text."""
 
-from moveimg.config.files import SUFFIXES, list_recipes, override, yaml_of
+# ruff: noqa: F401 (the package's names)
 from moveimg.config.model import SIZES, Config, ModelConfig, SamplingSettings, SwiGLUConfig
 from moveimg.config.run import (
+    SUFFIXES,
+    AdversarialConfig,
     ImagesConfig,
     ModelFile,
     OptimizerConfig,
@@ -11,13 +13,9 @@ from moveimg.config.run import (
     TokenizerTrainConfig,
     TrainConfig,
     as_pair,
+    list_recipes,
     load_config,
+    override,
     parse_size,
+    yaml_of,
 )
-
-__all__ = [
-    "SIZES", "SUFFIXES", "Config", "ImagesConfig", "ModelConfig", "ModelFile",
-    "OptimizerConfig", "RunConfig", "SamplingSettings", "Size", "SwiGLUConfig",
-    "TokenizerTrainConfig", "TrainConfig", "as_pair", "list_recipes", "load_config", "override",
-    "parse_size", "yaml_of",
-]  # fmt: skip

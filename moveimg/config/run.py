@@ -1,18 +1,36 @@
-"""The settings of training runs. A run is one YAML file; unknown keys are errors."""
+"""The settings of training runs, and their YAML files and recipes.
+
+A file may name another, or a recipe, as its `base:`; its own keys win. On the command line
+`--set model.memory.slots=6` overrides a key by its dotted path. The name of a recipe is a file of
+configs/, or another recipe's and one more part (FORMS).
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, Field, model_validator
 
-from moveimg.config.files import read_yaml
-from moveimg.config.model import Config, ModelConfig, Rate, SamplingSettings, Width
-from moveimg.errors import validate
+from moveimg.config.model import Config, MLAConfig, ModelConfig, Rate, SamplingSettings, Width
+from moveimg.errors import shorten, validate
+from moveimg.files import parse_yaml, read_yaml
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" if (ROOT / "configs").is_dir() else ROOT.parent / "configs"  # a checkout
+SUFFIXES = (".yaml", ".yml")
+MODELS = {"digits": "digits-move", "fashion": "fashion-move"}  # the bundled models' recipes
+FORMS = {
+    "imagenet-{b,l,xl,xxl,3b}-{256,384}": "A size of LlamaGen's at 256 or 384 pixels; add to it:",
+    "...-mla": "latent attention;",
+    "...-standard": "no value memory;",
+    "...-lave-{x1,x2}": "LaVE, a table on every second layer or on all;",
+    "...-move-{x1,x2,x4,...}": "MoVE, n_layer / 2 slots times the number.",
+}
+Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 GradientNorm = Annotated[float, Field(gt=0, le=1e9)]
@@ -74,7 +92,7 @@ class OptimizerConfig(Config):
     clip: GradientNorm = Field(1.0, description="largest norm of the gradient")
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     warmup: StepsFromZero = Field(0, description="steps of linear warm-up")
-    final_lr: Probability = Field(0.0, description="end of the cosine, as a share of lr")
+    final_lr: Share = Field(0.0, description="end of the cosine, as a share of lr")
     table_lr: LearningRate = Field(1e-3, description="of product-key value tables (Memory+)")
     table_clip: GradientNorm = Field(1.0, description="largest norm of the value tables' gradient")
 
@@ -103,7 +121,7 @@ class TrainConfig(RunConfig):
     model: ModelConfig
     init_from: Path | None = Field(None, description="start from this model (and its settings)")
     train: Literal["all", "memory"] = Field("all", description="memory: bank and routers alone")
-    class_dropout: Probability = Field(0.1, description="share of null labels, for guidance")
+    class_dropout: Share = Field(0.1, description="share of null labels, for guidance")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="autocast type; auto: bfloat16 on CUDA from capability 8.0"
     )
@@ -160,8 +178,99 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def load_config(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
-    """Read a YAML file with its bases and `key.path=value` overrides into `cls`.
+    """The settings of a YAML file or recipe over its bases, then the `key.path=value` overrides.
 
     Raises FileNotFoundError for a missing file, ValueError for anything wrong in it.
     """
-    return validate(cls, read_yaml(path, overrides), str(path))
+    return validate(cls, override(read_settings(str(path)), overrides), str(path))
+
+
+def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings with `key.path=value` overrides, whose values are YAML."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set {text[:60]}: expected KEY=VALUE")
+        nested: Any = parse_yaml(value, f"--set {text[:60]}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        data = _merge(data, nested)
+    return data
+
+
+def list_recipes() -> dict[str, str]:
+    """The recipes' names with a line about each: files by their first line, then the forms."""
+    models = {name: f"The bundled model {name}: {recipe}." for name, recipe in MODELS.items()}
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    return models | {path.stem: path.open().readline()[2:].rstrip() for path in paths} | FORMS
+
+
+def yaml_of(name: str) -> str:
+    """A recipe as YAML: its file, or for a name put together from parts all its settings.
+
+    Raises FileNotFoundError for an unknown name.
+    """
+    if path := _find_recipe(name):
+        return path.read_text(encoding="utf-8")
+    return yaml.safe_dump(read_settings(name), sort_keys=False, default_flow_style=None)
+
+
+def _find_recipe(name: str) -> Path | None:
+    path = CONFIGS / f"{name}.yaml"
+    return path if re.fullmatch("[a-z0-9-]{1,100}", name) and path.is_file() else None
+
+
+def read_settings(source: str, folder: Path = Path(), depth: int = 0) -> dict[str, Any]:
+    """The settings of a file, its path relative to `folder`, or of a recipe."""
+    path = folder / source
+    if not (path.is_file() or source.endswith(SUFFIXES)):
+        path = _find_recipe(source) or Path(source)
+    is_file = path.is_file() or source.endswith(SUFFIXES)
+    data = read_yaml(path) if is_file else _compose(source)
+    base = data.pop("base", None) if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(base, str | None):
+        raise ValueError(f"{path}: expected keys and values, `base` a file or recipe (got {base})")
+    if depth > 20:
+        raise ValueError(f"{path}: `base` leads back to itself")
+    return data if base is None else _merge(read_settings(base, path.parent, depth + 1), data)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """Merge `over` into `base` key by key; a new `kind` replaces the group, whose keys differ."""
+    both = isinstance(base, dict) and isinstance(over, dict)
+    if not both or over.get("kind", base.get("kind")) != base.get("kind"):
+        return over
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+
+
+def _compose(name: str) -> dict[str, Any]:
+    """The settings that a name's last part adds to the recipe it names as `base`."""
+    if name in MODELS:
+        return {"base": MODELS[name]}
+    if match := re.fullmatch(r"imagenet-(b|l|xl|xxl|3b)-(256|384)", name):
+        settings: dict[str, Any] = {"model": {"size": match[1].upper()}}
+        if match[1] not in ("b", "l"):
+            settings |= {"distributed": "fsdp", "activation_checkpointing": True}
+        return {"base": f"imagenet-{match[2]}", "out": f"runs/{name}", **settings}
+    part = r"(?:(mla|standard)|(lave|move)(?:-x([1-9]\d{0,2}))?)"
+    match = re.fullmatch(rf"([a-z0-9-]{{1,90}}?)-{part}", name)
+    base = match[1] if match else ""
+    if match and _find_recipe(base) is None and _find_recipe(f"{base}-base"):
+        base = f"{base}-base"
+    data = read_settings(base, Path()) if base else {}
+    if match is None or "model" not in data:
+        raise FileNotFoundError(
+            f"no config {shorten(name)}: expected a YAML file or a recipe (see `moveimg configs`)"
+        )
+    model, scale = validate(ModelConfig, data["model"], base), int(match[4] or 1)
+    attention = model.attention
+    value_width = attention.kv_rank if isinstance(attention, MLAConfig) else model.width
+    slots = round(scale * model.n_layer * model.width / (2 * value_width))
+    changes: dict[str, dict[str, Any]] = {
+        "mla": {"kind": "mla", "kv_rank": model.width // 4, "rope_dim": model.head_dim // 8 * 4},
+        "standard": {"kind": "none"},
+        "lave": {"kind": "lave", "layers": {1: "alternate", 2: "all"}.get(scale, scale)},
+        "move": {"kind": "move", "slots": max(1, slots)},
+    }
+    slot, change = "attention" if match[2] == "mla" else "memory", changes[match[2] or match[3]]
+    return {"base": base, "out": f"runs/{name}", "model": {slot: change}}

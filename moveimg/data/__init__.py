@@ -1,23 +1,16 @@
 """Image sources, crops, and packed codes: written by `encode`, read in seeded batches."""
 
 # ruff: noqa: F401 (the package's names)
-from moveimg.data.codes import MANIFEST, Batches, PackedCodes, crop_choice, epoch_order, sha256_file
+from moveimg.data.codes import MANIFEST, PackedCodes, draw_batch, draw_views, sha256_file
 from moveimg.data.datasets import is_named_source
-from moveimg.data.encode import (
-    ChangedSettingsError,
-    code_grid,
-    default_batch_size,
-    encode_images,
-    encode_splits,
-)
-from moveimg.data.folders import find_split_folders, open_flat_folder, walk_images
+from moveimg.data.encode import code_grid, default_batch_size, encode_images, encode_splits
 from moveimg.data.images import (
     ImageSource,
     Split,
     count_views,
     crop_views,
-    digits_arrays,
     drop_unreadable,
+    find_split_folders,
+    open_flat_folder,
     open_images,
-    report_unreadable,
 )

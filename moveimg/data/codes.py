@@ -8,21 +8,21 @@ labels-00000.npy ...  int32 [n]
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from moveimg.config import Size
 from moveimg.config.model import Config
 from moveimg.config.run import Crops
 from moveimg.errors import validate
-from moveimg.files import atomic, parse_json, read_text, write_text
+from moveimg.files import atomic, parse_json, read_text
 
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 512 * 2**20  # bytes; a skipped image is a line
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -43,13 +43,6 @@ class Skipped(Config):
     reason: str
 
 
-class FinishedShard(Config):
-    """A shard on disk and the images left out of it; `shard` is None if no image could be read."""
-
-    shard: Shard | None
-    skipped: tuple[Skipped, ...]
-
-
 class EncodeSettings(Config):
     """All settings that determine the bytes of the shards."""
 
@@ -57,14 +50,14 @@ class EncodeSettings(Config):
     codebook_size: int = Field(ge=1, le=2**16)  # codes are uint16 on disk
     grid: tuple[PositiveInt, PositiveInt]  # h and w of an image's codes
     image_size: Size  # pixels of a square's side, or (height, width)
-    crops: Crops
-    ranges: tuple[float, ...] = Field(min_length=1)  # enlargements before cropping
+    crops: Crops = "center"
+    ranges: tuple[float, ...] = Field((1.0,), min_length=1)  # enlargements before cropping
     n_crops: PositiveInt  # views of an image, over all ranges
     class_names: tuple[str, ...] = Field(min_length=1)
     source_digest: Sha256  # see ImageSource.digest
     dtype: str  # precision of the tokenizer's arithmetic
-    batch_size: PositiveInt  # views per call of the tokenizer, at most
-    shard_size: PositiveInt  # images a shard is made from
+    batch_size: PositiveInt = 64  # views per call of the tokenizer, at most
+    shard_size: PositiveInt = 4096  # images a shard is made from
 
 
 class Manifest(Config):
@@ -73,19 +66,15 @@ class Manifest(Config):
     format_version: Literal[1] = 1
     source: str
     settings: EncodeSettings
-    n_images: PositiveInt
-    shards: tuple[Shard, ...] = Field(min_length=1)
+    n_images: NonNegativeInt
+    shards: tuple[Shard, ...]
     skipped: tuple[Skipped, ...]
 
 
-def load_json(path: Path, kind: type[Any]) -> Any:
-    """The pydantic model `kind` in a JSON file. Raises ValueError, which names the first fault."""
-    return validate(kind, parse_json(read_text(path, MANIFEST_LIMIT), str(path)), str(path))
-
-
-def save_json(path: Path, model: BaseModel) -> None:
-    """Write a pydantic model as JSON, atomically."""
-    write_text(path, model.model_dump_json(indent=1) + "\n")
+def load_manifest(path: Path) -> Manifest:
+    """The manifest in a JSON file. Raises ValueError, which names the first fault."""
+    text = read_text(path, 512 * 2**20)  # a skipped image is a line
+    return validate(Manifest, parse_json(text, str(path)), str(path))
 
 
 def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndarray) -> Shard:
@@ -99,13 +88,6 @@ def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndar
     return Shard(**made)
 
 
-def is_intact(directory: Path, shard: Shard) -> bool:
-    """Whether both files of a shard are there, with the bytes that were written."""
-    digests = {shard.codes: shard.codes_sha256, shard.labels: shard.labels_sha256}
-    present = all((directory / name).is_file() for name in digests)
-    return present and all(sha256_file(directory / n) == digest for n, digest in digests.items())
-
-
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -115,8 +97,7 @@ def sha256_file(path: Path) -> str:
 class PackedCodes:
     """Read access to a packed-codes directory of N images; `labels` is int32 [N].
 
-    Raises FileNotFoundError when the manifest or a shard is missing, ValueError when one is
-    malformed. `verify` hashes every file.
+    Raises FileNotFoundError for a missing file, ValueError for a malformed one.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -124,20 +105,22 @@ class PackedCodes:
         if not (self.directory / MANIFEST).is_file():
             expected = "expected codes of a finished `moveimg encode`"
             raise FileNotFoundError(f"'{directory}' holds no {MANIFEST}: {expected}")
-        self.manifest: Manifest = load_json(self.directory / MANIFEST, Manifest)
+        self.manifest = load_manifest(self.directory / MANIFEST)
         self.settings = settings = self.manifest.settings
         self.n_crops, self.codebook_size = settings.n_crops, settings.codebook_size
         self.image_size, self.grid = settings.image_size, settings.grid
         self.class_names = list(settings.class_names)
         shape, shards = (self.n_crops, self.grid[0] * self.grid[1]), self.manifest.shards
+        if not shards:
+            raise ValueError(f"'{directory}' holds no shards: expected at least one")
         self._codes = [self._open(shard.codes, "uint16", (shard.n, *shape)) for shard in shards]
         self.labels = np.concatenate([self._open(s.labels, "int32", (s.n,)) for s in shards])
         self._starts = np.cumsum([0] + [shard.n for shard in shards])
         self._checked: set[int] = set()
-        if self.labels.min() < 0 or self.labels.max() >= len(self.class_names):
-            reach = f"{self.labels.min()}..{self.labels.max()}"
-            last = len(self.class_names) - 1
-            raise ValueError(f"'{self.directory}' has labels {reach}: expected 0..{last}")
+        reach, last = (self.labels.min(), self.labels.max()), len(self.class_names) - 1
+        if reach[0] < 0 or reach[1] > last:
+            found = f"{reach[0]}..{reach[1]}"
+            raise ValueError(f"'{self.directory}' has labels {found}: expected 0..{last}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,12 +144,6 @@ class PackedCodes:
             pair = f"tokenizer {made_by[:12]}, not by {fingerprint[:12]}"
             raise ValueError(f"'{self.directory}' was encoded by {pair}: expected them to match")
 
-    def verify(self) -> None:
-        """Read every file and raise ValueError for a shard whose sha256 is not the manifest's."""
-        for shard in self.manifest.shards:
-            if not is_intact(self.directory, shard):
-                raise ValueError(f"'{self.directory / shard.codes}' or its labels are corrupt")
-
     def _open(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         path = self.directory / name
         try:
@@ -180,47 +157,37 @@ class PackedCodes:
         return np.asarray(array)  # a plain array over the same map: np.memmap indexes slower
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `n` images in an epoch: a permutation, int64 [n], of (seed, epoch) alone."""
-    return np.random.default_rng((seed, epoch, 0)).permutation(n)
+@lru_cache(maxsize=4)
+def draw_epoch(n: int, n_views: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of n images in an epoch, a permutation, and the view of each image, int64 [n]."""
+    order = np.random.default_rng((seed, epoch, 0)).permutation(n)
+    return order, np.random.default_rng((seed, epoch, 1)).integers(n_views, size=n)
 
 
-def crop_choice(n: int, n_crops: int, seed: int, epoch: int) -> np.ndarray:
-    """The view of each of `n` images in an epoch: int64 [n] in 0..n_crops-1, uniform."""
-    return np.random.default_rng((seed, epoch, 1)).integers(n_crops, size=n)
+def draw_views(
+    positions: np.ndarray, per_epoch: int, n: int, n_views: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and views, int64 [b], at positions [b] of shuffled epochs of `per_epoch` images."""
+    epochs, places = np.divmod(positions, per_epoch)
+    images, views = np.empty((2, len(positions)), np.int64)
+    for epoch in np.unique(epochs).tolist():
+        here, (order, choice) = epochs == epoch, draw_epoch(n, n_views, seed, epoch)
+        images[here] = order[places[here]]
+        views[here] = choice[images[here]]
+    return images, views
 
 
-class Batches:
-    """Shuffled batches: the batch of a step is a pure function of (seed, step).
+def draw_batch(
+    codes: PackedCodes, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """This rank's slice of a step's batch: codes int64 [b, T], labels and image indices [b].
 
-    Every epoch has its own order and choice of crops. The last, partial batch of an epoch is
-    dropped. With fewer images than `batch_size`, epochs are concatenated instead.
+    b = batch_size / world_size; all ranks' slices together are the batch of one process, a function
+    of (seed, step) alone. The last, partial batch of an epoch is dropped; with fewer images than
+    `batch_size`, epochs are concatenated instead.
     """
-
-    def __init__(self, codes: PackedCodes, batch_size: int, seed: int = 0) -> None:
-        self.codes, self.batch_size, self.seed = codes, batch_size, seed
-        n = len(codes)
-        self.images_per_epoch = n - n % batch_size if n >= batch_size else n
-        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def batch(
-        self, step: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        """This rank's slice of a step's batch: codes int64 [b, T], labels and image indices [b].
-
-        b = batch_size / world_size; all ranks' slices together are the batch of one process.
-        """
-        local = self.batch_size // world_size
-        start = step * self.batch_size + rank * local
-        epochs, positions = np.divmod(np.arange(start, start + local), self.images_per_epoch)
-        indices, crops = np.empty((2, local), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            if self._cached is None or self._cached[0] != epoch:
-                n, seed = len(self.codes), self.seed
-                choice = crop_choice(n, self.codes.n_crops, seed, epoch)
-                self._cached = epoch, epoch_order(n, seed, epoch), choice
-            here = epochs == epoch
-            indices[here] = self._cached[1][positions[here]]
-            crops[here] = self._cached[2][indices[here]]
-        codes, labels = self.codes.get(indices, crops)
-        return codes, labels, indices
+    n, local = len(codes), batch_size // world_size
+    start = step * batch_size + rank * local
+    per_epoch = n - n % batch_size or n
+    indices, crops = draw_views(start + np.arange(local), per_epoch, n, codes.n_crops, seed)
+    return *codes.get(indices, crops), indices

@@ -24,63 +24,43 @@ from moveimg.files import atomic
 from moveimg.images import UnreadableImageError, read_image, to_rgb
 
 Arguments = dict[str, dict[str, Any]]  # split -> arguments of torchvision's class
-TRAIN_FLAG: Arguments = {"train": {"train": True}, "test": {"train": False}}
-TWO_SPLITS: Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
-THREE_SPLITS: Arguments = TWO_SPLITS | {"val": {"split": "val"}}
-ONE_SPLIT: Arguments = {"train": {}}
+FLAG: Arguments = {"train": {"train": True}, "test": {"train": False}}
+ONE: Arguments = {"train": {}}
+TWO: Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
+THREE: Arguments = {**TWO, "val": {"split": "val"}}
+COUNTRY: Arguments = {**TWO, "val": {"split": "valid"}}
+PETS: Arguments = {**TWO, "train": {"split": "trainval"}}
 TURN = methodcaller("transpose", Image.Transpose.TRANSPOSE)  # EMNIST is stored column by column
-EMNIST: Arguments = {
-    split: {"split": "balanced", "transform": TURN, **TRAIN_FLAG[split]} for split in TRAIN_FLAG
-}
+EMNIST = {split: {"split": "balanced", "transform": TURN, **FLAG[split]} for split in FLAG}
+NETTE: Arguments = {"train": {"split": "train"}, "val": {"split": "val"}}
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
 # torchvision's class, its arguments by split, and the files that it needs below the data root
 DATASETS: dict[str, tuple[str, Arguments, str]] = {
-    "mnist": ("MNIST", TRAIN_FLAG, f"MNIST/raw/{IDX}"),
-    "fashion-mnist": ("FashionMNIST", TRAIN_FLAG, f"FashionMNIST/raw/{IDX}"),
-    "kmnist": ("KMNIST", TRAIN_FLAG, f"KMNIST/raw/{IDX}"),
+    "mnist": ("MNIST", FLAG, f"MNIST/raw/{IDX}"),
+    "fashion-mnist": ("FashionMNIST", FLAG, f"FashionMNIST/raw/{IDX}"),
+    "kmnist": ("KMNIST", FLAG, f"KMNIST/raw/{IDX}"),
     "emnist": ("EMNIST", EMNIST, "EMNIST/raw/gzip.zip"),
-    "usps": ("USPS", TRAIN_FLAG, "usps.bz2 and usps.t.bz2"),
-    "semeion": ("SEMEION", ONE_SPLIT, "semeion.data"),
-    "cifar10": ("CIFAR10", TRAIN_FLAG, "cifar-10-python.tar.gz"),
-    "cifar100": ("CIFAR100", TRAIN_FLAG, "cifar-100-python.tar.gz"),
-    "svhn": ("SVHN", TWO_SPLITS, "train_32x32.mat and test_32x32.mat"),
-    "stl10": ("STL10", TWO_SPLITS, "stl10_binary.tar.gz"),
-    "food101": ("Food101", TWO_SPLITS, "food-101.tar.gz"),
-    "gtsrb": ("GTSRB", TWO_SPLITS, "gtsrb/GTSRB, unpacked, and gtsrb/GT-final_test.csv"),
-    "flowers102": (
-        "Flowers102",
-        THREE_SPLITS,
-        "flowers-102/102flowers.tgz, imagelabels.mat and setid.mat",
-    ),
-    "fgvc-aircraft": ("FGVCAircraft", THREE_SPLITS, "fgvc-aircraft-2013b.tar.gz"),
-    "dtd": ("DTD", THREE_SPLITS, "dtd/dtd-r1.0.1.tar.gz"),
-    "country211": (
-        "Country211",
-        TWO_SPLITS | {"val": {"split": "valid"}},
-        "country211.tgz",
-    ),
-    "rendered-sst2": ("RenderedSST2", THREE_SPLITS, "rendered-sst2.tgz"),
-    "oxford-pets": (
-        "OxfordIIITPet",
-        TWO_SPLITS | {"train": {"split": "trainval"}},
-        "oxford-iiit-pet/images.tar.gz and annotations.tar.gz",
-    ),
-    "imagenette": (
-        "Imagenette",
-        {"train": {"split": "train"}, "val": {"split": "val"}},
-        "imagenette2.tgz",
-    ),
-    "eurosat": ("EuroSAT", ONE_SPLIT, "eurosat/EuroSAT.zip"),
-    "caltech101": ("Caltech101", ONE_SPLIT, "caltech101/101_ObjectCategories, unpacked"),
-    "caltech256": ("Caltech256", ONE_SPLIT, "caltech256/256_ObjectCategories.tar"),
+    "usps": ("USPS", FLAG, "usps.bz2 and usps.t.bz2"),
+    "semeion": ("SEMEION", ONE, "semeion.data"),
+    "cifar10": ("CIFAR10", FLAG, "cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", FLAG, "cifar-100-python.tar.gz"),
+    "svhn": ("SVHN", TWO, "{train,test}_32x32.mat"),
+    "stl10": ("STL10", TWO, "stl10_binary.tar.gz"),
+    "food101": ("Food101", TWO, "food-101.tar.gz"),
+    "gtsrb": ("GTSRB", TWO, "gtsrb/GTSRB, unpacked, and gtsrb/GT-final_test.csv"),
+    "flowers102": ("Flowers102", THREE, "flowers-102/{102flowers.tgz,imagelabels.mat,setid.mat}"),
+    "fgvc-aircraft": ("FGVCAircraft", THREE, "fgvc-aircraft-2013b.tar.gz"),
+    "dtd": ("DTD", THREE, "dtd/dtd-r1.0.1.tar.gz"),
+    "country211": ("Country211", COUNTRY, "country211.tgz"),
+    "rendered-sst2": ("RenderedSST2", THREE, "rendered-sst2.tgz"),
+    "oxford-pets": ("OxfordIIITPet", PETS, "oxford-iiit-pet/{images,annotations}.tar.gz"),
+    "imagenette": ("Imagenette", NETTE, "imagenette2.tgz"),
+    "eurosat": ("EuroSAT", ONE, "eurosat/EuroSAT.zip"),
+    "caltech101": ("Caltech101", ONE, "caltech101/101_ObjectCategories, unpacked"),
+    "caltech256": ("Caltech256", ONE, "caltech256/256_ObjectCategories.tar"),
 }
-SEVERAL, UNLABELLED = "has several labels per image", "has no class label per image"
-REFUSED = {
-    **dict.fromkeys(("celeba", "coco", "voc", "inaturalist"), SEVERAL),
-    **dict.fromkeys(("kitti", "cityscapes", "widerface", "sbd", "lsun", "lfw"), UNLABELLED),
-    **dict.fromkeys(("flickr8k", "flickr30k", "sbu", "phototour", "moving-mnist"), UNLABELLED),
-    "omniglot": "has other classes in its test split",
-}
+REFUSED = {"celeba", "coco", "voc", "inaturalist", "kitti", "cityscapes", "widerface", "sbd"}
+REFUSED |= {"lsun", "lfw", "flickr8k", "flickr30k", "sbu", "phototour", "moving-mnist", "omniglot"}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 SPLIT_OF = {"train": "train", "test": "test", "validation": "val", "val": "val", "valid": "val"}
 
@@ -89,8 +69,7 @@ def is_named_source(source: str | Path) -> bool:
     """Whether a source is a named data set, or a Hub id `owner/name` that is not a folder."""
     text = str(source)
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists()
-    known = text == "digits" or text in DATASETS or text in REFUSED
-    return known or bool(on_hub and find_spec("datasets"))
+    return text in ("digits", *DATASETS, *REFUSED) or bool(on_hub and find_spec("datasets"))
 
 
 def find_splits(name: str, data_root: Path | None = None) -> Splits:
@@ -100,7 +79,7 @@ def find_splits(name: str, data_root: Path | None = None) -> Splits:
     FileNotFoundError where its files are missing and cannot be downloaded.
     """
     if name in REFUSED:
-        raise ValueError(f"the data set {name} {REFUSED[name]}: expected one label per image")
+        raise ValueError(f"the data set {name} lacks classes: expected one label per image")
     if name not in DATASETS:
         return find_tables(name)
     root = data_root or Path(os.environ.get("MOVEIMG_DATA") or Path.home() / ".cache/moveimg/data")
@@ -164,56 +143,41 @@ def find_tables(source: Path | str) -> Splits:
 
     Raises ValueError if the library `datasets` is not installed, or columns are missing.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"'{source}' needs `pip install 'moveimg[datasets]'`") from None
+    if not find_spec("datasets"):
+        raise ValueError(f"'{source}' needs `pip install 'moveimg[datasets]'`")
+    import datasets
+
     try:
         tables = datasets.load_dataset(str(source))
-        features = tables["train"].features
-        kinds = {name: type(kind).__name__ for name, kind in features.items()}
-        image = next(name for name in kinds if kinds[name] == "Image")
-        label = next(
-            name
-            for name in sorted(kinds, key=lambda name: kinds[name] != "ClassLabel")
-            if kinds[name] == "ClassLabel" or name in ("label", "labels", "class")
-        )
-        values = getattr(features[label], "names", None) or sorted(set(tables["train"][label][:]))
+        features = reversed(tables["train"].features.items())  # the first of a kind wins
+        columns = {type(kind).__name__: name for name, kind in features}
+        image, label = columns["Image"], columns["ClassLabel"]
     except Exception as error:  # its loaders raise many kinds for broken files
         reason = describe(error.__cause__ or error, 300)
         raise ValueError(
             f"'{source}': expected a folder or data set with a split `train`, a column of images "
-            f"and one of labels: {reason}"
+            f"(Image) and one of labels (ClassLabel): {reason}"
         ) from error
     return {
-        SPLIT_OF[name]: partial(_open_table, source, name, tables[name], image, label, values)
+        SPLIT_OF[name]: partial(_open_table, source, name, tables[name], image, label)
         for name in reversed(tables)
         if name in SPLIT_OF
     }
 
 
-def _open_table(
-    source: Path | str, split: str, table: Any, image: str, label: str, classes: list[Any]
-) -> ImageSource:
+def _open_table(source: Path | str, split: str, table: Any, image: str, label: str) -> ImageSource:
     import pyarrow.compute as pc
 
-    labels = np.asarray(table[label][:])
-    if not hasattr(table.features[label], "names"):
-        labels = np.searchsorted(np.asarray(classes), labels)
+    labels, classes = np.asarray(table[label][:]), table.features[label].names
     if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < len(classes):
         reach = f"{labels.min()}..{labels.max()}"
         raise ValueError(f"'{source}' has labels {reach}: expected 0..{len(classes) - 1}")
     kind = table.features[image].__class__(decode=False)  # images are read here, as files are
     names = [f"{split}/{row:08d}" for row in range(len(table))]
     data = pc.struct_field(table.data.column(image), "bytes")  # only their lengths are read
-    return ImageSource(
-        name=str(source),
-        class_names=[str(name) for name in classes],
-        identifiers=names,
-        labels=labels.astype(np.int32),
-        load=partial(_read_cell, table.cast_column(image, kind), image, names),
-        content=pc.fill_null(pc.binary_length(data), 0).to_numpy().item,
-    )
+    content = pc.fill_null(pc.binary_length(data), 0).to_numpy().item
+    load = partial(_read_cell, table.cast_column(image, kind), image, names)
+    return ImageSource(str(source), classes, names, labels.astype(np.int32), load, content)
 
 
 def _read_cell(table: Any, column: str, names: list[str], row: int) -> Image.Image:

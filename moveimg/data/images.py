@@ -1,14 +1,18 @@
-"""Image sources, their splits, and the views that are cut from an image."""
+"""Image sources: folders of class subfolders, their splits, and the views cut from an image."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
@@ -18,31 +22,33 @@ from torchvision.transforms import functional
 from moveimg.config import Size, as_pair
 from moveimg.config.run import Crops
 from moveimg.dist import print_rank0
-from moveimg.images import UnreadableImageError, center_crop
+from moveimg.errors import list_names
+from moveimg.files import atomic_directory
+from moveimg.images import SUFFIXES, UnreadableImageError, center_crop, read_image
 
 Split = Literal["train", "val", "test"]
 VIEWS_PER_RANGE: dict[Crops, int] = {"center": 1, "flip": 2, "five": 5, "ten": 10}
-FOLDER_VAL_FRACTION = 0.2  # of a source that has no validation or test split
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SPLIT_ENDING = re.compile(r"[ _-]*(set|split|data|images)?[ _-]*\d*$")  # train_set, val2017
+TOOL_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "#recycle", "__pycache__"}
+print_once = cache(print_rank0)  # a folder is opened once per split
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSource(Dataset):
-    """N labelled images: `source[i]` is (PIL.Image in RGB, label).
-
-    Attributes:
-        identifiers: one per image; for files the path relative to the source, in posix form.
-        labels: int32 [N], in 0..len(class_names)-1.
-        load: row number -> RGB image, or UnreadableImageError, which names the image.
-        content: row number -> a value that changes with the image (size and time, or pixels).
-    """
+    """N labelled images: `source[i]` is (PIL.Image in RGB, label)."""
 
     name: str
     class_names: list[str]
-    identifiers: Sequence[str]
-    labels: np.ndarray
-    load: Callable[[int], Image.Image]
-    content: Callable[[int], Any]
+    identifiers: Sequence[str]  # of files the path relative to the source, in posix form
+    labels: np.ndarray  # int32 [N], in 0..len(class_names)-1
+    load: Callable[[int], Image.Image]  # row -> RGB image, or UnreadableImageError, which names it
+    content: Callable[[int], Any]  # row -> a value that changes with the image: size and time, ...
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,16 +82,13 @@ def open_images(
     source: str | Path,
     split: Split,
     val_fraction: float | None = None,
-    seed: int = 0,
     data_root: Path | None = None,
 ) -> ImageSource:
-    """One split of a named data set, of a data set of the Hub or of a folder.
+    """One split of a named data set, of a data set of the Hub or of a folder (docs/encoding.md).
 
-    `val_fraction` is the share of each class of the training images that is `val`, drawn with
-    `seed`; the source's own test (or else validation) split is then `test`. Left out, `val` is the
-    source's own validation or test split, or a fifth of a source that has none. `data_root` is the
-    folder of downloaded data sets. docs/encoding.md describes folders.
-
+    `val_fraction` is the drawn share of each class of the training images that is `val`; `test` is
+    then the source's own test (or else validation) split. Left out, `val` is the source's own
+    validation or test split, or a fifth of a source that has none.
     Raises FileNotFoundError for a missing folder or data set, ValueError for a source without
     images by class or without this split.
     """
@@ -100,19 +103,19 @@ def open_images(
         raise ValueError(f"'{source}' has no {split} split: expected one of {', '.join(splits)}")
     images = splits[own]()
     if drawn:
-        fraction = FOLDER_VAL_FRACTION if val_fraction is None else val_fraction
-        images = images.select(_draw_split(images.labels, split, fraction, seed))
+        fraction = 0.2 if val_fraction is None else val_fraction
+        images = images.select(_draw_split(images.labels, split, fraction))
     if not len(images):
         raise ValueError(f"'{source}' leaves no {split} images with val_fraction {val_fraction}")
     return replace(images, name=f"{source} ({split})")
 
 
 def _find_splits(source: str | Path, data_root: Path | None) -> Splits:
-    from moveimg.data import datasets, folders
+    from moveimg.data import datasets
 
     root = Path(source)
     if source == "digits":
-        return {"train": partial(_open_digits, "train"), "val": partial(_open_digits, "val")}
+        return {split: partial(_open_digits, split) for split in ("train", "val")}
     if datasets.is_named_source(source):
         return datasets.find_splits(str(source), data_root)
     if not root.is_dir():
@@ -121,35 +124,24 @@ def _find_splits(source: str | Path, data_root: Path | None) -> Splits:
         raise FileNotFoundError(f"no image folder at '{source}': expected one, or one of {nearest}")
     if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
         return datasets.find_tables(root)
-    return folders.find_splits(root)
+    return _find_folder_splits(root)
 
 
-def _draw_split(labels: np.ndarray, split: str, val_fraction: float, seed: int) -> np.ndarray:
+def _draw_split(labels: np.ndarray, split: str, val_fraction: float) -> np.ndarray:
     from sklearn.model_selection import train_test_split
 
-    rows: list[np.ndarray] = []
+    chosen = []
     for label in np.unique(labels):  # each alone: a new image reshuffles one class
-        train = members = np.flatnonzero(labels == label)
-        n_val, val = min(round(len(members) * val_fraction), len(members) - 1), members[:0]
+        rows = np.flatnonzero(labels == label)
+        n_val, parts = min(round(len(rows) * val_fraction), len(rows) - 1), (rows, rows[:0])
         if n_val > 0:
-            train, val = train_test_split(members, test_size=n_val, random_state=seed)
-        rows.append(train if split == "train" else val)
-    return np.sort(np.concatenate(rows))
-
-
-def _array_row(images: np.ndarray, row: int) -> Image.Image:
-    return Image.fromarray(images[row]).convert("RGB")
-
-
-def _row_hex(images: np.ndarray, row: int) -> str:
-    return images[row].tobytes().hex()
+            parts = train_test_split(rows, test_size=n_val, random_state=0)
+        chosen.append(parts[0 if split == "train" else 1])
+    return np.sort(np.concatenate(chosen))
 
 
 def digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """scikit-learn's digits: uint8 [N, 8, 8], labels [N] and row numbers [N] of a fixed split.
-
-    1,437 train and 360 val images, stratified; 17 grey levels, spread over 0..255.
-    """
+    """scikit-learn's digits: uint8 [N, 8, 8], labels [N] and row numbers [N] of a fixed split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -157,14 +149,147 @@ def digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     rows = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     chosen = np.sort(rows[0] if split == "train" else rows[1])
-    return pixels[chosen], labels[chosen].astype(np.int64), chosen
+    return pixels[chosen], labels[chosen].astype(np.int32), chosen
 
 
 def _open_digits(split: str) -> ImageSource:
-    images, labels, rows = digits_arrays(split)
-    names, labels = [f"digits/{row:04d}" for row in rows], labels.astype(np.int32)
-    load, content = partial(_array_row, images), partial(_row_hex, images)
+    pixels, labels, rows = digits_arrays(split)
+    names = [f"digits/{row:04d}" for row in rows]
+    load = [Image.fromarray(image).convert("RGB") for image in pixels].__getitem__
+    content = [image.tobytes().hex() for image in pixels].__getitem__
     return ImageSource("digits", DIGITS, names, labels, load, content)
+
+
+def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """Sorted paths of image files below `root`, relative to it; other files counted by suffix.
+
+    Hidden entries and folders of tools (`@eaDir`, `__MACOSX`) are skipped at every depth. Linked
+    folders are followed last, except those already entered and the parents of `root`.
+    """
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    entered, waiting = {str(parent) for parent in root.resolve().parents}, [str(root)]
+    for top in waiting:  # grows in the loop
+        for folder, subfolders, files in os.walk(top):
+            if (real := os.path.realpath(folder)) in entered:
+                subfolders.clear()
+                continue
+            entered.add(real)
+            subfolders[:] = filter(_is_visible, subfolders)
+            waiting += sorted(path for n in subfolders if os.path.islink(path := f"{folder}/{n}"))
+            for name in filter(_is_visible, files):
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in SUFFIXES:
+                    images.append(f"{folder}/{name}".removeprefix(f"{root}/"))
+                else:
+                    others[suffix or "without a suffix"] += 1
+    images.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder, on any file system
+    return images, others
+
+
+def _is_visible(name: str) -> bool:
+    return name[0] != "." and name.lower() not in TOOL_FOLDERS
+
+
+def find_split_folders(root: Path) -> dict[str, str]:
+    """The split (train, val, test) of each subfolder; empty if no name is that of a split.
+
+    Raises ValueError for split folders beside others or without `train`: a model must not be
+    trained on the classes `train` and `test`.
+    """
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and _is_visible(path.name))
+    splits = [SPLIT_OF.get(SPLIT_ENDING.sub("", name.lower()), "") for name in names]
+    if not any(splits):
+        return {}
+    if "train" not in splits or "" in splits or len(set(splits)) < len(splits):
+        raise ValueError(
+            f"'{root}' has the subfolders {list_names(names)}: expected class folders alone, or "
+            "`train` and `val`, `test` or both, each with class subfolders"
+        )
+    return dict(zip(names, splits, strict=True))
+
+
+def _find_folder_splits(root: Path) -> Splits:
+    """The splits of a folder of class subfolders; see `open_images`."""
+    if (root / "ILSVRC2012_img_train.tar").is_file():
+        _unpack_imagenet(root)
+    splits, (paths, others) = find_split_folders(root), walk_images(root)
+    by_class: dict[str, dict[str, list[str]]] = {}
+    for path in paths:
+        first, _, rest = path.partition("/")
+        split, inner = (splits.get(first, ""), rest) if splits else ("train", path)
+        folder, slash, _ = inner.partition("/")
+        if split and slash:
+            name = normalize("NFC", folder)  # macOS splits `é` in two
+            by_class.setdefault(split, {}).setdefault(name, []).append(path)
+        else:
+            others["image outside the class folders"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+        print_once(f"not read in '{root}': {kinds}")
+    if "train" not in by_class:
+        raise ValueError(f"'{root}' holds no images by class: expected one subfolder per class")
+    for split, group in by_class.items():
+        if differing := by_class["train"].keys() ^ group.keys():
+            names = list_names(sorted(differing))
+            raise ValueError(
+                f"'{root}' has other classes of images in train than in {split}: {names}"
+            )
+    return {split: partial(_open_folder, root, group) for split, group in by_class.items()}
+
+
+def _unpack_imagenet(root: Path) -> None:
+    """Unpack ImageNet's archives of 2012 into train/ and val/ beside them, if missing."""
+    from torchvision.datasets import imagenet
+
+    parsers = {"train": imagenet.parse_train_archive, "val": imagenet.parse_val_archive}
+    try:
+        for split, parse in parsers.items():
+            if not (root / split).exists():
+                print_rank0(f"unpacking ImageNet into '{root / split}'")
+                imagenet.parse_devkit_archive(root)  # the classes of val
+                with atomic_directory(root / split) as folder:
+                    parse(root, folder=folder.name)
+    except RuntimeError as error:  # an archive that is missing or damaged
+        raise ValueError(f"'{root}': {error}") from None
+
+
+def _open_folder(root: Path, by_class: dict[str, list[str]]) -> ImageSource:
+    classes = sorted(by_class)
+    names = [path for name in classes for path in by_class[name]]
+    labels = np.repeat(np.arange(len(classes)), [len(by_class[name]) for name in classes])
+    known = imagenet_names(classes)
+    load = partial(_read_file, root, names, known is not None)
+    content = partial(_file_status, root, names)
+    return ImageSource(str(root), known or classes, names, labels.astype(np.int32), load, content)
+
+
+def open_flat_folder(root: Path) -> ImageSource:
+    """All images below a folder, without classes: every label is 0, of the class ''."""
+    return _open_folder(root, {"": walk_images(root)[0]})
+
+
+def _read_file(root: Path, names: list[str], as_published: bool, row: int) -> Image.Image:
+    return read_image(root / names[row], names[row], as_published)
+
+
+def _file_status(root: Path, names: list[str], row: int) -> tuple[int, int]:
+    try:
+        status = (root / names[row]).stat()
+    except FileNotFoundError:  # a broken link: reading it will fail
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def imagenet_names(folders: list[str]) -> list[str] | None:
+    """Names of the classes if all `folders` are WordNet ids of ImageNet-1k, else None."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        return None
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    names = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+    return [names[wnid] for wnid in folders] if names.keys() >= set(folders) else None
 
 
 def drop_unreadable(source: ImageSource) -> ImageSource:
@@ -185,9 +310,8 @@ def drop_unreadable(source: ImageSource) -> ImageSource:
 def report_unreadable(images: Sequence[str], total: int) -> None:
     """Print the number of unreadable images and the first twenty of them on stderr."""
     if images:
-        print_rank0(f"warning: {len(images)} of {total} images cannot be read and are left out:")
-    for line in images[:20]:
-        print_rank0(f"  {line}")
+        first = f"warning: {len(images)} of {total} images cannot be read and are left out:"
+        print_rank0("\n  ".join([first, *images[:20]]))
 
 
 def crop_views(
@@ -195,9 +319,9 @@ def crop_views(
 ) -> list[Image.Image]:
     """Views of `image` of (height, width) `size`, `count_views(crops, ranges)` of them.
 
-    Each range r centre-crops to size * r pixels (rounded down, as in LlamaGen), and cuts from that
-    center: its centre; flip: the centre and its mirror image; five: the corners (top left, top
-    right, bottom left, bottom right) and the centre; ten: the five, then their mirror images.
+    Each range r centre-crops to size * r pixels (rounded down, as in LlamaGen). From that are cut
+    the centre (center), also mirrored (flip), or the corners (top left, top right, bottom left,
+    bottom right) and the centre (five), also of the mirror image (ten).
     """
     height, width = as_pair(size)
     views: list[Image.Image] = []

@@ -24,7 +24,7 @@ from moveimg.checkpoint import (
     save_model,
 )
 from moveimg.config import ModelConfig, TrainConfig
-from moveimg.data import MANIFEST, Batches, PackedCodes, sha256_file
+from moveimg.data import MANIFEST, PackedCodes, draw_batch, sha256_file
 from moveimg.device import shapes_only
 from moveimg.dist import World, print_rank0
 from moveimg.files import lock
@@ -60,10 +60,10 @@ class GeneratorTask(Task):
         self.parallel, self.world, self.device = parallel, parallel.world, parallel.world.device
         self.forward, self.codes, self.val = model, train, val
         self.class_names = train.class_names
-        self.batches = Batches(train, config.batch_size, config.seed)
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        codes, labels, _ = self.batches.batch(step, part, self.parallel.parts)
+        size, seed = self.config.batch_size, self.config.seed
+        codes, labels, _ = draw_batch(self.codes, size, seed, step, part, self.parallel.parts)
         codes, labels = codes.to(self.device), labels.to(self.device)
         draws = torch.rand(len(labels), device=self.device, generator=self.rng)
         dropped = draws < self.config.class_dropout
@@ -99,7 +99,8 @@ class GeneratorTask(Task):
         every = self.config.memory_every
         if not every or step % every or not isinstance(self.model.memory, ValueBank):
             return {}
-        codes, labels, _ = self.batches.batch(step - 1, 0, self.parallel.parts)
+        size, parts = self.config.batch_size, self.parallel.parts
+        codes, labels, _ = draw_batch(self.codes, size, self.config.seed, step - 1, 0, parts)
         batch = codes.to(self.device), labels.to(self.device)
         self.model.eval()
         record = gradient_sources(self.model, *batch)

@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import tokenizer as vq
 from moveimg.checkpoint import load_tokenizer
-from moveimg.config import TokenizerTrainConfig, as_pair
-from moveimg.data import (
-    ImageSource,
-    code_grid,
-    count_views,
-    crop_choice,
-    crop_views,
-    epoch_order,
-    open_images,
-)
+from moveimg.config import AdversarialConfig, TokenizerTrainConfig, as_pair
+from moveimg.data import ImageSource, code_grid, count_views, crop_views, draw_views, open_images
+from moveimg.data.images import print_once
 from moveimg.device import pick_dtype
 from moveimg.dist import World, reduce_mean
+from moveimg.files import fetch
 from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_tensor
 from moveimg.rng import InitialValues
 from moveimg.training.loop import Task, fit
 from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Parallelism
-from tokenizer import losses as vq_losses
 
-PREVIEW_COLUMNS = 8
 MAX_VALIDATION = 2048  # held-out images that a validation reconstructs
-VALIDATION_BATCH = 32  # at least: without gradients images need less memory
+VGG_FILE, LPIPS_FILE = "vgg16-397923af.pth", "weights-vgg16-lpips.pth"
+WEIGHTS = {
+    VGG_FILE: f"https://download.pytorch.org/models/{VGG_FILE}",
+    LPIPS_FILE: f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{LPIPS_FILE}",
+}
+
+
+def load_perceptual_loss(
+    folder: Path | None, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS (arXiv 1801.03924) by torch-fidelity: two [B, 3, H, W] in [-1, 1] -> scalar.
+
+    Its weights are in `checkpoints/` of a torch.hub folder (None: torch's own), or downloaded into
+    it. Raises FileNotFoundError without a file or network, ValueError for a damaged file.
+    """
+    from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
+
+    before = torch.hub.get_dir()
+    hub = Path(folder or before)
+    for name, url in WEIGHTS.items():
+        fetch(url, hub / "checkpoints" / name, "397923af" if name == VGG_FILE else None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # so that no code in a file is run
+    torch.hub.set_dir(str(hub))
+    try:
+        model: nn.Module = SampleSimilarityLPIPS("lpips").to(device)
+    except Exception as error:  # a damaged pickle can end in any
+        raise ValueError(f"{hub}: damaged weights of LPIPS ({error!r:.200})") from None
+    finally:
+        torch.hub.set_dir(before)
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+    return lambda x, y: model((x + 1) * 127.5, (y + 1) * 127.5).mean()
 
 
 class RandomViews(Dataset):
@@ -45,54 +69,55 @@ class RandomViews(Dataset):
     def __init__(self, source: ImageSource, config: TokenizerTrainConfig) -> None:
         self.source, self.images = source, config.images
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         (index, view), cut = key, self.images
         return to_tensor([crop_views(self.image(index), cut.size, cut.crops, cut.ranges)[view]])[0]
 
     def image(self, index: int) -> Image.Image:
         """An image, or in place of an unreadable one the next that can be read."""
-        for other in (*range(index, len(self)), *range(index)):
+        n = len(self.source)
+        for other in (*range(index, n), *range(index)):
             try:
                 return self.source[other][0]
             except UnreadableImageError as error:
-                warnings.warn(f"{error}; the next image replaces it", stacklevel=1)
-        raise ValueError(f"{self.source.name}: none of its {len(self)} images can be read")
+                print_once(f"warning: {error}; the next image replaces it")
+        raise ValueError(f"{self.source.name}: none of its {n} images can be read")
 
 
 class Adversary:
-    """A PatchGAN with an optimizer of its own (VQGAN, arXiv 2012.09841, section 3.1).
+    """taming's PatchGAN with an optimizer of its own (VQGAN, arXiv 2012.09841, section 3.1).
 
     With several processes its gradients are averaged, and its BatchNorms see a process's own
     images (as in LlamaGen and taming).
     """
 
-    def __init__(self, config: TokenizerTrainConfig, channels: int, device: torch.device) -> None:
-        assert config.adversarial is not None
-        self.config, self.run = config.adversarial, config
-        lr, n_layers, size = self.config.lr, self.config.n_layers, min(as_pair(config.images.size))
-        if size < (least := vq_losses.min_side(n_layers)):
-            raise ValueError(f"images.size {size}: n_layers {n_layers} needs at least {least}")
-        made = vq_losses.make_discriminator(channels, self.config.width, n_layers)
-        self.discriminator, betas = made.to(device), config.optimizer.betas
-        self.optimizer = torch.optim.AdamW(made.parameters(), lr, betas, weight_decay=0.0)
+    def __init__(
+        self, config: AdversarialConfig, run: TokenizerTrainConfig, device: torch.device
+    ) -> None:
+        from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+
+        self.config, self.run, size = config, run, min(as_pair(run.images.size))
+        # the two 4 x 4 convolutions at the end remove one position each
+        if size < (least := 3 * 2**config.n_layers):
+            raise ValueError(f"images.size {size}: n_layers {config.n_layers} needs {least}")
+        made: nn.Module = NLayerDiscriminator(3, ndf=config.width, n_layers=config.n_layers)
+        self.discriminator = made.apply(weights_init).to(device)
+        betas = run.optimizer.betas
+        self.optimizer = torch.optim.AdamW(made.parameters(), config.lr, betas, weight_decay=0.0)
 
     def train_step(self, step: int, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Train the discriminator on images and reconstructions [B, C, H, W]; scalars to log."""
-        run = self.run.optimizer
+        run, judge = self.run.optimizer, self.discriminator.requires_grad_(True)
         for group in self.optimizer.param_groups:  # the run's schedule, scaled to its own rate
             group["lr"] = self.config.lr * learning_rate(run, step, self.run.steps) / run.lr
-        self.discriminator.requires_grad_(True)
-        real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
-        loss = vq_losses.discriminator_loss(real, fake)
+        real, fake = judge(images), judge(reconstruction.detach())
+        loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge, arXiv 1705.02894
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for parameter in self.discriminator.parameters():
+        for parameter in judge.parameters():
             assert parameter.grad is not None
             parameter.grad = reduce_mean(parameter.grad)
-        nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.clip)
+        nn.utils.clip_grad_norm_(judge.parameters(), run.clip)
         self.optimizer.step()
         return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
@@ -101,14 +126,20 @@ class Adversary:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted adversarial loss, and scalars to log.
 
-        `losses` is the weighted sum of the losses of the reconstruction [B, C, H, W].
+        `losses` is the weighted sum of the losses of the reconstruction [B, C, H, W], L the
+        decoder's last weight. The adaptive weight (VQGAN, eq. 7), of the images of all processes,
+        is |d losses / d L| / (|d adversarial / d L| + 1e-4), at most 1e4.
         """
         self.discriminator.requires_grad_(False)  # the gradient goes to the pixels alone
-        loss = -self.discriminator(reconstruction).mean()
-        weight = torch.tensor(self.config.weight, device=loss.device)
+        adversarial = -self.discriminator(reconstruction).mean()
+        weight = torch.tensor(self.config.weight, device=adversarial.device)
         if self.config.adaptive:
-            weight = weight * vq_losses.adaptive_weight(losses, loss, last_layer)
-        return weight * loss, {"adversarial": loss, "adversarial_weight": weight}
+            norms = [
+                reduce_mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
+                for loss in (losses, adversarial)
+            ]
+            weight = weight * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+        return weight * adversarial, {"adversarial": adversarial, "adversarial_weight": weight}
 
 
 class TokenizerTask(Task):
@@ -119,29 +150,25 @@ class TokenizerTask(Task):
     ) -> None:
         self.config, self.model, self.forward, self.plan = config, model, model, plan
         self.device = device = plan.world.device
-        cut, channels = config.images, 3
+        cut, judge, self.perceptual = config.images, config.adversarial, None
+        self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
         with plan.world.first_alone():  # a named data set and LPIPS are downloaded once
             self.train, val = (
                 RandomViews(open_images(cut.source, split, cut.val_fraction), config)
                 for split in ("train", "val")
             )
-            self.perceptual = (
-                vq_losses.load_perceptual_loss(config.perceptual_folder, device)
-                if config.perceptual_weight
-                else None
-            )
-        images = map(val.image, spread_indices(len(val), MAX_VALIDATION))
+            if config.perceptual_weight:
+                self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
+                self.reconstruction_weights["perceptual"] = config.perceptual_weight
+        images = map(val.image, spread_indices(len(val.source), MAX_VALIDATION))
         self.val = to_tensor([crop_views(i, cut.size, "center", cut.ranges[:1])[0] for i in images])
-        self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
-        if self.perceptual is not None:
-            self.reconstruction_weights["perceptual"] = config.perceptual_weight
-        self.weights = self.reconstruction_weights | dict(model.quantize.loss_weights)
-        self.adversary = Adversary(config, channels, device) if config.adversarial else None
+        self.weights = self.reconstruction_weights | model.quantize.loss_weights
+        self.adversary = Adversary(judge, config, device) if judge else None
         self._batches: Iterator[Tensor] | None = None
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self._batches is None:
-            small = len(self.train) < MAX_VALIDATION
+            small = len(self.train.source) < MAX_VALIDATION
             loader = DataLoader(
                 self.train,
                 batch_sampler=self._keys(step),
@@ -155,27 +182,23 @@ class TokenizerTask(Task):
             out = self.forward(images)
             losses = dict(out.losses)
             if self.perceptual is not None:
-                losses["perceptual"] = self.perceptual(out.reconstruction, images)
-        loss = vq.total_loss(losses, self.weights)
-        scalars = {**losses, **out.stats}
+                losses["perceptual"] = self.perceptual(out.output, images)
+        loss, scalars = sum_losses(losses, self.weights), {**losses, **out.stats}
         if self.adversary is not None and step >= self.adversary.config.start:
-            reconstruction = out.reconstruction.float()
+            reconstruction = out.output.float()
             scalars |= self.adversary.train_step(step, images, reconstruction)
-            weights = self.reconstruction_weights
-            weighted = vq.total_loss({name: losses[name] for name in weights}, weights)
-            adversarial, logged = self.adversary.generator_loss(
-                reconstruction, weighted, self.model.decoder.get_parameter("conv_out.weight")
-            )
-            loss, scalars = loss + adversarial, scalars | logged
+            weighted = sum_losses(losses, self.reconstruction_weights)
+            last_layer = self.model.decoder.get_parameter("conv_out.weight")
+            extra, logged = self.adversary.generator_loss(reconstruction, weighted, last_layer)
+            loss, scalars = loss + extra, scalars | logged
         return loss, {name: value.detach() for name, value in scalars.items()}
 
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:
         """Mean squared error, on [-1, 1], and code usage of held-out images, over all processes."""
-        world = self.plan.world
-        error = torch.zeros(1).double()
+        world, error = self.plan.world, torch.zeros(1).double()
         counts = torch.zeros(self.model.codebook_size).double()
-        batches = self.val.split(max(VALIDATION_BATCH, self.config.batch_size))
+        batches = self.val.split(max(32, self.config.batch_size))  # without gradients: less memory
         for images in batches[world.rank :: world.size]:
             codes, decoded = reconstruct(model, images)
             error += (decoded - images).square().double().mean() * len(images)
@@ -186,7 +209,7 @@ class TokenizerTask(Task):
 
     def preview(self, model: Any) -> Image.Image:
         """Held-out images above their reconstructions."""
-        images = self.val[spread_indices(len(self.val), PREVIEW_COLUMNS)]
+        images = self.val[spread_indices(len(self.val), 8)]
         rows = [to_pil(images), to_pil(reconstruct(model, images)[1])]
         return labelled_grid(rows, ["image", "decoded"])
 
@@ -210,19 +233,18 @@ class TokenizerTask(Task):
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
         """(image, view) keys of this process's part of each batch from `step` on, by the seed."""
-        n, size, seed = len(self.train), self.config.batch_size, self.config.seed
-        world, share = self.plan.world, size // self.plan.world.size
+        world, n, size = self.plan.world, len(self.train.source), self.config.batch_size
         n_views = count_views(self.config.images.crops, self.config.images.ranges)
-        position = step * size
-        while True:
-            batch: list[tuple[int, int]] = []
-            while len(batch) < size:
-                epoch, start = divmod(position, n)
-                order = epoch_order(n, seed, epoch)[start : start + size - len(batch)]
-                choice = crop_choice(n, n_views, seed, epoch)
-                batch += [(int(i), int(choice[i])) for i in order]
-                position += len(order)
-            yield batch[world.rank * share : (world.rank + 1) * share]
+        share = size // world.size
+        for start in count(step * size + world.rank * share, size):
+            positions = np.arange(start, start + share)
+            drawn = draw_views(positions, n, n, n_views, self.config.seed)
+            yield list(zip(*(part.tolist() for part in drawn), strict=True))
+
+
+def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The sum of the losses that have a weight, each times it."""
+    return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
 
 
 def spread_indices(n: int, count: int) -> list[int]:
@@ -239,12 +261,13 @@ def reconstruct(model: vq.AutoencoderTokenizer, images: Tensor) -> tuple[Tensor,
 
 def make_tokenizer(config: TokenizerTrainConfig) -> vq.AutoencoderTokenizer:
     """The tokenizer at step 0: new, or with the weights of `config.init_from`."""
-    if config.init_from is None:
-        return vq.build(vq.parse_config({"kind": "vq"} | config.tokenizer, "tokenizer"))
-    source = load_tokenizer(config.init_from, torch.device("cpu"))
-    settings = source.config.model_dump(mode="json") | config.tokenizer
-    model = vq.build(vq.parse_config(settings, "tokenizer"))
-    vq.load_weights(model, source.state_dict(), str(config.init_from))
+    settings, source = {"kind": "vq"}, None
+    if config.init_from is not None:
+        source = load_tokenizer(config.init_from, torch.device("cpu"))
+        settings = source.config.model_dump(mode="json")
+    model = vq.AutoencoderTokenizer(vq.parse_config(settings | config.tokenizer, "tokenizer"))
+    if source is not None:
+        vq.load_weights(model, source.state_dict(), str(config.init_from))
     return model
 
 

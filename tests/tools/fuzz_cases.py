@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
 from moveimg.config import TokenizerTrainConfig, TrainConfig, load_config
-from moveimg.data import Batches, PackedCodes, crop_views, open_images
+from moveimg.data import PackedCodes, crop_views, draw_batch, open_images
 from moveimg.device import peak_memory
 from moveimg.errors import describe
 from moveimg.evaluation.extractors import Extractor
@@ -156,7 +156,7 @@ def try_codes(rng: random.Random, folder: Path, material: Path) -> None:
     else:
         damage_file(path, rng)
     packed = PackedCodes(folder)
-    codes, labels, _ = Batches(packed, 8).batch(rng.randrange(100))
+    codes, labels, _ = draw_batch(packed, 8, 0, rng.randrange(100))
     assert codes.shape == (8, packed.grid[0] * packed.grid[1])
     assert codes.max() < packed.codebook_size and codes.min() >= 0
     assert labels.max() < len(packed.class_names) and labels.min() >= 0
