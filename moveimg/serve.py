@@ -112,9 +112,8 @@ class Generator:
         changes = asked.model_fields_set & SamplingSettings.model_fields.keys()
         settings = self.pipeline.sampling.model_copy(update=asked.model_dump(include=changes))
         seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-        (height, width), count = self.pipeline.generator.config.grid, asked.partial_images
-        shares = [part / (count + 1) for part in range(1, count + 1) if asked.stream]
-        partials = [int(height * share) * width for share in shares]
+        (height, width), parts = self.pipeline.generator.config.grid, asked.partial_images + 1
+        partials = [height * part // parts * width for part in range(1, parts) if asked.stream]
         return Order(self.pipeline.label(names[0]), seed, asked.n, settings, partials)
 
     async def draw(self, order: Order) -> AsyncIterator[dict[str, Any]]:
@@ -133,6 +132,7 @@ class Generator:
             if not self.waiting:  # an earlier batch had room for them
                 return
             await asyncio.sleep(self.window)
+            self.waiting = deque(order for order in self.waiting if not order.done)
             groups, size = defaultdict(list), 0
             while self.waiting and size + self.waiting[0].n <= self.batch_size:
                 order = self.waiting.popleft()

@@ -36,13 +36,10 @@ def pixels_of(rows, models):
 @pytest.mark.parametrize(
     ("values", "name"),
     [
-        ({"num": 17}, "num"), ({"num": 2.5}, "num"), ({"num": float("nan")}, "num"),
-        ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"), ({"seed": [1]}, "seed"),
+        ({"num": 17}, "num"), ({"num": float("nan")}, "num"), ({"seed": 2**32}, "seed"),
         ({"cfg_scale": 1e9}, "cfg_scale"), ({"temperature": 1e-9}, "temperature"),
-        ({"top_p": 0}, "top_p"), ({"cfg_schedule": "cubic"}, "cfg_sch"),
-        ({"class_name": {"a": 1}}, "class_name"), ({"class_name": "x" * 10**7}, "class_name"),
-        ({"bank": "perhaps"}, "bank"), ({"colour": 1}, "colour"), ([], "generate"),
-        ("text", "generate"), (None, "generate"),
+        ({"cfg_schedule": "cubic"}, "cfg_sch"), ({"class_name": {"a": 1}}, "class_name"),
+        ({"class_name": "x" * 10**7}, "class_name"), ({"colour": 1}, "colour"), ([], "generate"),
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip

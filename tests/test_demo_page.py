@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from moveimg import Pipeline
-from tests.test_demo_server import image_of, wait_until
+from tests.test_demo_server import image_of, pixels_of, wait_until
 
 CHROMIUM = shutil.which("chromium")
 DARK_PHONE = {
@@ -83,7 +83,7 @@ def drawn(page):
 def test_images_are_drawn_saved_varied_and_drawn_without_the_bank(drawn):
     images, abouts = saved(drawn, 2)
     expected = Pipeline.from_pretrained("digits").sample([3, 3], seed=21)
-    assert [i.tobytes() for i in images] == [i.tobytes() for i in expected]
+    assert pixels_of(images) == pixels_of(expected)
     with drawn.expect_download() as one:
         drawn.click("#gallery .save >> nth=1")
     assert one.value.suggested_filename == "0003-seed22.png"
@@ -95,7 +95,7 @@ def test_images_are_drawn_saved_varied_and_drawn_without_the_bank(drawn):
     assert [a["cfg_scale"] for a in abouts[::2]] == [1, 1.75, 2.5, 4]
     drawn.click("#bank-off")
     pair, abouts = saved(drawn, 4)
-    assert [i.tobytes() for i in pair[:2]] == [i.tobytes() for i in expected]
+    assert pixels_of(pair[:2]) == pixels_of(expected)
     assert [a["bank"] for a in abouts] == [True, True, False, False]
 
 
@@ -146,7 +146,7 @@ def test_an_edit_draws_what_is_painted_over(drawn):
     drawn.click("#edit")
     found = next(saved(drawn, 2, "#versions"))
     wanted = Pipeline.from_pretrained("digits").edit(original, 3, hole="right", num=2, seed=7)
-    assert [i.tobytes() for i in found] == [i.tobytes() for i in wanted]
+    assert pixels_of(found) == pixels_of(wanted)
 
 
 def test_an_image_is_scored_by_class(drawn, tmp_path):

@@ -1,7 +1,7 @@
 """Trainings in several processes of this machine, as torchrun would start them.
 
-`launch` starts `python -m tests.tools.processes JSON` N times, with the jobs of the file. After a step
-of a tokenizer all weights, its discriminator's, too, must be the same in every process.
+`launch` starts `python -m tests.tools.processes JSON` N times, with the jobs of the file. After a
+step of a tokenizer all weights, its discriminator's, too, must be the same in every process.
 """
 
 from __future__ import annotations
