@@ -6,6 +6,5 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from any folder
 from moveimg.cli import main
 
-if __name__ == "__main__":
-    sys.argv.insert(1, "demo")
-    main()
+sys.argv.insert(1, "demo")
+main()

@@ -102,11 +102,11 @@ def digits(tmp_path_factory):
 
 
 @contextmanager
-def serving(models, **options):
+def serving(models, auth=(), allow_hosts=(), trust_proxy=False):
     """A running demo: its url and its FastAPI app."""
     from moveimg.demo.server import build_server
 
-    running, listener = build_server(models, **options)
+    running, listener = build_server(models, "127.0.0.1", 0, auth, allow_hosts, trust_proxy)
     thread = threading.Thread(target=running.run, args=([listener],), daemon=True)
     thread.start()
     while not running.started:
@@ -132,7 +132,7 @@ def server(tmp_path_factory):
     names = ["goldfish, Carassius auratus", "golden retriever", *(f"thing {i}" for i in range(8))]
     (other / "classes.json").write_text(json.dumps(names))
     (other / "sampling.json").write_text("{}")  # every setting has a default
-    models = Models(["digits", str(other)], keep=2)
+    models = Models(["digits", str(other)])
     models.get()
     with serving(models) as running:
         app = next(route.app for route in running.app.routes if isinstance(route, Mount))

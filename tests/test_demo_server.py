@@ -24,8 +24,7 @@ from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
 from moveimg.cli import app
 from moveimg.demo.jobs import image_uri
-from moveimg.demo.requests import MAX_BODY
-from moveimg.demo.server import FREE_LOGINS, read_auth
+from moveimg.demo.server import MAX_BODY
 from tests.conftest import serving
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +36,12 @@ def image_of(uri):
     """The image in a data URI, and the settings in it."""
     image = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
     return image, json.loads(image.info["moveimg"])
+
+
+def pixels_of(images):
+    """The pixels of an endpoint's images, or of the library's."""
+    found = [image_of(i["png"])[0] if isinstance(i, dict) else i for i in images]
+    return [image.tobytes() for image in found]
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +59,22 @@ def wait_until(condition):
     pytest.fail("waited for 20 s")
 
 
-def test_endpoints_answer_as_the_library_does(server, client):
-    answer = client.predict(class_name="seven", num=2, seed=3, cfg_scale=2.0, api_name="/generate")
-    expected = Pipeline.from_pretrained("digits").sample(["seven"] * 2, seed=3, cfg_scale=2.0)
-    images = [image_of(image["png"]) for image in answer["images"]]
-    assert [i.tobytes() for i, _ in images] == [i.tobytes() for i in expected]
-    assert [meta["seed"] for _, meta in images] == [3, 4]
-    assert images[0][1]["cfg_scale"] == answer["settings"]["cfg_scale"] == 2.0
-    bare = client.predict(class_name="7", seed=3, cfg_scale=2.0, bank=False, api_name="/generate")
-    assert image_of(bare["images"][0]["png"])[0].tobytes() != expected[0].tobytes()
-
-    strips = client.predict(class_name="2", scales=[1, 3], num=1, seed=1, api_name="/vary_guidance")
-    assert [row["settings"]["cfg_scale"] for row in strips["rows"]] == [1, 3]
-    assert [row["images"][0]["seed"] for row in strips["rows"]] == [1, 1]
-    answer = client.predict(image=answer["images"][0]["png"], api_name="/reconstruct")
+def test_endpoints_answer_as_the_library_does(client):
+    pipeline = Pipeline.from_pretrained("digits")
+    values = {"class_name": "seven", "seed": 3, "cfg_scale": 2.0, "api_name": "/generate"}
+    images = client.predict(**values, num=2)["images"]
+    expected = pipeline.sample(["seven"] * 2, seed=3, cfg_scale=2.0)
+    assert pixels_of(images) == pixels_of(expected)
+    assert [image["seed"] for image in images] == [3, 4]
+    assert image_of(images[0]["png"])[1]["cfg_scale"] == images[0]["cfg_scale"] == 2.0
+    bare = client.predict(**values, bank=False)["images"]
+    assert pixels_of(bare) != pixels_of(expected[:1])
+    answer = client.predict(image=images[0]["png"], api_name="/reconstruct")
     assert 0 < answer["mse"] < 1 and len(answer["codes"]) == 8
-    assert image_of(answer["image"])[0].size == (32, 32)
-    classes = client.predict(search="gold", model="gallery", api_name="/classes")
-    assert [c["index"] for c in classes] == [0, 1]
+    assert pixels_of([answer]) == pixels_of(pipeline.decode(pipeline.encode(expected[:1])))
     listed = client.predict(api_name="/models")
     assert [m["name"] for m in listed] == ["digits", "gallery"]
+    assert listed[0]["classes"] == pipeline.class_names
     assert listed[1]["settings"]["cfg_scale"] == 1.0  # its sampling.json is {}
 
 
@@ -85,11 +86,10 @@ def test_edit_and_score_answer_as_the_library_does(client):
     uri, hole = image_uri(image, {}), image_uri(mask, {})
     for area, given in (("left", "left"), (hole, mask)):
         values = {"class_name": "one", "num": 2, "seed": 5, "passes": 1, "temperature": 0.9}
-        answer = client.predict(image=uri, hole=area, **values, api_name="/edit")
+        images = client.predict(image=uri, hole=area, **values, api_name="/edit")["images"]
         wanted = pipeline.edit(image, "one", hole=given, num=2, seed=5, passes=1, temperature=0.9)
-        found = [image_of(version["png"]) for version in answer["images"]]
-        assert [i.tobytes() for i, _ in found] == [i.tobytes() for i in wanted]
-        assert found[1][1]["hole"] == ("left" if area == "left" else "mask")
+        assert pixels_of(images) == pixels_of(wanted)
+        assert images[1]["hole"] == ("left" if area == "left" else "mask")
     answer = client.predict(image=uri, api_name="/score")
     ((name, share), *_) = pipeline.classify([image])[0]
     likelihood = pipeline.log_likelihood([image], name)
@@ -100,36 +100,31 @@ def test_edit_and_score_answer_as_the_library_does(client):
     assert nats == pytest.approx((-likelihood.log_probs[0]).tolist(), abs=1e-3)
 
 
-def test_errors_are_messages_without_traces_or_paths(server, client):
-    from gradio_client.exceptions import AppError
-
-    for endpoint, values, part in (
+@pytest.mark.parametrize(
+    ("endpoint", "values", "part"),
+    [
         ("generate", {"class_name": "ten"}, "'ten'"),
         ("generate", {"class_name": "gold", "model": "gallery"}, "'gold' fits 2"),
-        ("generate", {"class_name": "1", "model": "/etc"}, "/etc"),
         ("edit", {"class_name": "1", "image": PIXEL, "temperature": 0, "passes": 1}, "temperature"),
         ("edit", {"class_name": "1", "image": PIXEL, "hole": PIXEL}, "masked"),
-        ("edit", {"class_name": "1", "image": PIXEL, "hole": "data:,x"}, "PNG"),
-        ("score", {"image": "data:image/png;base64,aGVsbG8="}, "PNG"),
-        ("reconstruct", {"image": "data:image/png;base64,aGVsbG8="}, "PNG"),
-    ):
-        with pytest.raises(AppError, match=re.escape(part)) as caught:
-            client.predict(**values, api_name=f"/{endpoint}")
-        assert "Traceback" not in str(caught.value) and str(BUNDLED.parent) not in str(caught.value)
+        ("score", {"image": "data:image/png;base64,aGVsbG8="}, "upload"),
+    ],
+)
+def test_errors_are_messages_without_traces_or_paths(client, endpoint, values, part):
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match=re.escape(part)) as caught:
+        client.predict(**values, api_name=f"/{endpoint}")
+    assert "Traceback" not in str(caught.value) and str(BUNDLED.parent) not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
         (f"{CALL}/generate", {"num": "many"}, 422),
-        (f"{CALL}/generate", {"colour": 1}, 422),
-        (f"{CALL}/generate", ["7"], 422),
         (f"{CALL}/generate", {"class_name": "x" * 10_000_000}, 422),
-        (f"{CALL}/reconstruct", {}, 422),
         (f"{CALL}/score", {}, 422),
         (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "hole": "middle"}, 422),
-        (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "num": 9}, 422),
-        (f"{CALL}/edit", {"class_name": "1", "image": PIXEL, "passes": 1000}, 422),
         (f"{CALL}/nothing", {}, 404),
         ("/gradio_api/run/generate", {}, 404),
         ("/gradio_api/upload", {}, 404),
@@ -171,17 +166,6 @@ def test_a_job_ends_when_its_listener_hangs_up(server, slow_model):
     assert len(slow_model) < 50  # of 64
 
 
-def test_a_third_job_of_a_tab_is_refused(server, slow_model):
-    from gradio_client import Client
-
-    visitor = Client(server.url, verbose=False)
-    waiting = [visitor.submit(class_name="1", api_name="/generate") for _ in range(3)]
-    wait_until(lambda: any(job.done() for job in waiting))
-    (refused,) = [job for job in waiting if job.done()]
-    assert refused.exception() is not None
-    assert all(len(job.result()["images"]) == 1 for job in waiting if job is not refused)
-
-
 def test_nothing_of_the_servers_disk_can_be_read(server):
     for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/file=pyproject.toml",
                  "/file=/etc/passwd", "/static/../../pyproject.toml", "/static/%2e%2e/%2e%2e/x",
@@ -190,12 +174,11 @@ def test_nothing_of_the_servers_disk_can_be_read(server):
     for content in (b"x" * (MAX_BODY + 1), iter([b"x" * (MAX_BODY // 2 + 1)] * 2)):
         answer = httpx.post(f"{server.url}/gradio_api/queue/join", content=content)
         assert answer.status_code == 413
-    config = httpx.get(f"{server.url}/config").text
-    assert str(BUNDLED.parents[1]) not in config
+    assert str(BUNDLED.parents[1]) not in httpx.get(f"{server.url}/config").text
 
 
 def test_a_password_is_asked_for_and_unknown_hosts_are_refused(server):
-    options = {"auth": [("me", "secret")], "allow_hosts": ("demo.example",), "trust_proxy": True}
+    options = {"auth": [("me", "secret")], "allow_hosts": ["demo.example"], "trust_proxy": True}
     with (
         serving(server.models, **options) as guarded,
         httpx.Client(base_url=guarded.url) as visitor,
@@ -208,10 +191,8 @@ def test_a_password_is_asked_for_and_unknown_hosts_are_refused(server):
             headers = {"x-forwarded-for": f"1.2.3.4, {address}"}
             return visitor.post("/login", data=form, headers=headers).status_code
 
-        guesses = [login("guess", "9.9.9.9") for _ in range(FREE_LOGINS + 3)]
-        assert guesses[:FREE_LOGINS] == [400] * FREE_LOGINS and guesses[-1] == 429
-        assert login("secret", "9.9.9.9") == 429
-        assert login("secret", "8.8.8.8") == 200  # elsewhere nobody has failed
+        assert [login("guess", "9.9.9.9"), login("secret", "9.9.9.9")] == [400, 429]
+        assert login("secret", "8.8.8.8") == 200  # another address need not wait
         assert visitor.get("/config").status_code == 200
         for host, status in (
             ("evil.example", 400), ("demo.example", 200), ("localhost:1", 200), ("", 400),
@@ -220,19 +201,9 @@ def test_a_password_is_asked_for_and_unknown_hosts_are_refused(server):
             assert visitor.get("/config", headers={"host": host}).status_code == status, host
 
 
-def test_accounts_come_from_the_command_or_a_file(tmp_path):
-    assert read_auth(None) is None
-    assert read_auth("me:se:cret") == [("me", "se:cret")]
-    (tmp_path / "accounts").write_text("a:1\n\nb:2\n")
-    assert read_auth(str(tmp_path / "accounts")) == [("a", "1"), ("b", "2")]
-    for bad in ("me", "me:", ":x"):
-        with pytest.raises(ValueError, match="USER:PASSWORD"):
-            read_auth(bad)
-
-
 def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm():
     process = subprocess.Popen(
-        [sys.executable, "apps/demo.py"], text=True,
+        [sys.executable, "apps/demo.py", "--port", "0"], text=True,
         env=os.environ | {"http_proxy": "http://127.0.0.1:9"}, stdout=subprocess.PIPE,
     )  # fmt: skip
     url = process.stdout.readline().split()[-1]
@@ -241,7 +212,7 @@ def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm():
     assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize("reason", ["model", "weights", "port", "dtype", "option"])
+@pytest.mark.parametrize("reason", ["model", "weights", "port", "dtype", "auth"])
 def test_the_command_names_what_it_cannot_serve(reason, tmp_path, monkeypatch):
     shutil.copytree(BUNDLED / "digits", tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
@@ -250,10 +221,10 @@ def test_the_command_names_what_it_cannot_serve(reason, tmp_path, monkeypatch):
         port = str(taken.getsockname()[1])
         options, value = {
             "model": (["--model", str(tmp_path)], "config.json"),
-            "weights": (["--model", str(tmp_path / "damaged")], "damaged"),
+            "weights": (["--port", "0", "--model", str(tmp_path / "damaged")], "damaged"),
             "port": (["--port", port], port),
             "dtype": (["--dtype", "int8"], "int8"),
-            "option": (["--queue", "0"], "--queue"),
+            "auth": (["--auth", "me:"], "USER:PASSWORD"),
         }[reason]
         result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 2 and value in result.stderr and "Traceback" not in result.stderr

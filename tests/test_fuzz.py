@@ -1,9 +1,4 @@
-"""Some hundred bad inputs: each is refused in one line, or accepted and right.
-
-`python -m tools.fuzz` tries thousands of the same generators.
-"""
-
-from __future__ import annotations
+"""Some hundred bad inputs, each refused in one line, or accepted and right (see tools/fuzz.py)."""
 
 import pytest
 
@@ -18,8 +13,7 @@ def material(digits, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_input_is_refused_in_one_line_or_accepted_and_right(kind, material, tmp_path):
     outcomes = set()
-    for number in range(32):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        outcomes.add(try_case(kind, number, folder, material) == "accepted")
+    for number in range(24):
+        (tmp_path / str(number)).mkdir()
+        outcomes.add(try_case(kind, number, tmp_path / str(number), material) == "accepted")
     assert False in outcomes

@@ -5,8 +5,6 @@
 A test compares the file with this output.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from typing import Any

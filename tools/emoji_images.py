@@ -7,8 +7,6 @@ Noto Emoji is Apache-2.0, Twemoji CC-BY 4.0. Each image has one skin tone, drawn
 would count one drawing six times.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import tarfile
@@ -33,13 +31,13 @@ CLASSES = {
 }  # fmt: skip
 
 
-def write_images(package: Path, out: Path) -> int:
-    """Write one package's 64-pixel images below `out`, by class, and return their number."""
-    count, rng = 0, random.Random(0)
+def write_images(package: Path, out: Path) -> None:
+    """Write one package's 64-pixel images below `out`, by class."""
+    rng = random.Random(0)
     with tarfile.open(package) as archive:
         names = archive.getnames()
         vendor = next(name.split("/")[2] for name in names if name.startswith("package/img/"))
-        emojis: list[dict[str, Any]] = json.load(archive.extractfile("package/emoji.json"))  # type: ignore[arg-type]
+        emojis: Any = json.load(archive.extractfile("package/emoji.json"))  # type: ignore[arg-type]
         for emoji in emojis:
             tones = [emoji, *emoji.get("skin_variations", {}).values()]
             files = [f"package/img/{vendor}/64/{tone['image']}" for tone in tones]
@@ -47,22 +45,19 @@ def write_images(package: Path, out: Path) -> int:
             for name, patterns in CLASSES.items():
                 asked = any(fnmatch(emoji["subcategory"], part) for part in patterns.split())
                 if asked and files:
-                    file = archive.extractfile(rng.choice(files))
-                    image = Image.open(file).convert("RGBA")  # type: ignore[arg-type]
+                    file: Any = archive.extractfile(rng.choice(files))
+                    image = Image.open(file).convert("RGBA")
                     white = Image.new("RGBA", image.size, "white")
                     white.alpha_composite(image)
-                    (out / name).mkdir(exist_ok=True)
                     path = out / name / f"{emoji['short_name']}-{vendor}.png"
+                    path.parent.mkdir(exist_ok=True)
                     white.convert("RGB").save(path)
-                    count += 1
-    return count
 
 
 def main(out: Path, packages: list[Path]) -> None:
-    """Write a folder of emoji by class, from the npm packages of Noto and Twemoji."""
     with atomic_directory(out) as folder:
-        count = sum(write_images(package, folder) for package in packages)
-    print(f"{count} images of {len(CLASSES)} classes -> {out}/")
+        for package in packages:
+            write_images(package, folder)
 
 
 if __name__ == "__main__":

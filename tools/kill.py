@@ -8,8 +8,6 @@ and killed again or left to finish: its outputs must be equal to the undisturbed
 command twice at once: one is refused, naming the other's process, or comes after it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random
@@ -79,68 +77,60 @@ def start(name: str, command: Command, out: Path, log: Path) -> ForkServerProces
     return process
 
 
-def read_outputs(command: Command, out: Path) -> dict[str, bytes]:
-    """The bytes of the outputs by their paths."""
-    paths = [out] if out.is_file() else [p for pattern in command[1] for p in out.glob(pattern)]
-    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
-
-
 def require_equal(command: Command, whole: Path, other: Path) -> None:
-    """Raise AssertionError where two results differ in a bit, or a temporary file is left."""
-    outputs = read_outputs(command, whole)
-    assert outputs and outputs == read_outputs(command, other), f"{other} differs"
+    """Raise AssertionError where two results differ, or a temporary file is left; delete one."""
+    results = []
+    for out in (whole, other):
+        paths = [out] if out.is_file() else [p for pattern in command[1] for p in out.glob(pattern)]
+        results.append({path.relative_to(out): path.read_bytes() for path in paths})
+    assert results[0] and results[0] == results[1], f"{other} differs"
     if (whole / "training/checkpoints").is_dir():
         assert runs.same_end(whole, other), "the checkpoints differ"
     left = [*other.rglob(".*"), *other.parent.glob(f".{other.name}.*")]
     assert all(path.name == ".metadata" for path in left), left
+    shutil.rmtree(other) if other.is_dir() else other.unlink()
 
 
 def kill_command(name: str, command: Command, folder: Path, kills: int, seed: int) -> int:
     """Kill a command `kills` times at random moments; returns how many results were compared."""
     rng, log, begun = random.Random(seed), folder / "log", time.perf_counter()
-    whole, killed = folder / "whole", folder / "killed"
-    process = start(name, command, whole, log)
+    process = start(name, command, folder / "whole", log)
     process.join()
     length, done, compared = time.perf_counter() - begun, 0, 0
-    assert process.exitcode == 0, log.read_text()
-    while done < kills:
+    while done < kills or process.exitcode != 0:
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        process = start(name, command, killed, log)
-        process.join(rng.uniform(0, length))
+        process = start(name, command, folder / "killed", log)
+        process.join(rng.uniform(0, length) if done < kills else None)
         if process.is_alive():
             process.kill()
             process.join()
             done += 1
-            if done < kills and rng.random() < 0.4:  # killed again
+            if rng.random() < 0.4:  # killed again
                 continue
-            process = start(name, command, killed, log)
+            process = start(name, command, folder / "killed", log)
             process.join()
         assert process.exitcode == 0, log.read_text()
         compared += 1
-        require_equal(command, whole, killed)
-        shutil.rmtree(killed) if killed.is_dir() else killed.unlink()
+        require_equal(command, folder / "whole", folder / "killed")
     return compared
 
 
 def start_pair(name: str, command: Command, folder: Path) -> bool:
     """Run a command twice at once; returns whether one was refused by the other's process."""
-    out, logs = folder / "pair", [folder / "log-0", folder / "log-1"]
-    pair = [start(name, command, out, log) for log in logs]
+    logs = [folder / "log-0", folder / "log-1"]
+    pair = [start(name, command, folder / "pair", log) for log in logs]
     for process in pair:
         process.join()
-    require_equal(command, folder / "whole", out)
-    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    require_equal(command, folder / "whole", folder / "pair")
     refused = [log.read_text() for process, log in zip(pair, logs, strict=True) if process.exitcode]
     assert all(any(str(process.pid) in text for process in pair) for text in refused), refused
     return bool(refused)
 
 
-def main(
-    out: Path = typer.Option(...), kills: int = 104, pairs: int = 24, seed: int = 0, only: str = ""
-) -> None:
+def main(out: Path = typer.Option(...), kills: int = 104, pairs: int = 24, seed: int = 0) -> None:
     if not (data := out / "data").exists():
         runs.encode_tiny_digits(data)
-    commands = {n: c for n, c in list_commands(data, out).items() if only in ("", n)}
+    commands = list_commands(data, out)
     each, twice = -(-kills // len(commands)), -(-pairs // len(commands))
     for name, command in commands.items():
         shutil.rmtree(out / name, ignore_errors=True)

@@ -6,10 +6,7 @@ Distances are root mean squares over pixels in 0..255. As a yardstick, images of
 or validation split are compared with the training images in the same way.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,63 +14,48 @@ import typer
 from torch import Tensor
 
 from moveimg import Pipeline
-from moveimg.data import Split, open_images
+from moveimg.data import open_images
 from moveimg.evaluation.sets import source_images
 from moveimg.images import labelled_grid, to_pil
 from moveimg.tables import markdown_table
 
-SHOWN = 20
-
-
-def read_pixels(source: str, split: Split, size: tuple[int, int], share: float | None) -> Tensor:
-    """A split's images as float32 [N, H, W, 3] in 0..255."""
-    images = source_images(open_images(source, split, share), size)
-    return torch.from_numpy(np.concatenate(list(images.read(1000)))).float()
-
 
 def find_nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """Distance and row of the nearest training image of each image, [N] each."""
-    rows, distances = images.flatten(1), []
-    for part in training.flatten(1).split(10_000):
-        distances.append(torch.cdist(rows, part))
+    rows = images.flatten(1)
+    distances = [torch.cdist(rows, part) for part in training.flatten(1).split(10_000)]
     best = torch.cat(distances, dim=1).min(dim=1)
     return best.values / rows.shape[1] ** 0.5, best.indices
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="a model")],
-    source: Annotated[str, typer.Argument(help="the images that it was trained on")],
-    val_fraction: Annotated[float | None, typer.Option(help="as in the model's config")] = None,
-    num: Annotated[int, typer.Option(help="samples, every class in turn")] = 1000,
-    seed: Annotated[int, typer.Option(help="image i is drawn with seed + i")] = 0,
-    out: Annotated[Path, typer.Option(help="samples above their nearest images")] = Path(
-        "nearest.png"
-    ),
-) -> None:
+    model: str, source: str, val_fraction: float = typer.Option(None, help="as in its config"),
+    num: int = 1000, seed: int = 0, out: Path = Path("nearest.png"),
+) -> None:  # fmt: skip
     """Print the distances of samples and of held-out images to the training images."""
     pipeline = Pipeline.from_pretrained(model, device="cpu")
-    size, names = pipeline.image_size, pipeline.class_names
-    training = read_pixels(source, "train", size, val_fraction)
-    held_out = read_pixels(source, "val", size, val_fraction)
-    drawn = pipeline.sample([i % len(names) for i in range(num)], seed=seed)
+    sets = {}
+    for split in ("train", "val"):
+        images = source_images(open_images(source, split, val_fraction), pipeline.image_size)
+        sets[split] = torch.from_numpy(np.concatenate(list(images.read(1000)))).float()
+    held_out = sets["val"][torch.linspace(0, len(sets["val"]) - 1, num).long()]
+    drawn = pipeline.sample([i % len(pipeline.class_names) for i in range(num)], seed=seed)
     samples = torch.from_numpy(np.stack([np.asarray(image) for image in drawn])).float()
-    near, rows = find_nearest(samples, training)
-    new, _ = find_nearest(held_out[torch.linspace(0, len(held_out) - 1, num).long()], training)
-    table = []
-    for images, distances in (("samples", near), ("held-out images", new)):
-        nearer, nearest = (distances < new.quantile(q) for q in (0.5, 0.01))
-        table.append(
-            {
-                "images": images,
-                "mean": f"{distances.mean():.1f}",
-                "median": f"{distances.median():.1f}",
-                "nearer than the median held-out image": f"{nearer.float().mean():.0%}",
-                "nearer than 99 % of them": f"{nearest.float().mean():.1%}",
-            }
-        )
+    (near, rows), (new, _) = (find_nearest(images, sets["train"]) for images in (samples, held_out))
+    share = lambda nearer: f"{nearer.float().mean():.1%}"  # noqa: E731
+    table = [
+        {
+            "images": images,
+            "mean": f"{distances.mean():.1f}",
+            "median": f"{distances.median():.1f}",
+            "nearer than the median held-out image": share(distances < new.median()),
+            "nearer than 99 % of them": share(distances < new.quantile(0.01)),
+        }
+        for images, distances in (("samples", near), ("held-out images", new))
+    ]
     print(markdown_table(table))
-    shown = training[rows[:SHOWN]].permute(0, 3, 1, 2) / 127.5 - 1
-    labelled_grid([drawn[:SHOWN], to_pil(shown)], ["sample", "nearest"]).save(out)
+    shown = to_pil(sets["train"][rows[:20]].permute(0, 3, 1, 2) / 127.5 - 1)
+    labelled_grid([drawn[:20], shown], ["sample", "nearest"]).save(out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Each command checks its arguments, makes one call and prints the result. torch i
 the commands, so that help comes at once.
 """
 
-from moveimg.commands import sample, demo, serve, inspect, train, evaluation, convert  # noqa: F401, I001 (the help's order)
+from moveimg.commands import sample, serve, inspect, train, evaluation, convert  # noqa: F401, I001 (the help's order)
 from moveimg.commands.common import app
 
 __all__ = ["app"]

@@ -1,55 +1,73 @@
-"""`moveimg serve`."""
+"""`moveimg demo` and `moveimg serve`."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
-import time
-from importlib.util import find_spec
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from typer import Option
 
 from moveimg import DEFAULT_MODEL
-from moveimg.commands.common import Device, Dtype, Quantize, command
+from moveimg.commands.common import Device, Dtype, Model, command
 from moveimg.errors import describe
+
+HOST = Option("127.0.0.1", help="The address to listen at.")
+
+
+@command
+def demo(
+    model: list[str] = Option([DEFAULT_MODEL], help="A name, directory or Hub id; repeatable."),
+    host: str = HOST,
+    port: int = Option(7860, min=0, max=65535, help="0: a free one."),
+    auth: list[str] = Option([], envvar="MOVEIMG_AUTH", help="USER:PASSWORD; repeatable."),
+    allow_host: list[str] = Option([], help="A host name of this server; repeatable."),
+    trust_proxy: bool = Option(False, "--trust-proxy", help="Identify by X-Forwarded-For."),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Serve the web demo until it is interrupted: choose a class and see it drawn code by code."""
+    from moveimg.demo.jobs import Models
+    from moveimg.demo.server import build_server
+    from moveimg.device import limit_arenas, pick_device, pick_dtype
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    limit_arenas()
+    accounts: list[Any] = [tuple(account.split(":", 1)) for account in auth]
+    if not all(len(account) == 2 and all(account) for account in accounts):
+        raise ValueError("--auth: expected USER:PASSWORD")
+    pick_dtype(dtype, pick_device(device))  # fails if the machine lacks them
+    models = Models(model, device=device, dtype=dtype)
+    server, listener = build_server(models, host, port, accounts, allow_host, trust_proxy)
+    models.get()
+    shown = f"[{host}]" if ":" in host else host
+    print(f"moveimg demo: http://{shown}:{listener.getsockname()[1]}", flush=True)
+    with suppress(KeyboardInterrupt, SystemExit):
+        server.run([listener])
+    os._exit(0)  # at once: a thread may be in the middle of a matrix product
 
 
 @command
 def serve(
-    model: Annotated[
-        str, typer.Option(help="A name, a model directory or a Hub id.")
-    ] = DEFAULT_MODEL,
-    replicas: Annotated[int, typer.Option(min=1, help="Processes that hold the model.")] = 1,
-    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 8000,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a replica; default: cores / replicas.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once, at most.")] = 32,
-    window: Annotated[float, typer.Option(min=0, help="Seconds to wait for a batch.")] = 0.02,
-    max_queued: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait; others are refused with 503.")
-    ] = 256,
-    address: Annotated[
-        str | None, typer.Option(help="A cluster started by `ray start`; default: none.")
-    ] = None,
+    model: Model = DEFAULT_MODEL,
+    replicas: int = Option(1, min=1, help="Processes that hold the model."),
+    host: str = HOST,
+    port: int = Option(8000, min=1, max=65535, help="The port to listen at."),
+    threads: int = Option(0, help="CPU threads of a replica; 0: cores / replicas."),
+    batch_size: int = Option(32, min=1, help="Images drawn at once, at most."),
+    window: float = Option(0.02, min=0, help="Seconds to wait for a batch."),
+    max_queued: int = Option(256, min=1, help="Requests that wait; others get 503."),
+    address: str = Option("local", help="A cluster started by `ray start`; local: none."),
     device: Device = None,
     dtype: Dtype = None,
-    quantize: Quantize = None,
 ) -> None:
     """Serve images over HTTP as OpenAI's images API does, on Ray Serve, until interrupted."""
-    if quantize is not None:
-        raise ValueError(f"quantize {quantize}: not served, since images would depend on the batch")
-    if find_spec("ray") is None:
-        raise ValueError("moveimg serve needs Ray Serve: pip install 'moveimg[serve]'")
     defaults = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -58,7 +76,10 @@ def serve(
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moveimg.serve.proxy_middlewares",
     }
     os.environ |= defaults | os.environ  # the user's values win
-    import ray
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("moveimg serve needs Ray Serve: pip install 'moveimg[serve]'") from None
     from ray import serve as ray_serve
 
     from moveimg.device import pick_device, pick_dtype
@@ -69,14 +90,13 @@ def serve(
     pick_dtype(dtype, where)  # fails if the machine lacks them
     if (folder := resolve(model)) == Path(model):
         model = str(folder.resolve())
-    threads = threads or max(1, (os.cpu_count() or 1) // replicas)
-    temporary, quiet = tempfile.mkdtemp(prefix="moveimg-serve-"), {"log_level": "ERROR"}
+    threads, quiet = threads or max(1, (os.cpu_count() or 1) // replicas), {"log_level": "ERROR"}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    local = {"num_cpus": replicas * threads, "include_dashboard": False, "_temp_dir": temporary}
+    local = {"num_cpus": replicas * threads, "include_dashboard": False}
     try:
-        if address is None:
+        if address == "local":
             socket.create_server((host, port)).close()  # refuses a port that is in use
-        ray.init(address or "local", logging_level="warning", **({} if address else local))
+        ray.init(address, logging_level="warning", **(local if address == "local" else {}))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         ray_serve.start("EveryNode", {"host": host, "port": port}, logging_config=quiet)
         deployment: Any = Generator
@@ -85,18 +105,14 @@ def serve(
             max_queued_requests=max_queued, health_check_period_s=2, logging_config=quiet,
             ray_actor_options={"num_cpus": threads, "num_gpus": float(where.type == "cuda")},
             max_constructor_retry_count=2,
-        ).bind(model, name, str(where), dtype, threads, batch_size, window)  # fmt: skip
-        ray_serve.run(generator, name=APP)
+        )  # fmt: skip
+        application = generator.bind(model, name, batch_size, window, threads, str(where), dtype)
+        ray_serve.run(application, name=APP)
         print(f"moveimg serve: {name} at http://{host}:{port}/v1/images/generations", flush=True)
         threading.Event().wait()
     except Exception as error:  # Ray raises many kinds
         raise OSError(f"the service did not start: {describe(error)}") from error
     finally:
-        if address and ray.is_initialized():
+        if address != "local" and ray.is_initialized():
             ray_serve.delete(APP)
         ray.shutdown()
-        for _ in range(100):  # Ray's last processes may still write
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not Path(temporary).exists():
-                break
-            time.sleep(0.1)

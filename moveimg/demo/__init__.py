@@ -1,12 +1,4 @@
-"""The web demo.
-
-requests: what the page and the API may ask for
-jobs: models in memory; images drawn code by code, or scored
-api: jobs as named endpoints          page, html: the layout, with the .css and .js files
-server: which requests are served
-"""
-
-from __future__ import annotations
+"""The web demo: api (requests and endpoints), jobs, page (with .css, .js and .html), server."""
 
 import os
 

@@ -1,29 +1,130 @@
-"""The named endpoints: the page's jobs with plain values in and out, for scripts."""
+"""What the page and scripts may ask for, declared once, and the endpoints that answer it."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import gradio as gr
 from gradio.context import LocalContext
+from pydantic import Field
 
+from moveimg.config import SamplingSettings
+from moveimg.config.model import Config
 from moveimg.demo import jobs
-from moveimg.demo.jobs import LOG, Models, Row
-from moveimg.demo.requests import ENDPOINTS, parse_call
-from moveimg.errors import describe
-from moveimg.images import to_pil, to_tensor
-from moveimg.pipeline import search_names
+from moveimg.demo.jobs import Models
+from moveimg.editing import HALVES
+from moveimg.errors import describe, validate
+from moveimg.images import to_tensor
+from moveimg.sampling import MAX_SEED
+
+MAX_IMAGES = 16  # of a row
+MAX_EDITS = 8  # of an edited image
+MAX_UPLOAD = 8 * 2**20  # bytes of a file
+BASE64 = MAX_UPLOAD * 4 // 3 + 200
+SETTINGS = SamplingSettings.model_fields
+MODEL = Field("", max_length=200, description="a name from /models; empty: the first one")
 
 
-def explain(error: Exception) -> str:
-    """Return an error for the visitor: bad input in its own words, others without details."""
-    if isinstance(error, ValueError):
-        return describe(error)
-    LOG.error("a job failed", exc_info=error)
-    return "something went wrong on the server; its log says what"
+class Score(Config):
+    """An image for a model."""
+
+    model: str = MODEL
+    image: str = Field(max_length=BASE64, description="the file as a data URI or base64")
+
+
+class Generate(SamplingSettings):
+    """Images of a class; settings left out are the model's own, whatever defaults stand here."""
+
+    model: str = MODEL
+    class_name: Annotated[str, Field(max_length=200)] | int = Field(
+        "", description="an index, a name or part of one; empty: random classes"
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="image i is drawn with seed + i; empty: a new one"
+    )
+    num: int = Field(1, ge=1, le=MAX_IMAGES, description="images")
+    bank: bool = Field(True, description="false: every slot of the value memory is zero")
+
+
+class Edit(Generate, Score):
+    """A part of an image, drawn anew as a class; pixels outside the part stay the image's."""
+
+    num: int = Field(1, ge=1, le=MAX_EDITS, description="versions")
+    hole: str = Field(
+        "bottom", max_length=BASE64, pattern=f"^({'|'.join(HALVES)}|data:.*)$",
+        description="the part: top, bottom, left, right (half), or a mask, white in the part, as a "
+        "data URI; it is cropped as the image is",
+    )  # fmt: skip
+    passes: int = Field(
+        0, ge=0, le=20, description="resampling passes: the part sees what comes after it"
+    )
+
+
+def generate(models: Models, request: Any) -> dict[str, Any]:
+    """Draw images of a class, or a part of an image; settings left out are the model's own."""
+    *_, (_, (images,)) = jobs.draw([jobs.make_row(models, request)], models, listener_check())
+    return {"images": images}
+
+
+def score(models: Models, request: Any) -> dict[str, Any]:
+    """Score an image: its likeliest classes, and the nats of each code under the likeliest."""
+    *_, (_, answer) = jobs.score(models, request, listener_check())
+    return answer
+
+
+def reconstruct(models: Models, request: Any) -> dict[str, Any]:
+    """Send an image through a model's tokenizer and back."""
+    pipeline = models.get(request.model)
+    image = pipeline.crop(jobs.read_upload(request.image))
+    codes = pipeline.encode([image])
+    (decoded,) = pipeline.decode(codes)
+    mse = (to_tensor([decoded]) - to_tensor([image])).square().mean().item()
+    grid = codes.view(pipeline.generator.config.grid).tolist()
+    return {"mse": mse, "codes": grid, "png": jobs.image_uri(decoded, {})}
+
+
+def list_models(models: Models, _: Any) -> list[dict[str, Any]]:
+    """List the models with their classes and settings; the first one is the default."""
+    return [
+        {"name": info.name, "classes": info.class_names, "settings": info.sampling.model_dump()}
+        for info in models.infos.values()
+    ]
+
+
+ENDPOINTS: dict[str, tuple[type[Config], Callable[[Models, Any], Any]]] = {
+    "generate": (Generate, generate), "edit": (Edit, generate), "score": (Score, score),
+    "reconstruct": (Score, reconstruct), "models": (Config, list_models),
+}  # fmt: skip
+
+
+def parse(name: str, body: Any) -> Any:
+    """Return a request to an endpoint; null is left out. Raises ValueError on one line."""
+    if isinstance(body, dict):
+        body = {key: value for key, value in body.items() if value is not None}
+    return validate(ENDPOINTS[name][0], body, f"/{name}")
+
+
+def make_endpoint(models: Models, name: str) -> Callable[..., Any]:
+    """Return the function of a named endpoint, with a parameter per field of its request."""
+    kind, answer = ENDPOINTS[name]
+    fields = dict(sorted(kind.model_fields.items(), key=lambda field: field[0] in SETTINGS))
+
+    def call(*values: Any) -> Any:
+        try:
+            return answer(models, parse(name, dict(zip(fields, values, strict=True))))
+        except ValueError as error:  # of others, gradio shows no details
+            raise gr.Error(describe(error), print_exception=False) from None
+
+    position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(key, position, default=None) for key in fields]
+    signature = inspect.Signature(parameters, return_annotation=dict)
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__annotations__ = {key: field.annotation for key, field in fields.items()}
+    help = [f"    {key}: {field.description}" for key, field in fields.items()]
+    call.__doc__ = "\n".join([f"{answer.__doc__}\n", "Parameters:", *help])
+    return call
 
 
 def listener_check() -> Callable[[], bool]:
@@ -31,87 +132,3 @@ def listener_check() -> Callable[[], bool]:
     queue: Any = LocalContext.blocks.get()._queue  # type: ignore[union-attr]
     event = queue.event_ids_to_events.get(LocalContext.event_id.get(None))
     return lambda: event is not None and not event.alive
-
-
-class Api:
-    """The endpoints of one demo; call_NAME answers a request to /NAME."""
-
-    def __init__(self, models: Models) -> None:
-        self.models = models
-
-    def endpoint(self, name: str) -> Callable[..., Any]:
-        """Return the function of a named endpoint, with a parameter per field of its request."""
-        kind = ENDPOINTS[name]
-
-        def call(*values: Any) -> Any:
-            try:
-                return getattr(self, f"call_{name}")(parse_call(name, {"data": values}))
-            except Exception as error:
-                raise gr.Error(explain(error), print_exception=False) from None
-
-        word = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [
-            inspect.Parameter(key, word, default=field.default, annotation=field.annotation)
-            for key, field in kind.model_fields.items()
-        ]
-        signature = inspect.Signature(parameters, return_annotation=dict)
-        call.__signature__ = signature  # type: ignore[attr-defined]
-        call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": dict}
-        help = [f"    {key}: {field.description}" for key, field in kind.model_fields.items()]
-        call.__doc__ = "\n".join([f"{kind.__doc__}\n", "Parameters:", *help])
-        return call
-
-    def call_generate(self, request: Any) -> dict[str, Any]:
-        return self._draw([jobs.make_row(self.models, request)])[0]
-
-    call_edit = call_generate
-
-    def call_vary_guidance(self, request: Any) -> dict[str, Any]:
-        row = jobs.make_row(self.models, request)
-        return {"rows": self._draw(jobs.vary_guidance(row, request.scales))}
-
-    def call_score(self, request: Any) -> dict[str, Any]:
-        *_, (_, answer) = jobs.score(request.image, request.model, self.models, listener_check())
-        return answer
-
-    def call_reconstruct(self, request: Any) -> dict[str, Any]:
-        pipeline = self.models.get(request.model)
-        pixels = to_tensor([pipeline.crop(jobs.read_upload(request.image))])
-        codes = pipeline.tokenizer.encode(pixels.to(pipeline.device))
-        grid = pipeline.generator.config.grid
-        decoded = pipeline.tokenizer.decode(codes, grid).cpu()
-        mse = (decoded - pixels).double().square().mean().item()
-        return {
-            "mse": mse, "psnr": 10 * math.log10(4 / mse) if mse else None,
-            "codes": codes.view(grid).tolist(), "image": jobs.image_uri(to_pil(decoded)[0], {}),
-        }  # fmt: skip
-
-    def call_classes(self, request: Any) -> list[dict[str, Any]]:
-        names, part = self.models.describe(request.model).class_names, request.search.strip()
-        labels = search_names(names, part)
-        if part.isdecimal() and int(part) < len(names):
-            labels = sorted({*labels, int(part)})
-        return [{"index": label, "name": names[label]} for label in labels]
-
-    def call_models(self, request: Any) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": info.name, "classes": len(info.class_names), "bank": info.has_bank,
-                "grid": list(info.config.grid), "settings": info.sampling.model_dump(),
-            }
-            for info in self.models.infos.values()
-        ]  # fmt: skip
-
-    def _draw(self, rows: list[Row]) -> list[dict[str, Any]]:
-        *_, (_, images) = jobs.draw(rows, self.models, listener_check())
-        answers = []
-        for row, row_images in zip(rows, images, strict=True):
-            shown = []
-            for i, image in enumerate(row_images):
-                meta = jobs.metadata(row, i, self.models)
-                keys = {key: meta[key] for key in ("class", "class_name", "seed")}
-                shown.append(keys | {"png": jobs.image_uri(image, meta)})
-            settings = row.settings.model_dump()
-            answer = {"model": row.model, "settings": settings, "bank": row.bank, "images": shown}
-            answers.append(answer)
-        return answers

@@ -2,10 +2,7 @@
 const find = (selector) => element.querySelector(selector);
 const pen = () => find("canvas").getContext("2d");
 let last = null; // the end of the stroke
-take = (data, problem = "") => {
-  find(".upload span").dataset.problem = problem;
-  if (data) find(".painter img").src = data;
-};
+take = (data) => { find(".painter img").src = data; };
 const place = ({ clientX, clientY }) => {
   const canvas = find("canvas"), box = canvas.getBoundingClientRect();
   return [(clientX - box.left) / box.width * canvas.width, (clientY - box.top) / box.height * canvas.height];

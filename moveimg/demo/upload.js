@@ -1,18 +1,17 @@
 // A field for one image: chosen, dropped, pasted, or drawn in another tab. It goes to the server as a
 // data URI, or to paint.js, which replaces `take`.
 const most = Number(props.most);
-let take = (data, problem = "") => {
-  trigger("upload", { data, problem });
-};
+let take = (data) => trigger("upload", { data });
+const complain = (problem) => { element.querySelector(".upload span").dataset.problem = problem; };
 const send = (file) => {
   if (!file) return;
   if (file.size > most) {
-    take("", `the file is larger than ${Math.floor(most / 2 ** 20)} MB`);
+    complain(`the file is larger than ${Math.floor(most / 2 ** 20)} MB`);
     return;
   }
   const reader = new FileReader();
-  reader.onload = () => take(reader.result);
-  reader.onerror = () => take("", "the file cannot be read");
+  reader.onload = () => { complain(""); take(reader.result); };
+  reader.onerror = () => complain("the file cannot be read");
   reader.readAsDataURL(file);
 };
 element.addEventListener("change", (event) => {

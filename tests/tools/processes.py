@@ -1,9 +1,7 @@
 """Trainings in several processes of this machine, as torchrun would start them.
 
-`launch` starts `python -m tests.tools.processes JSON` N times, with the jobs of the file.
-
-After each step of a tokenizer all weights, those of its discriminator, too, must be the same in
-every process.
+`launch` starts `python -m tests.tools.processes JSON` N times, with the jobs of the file. After a
+step of a tokenizer all weights, its discriminator's, too, must be the same in every process.
 """
 
 from __future__ import annotations
@@ -19,8 +17,6 @@ from pathlib import Path
 from moveimg.config import RunConfig, TokenizerTrainConfig, TrainConfig
 from moveimg.errors import validate
 
-ROOT = Path(__file__).parents[2]
-
 
 def job(config: RunConfig, stop_at: int | None = None) -> dict:
     """A run; at step `stop_at` the last process, and it alone, gets SIGTERM."""
@@ -31,24 +27,19 @@ def job(config: RunConfig, stop_at: int | None = None) -> dict:
 
 def launch(n: int, jobs: list[dict], folder: Path) -> None:
     """Do jobs (of `job`) in `n` processes. Raises RuntimeError with what they said if one fails."""
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(jobs, default=str))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
-    shared |= {"OMP_NUM_THREADS": "1"}
+    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
+    words = [sys.executable, "-m", "tests.tools.processes", str(folder / "jobs.json")]
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.tools.processes", str(path)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            words, cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, **shared, "OMP_NUM_THREADS": "1"}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(n)
-    ]
+    ]  # fmt: skip
     said = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise RuntimeError("\n".join(said))
@@ -59,16 +50,10 @@ def work(jobs: list[dict]) -> None:
     import torch
     from torch.nn.utils import parameters_to_vector
 
-    from moveimg.dist import World, processes
+    from moveimg.dist import processes
     from moveimg.training.generator import train_generator
     from moveimg.training.loop import Run
     from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
-
-    def require_replicas(task: TokenizerTask, world: World) -> None:
-        judge = [] if task.adversary is None else [task.adversary.discriminator]
-        for model in (task.model, *judge):
-            weights = parameters_to_vector(model.parameters()).detach().double()
-            assert torch.equal(world.mean(weights), weights)
 
     torch.set_num_threads(1)
     advance = Run.advance
@@ -77,8 +62,11 @@ def work(jobs: list[dict]) -> None:
 
             def dying(run: Run, stop_at: int | None = job["stop_at"]) -> dict:
                 scalars = advance(run)
-                if isinstance(run.task, TokenizerTask):
-                    require_replicas(run.task, world)
+                if isinstance(task := run.task, TokenizerTask):
+                    judge = [] if task.adversary is None else [task.adversary.discriminator]
+                    for model in (task.model, *judge):
+                        weights = parameters_to_vector(model.parameters()).detach().double()
+                        assert torch.equal(world.mean(weights), weights)
                 if run.step == stop_at and world.rank == world.size - 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return scalars
