@@ -77,7 +77,7 @@ def test_rows_share_seeds_where_they_are_compared(models):
     strips = jobs.vary_guidance(row)
     assert [s.settings.cfg_scale for s in strips] == [1.0, 1.75, 2.5, 4.0]  # the model's is 2.5
     assert {(s.seed, s.labels) for s in strips} == {(40, (3,) * 4)}
-    on, off = pixels_of(jobs.turn_bank_off(row), models)
+    on, off = pixels_of(jobs.vary_bank(row, 0), models)
     assert on == pixels_of([row], models)[0][:4] and not set(on) & set(off)
     assert len({row_of(models, "", 16).labels for _ in range(4)}) > 1  # no class: random ones
 

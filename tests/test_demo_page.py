@@ -96,7 +96,7 @@ def test_images_are_drawn_saved_varied_and_drawn_without_the_bank(drawn):
     drawn.click("#bank-off")
     pair, abouts = saved(drawn, 4)
     assert pixels_of(pair[:2]) == pixels_of(expected)
-    assert [a["bank"] for a in abouts] == [True, True, False, False]
+    assert [a["bank"] for a in abouts] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_another_model_brings_its_classes_with_their_synonyms(page):

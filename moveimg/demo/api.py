@@ -45,7 +45,7 @@ class Generate(SamplingSettings):
         None, ge=0, le=MAX_SEED, description="image i is drawn with seed + i; empty: a new one"
     )
     num: int = Field(1, ge=1, le=MAX_IMAGES, description="images")
-    bank: bool = Field(True, description="false: every slot of the value memory is zero")
+    bank: float = Field(1.0, ge=0, le=1, description="what the value bank is multiplied by")
 
 
 class Edit(Generate, Score):

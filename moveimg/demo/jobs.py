@@ -68,8 +68,8 @@ class Models:
             raise ValueError(f"model {name[:60]!r}: expected one of {', '.join(self.infos)}")
         return self.infos[name]
 
-    def get(self, name: str = "", bank: bool = True) -> Pipeline:
-        """Load a model if it is not in memory; `bank=False` zeroes the slots of its memory."""
+    def get(self, name: str = "", bank: float = 1.0) -> Pipeline:
+        """Load a model if it is not in memory; its slots are multiplied by `bank`."""
         info = self.describe(name)
         with self._lock:
             if info.name not in self.loaded:
@@ -82,9 +82,9 @@ class Models:
                     logging.error("%s: %s", info.name, describe(error))
                     raise ValueError(f"model {info.name!r} cannot be loaded: see the log") from None
             pipeline = self.loaded[info.name]
-        if not bank:
+        if bank != 1:
             pipeline = copy.copy(pipeline)
-            pipeline.generator = scale_bank(pipeline.generator, 0.0)
+            pipeline.generator = scale_bank(pipeline.generator, bank)
         return pipeline
 
 
@@ -96,7 +96,7 @@ class Row:
     labels: tuple[int, ...]
     seed: int
     settings: SamplingSettings
-    bank: bool  # False: every slot of the value memory is zero
+    bank: float  # what every slot of the value memory is multiplied by, 0..1
     edit: Any = None  # the api.Edit of an edited image
     title: str = ""  # what the page writes beside the row
 
@@ -124,11 +124,11 @@ def vary_guidance(row: Row) -> list[Row]:
     return [replace(few, settings=s, title=f"guidance {s.cfg_scale:g}") for s in settings]
 
 
-def turn_bank_off(row: Row) -> list[Row]:
-    """Return the first images of a row with its bank and with every slot at zero."""
+def vary_bank(row: Row, percent: float) -> list[Row]:
+    """Return the first images of a row with its bank and with a share of it, 0 to 100 percent."""
     few = replace(row, labels=row.labels[:STRIP])
-    titles = {True: "with the bank", False: "bank off"}
-    return [replace(few, bank=bank, title=title) for bank, title in titles.items()]
+    shares = (1.0, min(max(percent / 100, 0.0), 1.0))
+    return [replace(few, bank=share, title=f"bank at {share:.0%}") for share in shares]
 
 
 def draw(

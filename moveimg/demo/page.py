@@ -71,15 +71,20 @@ def _generate_tab(models: Models) -> list[Any]:
             gallery = gr.HTML(elem_id="gallery")
             with gr.Row():
                 vary = gr.Button("Vary guidance", size="sm", elem_id="vary")
-                words, shown = "Turn the bank off", info.has_bank
-                off = gr.Button(words, size="sm", elem_id="bank-off", visible=shown)
+                with gr.Column(visible=info.has_bank, min_width=200) as bank:
+                    percent = gr.Slider(
+                        0, 100, 0, step=5, label="Bank, percent", elem_id="bank-percent"
+                    )
+                    off = gr.Button("Compare with this bank", size="sm", elem_id="bank-off")
     form = {"model": model, "class_name": klass, "num": num, "seed": seed, **settings}
     outputs = [status, gallery, last]
     draws = _draws(models, partial(_rows_of, models, "generate", form), *outputs)
     _job(generate.click, draws, form.values(), outputs, stop)
-    for button, make_rows in ((vary, jobs.vary_guidance), (off, jobs.turn_bank_off)):
-        _job(button.click, _draws(models, make_rows, status, gallery), [last], outputs, stop)
-    return [model, klass, *settings.values(), off]
+    vary_guidance = _draws(models, jobs.vary_guidance, status, gallery)
+    _job(vary.click, vary_guidance, [last], outputs, stop)
+    vary_bank = _draws(models, jobs.vary_bank, status, gallery)
+    _job(off.click, vary_bank, [last, percent], outputs, stop)
+    return [model, klass, *settings.values(), bank]
 
 
 def _edit_tab(models: Models, model: gr.Dropdown) -> list[Any]:
@@ -146,7 +151,7 @@ def _draws(
     """Return the handler that draws the rows of its values; `last` keeps the first of them."""
 
     def run(*values: Any) -> Iterator[dict[Any, Any]]:
-        if values == (None,):
+        if values[0] is None:
             raise ValueError("draw some images first")
         rows, begin = make_rows(*values), time.perf_counter()
         yield {status: show_status("Starting …"), **({last: rows[0]} if last else {})}
