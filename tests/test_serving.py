@@ -182,7 +182,7 @@ def test_sigterm_ends_every_process(running):
 
 @pytest.mark.parametrize(
     ("options", "value"),
-    [(["--quantize", "int8"], "int8"), (["--model", "nowhere"], "nowhere")],
+    [(["--quantize", "int8"], "--quantize"), (["--model", "nowhere"], "nowhere")],
 )
 def test_the_command_refuses_what_it_cannot_serve(options, value):
     result = CliRunner().invoke(app, ["serve", *options])

@@ -20,6 +20,17 @@ from moveimg.config import (
     yaml_of,
 )
 from moveimg.errors import validate
+from moveimg.tables import markdown_table
+
+REFERENCE = """\
+# All keys of the configs
+
+Made by `moveimg config-reference` from moveimg/config/. A key of a nested group is written
+`group.key` on the command line: `--set optimizer.lr=1e-3`. A file may name another file or a recipe
+(`moveimg configs`) as its `base:`; its own keys win. `model.size` (B, L, XL, XXL, 3B, digits) sets
+`n_layer`, `n_head` and `width`. A group with a `kind` takes the keys of that kind."""
+LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+LIMITS |= {"multipleOf": "a multiple of"}
 
 
 @command
@@ -48,11 +59,10 @@ def encode(
         chosen: dict[str, Any] = {"batch_size": batch_size} if batch_size else {}
         chosen |= {"dtype": pick_dtype(dtype, world.device)} if dtype else {}
         manifests = encode_splits(settings, vq, out, data_root, device=world.device, **chosen)
-        if world.main:
-            for split, manifest in manifests.items():
-                encoded = count(manifest.n_images, "image")
-                views = count(manifest.settings.n_crops, "view")
-                print(f"{out / split}: {encoded} x {views}, {len(manifest.skipped)} skipped")
+        for split, manifest in manifests.items() if world.main else ():
+            encoded = count(manifest.n_images, "image")
+            views = count(manifest.settings.n_crops, "view")
+            print(f"{out / split}: {encoded} x {views}, {len(manifest.skipped)} skipped")
 
 
 @command
@@ -116,14 +126,6 @@ def compare(
 
 
 @command
-def config_reference() -> None:
-    """Print all keys of the YAML configs with their defaults, as Markdown."""
-    from moveimg.commands.reference import config_reference
-
-    print(config_reference())
-
-
-@command
 def configs(
     name: str | None = Argument(None, help="Print this recipe; default: list all."),
 ) -> None:
@@ -133,3 +135,45 @@ def configs(
         return
     for recipe, about in list_recipes().items():
         print(f"{recipe:<36}{about}")
+
+
+@command
+def config_reference() -> None:
+    """Print all keys of the YAML configs with their defaults, as Markdown."""
+    sections: dict[str, str] = {}
+    runs: dict[str, Any] = {"train": TrainConfig, "train-tokenizer": TokenizerTrainConfig}
+    for name, run in runs.items():
+        schema = run.model_json_schema()
+        groups = {f"## `moveimg {name}`": schema}
+        groups |= {f"### {group}": described for group, described in schema["$defs"].items()}
+        for title, group in groups.items():
+            rows = [_describe_key(key, field, group) for key, field in group["properties"].items()]
+            sections[title] = f"{title}\n\n{group['description']}\n\n{markdown_table(rows)}"
+    print("\n\n".join([REFERENCE, *sections.values()]))
+
+
+def _describe_key(key: str, field: dict[str, Any], group: dict[str, Any]) -> dict[str, str]:
+    """The row of a key in the table of its group, from a JSON schema."""
+    default = field.get("default")
+    shown = "see there" if isinstance(default, dict) else f"`{json.dumps(default)}`"
+    return {
+        "key": f"`{key}`",
+        "type": _describe_type(field),
+        "default": "required" if key in group.get("required", []) else shown,
+        "meaning": field.get("description", "").replace("|", "\\|"),
+    }
+
+
+def _describe_type(field: dict[str, Any]) -> str:
+    """A type in words, with its range; a group is a link to its section."""
+    if "$ref" in field:
+        name = field["$ref"].rsplit("/", 1)[-1]
+        return f"[{name}](#{name.lower()})"
+    if values := field.get("enum", [field["const"]] if "const" in field else []):
+        return ", ".join(f"`{value}`" for value in values)
+    if choices := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(_describe_type(c) for c in choices if c.get("type") != "null")
+    if field.get("type") == "array":
+        return f"list: {_describe_type(field.get('items') or field['prefixItems'][0])}"
+    limits = [f"{words} {field[limit]:g}" for limit, words in LIMITS.items() if limit in field]
+    return ", ".join([field.get("type", "any"), *limits])

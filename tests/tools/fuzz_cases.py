@@ -22,7 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moveimg.checkpoint import BUNDLED
-from moveimg.cli import app
+from moveimg.commands import app
 from moveimg.config import TokenizerTrainConfig, TrainConfig, load_config
 from moveimg.data import Batches, PackedCodes, crop_views, open_images
 from moveimg.device import peak_memory
