@@ -253,7 +253,7 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with a row for each result; columns without any value are left out."""
     rows = [_row(result) for result in results]
     columns = ("name", "images", *SHOWN, "settings", "reference", "feature space")
-    return markdown_table(rows, {c: c for c in columns if any(row.get(c) for row in rows)})
+    return markdown_table(rows, [c for c in columns if any(row.get(c) for row in rows)])
 
 
 def _row(result: dict[str, Any]) -> dict[str, str]:
