@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -34,8 +33,7 @@ def llamagen(
     """Convert LlamaGen's generator and tokenizer, or its tokenizer alone."""
     from moveimg.pretrained.llamagen import convert_llamagen
 
-    config = convert_llamagen(gpt, vq, out, image_size, heads)
-    print(f"{out}: {config or f'the tokenizer of {vq.name}'}")
+    print(f"{out}: {convert_llamagen(gpt, vq, out, image_size, heads) or vq.name}")
 
 
 @conversion
@@ -67,8 +65,7 @@ def upcycle(
     if (slots is None) == (memory is None):
         raise ValueError(f"expected --slots or --memory (got {slots} and {memory})")
     settings = parse_yaml(memory, "--memory") if memory else {"kind": "move", "slots": slots}
-    config = convert_upcycle(resolve(model), settings, out)
-    print(f"{out}: memory {config.memory.model_dump()}")
+    print(f"{out}: memory {convert_upcycle(resolve(model), settings, out).memory!r}")
 
 
 @command
@@ -95,9 +92,9 @@ def push(
         raise ValueError(f"push {repo}: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
     name = repo or f"owner/{Path(str(out)).name}"
     about: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": dataset}
-    with ExitStack() as stack:
-        made: Any = atomic_directory(out) if out else TemporaryDirectory()
-        folder = Path(stack.enter_context(made))
+    folder_made: Any = atomic_directory(out) if out else TemporaryDirectory()
+    with folder_made as made:
+        folder = Path(made)
         if space:
             share.write_space(model, folder, name)
         else:

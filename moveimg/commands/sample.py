@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def sample(
     made = {"model": shown, "dtype": number_type, "quantize": quantize, "bank": bank}
     made |= sampling.model_dump()
     rows: list[list] = [[] for _ in chosen[: GRID[0]]]
-    begun, total = time.perf_counter(), len(labels) * pipeline.generator.config.seq_len
+    total = len(labels) * pipeline.generator.config.seq_len
     with lock(out, "moveimg sample"), progress_bar(total, "sample", "code", delay=2) as bar:
         for first in range(0, len(labels), batch_size):
             batch = labels[first : first + batch_size]
@@ -66,10 +65,9 @@ def sample(
                 save_png(image, out / f"{label:04d}-{slug}-seed{seed + i}.png", about)
                 if i // num < GRID[0] and i % num < GRID[1]:
                     rows[i // num].append(image)
-    seconds = time.perf_counter() - begun
     grid = labelled_grid(rows, [names[label] for label in chosen[: GRID[0]]])
     save_png(grid, out / "grid.png", {"classes": chosen, "num": num, "seed": seed, **made})
-    print(f"{count(len(labels), 'image')} in {seconds:.1f} s -> {out}/ (see {out / 'grid.png'})")
+    print(f"{count(len(labels), 'image')} -> {out}/ (see {out / 'grid.png'})")
 
 
 @command

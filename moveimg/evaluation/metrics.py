@@ -21,23 +21,16 @@ Statistics = tuple[np.ndarray, np.ndarray]  # mu float64 [D] and sigma float64 [
 
 
 def statistics_of(features: np.ndarray) -> Statistics:
-    """Mean and unbiased covariance of features [N, D], in float64.
-
-    torch-fidelity and ADM average float32 features in float32, which loses digits where N is large.
-    """
+    """Mean and unbiased covariance of features [N, D], in float64 (torch-fidelity: float32)."""
     mu = features.mean(axis=0, dtype=np.float64)
     centred = features - mu
     return mu, centred.T @ centred / (len(features) - 1)
 
 
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017): FID and sFID.
-
-    Raises ValueError for statistics of different numbers of features.
-    """
-    counts = len(samples[0]), len(reference[0])
-    if counts[0] != counts[1]:
-        raise ValueError(f"{counts[0]} features, the reference has {counts[1]}")
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017): FID and sFID."""
+    if len(samples[0]) != len(reference[0]):
+        raise ValueError(f"{len(samples[0])} features, the reference has {len(reference[0])}")
     pair = [{"mu": mu, "sigma": sigma} for mu, sigma in (samples, reference)]
     return fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
 
@@ -72,10 +65,7 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray) -> dict[str, fl
 
 
 def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over 100 subsets.
-
-    A subset has 1,000 images, or as many as the smaller set.
-    """
+    """Unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), over 100 subsets."""
     pair = torch.from_numpy(samples), torch.from_numpy(reference)
     subset = min(1000, len(samples), len(reference))
     metrics = kid_features_to_metric(*pair, verbose=False, kid_subsets=100, kid_subset_size=subset)
@@ -90,7 +80,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair of images [B, C, H, W] in 0..1: [B].
 
     Wang et al. 2004: Gaussian window of 11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03, at the
-    positions where the window lies inside the image, which must not be smaller.
+    positions where the window lies inside the image.
     """
     channels, offsets = a.shape[1], torch.arange(WINDOW, dtype=a.dtype) - WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * 1.5**2))

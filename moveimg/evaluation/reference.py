@@ -32,14 +32,12 @@ class Reference:
 
 
 def open_reference(name: str, size: tuple[int, int], extractor: Extractor) -> Reference:
-    """A reference for samples of (H, W) `size` by path or name.
+    """A reference for samples of (H, W) `size` by path or name; FileNotFoundError or ValueError.
 
     It is a data set (its training images; NAME:val or NAME:test another split, NAME:val:0.1 a tenth
     held out of the training images) or a folder, both cropped to `size`; an .npz of ADM's layout
-    (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; or one of PUBLISHED, downloaded on first
-    use. `extractor` computes what the file lacks.
-    Raises FileNotFoundError, or ValueError for other content, another size, or statistics alone
-    where the extractor is not Inception.
+    (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; or one of PUBLISHED. `extractor`
+    computes what the file lacks; statistics of a file count with Inception alone.
     """
     path = locate(name)
     if path is None:

@@ -39,9 +39,8 @@ from moveimg.sampling import MAX_SEED
 from moveimg.tables import markdown_table
 
 REFERENCES = {"digits": "digits", "fashion": "fashion-mnist"}  # of the bundled models
-# of results.json, shown in tables
-SHOWN = ("fid", "sfid", "inception_score_adm", "inception_score_shuffled", "precision", "recall",
-         "kid", "accuracy")  # fmt: skip
+SHOWN: tuple[str, ...] = ("fid", "sfid", "inception_score_adm", "inception_score_shuffled")
+SHOWN += ("precision", "recall", "kid", "accuracy")
 
 
 def open_extractor(
@@ -49,8 +48,7 @@ def open_extractor(
 ) -> Extractor:
     """The feature extractor of a comparison with `reference`, which must exist.
 
-    `classifier` is a file of --make-extractor, or `efficientnet-lite0`; `inception` a file of
-    weights. Without both it is the bundled classifier of a data set, else Inception.
+    Without files it is the bundled classifier of a data set, else Inception.
     """
     if reference is not None:
         locate(reference)
@@ -68,12 +66,7 @@ def open_extractor(
 def make_plan(
     pipeline: Pipeline, num: int, seed: int, batch_size: int, resize: int | None, **changes: Any
 ) -> dict[str, Any]:
-    """Everything that determines the bytes of a set of `num` images, the content of plan.json.
-
-    Image i is drawn with seed + i, and resized to `resize` pixels (bicubic). `changes` override
-    the model's sampling settings; the rounding of matrix products depends on `batch_size`.
-    Raises ValueError for bad settings, or where the last image's seed exceeds 2^32 - 1.
-    """
+    """Everything that determines the bytes of a set of `num` images, the content of plan.json."""
     if not 0 <= seed <= MAX_SEED - num + 1:
         raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED - num + 1}")
     directory = resolve(pipeline.name)
@@ -94,22 +87,14 @@ def make_plan(
 
 
 def class_labels(indices: Sequence[int], n_classes: int) -> np.ndarray:
-    """Classes int64 of images, by their indices alone.
-
-    Each run of n_classes images holds each class once, in a random order, so that part of a set is
-    as mixed as the whole set, and a longer set begins with a shorter one.
-    """
-    orders = {n: np.random.default_rng((0, n)).permutation(n_classes)
-              for n in {i // n_classes for i in indices}}  # fmt: skip
+    """Classes int64 of images by index: each run of n_classes images holds each once, shuffled."""
+    rounds = {i // n_classes for i in indices}
+    orders = {n: np.random.default_rng((0, n)).permutation(n_classes) for n in rounds}
     return np.array([orders[i // n_classes][i % n_classes] for i in indices], np.int64)
 
 
 def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path | None:
-    """Draw the images of `plan` into `folder`, which gets plan.json and samples.npz (ADM's layout).
-
-    Batches already drawn are kept. Returns the set's path; None on every rank but 0.
-    Raises ValueError where `folder` holds images of another plan.
-    """
+    """Draw the images of `plan` that `folder` lacks; samples.npz there, None on ranks but 0."""
     target, batch_size = folder / "samples.npz", plan["batch_size"]
     starts = range(0, plan["num"], batch_size)
     files = {start: folder / f"parts/part-{start:09d}.npy" for start in starts}
@@ -159,11 +144,7 @@ def _draw(pipeline: Pipeline, plan: dict[str, Any], start: int) -> np.ndarray:
 def evaluate_model(
     pipeline: Pipeline, plan: dict[str, Any], reference: str, extractor: Extractor, out: Path | None
 ) -> dict[str, Any] | None:
-    """Draw a model's samples (or continue to), score them, write results.json beside them.
-
-    `plan` comes from make_plan; `out` defaults to evaluation/MODEL-HASH with the plan's hash.
-    Returns the results; None on every rank but 0.
-    """
+    """Draw a model's samples and score them in `out`; the results, None on ranks but 0."""
     name, side = Path(pipeline.name).name, plan["resize"]
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     folder = out or Path("evaluation") / f"{name}-{digest[:8]}"
@@ -187,11 +168,9 @@ def score(
     about: dict[str, Any],
     out: Path | None,
 ) -> dict[str, Any]:
-    """Score a sample set: its metrics, reference and extractor, written to results.json in `out`.
+    """Score a sample set: `about` and its metrics, written to results.json in `out`.
 
-    FID; sFID and IS where the extractor has their layers; precision, recall and KID where the
-    reference has images; accuracy with a classifier. The set's labels are rows of `class_names`,
-    by default the classifier's own. `about` holds the set's name and more to be written.
+    The set's labels are rows of `class_names`, by default the classifier's own.
     """
     digest, duplicates = scan_image_set(images)
     features = extractors.extract(images, digest, extractor)
@@ -240,7 +219,7 @@ def score(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a results.json. Raises FileNotFoundError, or ValueError for other content."""
+    """Read a results.json."""
     results = read_json(path)
     try:
         _row(results)

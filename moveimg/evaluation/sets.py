@@ -80,10 +80,7 @@ def read_array(archive: zipfile.ZipFile, entry: str) -> np.ndarray:
 
 
 def open_set(path: Path) -> ImageSet:
-    """The set in an .npz with `arr_0` (and labels in `arr_1`), or of all images below a folder.
-
-    Raises FileNotFoundError, or ValueError for anything but images of one size.
-    """
+    """The set in an .npz with `arr_0` (and labels in `arr_1`), or of all images below a folder."""
     if path.is_dir():
         return replace(source_images(open_flat_folder(path)), labels=None)
     labels = None
