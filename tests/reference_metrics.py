@@ -38,11 +38,7 @@ def inception_score(logits: np.ndarray) -> float:
     logits = logits.astype(np.float64)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    kl = 0.0
-    for row in p:
-        for value, mean in zip(row, p.mean(0), strict=True):
-            kl += value * (np.log(value) - np.log(mean)) if value > 0 else 0.0
-    return float(np.exp(kl / len(p)))
+    return float(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
 
 
 def scores_shuffled(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
@@ -62,15 +58,10 @@ def score_adm(logits: np.ndarray, run: int = 5000) -> float:
 def covered(points: np.ndarray, manifold: np.ndarray, k: int = 3) -> float:
     """The share of points [N, D] within the k-NN radius of any point of the manifold [M, D]."""
     points, manifold = points.astype(np.float64), manifold.astype(np.float64)
-    radii = []
-    for centre in manifold:
-        distances = np.sort(np.sqrt(((manifold - centre) ** 2).sum(1)))
-        radii.append(distances[k])  # the nearest is the centre itself
-    inside = 0
-    for point in points:
-        distances = np.sqrt(((manifold - point) ** 2).sum(1))
-        inside += bool((distances <= np.array(radii)).any())
-    return inside / len(points)
+    near = [np.sort(np.linalg.norm(manifold - centre, axis=1)) for centre in manifold]
+    radii = np.array([distances[k] for distances in near])  # the nearest is the centre itself
+    inside = [(np.linalg.norm(manifold - point, axis=1) <= radii).any() for point in points]
+    return float(np.mean(inside))
 
 
 def kid(x: np.ndarray, y: np.ndarray, subset: int) -> tuple[float, float]:

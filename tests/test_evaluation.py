@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import zipfile
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import numpy as np
@@ -12,7 +14,6 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import ImageNetInfo
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from moveimg.config import SamplingSettings
 from moveimg.evaluation import extractors
@@ -49,20 +50,15 @@ def test_the_bytes_of_an_npz_follow_from_its_pixels(tmp_path):
     with np.load(tmp_path / "a.npz") as stored:
         assert (stored["arr_0"] == IMAGES).all() and (stored["arr_1"] == labels).all()
     images = open_set(tmp_path / "a.npz")
-    assert (images.count, images.size) == (7, (16, 12)) and (images.labels == labels).all()
-    assert (read_all(images) == IMAGES).all()
+    assert (images.size, images.labels.tolist()) == ((16, 12), labels.tolist())
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:  # for more than 4 GB: zip64 from the start
         entry = archive.getinfo("arr_0.npy")
         assert entry.extract_version >= 45 and entry.compress_type == zipfile.ZIP_STORED
     np.savez_compressed(tmp_path / "c.npz", IMAGES)
-    images = open_set(tmp_path / "c.npz")
-    assert images.labels is None and (read_all(images) == IMAGES).all()
+    for name in ("a", "c"):
+        assert (read_all(open_set(tmp_path / f"{name}.npz")) == IMAGES).all()
 
 
-HEADER = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }"
-TEXTS = ["{'descr': (", *(HEADER % f"{n}, 4, 4, 3" for n in ("-1", "10**30", "9"))]
-ENTRIES = [b"", b"PK\x03\x04", b"\x93NUMPY\x09\x00"]
-ENTRIES += [b"\x93NUMPY\x01\x00" + len(t).to_bytes(2, "little") + t.encode() for t in TEXTS]
 PIXELS = [IMAGES.astype(np.float32), IMAGES[..., 0], IMAGES[:0], np.moveaxis(IMAGES, 3, 1).copy()]
 LABELS = [["a"] * 7, [0.5] * 7, [0] * 3, [-1] * 7]
 
@@ -71,25 +67,17 @@ LABELS = [["a"] * 7, [0.5] * 7, [0] * 3, [-1] * 7]
     "content",
     [
         *({"arr_0": pixels} for pixels in PIXELS),
-        {"mu": np.zeros(2)},
         *({"arr_0": IMAGES, "arr_1": np.array(labels)} for labels in LABELS),
-        *ENTRIES,
-        "cut",
-        "flipped",
+        None,
     ],
 )
 def test_a_bad_npz_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "x.npz"
-    if isinstance(content, dict):
+    if content:
         np.savez(path, **content)
-    elif isinstance(content, bytes):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("arr_0.npy", content)
-    else:
+    else:  # one pixel is changed: the archive's checksum notices
         write_npz(path, parts_of(IMAGES), np.zeros(7))
-        raw = bytearray(path.read_bytes())
-        raw[raw.index(IMAGES.tobytes()[:20])] ^= 1  # the archive's checksum notices
-        path.write_bytes(raw if content == "flipped" else raw[: len(raw) // 2])
+        path.write_bytes(path.read_bytes().replace(IMAGES.tobytes()[:20], b"x" * 20))
     with pytest.raises(ValueError, match=r"x.npz") as caught:
         scan_image_set(open_set(path))
     assert "\n" not in str(caught.value)
@@ -117,39 +105,28 @@ def test_a_scan_counts_duplicates_and_hashes_shape_and_order():
         assert scan_image_set(array_set(other))[0] != digest
 
 
-@pytest.mark.parametrize("n_classes", [1, 2, 10, 1000])
+@pytest.mark.parametrize("n_classes", [1, 10, 1000])
 def test_labels_are_balanced_mixed_and_of_the_index_alone(n_classes):
     count = 5 * n_classes + n_classes // 2
     labels = class_labels(range(count), n_classes)
-    counts = np.bincount(labels, minlength=n_classes)
-    assert counts.max() - counts.min() <= 1
-    some = [count - 1, 3 % count, 0]
+    assert np.ptp(np.bincount(labels, minlength=n_classes)) <= 1
+    some = [count - 1, 3, 0]
     assert (class_labels(some, n_classes) == labels[some]).all()
     one_round = labels[n_classes : 2 * n_classes].tolist()
     assert sorted(one_round) == [*range(n_classes)]
-    assert n_classes < 10 or one_round != sorted(one_round)
+    assert n_classes == 1 or one_round != sorted(one_round)
 
 
 # --- Inception, with random weights --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    plain.random_inception(path)
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
+def inception(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inception")
+    plain.random_inception(folder / "weights.pth")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOVEIMG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def inception(weights):
-    return load_inception(weights, CPU)
+        patch.setenv("MOVEIMG_CACHE", str(folder))
+        yield load_inception(folder / "weights.pth", CPU)
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +135,8 @@ def features(inception):
     return extract(images, scan_image_set(images)[0], inception)
 
 
-def test_the_spatial_layer_is_mixed_6_by_hand_and_channels_last(features, weights):
-    layers = ["2048", "logits_unbiased"]
-    network = FeatureExtractorInceptionV3("inception-v3-compat", layers, str(weights))
+def test_the_spatial_layer_is_mixed_6_by_hand_and_channels_last(features, inception):
+    network = inspect.getclosurevars(inception.network).nonlocals["network"]
     assert features["sfid"].shape == (7, 2023)
     with torch.inference_mode():
         by_hand = plain.spatial_features(network, IMAGES[:2])
@@ -171,43 +147,31 @@ def test_the_spatial_layer_is_mixed_6_by_hand_and_channels_last(features, weight
 
 
 def test_features_are_extracted_once(features, inception, monkeypatch):
-    def never(*_):
-        raise AssertionError("the network was asked again")
-
-    monkeypatch.setattr(extractors, "run", never)
+    monkeypatch.setattr(extractors, "run", None)
     images = array_set(IMAGES)
     again = extract(images, scan_image_set(images)[0], inception)
     assert (again["fid"] == features["fid"]).all()
-    with pytest.raises(AssertionError, match="asked again"):
+    with pytest.raises(TypeError):
         extract(images, "another content", inception)
     with pytest.raises(ValueError, match="3"):
         extract(array_set(IMAGES[:3]), "three", inception)
 
 
 class Marker:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return open, ("marker", "w")  # a file, if it is unpickled
 
 
 def test_bad_weights_are_named_and_never_run_code(tmp_path, monkeypatch):
-    torch.save({"fc.weight": Marker(tmp_path / "marker")}, tmp_path / "code.pth")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fc.weight": Marker()}, tmp_path / "code.pth")
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
     for name in ("code", "other"):
         with pytest.raises(ValueError, match=f"{name}.pth") as caught:
             load_inception(tmp_path / f"{name}.pth", CPU)
-        assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
-    assert not (tmp_path / "marker").exists()
-
-    def offline(*_, **__):
-        raise URLError("no network")
-
+        assert "\n" not in str(caught.value) and not (tmp_path / "marker").exists()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=URLError("offline")))
     with pytest.raises(FileNotFoundError, match="weights-inception"):
         load_inception(None, CPU)
     with pytest.raises(FileNotFoundError, match=r"VIRTUAL_imagenet256_labeled.npz"):
@@ -253,9 +217,6 @@ def test_a_reference_has_statistics_of_the_file_and_features_of_its_images(
     assert folder.features.shape == (7, 64)  # cropped
 
 
-MU_S = {"mu_s": np.zeros(9), "sigma_s": np.eye(9)}
-
-
 @pytest.mark.parametrize(
     ("statistics", "value"),
     [
@@ -263,7 +224,7 @@ MU_S = {"mu_s": np.zeros(9), "sigma_s": np.eye(9)}
         ({"mu": np.zeros(64)}, "sigma"),
         ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "'a'"),
         ({"mu": np.zeros(1), "sigma": np.full((1, 1), np.nan)}, "sigma"),
-        (MU_S, "mu.npy"),
+        ({"mu_s": np.zeros(9), "sigma_s": np.eye(9)}, "mu.npy"),
     ],
 )
 def test_bad_statistics_are_refused(tmp_path, statistics, value, inception):
@@ -290,31 +251,19 @@ def test_classes_meet_by_name(inception):
         assert len(results["warnings"]) == (2 if accuracy is None else 1)  # few images
 
 
-# --- results -------------------------------------------------------------------------------
-
-
-def result(name: str, **metrics: float) -> dict:
-    return {
-        "name": name, "metrics": metrics, "samples": {"count": 50000},
-        "reference": {"name": "some/where/imagenet256"}, "extractor": {"space": "Inception"},
-    }  # fmt: skip
-
-
 def test_a_table_has_the_numbers_and_settings_that_any_result_has(tmp_path):
-    sampling = SamplingSettings(cfg_scale=1.75, top_k=5).model_dump()
-    drawn = result("my", fid=3.456, precision=0.8123) | {"plan": {"sampling": sampling}}
+    shared = {"samples": {"count": 50000}, "reference": {"name": "some/where/imagenet256"}}
+    shared |= {"extractor": {"space": "Inception"}}
+    plan = {"sampling": SamplingSettings(cfg_scale=1.75, top_k=5).model_dump()}
+    drawn = {"name": "my", "metrics": {"fid": 3.456, "precision": 0.8123}, "plan": plan, **shared}
     (tmp_path / "r.json").write_text(json.dumps(drawn))
-    table = results_table([read_results(tmp_path / "r.json"), result("theirs", fid=1.0, kid=0.01)])
-    assert table.splitlines() == [
+    theirs = {"name": "theirs", "metrics": {"fid": 1.0, "kid": 0.01}, **shared}
+    assert results_table([read_results(tmp_path / "r.json"), theirs]).splitlines() == [
         "| name | images | fid | precision | kid | settings | reference | feature space |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| my | 50,000 | 3.456 | 0.8123 |  | cfg_scale 1.75, top_k 5 | imagenet256 | Inception |",
         "| theirs | 50,000 | 1 |  | 0.01 |  | imagenet256 | Inception |",
     ]
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"metrics": {}}', '{"name": 1}'])
-def test_files_that_are_no_results_are_named(tmp_path, text):
-    (tmp_path / "r.json").write_text(text)
+    (tmp_path / "r.json").write_text('{"metrics": {}}')
     with pytest.raises(ValueError, match=r"r.json"):
         read_results(tmp_path / "r.json")

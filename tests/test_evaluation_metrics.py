@@ -36,13 +36,6 @@ def test_distances_between_sets_equal_the_reference(name):
     assert kid["kid_std"] == pytest.approx(deviation, rel=1e-2, abs=1e-4 * abs(mean))
 
 
-def test_precision_is_of_the_samples_and_recall_of_the_reference():
-    """A part of the real images covers itself wholly, and the rest not at all."""
-    clusters = np.concatenate([REAL, REAL + 1000])
-    manifolds = metrics.precision_recall(REAL, clusters)
-    assert manifolds["precision"] == 1 and manifolds["recall"] == pytest.approx(0.5)
-
-
 def test_both_inception_scores(monkeypatch):
     monkeypatch.setattr(metrics, "ADM_SPLIT", 40)
     logits = (3 * RNG.normal(size=(90, 7))).astype(np.float32)

@@ -14,7 +14,7 @@ from moveimg.config import ModelConfig
 from moveimg.model import Transformer
 from moveimg.pipeline import Pipeline
 from moveimg.pretrained import llamagen
-from tests.conftest import random_inputs
+from tests.conftest import random_inputs, tiny_config
 from tests.reference import reference_logits
 
 CODES, CLASSES, WIDTH, HIDDEN = 11, 5, 16, 24
@@ -98,11 +98,7 @@ def test_logits_equal_the_reference(tmp_path, container):
 
 def test_config_and_types_are_read_from_the_tensors(tmp_path):
     model = load(write(tmp_path, name="gpt.safetensors"))
-    sizes = {"n_layer": 2, "n_head": 2, "width": 16, "codebook_size": 11, "n_classes": 5}
-    assert model.config == ModelConfig(
-        **sizes, grid=(3, 3), ffn={"kind": "swiglu", "hidden": HIDDEN}
-    )
-    assert torch.equal(model.head.weight, llamagen_weights()["output.weight"])
+    assert model.config == tiny_config(grid=(3, 3), ffn={"kind": "swiglu", "hidden": HIDDEN})
     half = {name: value.bfloat16() for name, value in llamagen_weights().items()}
     assert load(write(tmp_path, **half)).head.weight.dtype == torch.bfloat16
 
@@ -163,8 +159,8 @@ def test_convert_makes_a_model_directory(tmp_path, vq_file):
 
 
 def test_a_tokenizer_of_another_codebook_is_refused_and_leaves_nothing(tmp_path, vq_file):
-    changes = {"tok_embeddings.weight": torch.zeros(12, 16), "output.weight": torch.zeros(12, 16)}
-    file = write(tmp_path, **changes)
+    larger = torch.zeros(12, 16)
+    file = write(tmp_path, **{"tok_embeddings.weight": larger, "output.weight": larger})
     with pytest.raises(ValueError, match=r"gpt.pt has 12 codes, .*vq.pt 11"):
         llamagen.convert_llamagen(file, vq_file, tmp_path / "out", 6, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt.pt", "vq.pt"]

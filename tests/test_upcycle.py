@@ -40,9 +40,6 @@ def assert_same_logits(a, b):
             assert torch.equal(*decoded)
 
 
-# --- upcycling -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_do_not_change_in_any_bit(memory, dtype):
     dense = lively(tiny_config(width=64, n_head=4), dtype=dtype)
@@ -99,9 +96,6 @@ def test_convert_upcycle_makes_a_model_directory(tmp_path, memory):
         with pytest.raises(ValueError, match=value):
             convert_upcycle(tmp_path / source, settings, tmp_path / "y")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
-
-
-# --- starting from a model -----------------------------------------------------------------
 
 
 def save_start(tokenizer, folder, names=CLASS_NAMES, **changes):
