@@ -120,9 +120,6 @@ def random_inception(path) -> None:
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight)
         elif isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.weight, 0.8, 1.2)
             nn.init.normal_(part.bias, std=0.1)
-            nn.init.normal_(part.running_mean, std=0.1)
-            nn.init.uniform_(part.running_var, 0.5, 1.5)
     nn.init.normal_(network.fc.weight, std=0.05)
     torch.save(network.state_dict(), path)

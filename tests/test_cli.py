@@ -13,15 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from moveimg import __version__
 from moveimg.commands import app
 from moveimg.config import SamplingSettings
-from tests.test_training import EVERY, TOKENIZER
 from tools.api_reference import api_reference
 
 ROOT = Path(__file__).parents[1]
@@ -154,37 +153,6 @@ def test_ctrl_c_gives_one_line_at_any_moment(tmp_path, seconds):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_folder_of_images_goes_through_the_whole_chain(tmp_path, monkeypatch):
-    """The same commands as for the digits, on a folder of class subfolders."""
-    monkeypatch.chdir(tmp_path)
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(10):
-            shade = tuple(min(255, c + 9 * i) for c in colour)
-            Image.new("RGB", (40 + i, 36), shade).save(tmp_path / "images" / name / f"{i}.png")
-    images = {"source": "images", "size": 16, "crops": "ten", "ranges": [1.1]}
-    short = {"steps": 4, "batch_size": 4, **EVERY}
-    vq = {"out": "vq", "images": images, "tokenizer": TOKENIZER, **short}
-    model = {"n_layer": 2, "n_head": 2, "width": 16, "memory": {"kind": "lave"}}
-    data = {"codes": "codes", "tokenizer": "vq"}
-    Path("vq.yaml").write_text(yaml.safe_dump(vq))
-    Path("run.yaml").write_text(
-        yaml.safe_dump({"out": "run", "data": data, "model": model, **short})
-    )
-    run("train-tokenizer", "vq.yaml")
-    out = run("encode", "images", "--tokenizer", "vq", "--out", "codes", "--size", 16, "--crops",
-              "ten", "--range", 1.1)  # fmt: skip
-    assert "16 images x 10 views, 0 skipped" in out.output
-    shown = run("reconstruct", "images", "--tokenizer", "vq", "--size", 16, "--no-rfid", "--out",
-                "r.png")  # fmt: skip
-    figures = json.loads(shown.stdout)
-    assert figures["images"] == 4 and 0 < figures["mse"] < 4 and Path("r.png").is_file()
-    run("train", "run.yaml", "--set", "steps=2")
-    run("sample", "red", "--model", "run", "--num", 1, "--out", "out")
-    with Image.open("out/0001-red-seed0.png") as image:
-        assert image.size == (16, 16)
-
-
 def test_info_describes_configs_and_models():
     config = json.loads(run("info", "digits-move", "--json").output)
     model = json.loads(run("info", "digits", "--json").output)
@@ -196,18 +164,13 @@ def test_info_describes_configs_and_models():
     assert 0 < low < high
 
 
-def test_compare_makes_a_table_and_reads_finished_runs(digits, tmp_path, monkeypatch):
-    """One training in a process of its own; test_compare.py has several, by a stand-in."""
-    monkeypatch.chdir(tmp_path)
-    common = ["compare", "digits-move", "--seeds", "0", "--out", "out"]
-    for override in (f"data.codes={digits / 'codes'}", f"data.tokenizer={digits / 'tokenizer'}",
-                     "steps=1", "batch_size=2", "model.n_layer=2", "model.codebook_size=16",
-                     "model.grid=[4,4]"):  # fmt: skip
-        common += ["--set", override]
-    table = run(*common).stdout
-    assert re.search(r"\| digits-move \| \d\.\d{4} \| 1 \| [+-]\d", table)
-    first = Path("out/table.json").read_text()
-    assert run(*common).stdout == table and Path("out/table.json").read_text() == first
+def test_compare_passes_its_options_on(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("moveimg.compare.compare", lambda *given: calls.append(given) or "| table")
+    words = ["--seeds", "3,1", "--set", "steps=1", "--jobs", 2, "--vary", "a.b", "--device", "cpu"]
+    assert run("compare", "x.yaml", "y", "--out", tmp_path, *words).stdout == "| table\n"
+    files, cpu = [Path("x.yaml"), Path("y")], torch.device("cpu")
+    assert calls == [(files, [3, 1], tmp_path, ["steps=1"], cpu, 2, ["a.b"])]
 
 
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):

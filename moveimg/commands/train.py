@@ -9,7 +9,7 @@ from typing import Any
 from typer import Argument, Option
 
 from moveimg.commands import common
-from moveimg.commands.common import command, count, device_of, numbers, processes_of
+from moveimg.commands.common import Device, Set, command, count, device_of, numbers, processes_of
 from moveimg.config import (
     ImagesConfig,
     TokenizerTrainConfig,
@@ -44,7 +44,7 @@ def encode(
     val_fraction: float | None = Option(None, help="Held-out share; default: the source's split."),
     data_root: Path | None = Option(None, help="Folder of downloads; default: $MOVEIMG_DATA."),
     batch_size: int | None = Option(None, min=1, max=65536, help="Views; default: by device."),
-    device: common.Device = None,
+    device: Device = None,
     dtype: common.Dtype = None,
 ) -> None:
     """Encode images as packed codes; the same command continues a run that was stopped."""
@@ -67,10 +67,7 @@ def encode(
 
 @command
 def train_tokenizer(
-    config: common.Config,
-    set: common.Set = None,
-    restart: common.Restart = False,
-    device: common.Device = None,
+    config: common.Config, set: Set = None, restart: common.Restart = False, device: Device = None
 ) -> None:
     """Train a tokenizer on images; the same command continues a run that was stopped."""
     settings = load_config(config, TokenizerTrainConfig, set or [])
@@ -85,11 +82,11 @@ def train_tokenizer(
 @command
 def train(
     config: common.Config,
-    set: common.Set = None,
+    set: Set = None,
     init_from: str | None = Option(None, help="Start from this model: a directory or a name."),
     train: str | None = Option(None, help="all, or memory: bank and routers (with --init-from)."),
     restart: common.Restart = False,
-    device: common.Device = None,
+    device: Device = None,
 ) -> None:
     """Train a generator on codes or images; the same command continues a run that was stopped."""
     chosen = {"init_from": init_from, "train": train}
@@ -109,9 +106,9 @@ def compare(
     out: Path = Option(help="The folder for the runs and the table."),
     seeds: str = Option("0,1,2", help="Comma-separated seeds."),
     jobs: int = Option(1, min=1, max=256, help="Trainings at the same time."),
-    set: common.Set = None,
+    set: Set = None,
     vary: list[str] = Option([], metavar="KEY.PATH", help="Another key that may differ."),
-    device: common.Device = None,
+    device: Device = None,
 ) -> None:
     """Train several configs with several seeds, and write a table and plots.
 

@@ -27,10 +27,7 @@ PUBLISHED = {
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The directory of a model (names as of Pipeline.from_pretrained), downloaded at first use.
-
-    Raises FileNotFoundError for a model that is missing or cannot be downloaded.
-    """
+    """The directory of a model (names: Pipeline.from_pretrained), downloaded at first use."""
     name = str(name_or_path)
     for path in (Path(name), BUNDLED / name):
         if (path / "config.json").is_file():

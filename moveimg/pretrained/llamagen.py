@@ -1,7 +1,4 @@
-"""LlamaGen's class-conditional generators (arXiv 2406.06525), read without running their code.
-
-The architecture is the standard transformer under other names, so conversion renames tensors.
-"""
+"""LlamaGen's class-conditional generators (arXiv 2406.06525): the same tensors, renamed."""
 
 from __future__ import annotations
 
@@ -31,10 +28,7 @@ NAMED = {(size["n_layer"], size["width"]): name for name, size in SIZES.items()}
 def convert_llamagen(
     gpt: Path | None, vq_file: Path, out: Path, image_size: int | None, n_head: int | None
 ) -> ModelConfig | None:
-    """Write a LlamaGen generator and its tokenizer as a model directory; errors: load_llamagen.
-
-    Without `gpt` it is a tokenizer directory. Returns the generator's config, if there is one.
-    """
+    """Write a model directory and return the generator's config; without `gpt`, a tokenizer's."""
     with atomic_directory(out) as temporary:
         tokenizer = vq.load_llamagen_vq(vq_file)
         if gpt is None:
@@ -65,8 +59,7 @@ def load_llamagen(
 
     `downsample` is the tokenizer's pixels of a side per code. `image_size` may be left out where a
     published file's name has it (c2i_B_256.pt), `n_head` where a named size has the weights' layers
-    and width. Raises FileNotFoundError, or ValueError for a file that is damaged, needs code to be
-    read or holds other weights, and for a missing argument.
+    and width. Raises FileNotFoundError or ValueError.
     """
     weights = {}
     for key, value in vq.read_weights(file).items():

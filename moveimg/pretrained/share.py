@@ -21,10 +21,7 @@ PUBLIC = ("source", "step", "val")  # of config.json's `about`: other notes name
 
 
 def write_model(directory: Path, out: Path, repo_id: str, **metadata: Any) -> None:
-    """Write what the Hub gets of a model directory: its files, a card, and those of diffusers.
-
-    The card is the directory's README.md, or else model_card with `metadata`.
-    """
+    """Write what the Hub gets of a model: its files, its README.md or a model_card, diffusers'."""
     own = directory / "README.md"
     card = read_text(own) if own.is_file() else model_card(directory, repo_id, **metadata)
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -45,19 +42,16 @@ def write_diffusers(out: Path) -> None:
 
 def write_space(model: str, out: Path, name: str) -> None:
     """Write a Gradio Space with the web demo of a model; a local directory is copied into it."""
-    from huggingface_hub import SpaceCard, SpaceCardData
-
     out.mkdir(parents=True, exist_ok=True)
     if (Path(model) / "config.json").is_file():
         write_model(Path(model), out / "model", name)
         model = "model"
-    app = read_text(TEMPLATES / "app.py.txt").replace('"MODEL"', json.dumps(model))
-    title, template = name.rsplit("/", 1)[-1], str(TEMPLATES / "space.md")
-    sdk: Any = {"sdk": "gradio", "sdk_version": version("gradio"), "python_version": "3.11"}
-    card = SpaceCard.from_template(SpaceCardData(title=title, app_file="app.py", **sdk), template)
-    write_text(out / "app.py", app)
+    app, card = (read_text(TEMPLATES / file) for file in ("app.py.txt", "space.md"))
+    title = json.dumps(name.rsplit("/", 1)[-1])
+    write_text(out / "app.py", app.replace('"MODEL"', json.dumps(model)))
     write_text(out / "requirements.txt", f"moveimg=={__version__}\n")
-    write_text(out / "README.md", str(card))
+    card = card.replace("TITLE", title).replace("GRADIO", version("gradio"))
+    write_text(out / "README.md", card)
 
 
 def upload(folder: Path, repo_id: str, private: bool = False, space: bool = False) -> str:
@@ -76,10 +70,7 @@ def upload(folder: Path, repo_id: str, private: bool = False, space: bool = Fals
 def model_card(
     directory: Path, repo_id: str, results: dict[str, Any] | None = None, **metadata: Any
 ) -> str:
-    """The Markdown card of a model directory, with the Hub's metadata (license, datasets, ...).
-
-    `results` of `moveimg evaluate` are listed beside the held-out figures of the training.
-    """
+    """The Markdown card of a model directory, with the Hub's metadata (license, datasets, ...)."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     description, name = read_description(directory), repo_id.rsplit("/", 1)[-1]
