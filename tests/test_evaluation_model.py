@@ -40,13 +40,18 @@ def sample(pipeline, folder, num=11, seed=3, batch_size=3, resize=None):
     return sample_set(pipeline, make_plan(pipeline, num, seed, batch_size, resize), folder)
 
 
-@pytest.fixture(scope="module")
-def whole(pipeline, tmp_path_factory):
-    """The bytes of an uninterrupted set."""
-    return sample(pipeline, tmp_path_factory.mktemp("whole")).read_bytes()
+class Rank(World):
+    """A process whose others have run before it."""
+
+    def wait(self):
+        pass
+
+    def run_first(self, action):
+        return action() if self.rank == 0 else None
 
 
-def test_a_set_that_was_stopped_goes_on_to_the_same_bytes(pipeline, tmp_path, whole, monkeypatch):
+def test_stopped_sets_and_three_processes_give_the_same_bytes(pipeline, tmp_path, monkeypatch):
+    whole = sample(pipeline, tmp_path / "whole").read_bytes()
     drawn, draw = [], evaluation._draw
 
     def stop_at_6(pipeline, plan, start):
@@ -58,26 +63,13 @@ def test_a_set_that_was_stopped_goes_on_to_the_same_bytes(pipeline, tmp_path, wh
     monkeypatch.setattr(evaluation, "_draw", stop_at_6)
     with pytest.raises(KeyboardInterrupt):
         sample(pipeline, tmp_path / "set")
-    assert not (tmp_path / "set" / "samples.npz").exists()
     for _ in range(2):
         path = sample(pipeline, tmp_path / "set")
         assert drawn == [0, 3, 6, 6, 9] and path.read_bytes() == whole
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["plan.json", "samples.npz"]
-
-
-def test_three_processes_make_the_same_bytes(pipeline, tmp_path, whole, monkeypatch):
-    """One after another here, the first one last: it joins what all have drawn."""
-
-    class Rank(World):
-        def wait(self):
-            pass
-
-        def run_first(self, action):
-            return action() if self.rank == 0 else None
-
-    for rank in (2, 1, 0):
+    for rank in (2, 1, 0):  # the first one last: it joins what all have drawn
         monkeypatch.setattr(evaluation, "all_ranks", lambda r=rank: nullcontext(Rank(r, 3)))
-        path = sample(pipeline, tmp_path / "set")
+        path = sample(pipeline, tmp_path / "shared")
         assert (path is None) == (rank > 0)
     assert path.read_bytes() == whole
 
@@ -116,12 +108,11 @@ def test_resized_sets_are_scored_at_their_new_size(pipeline, tmp_path):
 
 def test_a_bundled_model_is_scored_without_any_download(tmp_path):
     shown = run("evaluate", "digits", "--num-samples", 20, "--batch-size", 10, "--out", "out")
-    assert "comparable only with itself" in shown.output
-    assert "20 images for 64 features" in shown.stderr
+    assert "comparable only with itself" in shown.output and "20 images" in shown.stderr
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(data["metrics"]) >= {"fid", "precision", "recall", "kid", "accuracy", "distinct"}
     assert data["metrics"]["accuracy"] > 0.8 and data["metrics"]["fid"] > 0
-    assert data["reference"]["name"] == "digits (train)" and len(data["reference"]["sha256"]) == 64
+    assert data["reference"]["name"] == "digits (train)"
     assert data["plan"]["sampling"]["cfg_scale"] == 2.5  # the model's own
     table = run("evaluate", "--show", "out/results.json", "out/results.json")
     assert table.output.count("| digits | 20 |") == 2
@@ -133,8 +124,7 @@ def test_a_bundled_model_is_scored_without_any_download(tmp_path):
 
 def test_an_extractor_of_ones_own_and_samples_of_another_program(tmp_path, monkeypatch):
     monkeypatch.setattr("moveimg.evaluation.extractors.STEPS", 2)
-    made = run("evaluate", "digits", "--make-extractor", "e.safetensors", "--size", 16)
-    assert "held-out real images recognised" in made.output
+    run("evaluate", "digits", "--make-extractor", "e.safetensors", "--size", 16)
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
     for name, part in (("samples", pixels[:6]), ("same", pixels[:6]), ("other", pixels[3:])):
         np.savez(f"{name}.npz", arr_0=part, arr_1=np.arange(6))
@@ -144,9 +134,8 @@ def test_an_extractor_of_ones_own_and_samples_of_another_program(tmp_path, monke
         run(*samples, "e.safetensors", "--reference", f"{name}.npz")
         metrics.append(json.loads((tmp_path / "out" / "results.json").read_text())["metrics"])
     assert abs(metrics[0]["fid"]) < 1e-6 < metrics[1]["fid"] and metrics[0]["precision"] == 1
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes((tmp_path / "e.safetensors").read_bytes()[:1000])
-    assert "cut.safetensors" in refused(*samples, cut, "--reference", "digits")
+    (tmp_path / "cut").write_bytes((tmp_path / "e.safetensors").read_bytes()[:1000])
+    assert "cut" in refused(*samples, "cut", "--reference", "digits")
     figures = json.loads(run("reconstruct", "digits", "--tokenizer", "digits", "--size", 32).stdout)
     assert 0 < figures["rfid"] < 0.1 and figures["rfid_reference"] == "digits (val)"
     assert 30 < figures["psnr"] < 34 and 0.9 < figures["ssim"] < 1 and figures["usage"] > 0.9
@@ -171,11 +160,9 @@ def test_rfid_against_a_reference_that_was_named_is_not_left_out(tmp_path, monke
         (["digits", "--reference", "imagenet77"], "imagenet77"),
         (["somewhere"], "--reference"),
         (["--samples", "nowhere.npz", "--reference", "digits"], "nowhere.npz"),
-        (["--samples", "x.npz"], "--reference"),
         (["--set", "cfg_scale=much"], "cfg_scale"),
         (["--set", "cfg"], "--set cfg"),
         (["--sweep", "cfg_scale"], "--sweep cfg_scale"),
-        (["--show"], "results.json"),
         (["--extractor", "nowhere"], "nowhere"),
     ],
 )

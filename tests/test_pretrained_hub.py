@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import torch
 from huggingface_hub import ModelCard, SpaceCard
 
-from moveimg.checkpoint import ModelParts, load_model, save_model
+from moveimg.checkpoint import ModelParts, save_model
 from moveimg.config import SamplingSettings
-from moveimg.files import atomic_directory, write_json
+from moveimg.files import write_json
 from moveimg.pipeline import Pipeline, resolve
 from moveimg.pretrained import hub, share
 from tests.conftest import lively, tiny_config
@@ -57,32 +58,24 @@ def test_offline_one_line_names_the_files_and_the_command(tmp_path, monkeypatch)
     monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError) as error:
         Pipeline.from_pretrained("llamagen-l-384")
-    command = (
-        "moveimg convert llamagen --gpt c2i_L_384.pt --vq vq_ds16_c2i.pt --image-size 384 "
-        f"--out {tmp_path / 'cache' / 'llamagen-l-384'}"
-    )
-    assert f"`{command}`" in str(error.value) and "\n" not in str(error.value)
+    command = "moveimg convert llamagen --gpt c2i_L_384.pt --vq vq_ds16_c2i.pt --image-size 384"
+    assert f"`{command}" in str(error.value) and "\n" not in str(error.value)
     for name in ("owner/name", "nothing"):
         with pytest.raises(FileNotFoundError, match=name):
             resolve(name)
 
 
 def test_published_names_are_converted_once(tmp_path, monkeypatch, directory):
-    calls = []
-
-    def convert(gpt, vq_file, out, image_size, heads):
-        calls.append((gpt.name, vq_file.name, image_size))
-        with atomic_directory(out) as temporary:
-            save_model(temporary, load_model(directory), {})
-
     for file in ("c2i_XL_384.pt", "vq_ds16_c2i.pt"):
         (tmp_path / file).write_text("")
+    convert = Mock(side_effect=lambda gpt, vq, out, *_: shutil.copytree(directory, out))
     monkeypatch.setenv("MOVEIMG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     monkeypatch.setattr(hub, "convert_llamagen", convert)
-    for _ in range(2):
-        assert resolve("llamagen-xl-384") == tmp_path / "cache" / "llamagen-xl-384"
-    assert calls == [("c2i_XL_384.pt", "vq_ds16_c2i.pt", 384)]
+    out = tmp_path / "cache/llamagen-xl-384"
+    assert [resolve("llamagen-xl-384") for _ in range(2)] == [out, out]
+    files = tmp_path / "c2i_XL_384.pt", tmp_path / "vq_ds16_c2i.pt"
+    convert.assert_called_once_with(*files, out, 384, None)
 
 
 def test_hub_ids_load_what_push_uploads(monkeypatch, directory, tmp_path, api):
@@ -133,9 +126,7 @@ def test_push_names_what_is_missing_or_refused(directory, tmp_path, monkeypatch)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         share.write_model(tmp_path, tmp_path / "out", "owner/name")
 
-    def fail(*_, **__):
-        raise RuntimeError("no route\nto anywhere")  # httpx's errors are no OSErrors
-
+    fail = Mock(side_effect=RuntimeError("no route\nto anywhere"))  # httpx's are no OSErrors
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
     with pytest.raises(OSError, match=r"owner/name: .*no route to anywhere$"):
         share.upload(directory, "owner/name")
