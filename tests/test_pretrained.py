@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from functools import reduce
 
 import pytest
 import torch
@@ -14,47 +14,29 @@ from moveimg.config import ModelConfig
 from moveimg.model import Transformer
 from moveimg.pipeline import Pipeline
 from moveimg.pretrained import llamagen
-from tests.conftest import random_inputs, tiny_config
+from tests.conftest import lively, random_inputs, tiny_config
 from tests.reference import reference_logits
 
-CODES, CLASSES, WIDTH, HIDDEN = 11, 5, 16, 24
 LABELS = "cls_embedding.embedding_table.weight"
-# LlamaGen's tensors, and our names of those that it calls otherwise, written out independently.
-SHAPES = {
-    LABELS: (CLASSES + 1, WIDTH),
-    "tok_embeddings.weight": (CODES, WIDTH),
-    "norm.weight": (WIDTH,),
-    "output.weight": (CODES, WIDTH),
-}
-OURS = {
-    LABELS: "label_embedding.weight",
-    "tok_embeddings.weight": "code_embedding.weight",
-    "output.weight": "head.weight",
-}
-for layer in ("layers.0", "layers.1"):
-    SHAPES |= {
-        f"{layer}.attention.wqkv.weight": (3 * WIDTH, WIDTH),
-        f"{layer}.attention.wo.weight": (WIDTH, WIDTH),
-        f"{layer}.feed_forward.w1.weight": (HIDDEN, WIDTH),
-        f"{layer}.feed_forward.w3.weight": (HIDDEN, WIDTH),
-        f"{layer}.feed_forward.w2.weight": (WIDTH, HIDDEN),
-        f"{layer}.attention_norm.weight": (WIDTH,),
-        f"{layer}.ffn_norm.weight": (WIDTH,),
-    }
-    OURS |= {f"{layer}.feed_forward.w{i}.weight": f"{layer}.ffn.w{i}.weight" for i in (1, 2, 3)}
+# LlamaGen's names of the tensors of a layer, and of our tensors that it calls otherwise.
+LAYER = {"attention.wqkv", "attention.wo", "attention_norm", "ffn_norm"}
+LAYER |= {f"feed_forward.w{i}" for i in (1, 2, 3)}
+THEIRS = {"label_embedding": "cls_embedding.embedding_table", "code_embedding": "tok_embeddings",
+          ".ffn.": ".feed_forward.", "head.": "output."}  # fmt: skip
+CONFIG = tiny_config(grid=[3, 3], ffn={"kind": "swiglu", "hidden": 24})
 
 
-def llamagen_weights() -> dict[str, torch.Tensor]:
-    """A state dict as LlamaGen writes it, of two layers."""
-    g = torch.Generator().manual_seed(0)
+def rename(weights):
+    """A state dict under LlamaGen's names."""
     return {
-        name: torch.randn(shape, generator=g) * 0.5 + (len(shape) == 1)
-        for name, shape in SHAPES.items()
+        reduce(lambda key, ours: key.replace(ours, THEIRS[ours]), THEIRS, name): value
+        for name, value in weights.items()
     }
 
 
 def write(folder, container=None, name="gpt.pt", **changes):
-    weights = {k: v for k, v in {**llamagen_weights(), **changes}.items() if v is not None}
+    weights = rename(lively(CONFIG, dtype=torch.float32).state_dict()) | changes
+    weights = {key: value for key, value in weights.items() if value is not None}
     file = folder / name
     if file.suffix == ".safetensors":
         save_file(weights, file)
@@ -75,32 +57,32 @@ def vq_file(tmp_path):
     torch.manual_seed(0)
     config = vq.VQConfig(
         width=32, multipliers=(1, 2), n_res_blocks=1, z_channels=8,
-        codebook_size=CODES, codebook_dim=4, attention=False,
+        codebook_size=11, codebook_dim=4, attention=False,
     )  # fmt: skip
     weights = vq.VQTokenizer(config).state_dict() | {"quantize.codebook_used": torch.zeros(9)}
     torch.save({"model": weights}, tmp_path / "vq.pt")
     return tmp_path / "vq.pt"
 
 
-@pytest.mark.parametrize("container", ["model", "module", "state_dict", None])
+@pytest.mark.parametrize("container", ["model", "module", None])
 def test_logits_equal_the_reference(tmp_path, container):
+    plain = lively(CONFIG, dtype=torch.float32)
+    names = {name.removeprefix("layers.0.") for name in rename(plain.state_dict())}
+    assert names >= {f"{name}.weight" for name in LAYER}
     model = load(write(tmp_path, container)).double()
-    weights = {OURS.get(name, name): value for name, value in llamagen_weights().items()}
-    plain = SimpleNamespace(config=model.config, state_dict=lambda: weights)
-    codes, labels = random_inputs(model.config)
+    assert model.config == CONFIG
+    codes, labels = random_inputs(CONFIG)
     with torch.no_grad():
         logits = model(codes, labels)
     assert logits.std() > 0.1
     for i in range(len(labels)):
-        expected = torch.from_numpy(reference_logits(plain, codes[i], labels[i]))
+        expected = torch.from_numpy(reference_logits(plain.double(), codes[i], labels[i]))
         torch.testing.assert_close(logits[i], expected, rtol=1e-10, atol=1e-10)
 
 
-def test_config_and_types_are_read_from_the_tensors(tmp_path):
-    model = load(write(tmp_path, name="gpt.safetensors"))
-    assert model.config == tiny_config(grid=(3, 3), ffn={"kind": "swiglu", "hidden": HIDDEN})
-    half = {name: value.bfloat16() for name, value in llamagen_weights().items()}
-    assert load(write(tmp_path, **half)).head.weight.dtype == torch.bfloat16
+def test_types_are_those_of_the_file(tmp_path):
+    half = {name: value.bfloat16() for name, value in rename(lively(CONFIG).state_dict()).items()}
+    assert load(write(tmp_path, name="gpt.safetensors", **half)).head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", llamagen.PUBLISHED_CFG)
@@ -108,11 +90,9 @@ def test_named_sizes_need_no_heads_and_published_files_no_image_size(tmp_path, s
     expected = ModelConfig.model_validate({"size": size, "grid": [24, 24]})
     with torch.device("meta"):
         state = Transformer(expected).state_dict()
-    weights = {}
-    for key, value in state.items():  # one number behind every tensor: real sizes, a small file
-        for theirs, ours in llamagen.RENAMED.items():
-            key = key.replace(ours, theirs)
-        weights[key] = torch.zeros(1).bfloat16().expand(value.shape)
+    # one number behind every tensor: real sizes, a small file
+    one = torch.zeros(1).bfloat16()
+    weights = {key: one.expand(value.shape) for key, value in rename(state).items()}
     file = tmp_path / f"c2i_{size}_384.pt"
     torch.save({"model": weights, "freqs_cis": None}, file)
     assert llamagen.load_llamagen(file).config == expected
