@@ -16,27 +16,18 @@ from moveimg.commands.common import command, device_of
 from moveimg.config import as_pair, override, parse_size
 
 Split = Literal["train", "val"]
-Extractor = Annotated[
-    Path | None, Option(help="efficientnet-lite0, or a file of --make-extractor.")
-]
+Extractor = Annotated[Path | None, Option(help="A classifier: a file, or efficientnet-lite0.")]
 Inception = Annotated[Path | None, Option(help="Weights in torch-fidelity's layout.")]
 
 
 @command
 def evaluate(
-    names: list[str] | None = Argument(
-        None, help="A model; results.json files with --show; images with --make-extractor."
-    ),
-    reference: str | None = Option(
-        None, help="imagenet256, an .npz, a folder, or a data set (NAME, NAME:val, NAME:val:0.1)."
-    ),
-    samples: Path | None = Option(
-        None,
-        help="Score this .npz or folder; its labels are classes of the model, if one is named.",
-    ),
+    names: list[str] = Argument(None, help="A model; --show: files; --make-extractor: images."),
+    reference: str | None = Option(None, help="imagenet256, an .npz, a folder or a data set."),
+    samples: Path | None = Option(None, help="Score this .npz or folder of images."),
     # not --num: torchrun reads that as an abbreviation of an option of its own
     num: int | None = Option(
-        None, "--num-samples", min=4, help="50,000, or 2,000 with a classifier."
+        None, "--num-samples", min=4, help="50,000, or 2,000 by a classifier."
     ),
     seed: common.Seed = 0,
     batch_size: common.BatchSize = 100,
@@ -47,7 +38,9 @@ def evaluate(
     extractor: Extractor = None,
     inception_weights: Inception = None,
     show: bool = Option(False, "--show", help="Print results.json files as one table."),
-    make_extractor: Path | None = Option(None, metavar="FILE", help="Train a classifier."),
+    make_extractor: Path | None = Option(
+        None, metavar="FILE", help="Train a classifier on images."
+    ),
     size: common.ImageSize = "256",
     device: common.Device = None,
     dtype: common.Dtype = None,
@@ -127,11 +120,9 @@ def reconstruct(
     from moveimg.evaluation.reconstruct import reconstruct
     from moveimg.evaluation.reference import open_reference
     from moveimg.evaluation.run import open_extractor
-    from moveimg.files import lock, require_file_name
+    from moveimg.files import lock
     from moveimg.images import save_png
 
-    if out is not None:
-        require_file_name(out)
     pixels = as_pair(parse_size(size))
     vq = load_tokenizer(tokenizer, where := device_of(device))
     source, network, real = open_images(images, split), None, None

@@ -46,10 +46,7 @@ SHOWN += ("precision", "recall", "kid", "accuracy")
 def open_extractor(
     reference: str | None, classifier: Path | None, inception: Path | None, device: torch.device
 ) -> Extractor:
-    """The feature extractor of a comparison with `reference`, which must exist.
-
-    Without files it is the bundled classifier of a data set, else Inception.
-    """
+    """The extractor of a file, or else the bundled one of a data set, or else Inception."""
     if reference is not None:
         locate(reference)
     if classifier is inception is None:
@@ -156,8 +153,9 @@ def evaluate_model(
     if path is None:
         return None
     about = {"name": name, "model": pipeline.name, "plan": plan}
+    results = score(open_set(path), real, extractor, pipeline.class_names, about, folder)
     print_rank0(f"-> {folder}/")
-    return score(open_set(path), real, extractor, pipeline.class_names, about, folder)
+    return results
 
 
 def score(
