@@ -1,9 +1,4 @@
-"""A model directory as a pipeline of diffusers: `moveimg push` writes the files that name it.
-
-DiffusionPipeline.from_pretrained(
-    "owner/name", custom_pipeline="owner/name", trust_remote_code=True
-)
-"""
+"""A model directory as a pipeline of diffusers: `moveimg push` writes the files that name it."""
 
 from __future__ import annotations
 

@@ -92,13 +92,11 @@ def evaluate(
 
 def _list_changes(out: Path | None, settings: list[str], sweep: str | None) -> list[Any]:
     """The folder and sampling settings of each set: one for each value of a sweep KEY=A,B,..."""
-    if sweep is None:
-        return [(out, override({}, settings))]
-    key, _, values = sweep.partition("=")
-    if not values:
+    key, _, values = (sweep or "").partition("=")
+    if sweep and not values:
         raise ValueError(f"--sweep {sweep}: expected KEY=A,B,...")
-    swept = [f"{key}={value}" for value in values.split(",")]
-    return [(out and out / change, override({}, [*settings, change])) for change in swept]
+    sets = [[f"{key}={value}"] for value in values.split(",")] if sweep else [[]]
+    return [(out and out.joinpath(*own), override({}, [*settings, *own])) for own in sets]
 
 
 @command

@@ -84,7 +84,7 @@ def run(extractor: Extractor, batch: np.ndarray) -> dict[str, np.ndarray]:
 def load_inception(weights: Path | None, device: torch.device) -> Extractor:
     """The extractor of FID, sFID, IS, precision, recall and KID.
 
-    `weights` is a file in torch-fidelity's layout; without it, torch-fidelity's is downloaded.
+    Without a file of `weights` in its layout, torch-fidelity's is downloaded.
     sFID (Nash et al. 2021) uses the first 7 channels of `mixed_6/conv` in TensorFlow's graph of
     2015-12-05, which torch-fidelity names Mixed_6d.branch1x1, flattened channels last as in ADM.
     """

@@ -38,20 +38,18 @@ def frechet_distance(samples: Statistics, reference: Statistics) -> float:
 def inception_scores(logits: np.ndarray) -> dict[str, float]:
     """exp E KL(p(y|x) | p(y)) of bias-free logits [N, K] (Salimans et al. 2016), computed two ways.
 
-    inception_score_shuffled: torch-fidelity's, 10 splits of shuffled images, with the standard
-    deviation over the splits. inception_score_adm: ADM's, the mean over contiguous runs of 5,000
-    images in file order; it is wrong for a class-sorted set.
+    shuffled: torch-fidelity's, 10 splits of shuffled images, with the deviation over the splits.
+    adm: ADM's, the mean over runs of 5,000 images in file order; wrong for a class-sorted set.
     """
-    features = torch.from_numpy(logits)
+    features, key = torch.from_numpy(logits), "inception_score_mean"
     shuffled = isc_features_to_metric(features, splits=min(10, len(features)), shuffle=True)
     runs = [
-        isc_features_to_metric(run, splits=1, shuffle=False)["inception_score_mean"]
-        for run in features.split(ADM_SPLIT)
+        isc_features_to_metric(run, splits=1, shuffle=False) for run in features.split(ADM_SPLIT)
     ]
     return {
-        "inception_score_shuffled": shuffled["inception_score_mean"],
+        "inception_score_shuffled": shuffled[key],
         "inception_score_shuffled_std": shuffled["inception_score_std"],
-        "inception_score_adm": float(np.mean(runs)),
+        "inception_score_adm": float(np.mean([run[key] for run in runs])),
     }
 
 
