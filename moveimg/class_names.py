@@ -28,34 +28,24 @@ def find_label(class_names: Sequence[str], name_or_index: str | int) -> int:
     if text.isascii() and text.removeprefix("-").isdecimal():
         numbers = [int(name) for name in names if name.isdecimal()]
         if len(numbers) == len(names) or int(text) in numbers:
-            raise ValueError(
-                f"class {shorten(text)} is ambiguous: no class has this name, but class names are "
-                f"numbers: expected a name such as {next(filter(str.isdecimal, names))}"
-            )
+            example = next(filter(str.isdecimal, names))
+            raise ValueError(f"class {shorten(text)} is ambiguous: expected a name as {example}")
         return find_label(class_names, int(text))
-    wanted = text.casefold()
-    matches = search_names(names, wanted)
-    matches = [i for i in matches if wanted in list_synonyms(names[i])] or matches
+    wanted, matches = text.casefold(), search_names(names, text)
+    synonyms = [[part.strip() for part in name.casefold().split(",")] for name in names]
+    matches = [label for label in matches if wanted in synonyms[label]] or matches
     if len(matches) == 1:
         return matches[0]
     if matches:
         some = ", ".join(f"{label} ({names[label]})" for label in matches[:5])
         raise ValueError(f"class {shorten(text)} fits {len(matches)} classes: {some}; be exact")
-    known = {synonym: label for label, name in enumerate(names) for synonym in list_synonyms(name)}
+    known = {synonym: label for label, group in enumerate(synonyms) for synonym in group}
     near = [f"{known[name]} ({name})" for name in get_close_matches(wanted[:200], known)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"such as {', '.join(names[:5])}"
-    raise ValueError(
-        f"unknown class {shorten(text)}: expected an index (0..{last}) or a name; {hint}"
-    )
+    expected = f"expected 0..{last} or a name such as {' or '.join(near) or ', '.join(names[:5])}"
+    raise ValueError(f"unknown class {shorten(text)}: {expected}")
 
 
 def search_names(class_names: Sequence[str], part: str) -> list[int]:
     """Indices of the names that contain `part`, without regard to case."""
-    wanted = normalize("NFC", part).casefold()
-    names = (normalize("NFC", name).casefold() for name in class_names)
-    return [label for label, name in enumerate(names) if wanted in name]
-
-
-def list_synonyms(class_name: str) -> list[str]:
-    """`Goldfish, Carassius auratus` -> its names, case-folded."""
-    return [part.strip() for part in class_name.casefold().split(",")]
+    folded = [normalize("NFC", name).casefold() for name in (part, *class_names)]
+    return [label for label, name in enumerate(folded[1:]) if folded[0] in name]

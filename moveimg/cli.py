@@ -1,7 +1,4 @@
-"""The entry point of the `moveimg` command; its commands are in moveimg/commands/.
-
-Nothing heavy is imported before `main` listens for Ctrl-C.
-"""
+"""The entry point of the `moveimg` command; nothing heavy is imported before it handles Ctrl-C."""
 
 from __future__ import annotations
 
@@ -36,12 +33,3 @@ def _interrupt(_: int, frame: FrameType | None) -> None:
 def _end(*_: Any) -> None:
     os.write(2, b"interrupted\n")
     os._exit(130)
-
-
-def __getattr__(name: str) -> Any:
-    """Import `app`, the typer application, when it is asked for."""
-    if name == "app":
-        from moveimg.commands import app
-
-        return app
-    raise AttributeError(f"module 'moveimg.cli' has no attribute {name!r}")

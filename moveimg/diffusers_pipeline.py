@@ -1,9 +1,4 @@
-"""A model directory as a pipeline of diffusers: `moveimg push` writes the files that name it.
-
-DiffusionPipeline.from_pretrained(
-    "owner/name", custom_pipeline="owner/name", trust_remote_code=True
-)
-"""
+"""A model directory as a pipeline of diffusers: `moveimg push` writes the files that name it."""
 
 from __future__ import annotations
 
@@ -22,14 +17,11 @@ from moveimg.sampling import MAX_SEED, image_rngs, iter_codes
 
 
 class MoveimgPipeline(DiffusionPipeline):
-    """Images of classes by moveimg, with the interface of diffusers' pipelines.
-
-    Attributes: moveimg, the moveimg.Pipeline that does the work. It has no components of its own.
-    """
+    """Images of classes by a moveimg.Pipeline, with the interface of diffusers' pipelines."""
 
     moveimg: Pipeline
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # diffusers reads its signature
         super().__init__()
 
     def register_to_config(self, **settings: Any) -> None:
@@ -53,15 +45,11 @@ class MoveimgPipeline(DiffusionPipeline):
         """Images of classes, `num_images_per_prompt` of each in a row.
 
         Args:
-            class_labels: names or indices of classes, or one of them.
-            guidance_scale: the scale of classifier-free guidance, 1 for none; default: the model's.
             generator: where the images' seeds come from, one for all images or one for each.
             output_type: pil, or np: float32 [B, H, W, 3] in 0..1.
             callback_on_step_end: called as (pipeline, step, step, {"codes": int64 [B, T]}) after
                 each code. Where it sets `pipeline._interrupt`, the codes to come stay mid-grey.
             options: other fields of moveimg's SamplingSettings, such as temperature.
-
-        Raises ValueError for an unknown class or output type and settings out of range.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type {output_type!r}: expected pil or np")
@@ -69,13 +57,16 @@ class MoveimgPipeline(DiffusionPipeline):
         settings = pipeline.settings(cfg_scale=guidance_scale, **options)
         classes = [class_labels] if isinstance(class_labels, str | int) else class_labels
         indices = [pipeline.label(name) for name in classes for _ in range(num_images_per_prompt)]
+        generators = generator if isinstance(generator, Iterable) else [generator] * len(indices)
+        seeds = [
+            int(torch.randint(MAX_SEED + 1, (), generator=g, device=g.device if g else "cpu"))
+            for _, g in zip(indices, generators, strict=True)
+        ]
         labels = torch.tensor(indices, device=pipeline.device)
         codes = labels.new_zeros(len(labels), pipeline.generator.config.seq_len)
-        rngs = image_rngs(_draw_seeds(generator, len(labels)))
-        for step, drawn in enumerate(
-            self.progress_bar(iter_codes(pipeline.decoder, labels, settings, rngs))
-        ):
-            codes[:, step] = drawn
+        drawn = iter_codes(pipeline.decoder, labels, settings, image_rngs(seeds))
+        for step, column in enumerate(self.progress_bar(drawn)):
+            codes[:, step] = column
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, step, {"codes": codes})
             if self._interrupt:
@@ -85,9 +76,7 @@ class MoveimgPipeline(DiffusionPipeline):
             images = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def to(
-        self, *args: Any, silence_dtype_warnings: bool = True, **options: Any
-    ) -> MoveimgPipeline:
+    def to(self, *args: Any, silence_dtype_warnings: bool = True, **options: Any) -> Any:
         """Move the model to a device and its generator to a number type; returns the pipeline."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
         self.moveimg.generator.to(device, dtype)
@@ -95,30 +84,12 @@ class MoveimgPipeline(DiffusionPipeline):
         self.moveimg.device = device or self.moveimg.device
         return self
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.moveimg.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number type of the generator."""
-        return self.moveimg.generator.head.weight.dtype
+    device = property(lambda self: self.moveimg.device)
+    dtype = property(lambda self: self.moveimg.generator.head.weight.dtype)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the model directory, and the files that let diffusers load it."""
-        model, directory = self.moveimg, Path(save_directory)
+        model = self.moveimg
         parts = ModelParts(model.generator, model.tokenizer, model.class_names, model.sampling)
-        save_model(directory, parts, model.about)
-        write_diffusers(directory)
-
-
-def _draw_seeds(generator: Any, number: int) -> list[int]:
-    """A seed for each image, drawn from its torch generator (None: torch's own)."""
-    generators = [generator] * number if not isinstance(generator, Iterable) else [*generator]
-    if len(generators) != number:
-        raise ValueError(f"{len(generators)} generators for {number} images: expected equal")
-    return [
-        int(torch.randint(MAX_SEED + 1, (), generator=g, device=g.device if g else "cpu"))
-        for g in generators
-    ]
+        save_model(save_directory, parts, model.about)
+        write_diffusers(Path(save_directory))

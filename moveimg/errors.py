@@ -24,8 +24,8 @@ def shorten(value: object, limit: int = 60) -> str:
 def list_names(names: Iterable[str], limit: int = 5) -> str:
     """The first names, comma-separated, and the number of those left out."""
     names = list(names)
-    shown, more = ", ".join(_cut(name) for name in names[:limit]), len(names) - limit
-    return f"{shown} and {more} more" if more > 0 else shown or "none"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(_cut(name) for name in names[:limit]) or "none") + more
 
 
 def validate(kind: type[T] | TypeAdapter[T], data: Any, origin: str) -> T:
@@ -55,10 +55,8 @@ def describe(error: BaseException, limit: int = 500) -> str:
     """The message of an error on one line; of an OSError with its path."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        path, text = error.filename2 or error.filename, error.strerror
-        if isinstance(error, FileExistsError):  # raised by mkdir
-            text = "is a file, expected a folder"
-        text = f"{path}: {text}" if path else text
+        path = error.filename2 or error.filename
+        text = f"{path}: {error.strerror}" if path else error.strerror
     return _cut(" ".join(text[: 4 * limit].split()) or type(error).__name__, limit)
 
 

@@ -6,18 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def markdown_table(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None
-) -> str:
-    """A Markdown table of `rows`, one column for each key of `columns`, titled by its value.
-
-    A value that is missing or None leaves its cell empty.
-    """
-    columns = columns or {key: key for key in rows[0]}
-    cells = [list(columns.values()), ["---"] * len(columns)]
-    for row in rows:
-        cells.append(["" if row.get(key) is None else str(row[key]) for key in columns])
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """A Markdown table of rows with these columns, by default the first row's keys."""
+    columns = columns or [*rows[0]]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [["" if row.get(c) is None else str(row[c]) for c in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def format_bytes(size: float) -> str:

@@ -5,33 +5,27 @@ N, M images   D features   K logits
 
 from __future__ import annotations
 
+from itertools import pairwise
+from unittest.mock import patch
+
 import numpy as np
 import torch
+from torch import nn
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from moveimg.evaluation.sets import ImageSet
-
-
-def array_set(name: str, images: np.ndarray, labels=None) -> ImageSet:
-    """An ImageSet of uint8 [N, H, W, 3] in memory."""
-    return ImageSet(
-        name, images.shape[:3], None if labels is None else np.asarray(labels, np.int64),
-        lambda size: (images[i : i + size] for i in range(0, len(images), size)),
-    )  # fmt: skip
+BLOCKS = """Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3
+MaxPool_2 Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c"""
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """FID of features [N, D] and [M, D]: the square root through symmetric matrices."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     mean = x.mean(0) - y.mean(0)
-    a, b = covariance(x), covariance(y)
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root_a = symmetric_root(a)
     cross = symmetric_root(root_a @ b @ root_a)
     return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * np.trace(cross))
-
-
-def covariance(x: np.ndarray) -> np.ndarray:
-    centred = x - x.mean(0)
-    return centred.T @ centred / (len(x) - 1)
 
 
 def symmetric_root(matrix: np.ndarray) -> np.ndarray:
@@ -44,19 +38,14 @@ def inception_score(logits: np.ndarray) -> float:
     logits = logits.astype(np.float64)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    kl = 0.0
-    for row in p:
-        for value, mean in zip(row, p.mean(0), strict=True):
-            kl += value * (np.log(value) - np.log(mean)) if value > 0 else 0.0
-    return float(np.exp(kl / len(p)))
+    return float(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
 
 
 def scores_shuffled(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """torch-fidelity's convention: shuffled by a fixed seed, mean and deviation over splits."""
     mixed = logits[np.random.RandomState(seed).permutation(len(logits))]
-    n = len(mixed)
-    parts = [mixed[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
-    scores = [inception_score(part) for part in parts]
+    edges = [i * len(mixed) // splits for i in range(splits + 1)]
+    scores = [inception_score(mixed[i:j]) for i, j in pairwise(edges)]
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -66,80 +55,71 @@ def score_adm(logits: np.ndarray, run: int = 5000) -> float:
     return float(np.mean([inception_score(part) for part in parts]))
 
 
-def precision_recall(x: np.ndarray, y: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """x generated [N, D], y real [M, D]: share of x in y's manifold, and of y in x's."""
-    return _covered(x, y, k), _covered(y, x, k)
-
-
-def _covered(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
+def covered(points: np.ndarray, manifold: np.ndarray, k: int = 3) -> float:
+    """The share of points [N, D] within the k-NN radius of any point of the manifold [M, D]."""
     points, manifold = points.astype(np.float64), manifold.astype(np.float64)
-    radii = []
-    for centre in manifold:
-        distances = np.sort(np.sqrt(((manifold - centre) ** 2).sum(1)))
-        radii.append(distances[k])  # the nearest is the centre itself
-    inside = 0
-    for point in points:
-        distances = np.sqrt(((manifold - point) ** 2).sum(1))
-        inside += bool((distances <= np.array(radii)).any())
-    return inside / len(points)
+    near = [np.sort(np.linalg.norm(manifold - centre, axis=1)) for centre in manifold]
+    radii = np.array([distances[k] for distances in near])  # the nearest is the centre itself
+    inside = [(np.linalg.norm(manifold - point, axis=1) <= radii).any() for point in points]
+    return float(np.mean(inside))
 
 
-def kid(
-    x: np.ndarray, y: np.ndarray, subset: int, subsets: int = 100, seed: int = 2020
-) -> tuple[float, float]:
-    """Unbiased MMD^2 of the kernel (x.y / D + 1)^3 over torch-fidelity's random subsets."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    rng = np.random.RandomState(seed)
-    found = []
-    for _ in range(subsets):
+def kid(x: np.ndarray, y: np.ndarray, subset: int) -> tuple[float, float]:
+    """Unbiased MMD^2 of the kernel (x.y / D + 1)^3 over torch-fidelity's 100 random subsets."""
+    x, y, distances = x.astype(np.float64), y.astype(np.float64), []
+    rng = np.random.RandomState(2020)
+    for _ in range(100):
         a = x[rng.choice(len(x), subset, replace=False)]
         b = y[rng.choice(len(y), subset, replace=False)]
         xx, yy, xy = (((p @ q.T) / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
         off = subset * (subset - 1)
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / off
-        found.append(within - 2 * xy.mean())
-    return float(np.mean(found)), float(np.std(found))
+        distances.append(within - 2 * xy.mean())
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """One channel [H, W], window by window (Wang et al. 2004)."""
+    steps = np.arange(-5, 6)
+    window = np.exp(-(steps[:, None] ** 2 + steps[None, :] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    values = []
+    for y in range(a.shape[0] - 10):
+        for x in range(a.shape[1] - 10):
+            p, q = a[y : y + 11, x : x + 11], b[y : y + 11, x : x + 11]
+            mp, mq = (window * p).sum(), (window * q).sum()
+            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+            c = (window * (p - mp) * (q - mq)).sum()
+            light = (2 * mp * mq + 1e-4) / (mp**2 + mq**2 + 1e-4)
+            values.append(light * (2 * c + 9e-4) / (vp + vq + 9e-4))
+    return float(np.mean(values))
 
 
 def spatial_features(network, images: np.ndarray) -> np.ndarray:
     """sFID's features by hand: the network's blocks in order up to mixed_6's first branch."""
-    from torch_fidelity import interpolate_compat_tensorflow as tensorflow
-
-    resize = tensorflow.interpolate_bilinear_2d_like_tensorflow1x
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    x = (resize(x, (299, 299), align_corners=False) - 128) / 128
-    for name in (
-        "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1",
-        "Conv2d_4a_3x3", "MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b",
-        "Mixed_6c",
-    ):  # fmt: skip
+    x = interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    x = (x - 128) / 128
+    for name in BLOCKS.split():
         x = getattr(network, name)(x)
     branch = network.Mixed_6d.branch1x1
     x = branch.bn(branch.conv(x)).clamp(min=0).numpy()  # [B, 192, 17, 17]
     return np.stack([x[:, c] for c in range(7)], axis=-1).reshape(len(x), -1)
 
 
-def random_inception(path, seed: int = 0) -> None:
+def random_inception(path) -> None:
     """Random weights in torch-fidelity's file layout, scaled so that every layer is alive."""
-    from unittest.mock import patch
-
-    from torch import nn
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
+    network_class = fidelity.FeatureExtractorInceptionV3
     with (
-        patch.object(module, "load_state_dict_from_url", return_value={}),
-        patch.object(module.FeatureExtractorInceptionV3, "load_state_dict"),
+        patch.object(fidelity, "load_state_dict_from_url", return_value={}),
+        patch.object(network_class, "load_state_dict"),
     ):
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        network = network_class("inception-v3-compat", ["2048"])
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight)
         elif isinstance(part, nn.BatchNorm2d):
-            state: dict[str, torch.Tensor] = part.state_dict()
-            nn.init.uniform_(state["weight"], 0.8, 1.2)
-            nn.init.normal_(state["bias"], std=0.1)
-            nn.init.normal_(state["running_mean"], std=0.1)
-            nn.init.uniform_(state["running_var"], 0.5, 1.5)
+            nn.init.normal_(part.bias, std=0.1)
     nn.init.normal_(network.fc.weight, std=0.05)
     torch.save(network.state_dict(), path)

@@ -13,19 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from moveimg import __version__
-from moveimg.cli import app
+from moveimg.commands import app
 from moveimg.config import SamplingSettings
-from tests.test_training import EVERY, TOKENIZER
 from tools.api_reference import api_reference
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 PNG = ROOT / "docs/images/fashion.png"
 README = (ROOT / "README.md").read_text()
 
@@ -53,27 +51,21 @@ def read_png(path):
 
 
 def test_sample_writes_images_with_their_settings_and_a_grid(tmp_path):
-    run("sample", "7", "dress", "--num", 2, "--seed", 5, "--cfg-scale", 1.5, "--out", tmp_path)
+    values = {"cfg_schedule": "linear", "cfg_power": 2.0, "cfg_start": 0.1, "temperature": 0.9,
+              "cfg_scale": 2.0, "top_k": 30, "top_p": 0.95}  # fmt: skip
+    assert values.keys() == SamplingSettings.model_fields.keys()  # every setting is an option
+    options = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", v)]
+    run("sample", "7", "dress", "--num", 2, "--seed", 5, "--out", tmp_path, *options)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0003-dress-seed7.png", "0003-dress-seed8.png",
         "0007-sneaker-seed5.png", "0007-sneaker-seed6.png", "grid.png",
     ]  # fmt: skip
     about, pixels = read_png(tmp_path / "0003-dress-seed7.png")
-    assert about["class_name"] == "Dress" and about["seed"] == 7 and about["cfg_scale"] == 1.5
+    assert about["class_name"] == "Dress" and {name: about[name] for name in values} == values
     # the metadata suffices to draw the image again
-    run("sample", about["class"], "--num", 1, "--seed", about["seed"],
-        "--cfg-scale", about["cfg_scale"], "--out", tmp_path / "again")  # fmt: skip
+    run("sample", about["class"], "--num", 1, "--seed", about["seed"], "--out", tmp_path / "again",
+        *options)  # fmt: skip
     assert read_png(tmp_path / "again" / "0003-dress-seed7.png")[1] == pixels
-
-
-def test_every_sampling_setting_is_an_option(tmp_path):
-    values = {"cfg_schedule": "linear", "cfg_power": 2.0, "cfg_start": 0.1, "temperature": 0.9,
-              "cfg_scale": 2.0, "top_k": 30, "top_p": 0.95}  # fmt: skip
-    assert values.keys() == SamplingSettings.model_fields.keys()
-    options = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", v)]
-    run("sample", "2", "--num", 1, "--out", tmp_path, *options)
-    about, _ = read_png(tmp_path / "0002-pullover-seed0.png")
-    assert {name: about[name] for name in values} == values
 
 
 @pytest.mark.parametrize(
@@ -81,16 +73,11 @@ def test_every_sampling_setting_is_an_option(tmp_path):
     [
         (["sample", "--temperature", "-1"], ["temperature", "-1"]),
         (["sample", "--cfg-schedule", "cubic"], ["cfg-schedule", "'cubic'", "'linear'"]),
-        (["sample", "--seed", "-3"], ["'--seed'", "'-3'"]),
         (["sample", "--num", "100000000"], ["--num", "'100000000'", "10000"]),
         (["sample", "--model", "nowhere"], ["'nowhere'", "digits"]),
-        (["sample", "--model", ROOT], ["config.json"]),
-        (["sample", "--no-such"], ["--no-such"]),
         (["sample", "hat"], ["'hat'", "Trouser"]),
-        (["sample", "10"], ["class 10", "0..9"]),
         (["sample", "--device", "abacus"], ["'abacus'"]),
         (["sample", "0", "--out", ROOT / "README.md" / "x"], ["README.md"]),
-        (["edit", "none.png"], ["none.png"]),
         (["edit", PNG, "--keep", "top", "--hole", "top"], ["--hole"]),
         (["edit", PNG, "--keep", "sideways"], ["sideways"]),
         (["score", "nowhere"], ["'nowhere'"]),
@@ -98,18 +85,16 @@ def test_every_sampling_setting_is_an_option(tmp_path):
         (["smaple"], ["'smaple'", "'sample'"]),
         (["bench", "sleep"], ["'sleep'", "bench --help"]),
         (["info", "digits", "--set", "a=1"], ["--set a=1"]),
-        (["info", ROOT / "configs/digits-tokenizer.yaml"], ["model: missing"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml"]),
-        (["train", "digits-move", "--set", "steps=-1"], ["steps", "-1"]),
         (["train", "digits-move"], ["runs/digits-tokenizer"]),
-        (["compare", "a.yaml", "--out", "x"], ["a.yaml"]),
         (["compare", "digits-move", "--out", "x", "--seeds", "1,1"], ["'1,1'"]),
         (["encode", "digits", "--tokenizer", "t", "--out", "o"], ["t: no such tokenizer"]),
-        (["encode", "/nowhere", "--tokenizer", "digits", "--out", "o"], ["'/nowhere'"]),
         (["encode", "digits", "--tokenizer", "digits", "--out", "o", "--crops", "six"], ["'six'"]),
         (["inspect", "digits", "--codes", "nope"], ["nope"]),
         (["convert", "upcycle", "digits", "--out", "o"], ["--slots"]),
         (["convert", "llamagen", "--vq", "no.pt", "--out", "o"], ["no.pt: no such file"]),
+        (["push", "digits"], ["OWNER/NAME"]),
+        (["push", "digits", "a/b/c"], ["a/b/c"]),
     ],
 )
 def test_bad_input_gets_one_line(arguments, values, tmp_path, monkeypatch):
@@ -124,7 +109,7 @@ def test_memory_errors_get_one_line(monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("moveimg.pipeline.Pipeline.from_pretrained", fail)
-    assert "not enough memory" in refused("sample", "0")
+    assert "DefaultCPUAllocator" in refused("sample", "0")
 
 
 def test_help_and_version():
@@ -143,19 +128,20 @@ def test_references_are_current():
         ("config.md", "moveimg config-reference", run("config-reference").output),
     ):
         assert (ROOT / "docs" / file).read_text() == text, f"run: {command} > docs/{file}"
-    assert "| `top_k` | integer, at least 0" in text and "| `lr` | number, above 0" in text
+    assert "| `lr` | number, > 0, <=" in text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent")
 @pytest.mark.parametrize("seconds", [0.05, 0.5, 1.2, None])
 def test_ctrl_c_gives_one_line_at_any_moment(tmp_path, seconds):
     """After Python's own start, while torch is imported, and while images are drawn."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = ["-m", "moveimg", "sample", "--num", "900", "--batch-size", "4", "--out", tmp_path]
     process = subprocess.Popen(
-        [sys.executable, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        [sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True
     )
     begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import moveimg.cli"], env=ENVIRONMENT, check=True)
+    subprocess.run([sys.executable, "-c", "import moveimg.cli"], env=environment, check=True)
     start = 2 * (time.monotonic() - begun)  # two processes started at once: the other is as far
     end = begun + (60 if seconds is None else start + seconds)
     while time.monotonic() < end and not (seconds is None and list(tmp_path.glob("0*.png"))):
@@ -167,35 +153,6 @@ def test_ctrl_c_gives_one_line_at_any_moment(tmp_path, seconds):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_folder_of_images_goes_through_the_whole_chain(tmp_path):
-    """The same commands as for the digits, on a folder of class subfolders."""
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(10):
-            shade = tuple(min(255, c + 9 * i) for c in colour)
-            Image.new("RGB", (40 + i, 36), shade).save(tmp_path / "images" / name / f"{i}.png")
-    images = {"source": str(tmp_path / "images"), "size": 16, "crops": "ten", "ranges": [1.1]}
-    settings = {"out": str(tmp_path / "vq"), "images": images, "tokenizer": TOKENIZER}
-    short = {"steps": 4, "batch_size": 4, **EVERY}
-    (tmp_path / "vq.yaml").write_text(yaml.safe_dump(settings | short))
-    run("train-tokenizer", tmp_path / "vq.yaml")
-    out = run("encode", tmp_path / "images", "--tokenizer", tmp_path / "vq", "--out",
-              tmp_path / "codes", "--size", 16, "--crops", "ten", "--range", 1.1)  # fmt: skip
-    assert "16 images x 10 views, 0 skipped" in out.output
-    shown = run("reconstruct", tmp_path / "images", "--tokenizer", tmp_path / "vq", "--size", 16,
-                "--no-rfid", "--out", tmp_path / "r.png")  # fmt: skip
-    figures = json.loads(shown.stdout)
-    assert figures["images"] == 4 and 0 < figures["mse"] < 4 and (tmp_path / "r.png").is_file()
-    data = {"codes": str(tmp_path / "codes"), "tokenizer": str(tmp_path / "vq")}
-    model = {"n_layer": 2, "n_head": 2, "width": 16, "memory": {"kind": "lave"}}
-    config = {"out": str(tmp_path / "model"), "data": data, "model": model} | short
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    run("train", tmp_path / "run.yaml", "--set", "steps=2")
-    run("sample", "red", "--model", tmp_path / "model", "--num", 1, "--out", tmp_path / "out")
-    with Image.open(tmp_path / "out" / "0001-red-seed0.png") as image:
-        assert image.size == (16, 16)
-
-
 def test_info_describes_configs_and_models():
     config = json.loads(run("info", "digits-move", "--json").output)
     model = json.loads(run("info", "digits", "--json").output)
@@ -203,23 +160,18 @@ def test_info_describes_configs_and_models():
     parts = ("backbone", "embeddings", "router", "bank")
     assert config["parameters"] == sum(config[part] for part in parts)
     assert f"{config['parameters']:,}" in run("info", "digits").output
-    one = run("info", "digits", "--train", "--json").output
-    low, high = json.loads(one)["hours"]
+    low, high = json.loads(run("info", "digits", "--train", "--json").output)["hours"]
     assert 0 < low < high
 
 
-def test_compare_makes_a_table_and_reads_finished_runs(digits, tmp_path, monkeypatch):
-    """One training in a process of its own; test_compare.py has several, by a stand-in."""
-    monkeypatch.chdir(tmp_path)
-    common = ["compare", "digits-move", "--seeds", "0", "--out", "out"]
-    for override in (f"data.codes={digits / 'codes'}", f"data.tokenizer={digits / 'tokenizer'}",
-                     "steps=1", "batch_size=2", "model.n_layer=2", "model.codebook_size=16",
-                     "model.grid=[4,4]"):  # fmt: skip
-        common += ["--set", override]
-    table = run(*common).stdout
-    assert re.search(r"\| digits-move \| \d\.\d{4} \| 1 \| [+-]\d", table)
-    first = Path("out/table.json").read_text()
-    assert run(*common).stdout == table and Path("out/table.json").read_text() == first
+def test_compare_passes_its_options_on(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("moveimg.compare.compare", lambda *given: calls.append(given) or "| table")
+    words = ["--seeds", "3,1", "--set", "steps=1", "--jobs", 2, "--vary", "a.b", "--device", "cpu"]
+    assert run("compare", "x.yaml", "y", "--out", tmp_path, *words).stdout == "| table\n"
+    ((study, *others),) = calls
+    assert list(study.rows) == ["x", "y"] and study.seeds == (3, 1) and study.vary == ("a.b",)
+    assert others == [tmp_path, ["steps=1"], torch.device("cpu"), 2, 0]
 
 
 def test_code_of_the_readme_runs(tmp_path, monkeypatch):
@@ -229,8 +181,7 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     for name in ("photo.png", "photos/one.png"):
         Image.new("RGB", (40, 30), "grey").save(name)
     lines = "".join(re.findall(r"```sh\n(.*?)```", README, re.S)).splitlines()
-    commands = [shlex.split(line.split("#")[0]) for line in lines]
-    commands = [words[1:] for words in commands if words[:1] == ["moveimg"]]
+    commands = [shlex.split(line.split("#")[0])[1:] for line in lines if line[:8] == "moveimg "]
     light = [words for words in commands if words[0] in ("sample", "edit", "score", "configs")]
     light = [words for words in light if not {"runs/fashion-move", "llamagen-b-256"} & {*words}]
     assert len(light) >= 4

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from moveimg import Pipeline
 from moveimg.checkpoint import BUNDLED
-from moveimg.cli import app
+from moveimg.commands import app
 from moveimg.demo.jobs import image_uri
 from moveimg.demo.server import MAX_BODY
 from tests.conftest import serving

@@ -19,7 +19,7 @@ from moveimg import __version__
 from moveimg.config import SUFFIXES, SamplingSettings, load_config
 from moveimg.errors import describe, shorten
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+OUT_OF_MEMORY = ("memoryerror", "out of memory", "can't allocate memory")
 
 
 class Commands(TyperGroup):
@@ -33,15 +33,12 @@ class Commands(TyperGroup):
             raise SystemExit(code)
         except TyperException as error:
             message = describe_usage(error)
-        except (ValueError, OSError, OverflowError) as error:
-            if os.environ.get("MOVEIMG_TRACEBACK"):
+        except Exception as error:
+            memory = any(sign in repr(error).lower() for sign in OUT_OF_MEMORY)
+            expected = memory or isinstance(error, ValueError | OSError | OverflowError)
+            if os.environ.get("MOVEIMG_TRACEBACK") or not expected:
                 raise
-            message = f"error: {describe(error)}"
-        except (MemoryError, RuntimeError) as error:
-            text = "out of memory" if isinstance(error, MemoryError) else str(error).lower()
-            if not any(sign in text for sign in OUT_OF_MEMORY):
-                raise
-            message = f"error: not enough memory ({describe(error, 200)})"
+            message = f"error: {'not enough memory: ' if memory else ''}{describe(error)}"
         print(message, file=sys.stderr)
         raise SystemExit(2)
 
@@ -56,10 +53,9 @@ def describe_usage(error: Any) -> str:
         return error.format_message()
     message = " ".join(error.format_message()[:600].split()).rstrip(".")[:300]
     problems: Any = getattr(error.__cause__, "errors", list)()  # pydantic's, for a range
-    if problems and (value := shorten(problems[0]["input"])) not in message:
-        message += f" (got {value})"
+    got = f" (got {shorten(problems[0]['input'])})" if problems else ""
     hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-    return f"error: {message[:1].lower()}{message[1:]}{hint}"
+    return f"error: {message[:1].lower()}{message[1:]}{got}{hint}"
 
 
 app = Typer(
@@ -76,57 +72,39 @@ Config = Annotated[str, Argument(help="A YAML file or a recipe: see `moveimg con
 Classes = Annotated[list[str] | None, Argument(help="Class names or indices.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, mps, ...; default: an accelerator, or cpu.")]
 Dtype = Annotated[str | None, Option(help="float32, bfloat16 or float64; default: by device.")]
-Set = Annotated[
-    list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting.")
-]
+Set = Annotated[list[str] | None, Option(metavar="KEY.PATH=VALUE", help="Override a setting.")]
 Restart = Annotated[bool, Option("--restart", help="Start the run again from its beginning.")]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Image i has the seed SEED + i.")]
 Num = Annotated[int, Option(min=1, max=10_000, help="Images (per class).")]
 ImageSize = Annotated[str, Option("--size", help="Pixels of a square's side, or HEIGHTxWIDTH.")]
 BatchSize = Annotated[int, Option(min=1, max=65536, help="Images in one batch.")]
-Quantize = Annotated[
-    str | None, Option(help="int8: 8-bit weights on a CPU; codes depend on the batch.")
-]
-Bank = Annotated[
-    str | None, Option(help="Rows of the value bank: int8, int4, disk (read when used) or cpu.")
-]
+Quantize = Annotated[str | None, Option(help="int8 weights on a CPU; codes depend on the batch.")]
+Bank = Annotated[str | None, Option(help="The bank's rows: int8, int4, disk (read if used), cpu.")]
 Compile = Annotated[bool, Option("--compile", help="Compile the decoding step: slow to start.")]
 
 
-def show_version(asked: bool) -> None:
-    """Print the version and end the command."""
-    if asked:
+@app.callback(invoke_without_command=True)
+def main(version: bool = Option(False, "--version", help="Print the version.")) -> None:
+    """Generate images from class labels, one discrete code after another, with MoVE."""
+    if version:
         print(f"moveimg {__version__}")
         raise Exit
 
 
-@app.callback()
-def main(
-    version: bool = Option(False, "--version", callback=show_version, is_eager=True),
-) -> None:
-    """Generate images from class labels, one discrete code after another, with MoVE."""
-
-
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace a command's parameter `settings` by an option for each of SamplingSettings.
-
-    The function receives a dictionary of the settings that were set on the command line.
-    """
-    fields = SamplingSettings.model_fields
+    """Replace a command's parameter `settings`, a dictionary, by the options that it holds."""
     signature = inspect.signature(function, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.name != "settings"]
-    for name, field in fields.items():
+    for name, field in SamplingSettings.model_fields.items():
         text = f"{str(field.description).capitalize()}; default: the model's own."
         kind: Any = field.annotation
-        hint = Annotated[kind | None, Option(help=text)]
-        option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint)
-        parameters.append(option.replace(default=None))
+        option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters.append(option.replace(annotation=Annotated[kind | None, Option(help=text)]))
 
     @wraps(function)
     def run(**arguments: Any) -> Any:
-        values = {name: arguments.pop(name) for name in fields}
-        settings = {name: value for name, value in values.items() if value is not None}
-        return function(**arguments, settings=settings)
+        values = {name: arguments.pop(name) for name in SamplingSettings.model_fields}
+        return function(**arguments, settings={k: v for k, v in values.items() if v is not None})
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -134,10 +112,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def find_config(name: str, kind: type, overrides: list[str] | None) -> Any:
-    """The settings of a YAML file or recipe as `kind`; None for a model's name or directory.
-
-    Raises ValueError for overrides of a model, whose settings cannot change.
-    """
+    """The settings of a YAML file or recipe as `kind`; None for a model, which has no overrides."""
     from moveimg.checkpoint import BUNDLED
 
     if not (Path(name).is_dir() or (BUNDLED / name).is_dir()):

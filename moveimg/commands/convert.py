@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -34,8 +33,7 @@ def llamagen(
     """Convert LlamaGen's generator and tokenizer, or its tokenizer alone."""
     from moveimg.pretrained.llamagen import convert_llamagen
 
-    config = convert_llamagen(gpt, vq, out, image_size, heads)
-    print(f"{out}: {config or f'the tokenizer of {vq.name}'}")
+    print(f"{out}: {convert_llamagen(gpt, vq, out, image_size, heads) or vq.name}")
 
 
 @conversion
@@ -58,22 +56,16 @@ def upcycle(
     out: Out,
     model: str = Argument(help="A model without memory: its name, directory or Hub id."),
     slots: int | None = Option(None, help="MoVE with this many slots."),
-    lave: str | None = Option(None, help="LaVE on alternate or all layers."),
-    memory: str | None = Option(None, help="Any memory, as '{kind: move, slots: 6}'."),
+    memory: str | None = Option(None, help="Any memory, as '{kind: lave, layers: all}'."),
 ) -> None:
     """Add a zero-initialised value memory to a dense model; its logits do not change."""
     from moveimg.pipeline import resolve
     from moveimg.pretrained.upcycle import convert_upcycle
 
-    if [slots, lave, memory].count(None) != 2:
-        raise ValueError("give one of --slots M (MoVE), --lave alternate|all or --memory SETTINGS")
-    settings: Any = {"kind": "move", "slots": slots}
-    if memory is not None:
-        settings = parse_yaml(memory, "--memory")
-    elif lave is not None:
-        settings = {"kind": "lave", "layers": lave}
-    config = convert_upcycle(resolve(model), settings, out)
-    print(f"{out}: memory {config.memory.model_dump()}")
+    if (slots is None) == (memory is None):
+        raise ValueError(f"expected --slots or --memory (got {slots} and {memory})")
+    settings = parse_yaml(memory, "--memory") if memory else {"kind": "move", "slots": slots}
+    print(f"{out}: memory {convert_upcycle(resolve(model), settings, out).memory!r}")
 
 
 @conversion
@@ -99,7 +91,7 @@ def push(
     private: bool = Option(False, help="Make the repository private."),
     license: str | None = Option(None, help="The weights' licence, such as mit."),
     base_model: str | None = Option(None, help="A Hub id; default: LlamaGen's."),
-    dataset: list[str] = Option([], help="A Hub id of the training data; repeatable."),
+    dataset: list[str] | None = Option(None, help="A Hub id of the training data; repeatable."),
     results: Path | None = Option(None, help="A results.json of `moveimg evaluate`."),
 ) -> None:
     """Upload a model to the Hugging Face Hub with a card and a pipeline for diffusers, or a Space.
@@ -110,21 +102,19 @@ def push(
     from moveimg.pipeline import resolve
     from moveimg.pretrained import share
 
-    if repo is None and out is None:
-        raise ValueError("push: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
-    if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
-        raise ValueError(f"{repo!r}: expected the Hub's owner/name")
+    if (repo is None and out is None) or (repo and (repo.count("/") != 1 or "" in repo.split("/"))):
+        raise ValueError(f"push {repo}: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
     name = repo or f"owner/{Path(str(out)).name}"
-    scores = read_results(results) if results else None
-    about: dict[str, Any] = {"license": license, "base_model": base_model, "results": scores}
-    with ExitStack() as stack:
-        made: Any = atomic_directory(out) if out else TemporaryDirectory()
-        folder = Path(stack.enter_context(made))
+    about: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": dataset}
+    folder_made: Any = atomic_directory(out) if out else TemporaryDirectory()
+    with folder_made as made:
+        folder = Path(made)
         if space:
             share.write_space(model, folder, name)
         else:
-            share.write_model(resolve(model), folder, name, datasets=dataset, **about)
+            scores = read_results(results) if results else None
+            share.write_model(resolve(model), folder, name, results=scores, **about)
         if repo is not None:
-            print(share.upload(folder, repo, private=private, space=space))
+            print(share.upload(folder, repo, private, space))
     if out is not None:
         print(f"{out}: {'a Space' if space else 'a model'} for the Hub")

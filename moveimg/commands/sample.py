@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
-import time
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typer import Argument, Option
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import (
-    command,
-    count,
-    device_of,
-    sampling_options,
-)
+from moveimg.commands.common import command, count, device_of, sampling_options
 
-if TYPE_CHECKING:
-    from moveimg.data import ImageSource
-    from moveimg.pipeline import Pipeline
-
-SHOWN = 10  # images of each end in the grid of `score`
 GRID = (64, 32)  # rows and columns of grid.png at most
 
 
@@ -55,40 +44,30 @@ def sample(
         model, device=device, dtype=dtype, quantize=quantize, compile=compile, bank=bank
     )
     names = pipeline.class_names
-    labels = [pipeline.label(name) for name in classes or range(min(20, len(names)))]
-    titles, labels = [names[label] for label in labels], [i for i in labels for _ in range(num)]
+    chosen = [pipeline.label(name) for name in classes or range(min(20, len(names)))]
+    labels = [label for label in chosen for _ in range(num)]
     sampling = pipeline.settings(**settings)
     shown = Path(model).resolve().name if Path(model).is_dir() else model  # no path in a PNG
     number_type = str(pipeline.generator.head.weight.dtype).removeprefix("torch.")
-    made: dict[str, Any] = {
-        "model": shown,
-        "dtype": number_type,
-        "quantize": quantize,
-        "bank": bank,
-    }
-    made |= {"bank": bank, **sampling.model_dump()}
-    rows: list[list] = [[] for _ in titles[: GRID[0]]]
-    begun, total = time.perf_counter(), len(labels) * pipeline.generator.config.seq_len
+    made = {"model": shown, "dtype": number_type, "quantize": quantize, "bank": bank}
+    made |= sampling.model_dump()
+    rows: list[list] = [[] for _ in chosen[: GRID[0]]]
+    total = len(labels) * pipeline.generator.config.seq_len
     with lock(out, "moveimg sample"), progress_bar(total, "sample", "code", delay=2) as bar:
         for first in range(0, len(labels), batch_size):
             batch = labels[first : first + batch_size]
             for _, codes in pipeline.iter_codes(batch, sampling, seed=seed + first):  # noqa: B007
                 bar.update(len(batch))
             for i, image in enumerate(pipeline.decode(codes), first):
-                name = names[labels[i]]
-                about = {"class": labels[i], "class_name": name, "seed": seed + i, **made}
-                save_png(image, out / f"{labels[i]:04d}-{_slug(name)}-seed{seed + i}.png", about)
+                label, name = labels[i], names[labels[i]]
+                slug = re.sub(r"[\W_]", "-", name.split(",")[0].strip().lower()[:40])
+                about = {"class": label, "class_name": name, "seed": seed + i, **made}
+                save_png(image, out / f"{label:04d}-{slug}-seed{seed + i}.png", about)
                 if i // num < GRID[0] and i % num < GRID[1]:
                     rows[i // num].append(image)
-    seconds = time.perf_counter() - begun
-    about = {"classes": labels[::num], "num": num, "seed": seed, **made}
-    save_png(labelled_grid(rows, titles[: GRID[0]]), out / "grid.png", about)
-    print(f"{count(len(labels), 'image')} in {seconds:.1f} s -> {out}/ (see {out / 'grid.png'})")
-
-
-def _slug(name: str) -> str:
-    first = name.split(",")[0].strip().lower()[:40]
-    return "".join(c if c.isalnum() else "-" for c in first)
+    grid = labelled_grid(rows, [names[label] for label in chosen[: GRID[0]]])
+    save_png(grid, out / "grid.png", {"classes": chosen, "num": num, "seed": seed, **made})
+    print(f"{count(len(labels), 'image')} -> {out}/ (see {out / 'grid.png'})")
 
 
 @command
@@ -120,7 +99,13 @@ def edit(
     from moveimg.images import labelled_grid, read_image, save_png
     from moveimg.pipeline import Pipeline
 
-    area = _parse_area(hole or keep or "top")
+    text = hole or keep or "top"
+    numbers = text.split(",")
+    area: Any = text  # a half, rows of codes, a box, or the file of a mask
+    if Path(text).is_file():
+        area = read_image(Path(text), text)
+    elif all(part.strip().isdecimal() for part in numbers):
+        area = int(text) if len(numbers) == 1 else [int(part) for part in numbers]
     original = read_image(image, str(image))
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype, compile=compile)
     names = pipeline.class_names
@@ -129,12 +114,10 @@ def edit(
         print(f"class {likeliest} ({share:.1%} by likelihood)")
         classes = [str(names.index(likeliest))]
     labels = [pipeline.label(name) for name in classes]
-    chosen: dict[str, Any] = {"num": num, "seed": seed, "passes": passes, **settings}
-    if hole is None:
-        images = pipeline.complete(original, labels, keep=area, **chosen)
-    else:
-        images = pipeline.edit(original, labels, hole=area, **chosen)
-    about = {"model": model, "image": image.name, "keep": keep, "hole": hole, **chosen}
+    options: dict[str, Any] = {"num": num, "seed": seed, "passes": passes, **settings}
+    redraw: Any = pipeline.complete if hole is None else pipeline.edit
+    images = redraw(original, labels, **{"keep" if hole is None else "hole": area}, **options)
+    about = {"model": model, "image": image.name, "keep": keep, "hole": hole, **options}
     for i, edited in enumerate(images):
         label = labels[i // num]
         described = about | {"class": label, "class_name": names[label], "seed": seed + i}
@@ -142,18 +125,6 @@ def edit(
     rows = [[pipeline.crop(original), *images[i : i + num]] for i in range(0, len(images), num)]
     save_png(labelled_grid(rows, [names[label] for label in labels]), out / "grid.png", about)
     print(f"{count(len(images), 'image')} -> {out}/ (beside the original: {out / 'grid.png'})")
-
-
-def _parse_area(text: str) -> Any:
-    """A half's name, rows of codes, a box `left,top,right,bottom`, or the file of a mask."""
-    from moveimg.images import read_image
-
-    if Path(text).is_file():
-        return read_image(Path(text), text)
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        return text  # a half, or refused
-    return int(text) if len(parts) == 1 else [int(part) for part in parts]
 
 
 @command
@@ -172,15 +143,14 @@ def score(
     Images in class folders are scored given their class, others given their likeliest class.
     """
     device_of(device)
-    from moveimg.files import write_text
+    from moveimg.files import atomic
     from moveimg.images import labelled_grid, save_png
     from moveimg.pipeline import Pipeline
     from moveimg.progress import progress_bar
 
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
     images, labels = _open_labelled(source, split, pipeline)
-    names, right = pipeline.class_names, 0
-    table: list[tuple[float, int, dict[str, Any]]] = []
+    names, lines, nats, right = pipeline.class_names, [], [], 0
     with progress_bar(len(images), "score", "image", delay=2) as bar:
         for first in range(0, len(images), batch_size):
             rows = range(first, min(first + batch_size, len(images)))
@@ -189,6 +159,7 @@ def score(
             likeliest = [names.index(name) for ((name, _),) in guesses]
             chosen = likeliest if labels is None else [labels[images.labels[row]] for row in rows]
             likelihood = pipeline.log_likelihood(codes, chosen)
+            nats += likelihood.nats_per_code.tolist()
             right += sum(map(int.__eq__, likeliest, chosen))
             for i, row in enumerate(rows):
                 line: dict[str, Any] = {"image": images.identifiers[row], "class": names[chosen[i]]}
@@ -197,27 +168,23 @@ def score(
                 if guesses:
                     line["likeliest"], share = guesses[i][0]
                     line["probability"] = f"{share:.5f}"
-                table.append((likelihood.nats_per_code[i].item(), row, line))
+                lines.append(line)
             bar.update(len(rows))
-    table.sort(key=lambda entry: -entry[0])
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, table[0][2], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(line for *_, line in table)
-    write_text(out, text.getvalue())
-    ends = {"strangest": table[:SHOWN], "likeliest": table[::-1][:SHOWN]}
-    shown = [[pipeline.crop(images.load(row)) for _, row, _ in end] for end in ends.values()]
-    grid = out.with_name(f"{out.stem}.png")
-    save_png(labelled_grid(shown, [*ends]), grid, {"source": source})
-    mean = sum(nats for nats, *_ in table) / len(table)
-    print(f"{count(len(table), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
+    order = sorted(range(len(lines)), key=lambda row: -nats[row])
+    with atomic(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines[row] for row in order)
+    grid, ends = out.with_name(f"{out.stem}.png"), (order[:10], order[::-1][:10])
+    shown = [[pipeline.crop(images.load(row)) for row in end] for end in ends]
+    save_png(labelled_grid(shown, ["strangest", "likeliest"]), grid, {"source": source})
+    mean = sum(nats) / len(nats)
+    print(f"{count(len(nats), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
     if classify and labels is not None:
-        print(f"accuracy by likelihood: {right / len(table):.2%}")
+        print(f"accuracy by likelihood: {right / len(nats):.2%}")
 
 
-def _open_labelled(
-    source: str, split: Any, pipeline: Pipeline
-) -> tuple[ImageSource, list[int] | None]:
+def _open_labelled(source: str, split: Any, pipeline: Any) -> tuple[Any, list[int] | None]:
     """The readable images, and the model's label of each class; None for images without classes."""
     from moveimg.data import drop_unreadable, find_split_folders, open_flat_folder, open_images
     from moveimg.images import SUFFIXES
@@ -225,8 +192,6 @@ def _open_labelled(
     folder = Path(source)
     if folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
         return drop_unreadable(open_flat_folder(folder)), None
-    if split is None and folder.is_dir() and not find_split_folders(folder):
-        images = open_images(source, "train", 0.0)  # all of them
-    else:
-        images = open_images(source, split or "val")
+    whole = split is None and folder.is_dir() and not find_split_folders(folder)
+    images = open_images(source, "train", 0.0) if whole else open_images(source, split or "val")
     return drop_unreadable(images), [pipeline.label(name) for name in images.class_names]

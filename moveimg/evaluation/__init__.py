@@ -1,1 +1,1 @@
-"""Images -> features -> statistics -> metrics. Only `run` and `sample` use a Pipeline."""
+"""Images -> features -> statistics -> metrics. Only `run` uses a Pipeline."""

@@ -8,18 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 import tokenizer as vq
 from moveimg.data import ImageSource, code_grid, default_batch_size, drop_unreadable
 from moveimg.evaluation.extractors import Extractor, run
 from moveimg.evaluation.metrics import WINDOW, frechet_distance, ssim, statistics_of
-from moveimg.evaluation.reference import Reference
+from moveimg.evaluation.reference import Reference, make_reference
 from moveimg.evaluation.sets import source_images
 from moveimg.images import labelled_grid, normalize, to_pil, to_uint8
 from moveimg.progress import progress_bar
-
-SHOWN = 10
 
 
 def reconstruct(
@@ -29,14 +26,12 @@ def reconstruct(
     extractor: Extractor | None,
     reference: Reference | None,
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Encode and decode the centre `size` pixels of every image of `source` that can be read.
+    """Encode and decode the centre (H, W) `size` pixels of every readable image of a source.
 
-    `size` is (H, W), multiples of the tokenizer's downsample. rFID is left out without an
-    extractor; its reference is by default the images themselves.
+    rFID is left out without an extractor; its reference is by default the images themselves.
+    Returns the figures and a grid of ten images, spread over the source, and reconstructions:
 
-    Returns the figures and a grid of images, spread over the source, above their reconstructions:
-
-        images              number of images read
+        images              number of images
         mse                 mean squared error, pixels in [-1, 1]
         psnr                10 log10(2^2 / mse), in dB, of the mean error over all images
         ssim                structural similarity, a mean over images; None below 11 x 11 pixels
@@ -45,21 +40,18 @@ def reconstruct(
 
     Raises ValueError for reconstructions that are not finite.
     """
-    source = drop_unreadable(source)
+    source, grid = drop_unreadable(source), code_grid(size, tokenizer.downsample)
+    if extractor is not None and reference is None:
+        reference = make_reference(source_images(source, size), extractor)
     counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
-    errors, similarities = [], []
-    features: list[list[np.ndarray]] = [[], []]  # of the images, of their reconstructions
-    grid = code_grid(size, tokenizer.downsample)
-
-    def decode(views: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        images = normalize(torch.from_numpy(views).permute(0, 3, 1, 2))
-        codes = tokenizer.encode(images)
-        return images, codes, tokenizer.decode(codes, grid).float().cpu()
-
+    errors, similarities, features, shown = [], [], [], []
+    spread = {*np.linspace(0, len(source) - 1, 10).round().astype(int).tolist()}
     step = default_batch_size(size, next(tokenizer.parameters()).device)
     with progress_bar(len(source), "reconstruct", "image") as bar:
         for views in source_images(source, size).read(step):
-            images, codes, decoded = decode(views)
+            images = normalize(torch.from_numpy(views).permute(0, 3, 1, 2))
+            codes = tokenizer.encode(images)
+            decoded = tokenizer.decode(codes, grid).float().cpu()
             counts += codes.flatten().bincount(minlength=len(counts)).cpu()
             errors.append((decoded - images).square().flatten(1).mean(1))
             pair = views, to_uint8(decoded)
@@ -67,9 +59,9 @@ def reconstruct(
                 a, b = (torch.from_numpy(p).permute(0, 3, 1, 2).double() / 255 for p in pair)
                 similarities.append(ssim(a, b))
             if extractor is not None:
-                features[1].append(run(extractor, pair[1])["fid"])
-                if reference is None:
-                    features[0].append(run(extractor, views)["fid"])
+                features.append(run(extractor, pair[1])["fid"])
+            rows = [i for i in range(len(views)) if bar.n + i in spread]
+            shown.append(torch.stack([images[rows], decoded[rows]]))
             bar.update(len(views))
     mse = torch.cat(errors).double().mean().item()
     if not math.isfinite(mse):
@@ -82,14 +74,9 @@ def reconstruct(
         **{key: value.item() for key, value in vq.code_statistics(counts).items()},
         "rfid": None,
     }
-    if extractor is not None:
-        if reference is None:
-            theirs, name = statistics_of(np.concatenate(features[0])), source.name
-        else:
-            theirs, name = reference.statistics["fid"], reference.name
-        figures["rfid"] = frechet_distance(statistics_of(np.concatenate(features[1])), theirs)
-        figures |= {"rfid_space": extractor.space, "rfid_reference": name}
-    spread = np.unique(np.linspace(0, len(source) - 1, SHOWN).round().astype(int))
-    shown = [decode(views) for views in source_images(source.select(spread), size).read(step)]
-    rows = [to_pil(torch.cat([batch[k] for batch in shown])) for k in (0, 2)]
-    return figures, labelled_grid(rows, ["image", "decoded"])
+    if extractor is not None and reference is not None:
+        ours = statistics_of(np.concatenate(features))
+        figures["rfid"] = frechet_distance(ours, reference.statistics["fid"])
+        figures |= {"rfid_space": extractor.space, "rfid_reference": reference.name}
+    pairs = torch.cat(shown, dim=1)  # [2, 10, 3, H, W]
+    return figures, labelled_grid([*map(to_pil, pairs)], ["image", "decoded"])

@@ -1,163 +1,214 @@
-"""`moveimg evaluate`: sample sets drawn and scored, and tables of their results."""
+"""`moveimg evaluate`: sample sets drawn and scored, and tables of their results.
+
+A set has the same bytes on one process or many, stopped or not: image i has class and seed by its
+index, and images are drawn in fixed batches by index, so the shape of every matrix product follows
+from the plan alone. Each batch is written to a file; the processes of torchrun share the batches.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 from moveimg import __version__
 from moveimg.checkpoint import BUNDLED
 from moveimg.config import SamplingSettings
-from moveimg.data import is_named_source
+from moveimg.data import sha256_file
 from moveimg.device import hardware
+from moveimg.dist import all_ranks, print_rank0
 from moveimg.errors import describe
-from moveimg.evaluation.extractors import (
-    EFFICIENTNET,
-    Extractor,
-    extract,
-    load_classifier,
-    load_efficientnet,
-    load_inception,
-)
-from moveimg.evaluation.metrics import (
-    frechet_distance,
-    inception_scores,
-    kernel_distance,
-    precision_recall,
-    statistics_of,
-)
-from moveimg.evaluation.reference import locate, open_reference
-from moveimg.evaluation.sample import sample_set
-from moveimg.evaluation.sets import open_set, scan_image_set
-from moveimg.files import lock, read_json, write_json
-from moveimg.pipeline import Pipeline
+from moveimg.evaluation import extractors, metrics
+from moveimg.evaluation.extractors import Extractor
+from moveimg.evaluation.reference import Reference, locate, open_reference
+from moveimg.evaluation.sets import ImageSet, open_set, scan_image_set, write_npz
+from moveimg.files import atomic, lock, read_json, write_json
+from moveimg.images import to_uint8
+from moveimg.pipeline import Pipeline, resolve
+from moveimg.progress import progress_bar
+from moveimg.sampling import MAX_SEED
 from moveimg.tables import markdown_table
 
 REFERENCES = {"digits": "digits", "fashion": "fashion-mnist"}  # of the bundled models
-PUBLISHED_COUNT = 50_000  # samples behind published FIDs
-COLUMNS = {  # of a table of results: title and format
-    "fid": ("FID", ".4g"),
-    "sfid": ("sFID", ".4g"),
-    "inception_score_adm": ("IS (ADM)", ".4g"),
-    "inception_score_shuffled": ("IS (shuffled)", ".4g"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "kid": ("KID", ".6f"),
-    "accuracy": ("class shown", ".1%"),
-}
+SHOWN: tuple[str, ...] = ("fid", "sfid", "inception_score_adm", "inception_score_shuffled")
+SHOWN += ("precision", "recall", "kid", "accuracy")
 
 
 def open_extractor(
-    reference: str | None,
-    classifier: Path | None,
-    inception_weights: Path | None,
-    device: torch.device,
+    reference: str | None, classifier: Path | None, inception: Path | None, device: torch.device
 ) -> Extractor:
-    """The feature extractor of a comparison with `reference`, which must exist.
-
-    `classifier` is a file of --make-extractor, or `efficientnet-lite0`. Without one it is the
-    bundled classifier of a data set, else Inception with torch-fidelity's weights.
-    Raises as locate, load_classifier, load_efficientnet and load_inception.
-    """
-    source = (reference or "").split(":")[0]
-    if reference is not None and not is_named_source(source):
+    """The extractor of a file, or else the bundled one of a data set, or else Inception."""
+    if reference is not None:
         locate(reference)
-    bundled = {source: model for model, source in REFERENCES.items()}
-    if source in bundled and classifier is inception_weights is None:
-        classifier = BUNDLED / bundled[source] / "extractor.safetensors"
-    if str(classifier) == EFFICIENTNET:
-        return load_efficientnet(device)
+    if classifier is inception is None:
+        for model, source in REFERENCES.items():
+            if source == (reference or "").split(":")[0]:
+                classifier = BUNDLED / model / "extractor.safetensors"
+    if str(classifier) == extractors.EFFICIENTNET:
+        return extractors.load_efficientnet(device)
     if classifier is not None:
-        return load_classifier(classifier, device)
-    return load_inception(inception_weights, device)
+        return extractors.load_classifier(classifier, device)
+    return extractors.load_inception(inception, device)
+
+
+def make_plan(
+    pipeline: Pipeline, num: int, seed: int, batch_size: int, resize: int | None, **changes: Any
+) -> dict[str, Any]:
+    """Everything that determines the bytes of a set of `num` images, the content of plan.json."""
+    if not 0 <= seed <= MAX_SEED - num + 1:
+        raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED - num + 1}")
+    directory = resolve(pipeline.name)
+    config = json.dumps(read_json(directory / "config.json")["model"], sort_keys=True)
+    weights = bytes.fromhex(sha256_file(directory / "model.safetensors"))
+    return {
+        "model": hashlib.sha256(config.encode() + weights).hexdigest(),
+        "tokenizer": pipeline.tokenizer.fingerprint,
+        "n_classes": len(pipeline.class_names),
+        "sampling": pipeline.settings(**changes).model_dump(mode="json"),
+        "num": num,
+        "seed": seed,
+        "batch_size": batch_size,
+        "resize": resize,
+        "device": pipeline.device.type,
+        "dtype": str(pipeline.generator.head.weight.dtype).removeprefix("torch."),
+    }
+
+
+def class_labels(indices: Sequence[int], n_classes: int) -> np.ndarray:
+    """Classes int64 of images by index: each run of n_classes images holds each once, shuffled."""
+    rounds = {i // n_classes for i in indices}
+    orders = {n: np.random.default_rng((0, n)).permutation(n_classes) for n in rounds}
+    return np.array([orders[i // n_classes][i % n_classes] for i in indices], np.int64)
+
+
+def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path | None:
+    """Draw the images of `plan` that `folder` lacks; samples.npz there, None on ranks but 0."""
+    target, batch_size = folder / "samples.npz", plan["batch_size"]
+    starts = range(0, plan["num"], batch_size)
+    files = {start: folder / f"parts/part-{start:09d}.npy" for start in starts}
+
+    def write_plan() -> None:
+        path = folder / "plan.json"
+        if not path.is_file():
+            write_json(path, plan)
+        elif read_json(path) != plan:
+            raise ValueError(f"{path}: of another model or settings: choose another --out")
+
+    with all_ranks() as ranks:
+        ranks.run_first(write_plan)
+        mine = [] if target.exists() else starts[ranks.rank :: ranks.size]
+        with progress_bar(len(mine) * batch_size, "sample", "image") as bar:
+            for start in mine:
+                if not files[start].is_file():
+                    pixels = _draw(pipeline, plan, start)
+                    with atomic(files[start]) as temporary:
+                        np.save(temporary, pixels)
+                bar.update(batch_size)
+        ranks.wait()
+    if ranks.rank:
+        return None
+    if not target.exists():
+        batches = (np.load(file, allow_pickle=False) for file in files.values())
+        write_npz(target, batches, class_labels(range(plan["num"]), plan["n_classes"]))
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    return target
+
+
+def _draw(pipeline: Pipeline, plan: dict[str, Any], start: int) -> np.ndarray:
+    """Images uint8 [b, H, W, 3] of the batch that begins at index `start`."""
+    size, side = plan["batch_size"], plan["resize"]
+    labels = class_labels(range(start, min(start + size, plan["num"])), plan["n_classes"]).tolist()
+    settings = SamplingSettings.model_validate(plan["sampling"])
+    codes = pipeline.sample_codes(labels, settings, seed=plan["seed"] + start, batch_size=size)
+    # as LlamaGen resizes 384 to 256: bicubic, not antialiased, and clipped afterwards
+    images = pipeline.tokenizer.decode(codes, pipeline.generator.config.grid, clip=False)
+    if not torch.isfinite(images).all():
+        raise ValueError(f"decoded images {start}.. are not finite")
+    if side is not None and images.shape[-2:] != (side, side):
+        images = F.interpolate(images.float(), (side, side), mode="bicubic")
+    return to_uint8(images)
 
 
 def evaluate_model(
     pipeline: Pipeline, plan: dict[str, Any], reference: str, extractor: Extractor, out: Path | None
-) -> tuple[dict[str, Any], Path] | None:
-    """Draw a model's samples (or continue to), score them, write results.json beside them.
-
-    `plan` comes from make_plan; `out` defaults to evaluation/MODEL-HASH with the plan's hash.
-    Returns the results and their folder; None on every rank but 0.
-    """
-    name = Path(pipeline.name).name
+) -> dict[str, Any] | None:
+    """Draw a model's samples and score them in `out`; the results, None on ranks but 0."""
+    name, side = Path(pipeline.name).name, plan["resize"]
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     folder = out or Path("evaluation") / f"{name}-{digest[:8]}"
-    height, width = (n * pipeline.tokenizer.downsample for n in pipeline.generator.config.grid)
     if os.environ.get("RANK", "0") == "0":  # a bad reference is refused before drawing
-        open_reference(reference, (plan["resize"] or height, plan["resize"] or width), extractor)
+        size = (side, side) if side else pipeline.image_size
+        real = open_reference(reference, size, extractor)
     with lock(folder, "moveimg evaluate"):
         path = sample_set(pipeline, plan, folder)
     if path is None:
         return None
     about = {"name": name, "model": pipeline.name, "plan": plan}
-    return score(path, reference, extractor, folder, about), folder
+    results = score(open_set(path), real, extractor, pipeline.class_names, about, folder)
+    print_rank0(f"-> {folder}/")
+    return results
 
 
 def score(
-    samples: Path,
-    reference: str,
+    images: ImageSet,
+    real: Reference,
     extractor: Extractor,
-    out: Path | None = None,
-    about: Mapping[str, Any] | None = None,
+    class_names: list[str] | None,
+    about: dict[str, Any],
+    out: Path | None,
 ) -> dict[str, Any]:
-    """Score a sample set of any program: its metrics, reference and extractor as a dictionary.
+    """Score a sample set: `about` and its metrics, written to results.json in `out`.
 
-    FID; sFID and IS where the extractor has their layers; precision, recall and KID where the
-    reference has images. Written with `about` to results.json in `out`. `samples` is an .npz in
-    ADM's layout or a folder of images. Raises as open_set, open_reference and extract.
+    The set's labels are rows of `class_names`, by default the classifier's own.
     """
-    images = open_set(samples)
-    real, count = open_reference(reference, images.size, extractor), len(images)
     digest, duplicates = scan_image_set(images)
-    features = extract(images, digest, extractor)
-    metrics: dict[str, Any] = {
-        role: frechet_distance(statistics_of(features[role]), statistics)
+    features = extractors.extract(images, digest, extractor)
+    warnings, count, width = [], images.count, features["fid"].shape[1]
+    numbers: dict[str, Any] = {
+        role: metrics.frechet_distance(metrics.statistics_of(features[role]), statistics)
         for role, statistics in real.statistics.items()
     }
     if "sfid" in features:  # Inception: IS is defined by its classes
-        metrics |= inception_scores(features["logits"])
+        numbers |= metrics.inception_scores(features["logits"])
     if real.features is not None:
-        metrics |= precision_recall(features["fid"], real.features)
-        metrics |= kernel_distance(features["fid"], real.features)
-    metrics["distinct"] = 1 - duplicates / count
-    if extractor.class_names is not None and images.labels is not None:
-        metrics["accuracy"] = float((features["logits"].argmax(1) == images.labels).mean())
-    warnings = []
-    if count <= (width := features["fid"].shape[1]):
+        numbers |= metrics.precision_recall(features["fid"], real.features)
+        numbers |= metrics.kernel_distance(features["fid"], real.features)
+    numbers["distinct"] = 1 - duplicates / count
+    if (known := extractor.class_names) is not None and images.labels is not None:
+        names = class_names or known
+        if {*names} <= {*known} and images.labels.max() < len(names):
+            wanted = np.array([known.index(name) for name in names])[images.labels]
+            numbers["accuracy"] = float((features["logits"].argmax(1) == wanted).mean())
+        else:
+            warnings.append("no accuracy: the extractor does not know the samples' classes")
+    if count <= width:
         warnings.append(f"{count} images for {width} features: the covariance is singular")
-    elif count < PUBLISHED_COUNT and "sfid" in features:
-        warnings.append(f"{count} images: published FIDs use {PUBLISHED_COUNT} and are lower")
+    elif count < 50_000 and "sfid" in features:
+        warnings.append(f"{count} images: published FIDs use 50,000 and are lower")
     if duplicates:
         warnings.append(f"{duplicates} of {count} images equal an earlier one: a seed used twice?")
-    packages = ("torch-fidelity", "numpy")
+    compared = None if real.features is None else len(real.features)
     results = {
-        "format": 1,
-        "name": samples.name,
-        **(about or {}),
-        "metrics": metrics,
+        **about,
+        "metrics": numbers,
         "samples": {"count": count, "size": images.size, "sha256": digest},
-        "reference": {
-            "name": real.name,
-            "sha256": real.digest,
-            "images_of_statistics": real.statistics["fid"].count,
-            "images_of_precision_recall_kid": None if real.features is None else len(real.features),
-        },
+        "reference": {"name": real.name, "sha256": real.digest, "images": compared},
         "extractor": {
-            "name": extractor.name,
             "space": extractor.space,
             "sha256": extractor.fingerprint,
             "held_out_accuracy": extractor.held_out,
         },
         "warnings": warnings,
-        "versions": {"moveimg": __version__} | {name: version(name) for name in packages},
+        "versions": {"moveimg": __version__, "torch-fidelity": version("torch-fidelity")},
         "hardware": hardware(extractor.device),
     }
     if out is not None:
@@ -166,7 +217,7 @@ def score(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a results.json. Raises FileNotFoundError, or ValueError for other content."""
+    """Read a results.json."""
     results = read_json(path)
     try:
         _row(results)
@@ -178,23 +229,17 @@ def read_results(path: Path) -> dict[str, Any]:
 def results_table(results: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with a row for each result; columns without any value are left out."""
     rows = [_row(result) for result in results]
-    columns = {"name": "", "images": "images"} | {key: title for key, (title, _) in COLUMNS.items()}
-    columns |= {key: key for key in ("settings", "reference", "feature space")}
-    used = {key: title for key, title in columns.items() if any(row.get(key) for row in rows)}
-    return markdown_table(rows, used)
+    columns = ("name", "images", *SHOWN, "settings", "reference", "feature space")
+    return markdown_table(rows, [c for c in columns if any(row.get(c) for row in rows)])
 
 
 def _row(result: dict[str, Any]) -> dict[str, str]:
-    metrics = result["metrics"]
-    shown = {key: form for key, (_, form) in COLUMNS.items() if metrics.get(key) is not None}
-    row = {key: format(metrics[key], form) for key, form in shown.items()}
+    row = {"name": result["name"], "images": f"{result['samples']['count']:,}"}
+    numbers = {key: result["metrics"].get(key) for key in SHOWN}
+    row |= {key: f"{value:.4g}" for key, value in numbers.items() if value is not None}
     if plan := result.get("plan"):  # the guidance scale, and settings other than the defaults
         default = SamplingSettings().model_dump() | {"cfg_scale": None}
         changed = {k: v for k, v in plan["sampling"].items() if v != default.get(k)}
         row["settings"] = ", ".join(f"{k} {v}".removesuffix(".0") for k, v in changed.items())
-    return row | {
-        "name": result["name"],
-        "images": f"{result['samples']['count']:,}",
-        "reference": result["reference"]["name"].rsplit("/", 1)[-1],
-        "feature space": result["extractor"]["space"],
-    }
+    row["reference"] = result["reference"]["name"].rsplit("/", 1)[-1]
+    return row | {"feature space": result["extractor"]["space"]}

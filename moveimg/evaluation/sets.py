@@ -1,7 +1,4 @@
-"""Sets of images on disk, read and written in batches: ADM's .npz, or a folder of images.
-
-N images   H height   W width, equal for all images of a set
-"""
+"""Sets of images on disk, read and written in batches: ADM's .npz, or a folder of images."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
@@ -23,31 +19,25 @@ from moveimg.progress import progress_bar
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size and their labels, read in batches."""
+    """Images of one (H, W) size and their labels int64 [N], if known, read in batches."""
 
-    name: str  # its path, for messages
-    shape: tuple[int, int, int]  # (N, H, W)
-    labels: np.ndarray | None  # int64 [N]; None where they are unknown
+    name: str
+    count: int
+    size: tuple[int, int]
+    labels: np.ndarray | None
     read: Callable[[int], Iterator[np.ndarray]]  # batch size -> uint8 [b, H, W, 3], in order
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.shape[1:]
 
 
 def scan_image_set(images: ImageSet) -> tuple[str, int]:
     """The sha256 over shape and pixels, and the number of images that equal an earlier one."""
-    digest = hashlib.sha256(repr(images.shape).encode())
+    digest = hashlib.sha256(repr((images.count, *images.size)).encode())
     seen: set[bytes] = set()
-    with progress_bar(len(images), f"read {images.name}", "image") as bar:
+    with progress_bar(images.count, f"read {images.name}", "image") as bar:
         for batch in images.read(256):
             digest.update(np.ascontiguousarray(batch))
             seen.update(hashlib.sha256(image.tobytes()).digest() for image in batch)
             bar.update(len(batch))
-    return digest.hexdigest(), len(images) - len(seen)
+    return digest.hexdigest(), images.count - len(seen)
 
 
 def source_images(source: ImageSource, size: tuple[int, int] | None = None) -> ImageSet:
@@ -63,85 +53,61 @@ def source_images(source: ImageSource, size: tuple[int, int] | None = None) -> I
             raise ValueError(f"{name} is {image.size}: expected {width, height}, the first image's")
         return np.asarray(image)
 
-    def read(count: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(source), count):
-            yield np.stack([load(row) for row in range(start, min(start + count, len(source)))])
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(source), batch_size):
+            rows = range(start, min(start + batch_size, len(source)))
+            yield np.stack([load(row) for row in rows])
 
     labels = np.asarray(source.labels, np.int64)
-    return ImageSet(source.name, (len(source), height, width), labels, read)
-
-
-def open_set(path: Path) -> ImageSet:
-    """The set in an .npz with `arr_0` (and labels in `arr_1`), or of all images below a folder.
-
-    Raises FileNotFoundError, or ValueError for anything but images of one size.
-    """
-    if path.is_dir():
-        return replace(source_images(open_flat_folder(path)), labels=None)
-    stream, shape = _open_pixels(path)
-    stream.close()
-    labels = None
-    if "arr_1" in npz_entries(path):
-        stored = npz_array(path, "arr_1").reshape(-1)
-        if stored.dtype.kind not in "iu" or len(stored) != shape[0] or stored.min() < 0:
-            raise ValueError(
-                f"{path}: labels (arr_1) are {stored.dtype} {list(stored.shape)}: expected "
-                f"{shape[0]} whole numbers from 0 on"
-            )
-        labels = stored.astype(np.int64)
-    return ImageSet(str(path), shape, labels, lambda size: _read_npz(path, size))
-
-
-# --- .npz ----------------------------------------------------------------------------------
-
-
-def npz_entries(path: Path) -> list[str]:
-    """Names of the arrays in an .npz. Raises FileNotFoundError, or ValueError if damaged."""
-    require_file(path)
-    with _reading(path, "an .npz"), zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
-
-
-def npz_array(path: Path, entry: str) -> np.ndarray:
-    """One small array of an .npz, verified by the archive's checksum."""
-    with _reading(path, entry), np.load(path, allow_pickle=False) as arrays:
-        return np.asarray(arrays[entry])  # bytes, where the entry is no .npy
+    return ImageSet(source.name, len(source), (height, width), labels, read)
 
 
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Raise ValueError with the path for any error: damaged files raise many kinds."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path}: cannot read {what} ({describe(error)})") from None
-
-
-def _open_pixels(path: Path) -> tuple[IO[bytes], tuple[int, int, int]]:
-    """The pixels of arr_0 as a stream, and (N, H, W)."""
+def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Yield an opened .npz; any error inside becomes a ValueError, one line with the path."""
     require_file(path)
-    readers: dict[Any, Any] = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    with _reading(path, "arr_0"), zipfile.ZipFile(path) as archive:
-        stream = archive.open("arr_0.npy")
-        shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except Exception as error:  # damaged files raise many kinds
+        raise ValueError(f"{path}: {describe(error)}") from None
+
+
+def read_array(archive: zipfile.ZipFile, entry: str) -> np.ndarray:
+    """An array of an opened .npz."""
+    with archive.open(f"{entry}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def open_set(path: Path) -> ImageSet:
+    """The set in an .npz with `arr_0` (and labels in `arr_1`), or of all images below a folder."""
+    if path.is_dir():
+        return replace(source_images(open_flat_folder(path)), labels=None)
+    labels = None
+    with open_npz(path) as archive:
+        with archive.open("arr_0.npy") as stream:
+            np.lib.format.read_magic(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-            raise ValueError(f"{dtype} {list(shape)}: expected uint8 [N, H, W, 3] in C order")
-        return stream, shape[:3]
+            raise ValueError(f"arr_0 is {dtype} {list(shape)}: expected uint8 [N, H, W, 3]")
+        if "arr_1.npy" in archive.namelist():
+            labels = read_array(archive, "arr_1").reshape(-1)
+            if labels.dtype.kind not in "iu" or len(labels) != shape[0] or labels.min() < 0:
+                found = f"arr_1 is {labels.dtype} {list(labels.shape)}"
+                raise ValueError(f"{found}: expected {shape[0]} labels from 0 on")
+            labels = labels.astype(np.int64)
 
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        # np.load would hold all images: 9.8 GB for 50,000 of 256 pixels
+        with open_npz(path) as archive, archive.open("arr_0.npy") as stream:
+            np.lib.format.read_magic(stream)
+            np.lib.format.read_array_header_1_0(stream)
+            for start in range(0, shape[0], batch_size):
+                batch = (min(batch_size, shape[0] - start), *shape[1:])
+                pixels = stream.read(int(np.prod(batch)))
+                yield np.frombuffer(pixels, np.uint8).reshape(batch)
 
-def _read_npz(path: Path, size: int) -> Iterator[np.ndarray]:
-    """Stream arr_0: np.load would hold all of it (9.8 GB for 50,000 images of 256 px)."""
-    stream, (images, height, width) = _open_pixels(path)
-    with stream:
-        for start in range(0, images, size):
-            count = min(size, images - start)
-            with _reading(path, f"image {start}"):
-                raw = stream.read(count * height * width * 3)
-                batch = np.frombuffer(raw, np.uint8).reshape(count, height, width, 3)
-            yield batch
+    return ImageSet(str(path), shape[0], shape[1:3], labels, read)
 
 
 def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:

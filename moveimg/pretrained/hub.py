@@ -12,10 +12,10 @@ from pathlib import Path
 
 from moveimg.checkpoint import BUNDLED
 from moveimg.dist import print_rank0
+from moveimg.errors import describe
 from moveimg.pretrained.llamagen import convert_llamagen
 
 REPO = "FoundationVision/LlamaGen"
-TOKENIZER_FILE = "vq_ds16_c2i.pt"
 PARTS = ("config.json", "model.safetensors")
 MODEL_FILES = (*PARTS, "classes.json", "sampling.json", *(f"tokenizer/{file}" for file in PARTS))
 # Names of REPO's generators: the file, and the pixels of a side it was trained for
@@ -27,11 +27,7 @@ PUBLISHED = {
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The directory of a model (names as of Pipeline.from_pretrained), downloaded at first use.
-
-    Raises FileNotFoundError where there is no such model or it cannot be downloaded, ValueError
-    for a damaged file.
-    """
+    """The directory of a model (names: Pipeline.from_pretrained), downloaded at first use."""
     name = str(name_or_path)
     for path in (Path(name), BUNDLED / name):
         if (path / "config.json").is_file():
@@ -42,39 +38,32 @@ def resolve(name_or_path: str | Path) -> Path:
         return _fetch_published(name)
     if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name, re.ASCII):
         return _download(name, MODEL_FILES, f"no model {name!r} here")
-    bundled = ", ".join(sorted(path.name for path in BUNDLED.glob("*")))
-    raise FileNotFoundError(
-        f"no model {name[:200]!r}: expected a model directory, a bundled name ({bundled}), "
-        f"public weights ({', '.join(PUBLISHED)}) or a Hugging Face Hub id (owner/name)"
-    )
+    known = ", ".join([*sorted(path.name for path in BUNDLED.glob("*")), *PUBLISHED])
+    wanted = f"expected a model directory, a Hub id (owner/name) or one of {known}"
+    raise FileNotFoundError(f"no model {name[:200]!r}: {wanted}")
 
 
 def cache_directory() -> Path:
     """The folder of converted models: MOVEIMG_CACHE, or `moveimg` in huggingface_hub's HF_HOME."""
-    if folder := os.environ.get("MOVEIMG_CACHE"):
-        return Path(folder).expanduser()
     from huggingface_hub.constants import HF_HOME
 
-    return Path(HF_HOME) / "moveimg"
+    return Path(os.environ.get("MOVEIMG_CACHE") or Path(HF_HOME, "moveimg")).expanduser()
 
 
 def _fetch_published(name: str) -> Path:
     """The converted model directory of a published name (errors as of resolve)."""
     directory = cache_directory() / name
-    if (directory / "config.json").is_file():
-        return directory
-    gpt, image_size = PUBLISHED[name]
-    help = (
-        f"copy {gpt} and {TOKENIZER_FILE} from where there is a network, then run `moveimg convert "
-        f"llamagen --gpt {gpt} --vq {TOKENIZER_FILE} --image-size {image_size} --out {directory}`"
-    )
-    folder = _download(REPO, (gpt, TOKENIZER_FILE), help)
-    print_rank0(f"{name}: converting, once, into {directory}")
-    try:
-        convert_llamagen(folder / gpt, folder / TOKENIZER_FILE, directory, image_size)
-    except OSError:  # another rank was faster
-        if not (directory / "config.json").is_file():
-            raise
+    if not (directory / "config.json").is_file():
+        (gpt, pixels), vq = PUBLISHED[name], "vq_ds16_c2i.pt"
+        command = f"--gpt {gpt} --vq {vq} --image-size {pixels} --out {directory}"
+        help = f"copy {gpt} and {vq} from where there is a network, then run "
+        folder = _download(REPO, (gpt, vq), f"{help}`moveimg convert llamagen {command}`")
+        print_rank0(f"{name}: converting, once, into {directory}")
+        try:
+            convert_llamagen(folder / gpt, folder / vq, directory, pixels, None)
+        except OSError:  # another rank was faster
+            if not (directory / "config.json").is_file():
+                raise
     return directory
 
 
@@ -87,7 +76,7 @@ def _download(repo_id: str, files: Sequence[str], help: str) -> Path:
         missing = [file for file in files if not (folder / file).is_file()]
         reason = f"it lacks {', '.join(missing)}" if missing else ""
     except Exception as error:  # its kind depends on huggingface_hub's transport
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = describe(error, 300)
     if reason:
         raise FileNotFoundError(f"huggingface.co/{repo_id}: not downloaded ({reason}): {help}")
     return folder

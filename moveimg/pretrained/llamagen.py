@@ -1,9 +1,4 @@
-"""LlamaGen's class-conditional generators (arXiv 2406.06525), read without running their code.
-
-The architecture is this program's standard transformer under other names, so conversion renames
-tensors. Tensors hold neither the image size nor the number of heads of sizes without a name: both
-are arguments.
-"""
+"""LlamaGen's class-conditional generators (arXiv 2406.06525): the same tensors, renamed."""
 
 from __future__ import annotations
 
@@ -27,20 +22,13 @@ RENAMED = {
 }
 # The guidance of LlamaGen's published figures; temperature 1, all codes.
 PUBLISHED_CFG = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
+NAMED = {(size["n_layer"], size["width"]): name for name, size in SIZES.items()}
 
 
 def convert_llamagen(
-    gpt: str | Path | None,
-    vq_file: str | Path,
-    out: str | Path,
-    image_size: int | None = None,
-    n_head: int | None = None,
+    gpt: Path | None, vq_file: Path, out: Path, image_size: int | None, n_head: int | None
 ) -> ModelConfig | None:
-    """Write a LlamaGen generator and its tokenizer as a model directory, which appears whole.
-
-    Without `gpt` it is a tokenizer directory. Returns the generator's config, if there is one.
-    Raises FileExistsError where `out` is there already; other errors are those of load_llamagen.
-    """
+    """Write a model directory and return the generator's config; without `gpt`, a tokenizer's."""
     with atomic_directory(out) as temporary:
         tokenizer = vq.load_llamagen_vq(vq_file)
         if gpt is None:
@@ -49,38 +37,29 @@ def convert_llamagen(
         generator = load_llamagen(gpt, tokenizer.downsample, image_size, n_head)
         config = generator.config
         if config.codebook_size != tokenizer.codebook_size:
-            raise ValueError(
-                f"{gpt} has {config.codebook_size} codes, {vq_file} {tokenizer.codebook_size}: "
-                "expected a generator and the tokenizer it was trained with"
-            )
+            counts = f"{gpt} has {config.codebook_size} codes, {vq_file} {tokenizer.codebook_size}"
+            raise ValueError(f"{counts}: expected the generator's own tokenizer")
         names = [str(label) for label in range(config.n_classes)]
         if config.n_classes == 1000:  # ImageNet, in WordNet-id order
             from timm.data import ImageNetInfo
 
             info = ImageNetInfo()  # reads every subset's lists
             names = [info.index_to_description(label) for label in range(1000)]
-        settings = SamplingSettings()
-        for name, cfg_scale in PUBLISHED_CFG.items():
-            if (SIZES[name]["n_layer"], SIZES[name]["width"]) == (config.n_layer, config.width):
-                settings = SamplingSettings(cfg_scale=cfg_scale)
-        files = {"gpt": Path(gpt).name, "vq": Path(vq_file).name}
-        parts = ModelParts(generator, tokenizer, names, settings)
-        save_model(temporary, parts, {"source": "LlamaGen", "files": files})
+        cfg_scale = PUBLISHED_CFG.get(NAMED.get((config.n_layer, config.width), ""), 1.0)
+        settings = SamplingSettings(cfg_scale=cfg_scale)
+        about = {"source": "LlamaGen", "files": {"gpt": gpt.name, "vq": vq_file.name}}
+        save_model(temporary, ModelParts(generator, tokenizer, names, settings), about)
     return config
 
 
 def load_llamagen(
-    file: str | Path,
-    downsample: int = 16,
-    image_size: int | None = None,
-    n_head: int | None = None,
+    file: str | Path, downsample: int = 16, image_size: int | None = None, n_head: int | None = None
 ) -> Transformer:
     """A LlamaGen generator, in eval mode, in the number type it is stored in.
 
     `downsample` is the tokenizer's pixels of a side per code. `image_size` may be left out where a
     published file's name has it (c2i_B_256.pt), `n_head` where a named size has the weights' layers
-    and width. Raises FileNotFoundError, or ValueError for a file that is damaged, needs code to be
-    read or holds other weights, and for an argument that is missing or contradicts its name.
+    and width. Raises FileNotFoundError or ValueError.
     """
     weights = {}
     for key, value in vq.read_weights(file).items():
@@ -88,15 +67,11 @@ def load_llamagen(
             key = key.replace(theirs, ours)
         weights[key] = value
     weights.pop("freqs_cis", None)  # rotations, which some tools store
-    if named := re.fullmatch(r"c2i_\w+_(\d{3})", Path(file).stem):
-        if image_size not in (None, int(named[1])):
-            raise ValueError(f"image size {image_size}: {file} is for {named[1]} pixels")
-        image_size = int(named[1])
+    named = re.fullmatch(r"c2i_\w+_(\d{3})", Path(file).stem)
+    image_size = image_size or (int(named[1]) if named else 0)
     if not image_size or image_size % downsample:
-        raise ValueError(
-            f"{file}: image size {image_size}: expected --image-size, a multiple of the "
-            f"tokenizer's {downsample} pixels"
-        )
+        wanted = f"expected --image-size, a multiple of the tokenizer's {downsample} pixels"
+        raise ValueError(f"{file}: image size {image_size}: {wanted}")
     try:
         n_labels, width = weights["label_embedding.weight"].shape
         codebook_size, _ = weights["code_embedding.weight"].shape
@@ -104,13 +79,12 @@ def load_llamagen(
     except (KeyError, ValueError) as error:  # a tensor is missing, or has other dimensions
         raise ValueError(f"{file}: not a class-conditional LlamaGen generator ({error})") from None
     n_layer = len({m[1] for key in weights if (m := re.match(r"layers\.(\d+)\.", key))})
-    heads = {(size["n_layer"], size["width"]): size["n_head"] for size in SIZES.values()}
-    if not (n_head := n_head or heads.get((n_layer, width))):
+    if n_head is None and (n_layer, width) not in NAMED:
         raise ValueError(f"{file}: {n_layer} layers of width {width}: no named size: give --heads")
     derived = hidden == swiglu_hidden(width, SwiGLUConfig())
     settings = {
         "n_layer": n_layer,
-        "n_head": n_head,
+        "n_head": n_head or SIZES[NAMED[n_layer, width]]["n_head"],
         "width": width,
         "codebook_size": codebook_size,
         "n_classes": n_labels - 1,  # the last row is the null label

@@ -20,23 +20,19 @@ from moveimg.model import Transformer, ValueBank
 from moveimg.model.bank import QuantizedRows
 
 
-def convert_upcycle(source: str | Path, memory: dict[str, Any], out: str | Path) -> ModelConfig:
-    """Write the dense model directory `source` as one with a memory, which appears whole.
-
-    `memory` holds settings as in a config: `{"kind": "move", "slots": 6}`. Raises FileExistsError
-    where `out` is there already; other errors are those of load_model and upcycle.
-    """
+def convert_upcycle(source: Path, memory: dict[str, Any], out: Path) -> ModelConfig:
+    """Write the dense model directory `source` as one with a memory; errors as of upcycle."""
     with atomic_directory(out) as temporary:
         parts = load_model(source)
         model = upcycle(parts.generator, memory)
         if isinstance(model.memory, ValueBank):
             model.memory.share_rows(parts.tokenizer.quantize.codebook())
-        about = {"source": "upcycled", "from": Path(source).name, "before": parts.about}
+        about = {"source": "upcycled", "from": source.name, "before": parts.about}
         save_model(temporary, replace(parts, generator=model), about)
     return model.config
 
 
-def convert_quantize_bank(source: str | Path, bits: int, out: str | Path) -> ModelConfig:
+def convert_quantize_bank(source: Path, bits: int, out: Path) -> ModelConfig:
     """Write the model directory `source` with its bank's rows in 8 or 4 bits.
 
     Raises FileExistsError where `out` is there already, ValueError for a model without MoVE's bank
@@ -53,22 +49,20 @@ def convert_quantize_bank(source: str | Path, bits: int, out: str | Path) -> Mod
         rows = QuantizedRows.of(old.memory.bank.weight, spec.slots, bits)
         old.memory.bank = rows
         model.load_state_dict(old.state_dict())
-        about = {"source": "quantized bank", "from": Path(source).name, "before": parts.about}
+        about = {"source": "quantized bank", "from": source.name, "before": parts.about}
         save_model(temporary, replace(parts, generator=model), about)
     return model.config
 
 
 def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
-    """A transformer with a zero memory and a dense one's weights, in train mode as that one.
+    """A transformer with a zero memory, `{"kind": "move", "slots": 6}`, and a dense one's weights.
 
     Raises ValueError if the model has a memory already, or for settings that are not valid.
     """
     config = validate(ModelConfig, dense.config.model_dump() | {"memory": memory}, "upcycle")
-    if dense.config.memory.kind != "none" or config.memory.kind == "none":
-        raise ValueError(
-            f"upcycle: memory of kind {dense.config.memory.kind!r} to {config.memory.kind!r}: "
-            "expected 'none' to lave or move"
-        )
+    kinds = dense.config.memory.kind, config.memory.kind
+    if kinds[0] != "none" or kinds[1] == "none":
+        raise ValueError(f"upcycle: memory {kinds[0]} to {kinds[1]}: expected none to lave or move")
     model = Transformer(config).to(dense.head.weight)
     zeros = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     model.load_state_dict(zeros | dense.state_dict())

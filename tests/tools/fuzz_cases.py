@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from moveimg.checkpoint import BUNDLED
-from moveimg.cli import app
+from moveimg.commands import app
 from moveimg.config import TokenizerTrainConfig, TrainConfig, load_config
 from moveimg.data import PackedCodes, draw_batch, open_images
 from moveimg.device import peak_memory
@@ -277,11 +277,14 @@ def try_set(rng: Random, folder: Path, material: Path) -> None:
         arrays = dict(np.load(material / "set.npz")) | {"mu": np.zeros(3), "sigma": np.eye(3)}
         np.savez(path, **{key: arrays[key] for key in rng.sample(list(arrays), 3)})
     images = open_set(path)
-    assert 0 <= scan_image_set(images)[1] < len(images)
-    assert images.labels is None or (len(images.labels) == len(images) and images.labels.min() >= 0)
+    assert 0 <= scan_image_set(images)[1] < images.count
+    labels = images.labels
+    assert labels is None or (len(labels) == images.count and labels.min() >= 0)
+        len(images.labels) == images.count and images.labels.min() >= 0
+    )
     means = lambda pixels: {"fid": pixels.float().mean((2, 3))}  # noqa: E731
-    reference = open_reference(str(path), images.size, Extractor("m", "m", "0" * 64, means, CPU))
-    assert np.isfinite(reference.statistics["fid"].mu).all()
+    reference = open_reference(str(path), images.size, Extractor("means", "0" * 64, means, CPU))
+    assert np.isfinite(reference.statistics["fid"][0]).all()
 
 
 def try_image(rng: Random, folder: Path, material: Path) -> None:
