@@ -2,15 +2,14 @@
 
 B images   T codes in an image   V codebook size   C classes
 
-The likelihood is that of the codes given the label: p(codes | label) is a product over positions,
-so one teacher-forcing pass gives it, up to the rounding of the model's dtype. Bits per pixel count
-the codes alone: the tokenizer's own error is not a likelihood.
+p(codes | label) is a product over positions, so one teacher-forcing pass gives it. Bits per pixel
+count the codes alone: the tokenizer's own error is not a likelihood.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from moveimg.model import Transformer
 from moveimg.progress import progress_bar
-from moveimg.sampling import guided_labels, no_autocast
+from moveimg.sampling import guide, guided_labels
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Likelihood:
 
     @property
     def bits_per_pixel(self) -> Tensor:
-        """-log2 p per pixel, float64 [B]: of the codes, without the tokenizer's error."""
+        """-log2 p per pixel, float64 [B]."""
         return -self.total / math.log(2) / self.pixels
 
 
@@ -54,22 +53,22 @@ def code_log_probs(
     generator: Transformer,
     codes: Tensor,
     labels: Tensor,
-    scales: Sequence[float] = (1.0,),
+    scales: Tensor | None = None,
     temperature: float = 1.0,
     narrow: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> Tensor:
     """log p(code | label, codes before it) in nats, float64 [B, T].
 
-    Labels int64 [B] are in 0..C, where C is the null label. `scales` are the guidance of each of
-    the T positions, or of all; `narrow` changes the guided logits [B, T, V].
+    Labels int64 [B] are in 0..C, where C is the null label. `scales` are those of guidance_scales
+    for one scale, none means 1; `narrow` changes the guided logits [B, T, V].
     """
+    scales = torch.ones(1, 1, 1) if scales is None else scales
     labels, guided = guided_labels(generator, labels, scales)
-    with no_autocast(labels.device):
+    with torch.autocast(labels.device.type, enabled=False):
         logits = generator(codes.repeat(1 + guided, 1), labels)  # [B or 2 B, T, V]
     if guided:
         conditional, unconditional = logits.chunk(2)
-        scale = torch.tensor(list(scales), dtype=logits.dtype, device=logits.device)
-        logits = unconditional + (conditional - unconditional) * scale[:, None]
+        logits = guide(conditional, unconditional, scales[..., 0].to(logits))
     log_probs = narrow(logits / temperature).log_softmax(dim=-1)
     return log_probs.gather(-1, codes[..., None])[..., 0].double()
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,19 +37,16 @@ def sample_codes(
     known: Tensor | None = None,
     cfg_scale: Tensor | None = None,
 ) -> Tensor:
-    """Draw the codes of one image per label: int64 [B, T].
+    """Draw the codes of one image per label: int64 [B, T]. The same arguments give the same bits.
 
     Args:
         generator: the model, in eval mode.
         labels: int64 [B] in 0..C, where C is the null label.
         settings: guidance, temperature and filters.
         rng: one CPU random generator per image (see image_rngs).
-        known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn. Each code is drawn
-            given the codes before it, kept or drawn; where all known codes come first, that is
-            exact sampling of the others given them.
+        known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn given the codes before
+            it; where all known codes come first, that is exact sampling given them.
         cfg_scale: [B], a guidance scale per image in place of that of `settings`.
-
-    The same arguments give the same bits.
     """
     codes = iter_codes(generator, labels, settings, rng, known, cfg_scale)
     return torch.stack(list(codes), dim=1)
@@ -84,12 +79,12 @@ def iter_codes(
     draws = torch.stack(drawn).to(labels.device)
     cache = generator.make_cache(len(labels))
     prefix = [known[:, :first].repeat(1 + guided, 1)] if first else []
-    with no_autocast(labels.device):
+    with torch.autocast(labels.device.type, enabled=False):
         logits = generator.start(labels, cache, *prefix)
+    scales = scales.to(logits)
     for position in range(first, length):
         codes = known[:, position]
-        # Checked at the first and last position alone: it waits for the device, and NaN stays in
-        # the cache.
+        # Only at the first and last position, since it waits for the device; NaN stays in the cache
         if position in (first, last) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
         if position in missing:
@@ -99,78 +94,59 @@ def iter_codes(
             new = draw(logits, draws[:, position], settings)
             codes = torch.where(codes == UNKNOWN, new, codes)
         yield codes
-        if position < last:
-            with no_autocast(labels.device):  # around each step: the caller's code runs in between
+        if position < last:  # autocast around each step: the caller's code runs in between
+            with torch.autocast(labels.device.type, enabled=False):
                 logits = generator.decode(codes.repeat(1 + guided), cache)
 
 
-def guided_labels(
-    generator: Transformer, labels: Tensor, scales: Sequence[float | Tensor]
-) -> tuple[Tensor, bool]:
+def guidance_scales(
+    settings: SamplingSettings, length: int, cfg_scale: Tensor | None = None
+) -> Tensor:
+    """The guidance scale of each of `length` positions, float64 [T, 1, 1]; of rows [T, B, 1].
+
+    Before `cfg_start` it is 1. From there, with progress p in [0, 1): constant is cfg_scale,
+    linear 1 + (cfg_scale - 1) p (MAR, arXiv 2406.11838), power-cosine
+    1 + (cfg_scale - 1) (1 - cos(pi p^power)) / 2 (MDT, arXiv 2303.14389; RAR).
+    """
+    shape = {
+        "constant": lambda p: 1.0,
+        "linear": lambda p: p,
+        "power-cosine": lambda p: (1 - math.cos(math.pi * p**settings.cfg_power)) / 2,
+    }[settings.cfg_schedule]
+    start = settings.cfg_start
+    progress = [(position / length - start) / (1 - start) for position in range(length)]
+    weights = torch.tensor([shape(p) if p >= 0 else 0.0 for p in progress], dtype=torch.float64)
+    weights = weights[:, None, None]
+    scale = settings.cfg_scale if cfg_scale is None else cfg_scale.cpu().double()[:, None]
+    # in this form a constant schedule gives cfg_scale itself, unrounded
+    return scale * weights + (1 - weights)
+
+
+def guided_labels(generator: Transformer, labels: Tensor, scales: Tensor) -> tuple[Tensor, bool]:
     """The labels [B or 2 B] of the batch that guidance needs, and whether it is doubled.
 
     Doubled, its second half is without class. `scales` are those of guidance_scales.
     """
-    rows = [scale.flatten().tolist() if isinstance(scale, Tensor) else [scale] for scale in scales]
-    values = set().union(*rows)
+    values = set(scales.flatten().tolist())
     without_class = torch.full_like(labels, generator.null_label)
     if len(values) > 1 or not values <= {0.0, 1.0}:
         return torch.cat([labels, without_class]), True
     return (without_class if values == {0.0} else labels), False
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which the model computes in its own number type, whatever the caller's."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance on logits [..., V]: uncond + (cond - uncond) * scale (LlamaGen).
 
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance on logits [B, V]: uncond + (cond - uncond) * scale (LlamaGen).
-
-    A scale of 1 gives `conditional` to the bit; a tensor [B, 1] has a scale per row.
+    A scale of 1 gives `conditional` to the bit.
     """
-    if isinstance(scale, Tensor):
-        scale = scale.to(conditional)
-        guided = unconditional + (conditional - unconditional) * scale
-        return torch.where(scale == 1, conditional, guided)
-    if scale == 1:
-        return conditional
-    return unconditional + (conditional - unconditional) * scale
-
-
-def guidance_scales(
-    settings: SamplingSettings, length: int, cfg_scale: Tensor | None = None
-) -> list[Any]:
-    """The guidance scale of each of `length` positions; with cfg_scale [B], of each row: [B, 1].
-
-    Before `cfg_start` it is 1. From there, with progress p in [0, 1): constant is cfg_scale,
-    linear 1 + (cfg_scale - 1) p (MAR, arXiv 2406.11838), power-cosine
-    1 + (cfg_scale - 1) (1 - cos(pi p^power)) / 2 (MDT, arXiv 2303.14389; RAR).
-    """
-    shapes = {
-        "constant": lambda p: 1.0,
-        "linear": lambda p: p,
-        "power-cosine": lambda p: (1 - math.cos(math.pi * p**settings.cfg_power)) / 2,
-    }
-    shape = shapes[settings.cfg_schedule]
-    scale = settings.cfg_scale if cfg_scale is None else cfg_scale.double()[:, None]
-    scales = []
-    for position in range(length):
-        p = (position / length - settings.cfg_start) / (1 - settings.cfg_start)
-        weight = shape(p) if p >= 0 else 0.0
-        # in this form a constant schedule gives cfg_scale itself, unrounded
-        scales.append(scale * weight + (1.0 - weight))
-    return scales
+    guided = unconditional + (conditional - unconditional) * scale
+    return torch.where(scale == 1, conditional, guided)
 
 
 def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
-    """Draw one code per row of logits by inverting the cumulative distribution: int64 [B].
+    """Draw one code per row of guided logits [B, V] by inverting its cumulative distribution.
 
-    Args:
-        logits: guided logits [B, V].
-        uniforms: one random number in [0, 1) per row, [B].
-        settings: temperature (0: the likeliest code), top-k and top-p.
+    `uniforms` are random numbers in [0, 1), [B]; temperature 0 takes the likeliest code.
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
@@ -202,11 +178,8 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def cumulative_sums(probabilities: Tensor) -> Tensor:
-    """Cumulative sums of probabilities [B, V] over the codes; on CUDA in float64.
-
-    A CPU adds in float64 and in order. CUDA adds in parallel and in another order for one row than
-    for several, so that in float32 a draw near a border could fall on either side of it, and on a
-    code of probability zero.
-    """
+    """Cumulative sums of probabilities [B, V] over the codes, on CUDA in float64."""
+    # CUDA adds in parallel, and in another order for one row than for several: in float32 a draw
+    # near a border could fall on either side of it. A CPU adds in float64 and in order.
     wide = torch.float64 if probabilities.is_cuda else probabilities.dtype
     return probabilities.cumsum(dim=-1, dtype=wide)
