@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from moveimg.device import own_device, pick_device
 
+TIMEOUT = timedelta(days=7)  # the others wait for a rank that downloads, or has more work
 GRACE = 10.0  # seconds in which torchrun ends the other processes after rank 0's error
 LOST = ("connection closed by peer", "connection reset", "connection was likely closed", "nccl")
 
@@ -32,7 +33,6 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: Any = None
 
     @property
     def main(self) -> bool:
@@ -44,7 +44,7 @@ class World:
         if self.size == 1:
             return values.detach().cpu().double()
         values = values.detach().to(self.device, torch.float64, copy=True)
-        dist.all_reduce(values, group=self.group)
+        dist.all_reduce(values)
         return (values / self.size).cpu()
 
     def any(self, flag: bool) -> bool:
@@ -65,7 +65,7 @@ class World:
                 error = caught
         message = [error and str(error)]
         if self.size > 1:
-            dist.broadcast_object_list(message, src=0, group=self.group, device=self.device)
+            dist.broadcast_object_list(message, src=0, device=self.device)
         if message[0] is not None:
             raise error or ValueError(message[0])
 
@@ -83,8 +83,8 @@ class World:
 def processes(device: str | None) -> Iterator[World]:
     """Join the processes started by torchrun, if any, each with its own device.
 
-    An error ends every process: rank 0 raises at once, the others only if rank 0 has not ended the
-    run by then. Raises ValueError for an unusable device, or when another process is gone.
+    An error ends every process, rank 0 first. Raises ValueError for an unusable device, or when
+    another process is gone.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
@@ -95,8 +95,7 @@ def processes(device: str | None) -> Iterator[World]:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        # the others wait while the first rank downloads a data set, longer than ten minutes
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=TIMEOUT)
         yield World(rank, size, chosen)
         dist.destroy_process_group()
     except (ValueError, OSError, RuntimeError) as error:
@@ -113,7 +112,7 @@ def processes(device: str | None) -> Iterator[World]:
 
 def reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor over processes, without a gradient; in one process, the tensor."""
-    if not _is_distributed():
+    if not dist.is_initialized():
         return tensor
     result = tensor.detach().clone()
     dist.all_reduce(result)
@@ -122,7 +121,7 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 def reduce_mean(tensor: Tensor) -> Tensor:
     """The mean of a tensor over processes, with this process's gradient, for DDP to average."""
-    if not _is_distributed():
+    if not dist.is_initialized():
         return tensor
     average = reduce_sum(tensor) / dist.get_world_size()
     return tensor + (average - tensor.detach()) if tensor.requires_grad else average
@@ -130,32 +129,21 @@ def reduce_mean(tensor: Tensor) -> Tensor:
 
 def broadcast_from_rank0(tensor: Tensor) -> None:
     """Overwrite a tensor in place with rank 0's."""
-    if _is_distributed():
+    if dist.is_initialized():
         dist.broadcast(tensor.detach(), src=0)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
 def all_ranks() -> Iterator[World]:
-    """The processes of this job on the CPU, with a process group whose timeout is days.
-
-    Inside a process group, a second group is made. Every process must enter.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World()
+    """The processes of this job on the CPU, in the process group that there is, or a new one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
         return
-    group, timeout = None, timedelta(days=7)  # a process with less work waits for the others
-    if dist.is_initialized():
-        group = dist.new_group(backend="gloo", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), group=group)
+        yield World(dist.get_rank(), dist.get_world_size())
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group()
 
 
 def die_with_parent() -> Callable[[], object] | None:

@@ -104,7 +104,7 @@ class FastRMSNorm(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """x [..., in] float32 -> x W^T + b [..., out] float32, with W that was bfloat16 in half precision.
+    """x [..., in] float32 -> x W^T + b [..., out] float32, W (once bfloat16) in half precision.
 
     Exact from 2^-14 to 65,504; smaller numbers are rounded to multiples of 2^-24.
     """

@@ -171,7 +171,11 @@ class Run:
         self.require_finite()
         self.seconds += time.perf_counter() - begun  # the device's queued steps end here
         if "log" in due:
-            self._log(scalars, logger)
+            values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
+            means = dict(zip(scalars, values.tolist(), strict=True))
+            means["images_per_second"] = self.step * self.config.batch_size / self.seconds
+            logger.scalars("train", means, self.step)
+            logger.bar.set_postfix_str(f"loss {means['loss']:.4f}")
         if due <= {"log"}:
             return
         model = gather_full_model(self.averaged)
@@ -235,13 +239,6 @@ class Run:
         if self.best is None or score < self.best:
             self.best = score
             self.export(model, self.logs / "best")
-
-    def _log(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
-        values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
-        rate = self.step * self.config.batch_size / self.seconds
-        means = dict(zip(scalars, values.tolist(), strict=True)) | {"images_per_second": rate}
-        logger.scalars("train", means, self.step)
-        logger.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} images/s")
 
     def require_finite(self) -> None:
         """Raise ValueError if a recent loss or gradient is not finite."""
