@@ -1,8 +1,4 @@
-"""Model directories: everything that sampling needs, in readable files.
-
-config.json  model.safetensors  tokenizer/{config.json,model.safetensors}
-classes.json  sampling.json
-"""
+"""Model directories: everything that sampling needs, in readable files."""
 
 from __future__ import annotations
 

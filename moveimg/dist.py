@@ -22,8 +22,6 @@ from tqdm import tqdm
 from moveimg.device import own_device, pick_device
 
 TIMEOUT = timedelta(days=7)  # the others wait for a rank that downloads, or has more work
-GRACE = 10.0  # seconds in which torchrun ends the other processes after rank 0's error
-LOST = ("connection closed by peer", "connection reset", "connection was likely closed", "nccl")
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ class World:
 def processes(device: str | None) -> Iterator[World]:
     """Join the processes started by torchrun, if any, each with its own device.
 
-    An error ends every process, rank 0 first. Raises ValueError for an unusable device, or when
-    another process is gone.
+    ValueError and OSError end every process: rank 0 raises at once, the others if it goes on.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
@@ -98,16 +95,11 @@ def processes(device: str | None) -> Iterator[World]:
         dist.init_process_group(backend, timeout=TIMEOUT)
         yield World(rank, size, chosen)
         dist.destroy_process_group()
-    except (ValueError, OSError, RuntimeError) as error:
-        known = isinstance(error, ValueError | OSError)
-        if not known and not any(sign in str(error).lower() for sign in LOST):
+    except (ValueError, OSError) as error:
+        if rank == 0:
             raise
-        if rank == 0 and known:
-            raise
-        if rank != 0:  # rank 0 says what happened, unless it is the one that is gone
-            time.sleep(GRACE)
-        what = str(error) if known else f"another process of this run ended ({str(error)[:200]})"
-        raise ValueError(f"process {rank} of {size}: {' '.join(what.split())}") from error
+        time.sleep(10.0)  # in which torchrun ends this process after an error of rank 0
+        raise ValueError(f"process {rank} of {size}: {' '.join(str(error).split())}") from error
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:

@@ -21,9 +21,8 @@ from torch.nn import functional as F
 from moveimg.config import SamplingSettings
 from moveimg.errors import shorten
 from moveimg.images import center_crop
-from moveimg.likelihood import code_log_probs
 from moveimg.model import Transformer
-from moveimg.sampling import UNKNOWN, guidance_scales, keep_top, sample_codes
+from moveimg.sampling import UNKNOWN, code_log_probs, guidance_scales, keep_top, sample_codes
 
 HALVES = ("top", "bottom", "left", "right")
 BLOCK = 4  # codes proposed together by `resample`; longer blocks are accepted too rarely

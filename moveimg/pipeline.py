@@ -21,10 +21,16 @@ from moveimg.device import pick_device, pick_dtype
 from moveimg.editing import Area, area_pixels, blend, resample
 from moveimg.errors import shorten, validate
 from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
-from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
 from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import resolve
-from moveimg.sampling import UNKNOWN, image_rngs, iter_codes
+from moveimg.sampling import (
+    UNKNOWN,
+    Likelihood,
+    class_log_likelihoods,
+    code_log_probs,
+    image_rngs,
+    iter_codes,
+)
 
 __all__ = ["DEFAULT_MODEL", "Pipeline", "find_label", "resolve", "search_names"]
 
@@ -72,8 +78,7 @@ class Pipeline:
             name_or_path: a bundled name, a model directory, a name of LlamaGen's public weights
                 (`llamagen-b-256`; downloaded and converted once), or a Hub id `owner/name`.
             device: cpu, cuda, mps, ...; left out, an accelerator if there is one.
-            dtype: the generator's: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else
-                float32. The tokenizer decodes in float32 at least.
+            dtype: the generator's: float32, bfloat16 or float64; left out, by device.
             quantize: int8 samples with 8-bit weights (CPU; faster, less exact).
             compile: compile the decoding step (slow to start, then faster).
             bank: int8 or int4 rounds the rows of the value bank, disk reads them from the model's
@@ -140,51 +145,37 @@ class Pipeline:
         return ImageList(i for batch in codes.split(batch_size) for i in self.decode(batch))
 
     def complete(
-        self,
-        image: Image.Image,
-        classes: Classes,
-        *,
-        keep: Area = "top",
-        num: int = 1,
-        seed: int = 0,
-        passes: int = 0,
-        **options: Any,
+        self, image: Image.Image, classes: Classes, *, keep: Area = "top", **options: Any
     ) -> list[Image.Image]:
         """Completions of an image: the codes of an area are kept, the others are drawn.
 
         Args:
             image: cropped to the model's size around its centre.
+            classes: see sample.
             keep: top, bottom, left or right (half); a number of rows of codes from the top; a box
                 (left, top, right, bottom) of pixels; or a mask, light where the image is kept.
-            passes: resampling passes, where kept codes come after drawn ones (see moveimg.editing).
-            classes, num, seed, options: see sample.
+            options: num=1, seed=0 and fields of SamplingSettings, as for sample, and passes=0:
+                resampling passes, where kept codes come after drawn ones (see moveimg.editing).
         """
-        settings, labels = self.settings(**options), self._labels(classes, num)
-        known = self.encode([image])[0].masked_fill(self.hole(keep, kept=True), UNKNOWN)
-        options = {"seed": seed, "known": known, "passes": passes}
-        return self.decode(self.sample_codes(labels, settings, **options))
+        return self.decode(self._redraw(image, classes, self.hole(keep, kept=True), **options))
 
     def edit(
-        self,
-        image: Image.Image,
-        classes: Classes,
-        *,
-        hole: Area,
-        num: int = 1,
-        seed: int = 0,
-        passes: int = 0,
-        **options: Any,
+        self, image: Image.Image, classes: Classes, *, hole: Area, **options: Any
     ) -> list[Image.Image]:
         """Versions of an image with the area `hole` drawn anew, for its own class or another.
 
         Pixels outside the hole are the image's own, blended over the seam. `hole` has the forms of
         complete's `keep`; for the other arguments see complete.
         """
-        settings, labels = self.settings(**options), self._labels(classes, num)
         drawn = self.hole(hole)
-        known = self.encode([image])[0].masked_fill(drawn, UNKNOWN)
-        codes = self.sample_codes(labels, settings, seed=seed, known=known, passes=passes)
+        codes = self._redraw(image, classes, drawn, **options)
         return self.decode_partial(codes, codes.shape[1], drawn, image)
+
+    def _redraw(self, image: Image.Image, classes: Classes, hole: Tensor, **options: Any) -> Tensor:
+        labels = self._labels(classes, options.pop("num", 1))
+        drawing = {key: options.pop(key, 0) for key in ("seed", "passes")}
+        known = self.encode([image])[0].masked_fill(hole, UNKNOWN)
+        return self.sample_codes(labels, self.settings(**options), known=known, **drawing)
 
     def log_likelihood(
         self, images: Images, classes: Classes, *, batch_size: int = 32

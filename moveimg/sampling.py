@@ -1,6 +1,6 @@
-"""Labels -> codes: free functions over a generator, with every random draw explicit.
+"""Labels -> codes, and codes -> log p: functions over a generator, every random draw explicit.
 
-    B batch   T codes in an image   V codebook size
+    B batch   T codes in an image   V codebook size   C classes
 
 Each image has its own random generator and uses one uniform number per code. So an image's draws
 depend on its own seed alone: not on the batch, its neighbours or the device.
@@ -9,13 +9,15 @@ depend on its own seed alone: not on the batch, its neighbours or the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moveimg.config import SamplingSettings
 from moveimg.model import Transformer
+from moveimg.progress import progress_bar
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
 UNKNOWN = -1  # a code that is to be drawn
@@ -40,9 +42,7 @@ def sample_codes(
     """Draw the codes of one image per label: int64 [B, T]. The same arguments give the same bits.
 
     Args:
-        generator: the model, in eval mode.
         labels: int64 [B] in 0..C, where C is the null label.
-        settings: guidance, temperature and filters.
         rng: one CPU random generator per image (see image_rngs).
         known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn given the codes before
             it; where all known codes come first, that is exact sampling given them.
@@ -164,7 +164,7 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf every logit [B, V] outside the top k, then outside the nucleus of mass p.
 
     Ties with the k-th are kept. The nucleus (arXiv 1904.09751) is the smallest set of likeliest
-    codes whose probability reaches p; it holds one code at least.
+    codes whose probability reaches p.
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -183,3 +183,68 @@ def cumulative_sums(probabilities: Tensor) -> Tensor:
     # near a border could fall on either side of it. A CPU adds in float64 and in order.
     wide = torch.float64 if probabilities.is_cuda else probabilities.dtype
     return probabilities.cumsum(dim=-1, dtype=wide)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """log p of each code of B images in nats, float64 [B, T], and the pixels of an image."""
+
+    log_probs: Tensor
+    pixels: int
+
+    @property
+    def total(self) -> Tensor:
+        """log p(codes | label) in nats, float64 [B]."""
+        return self.log_probs.sum(dim=1)
+
+    @property
+    def nats_per_code(self) -> Tensor:
+        """-log p per code, float64 [B]; the larger, the stranger the image."""
+        return -self.log_probs.mean(dim=1)
+
+    @property
+    def bits_per_code(self) -> Tensor:
+        """-log2 p per code, float64 [B]."""
+        return self.nats_per_code / math.log(2)
+
+    @property
+    def bits_per_pixel(self) -> Tensor:
+        """-log2 p of the codes per pixel, float64 [B]; the tokenizer's own error is not counted."""
+        return -self.total / math.log(2) / self.pixels
+
+
+@torch.inference_mode()
+def code_log_probs(
+    generator: Transformer,
+    codes: Tensor,
+    labels: Tensor,
+    scales: Tensor | None = None,
+    temperature: float = 1.0,
+    narrow: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Tensor:
+    """log p(code | label, codes before it) in nats, float64 [B, T].
+
+    Labels int64 [B] are in 0..C, where C is the null label. `scales` are those of guidance_scales
+    for one scale, none means 1; `narrow` changes the guided logits [B, T, V].
+    """
+    scales = torch.ones(1, 1, 1) if scales is None else scales
+    labels, guided = guided_labels(generator, labels, scales)
+    with torch.autocast(labels.device.type, enabled=False):
+        logits = generator(codes.repeat(1 + guided, 1), labels)  # [B or 2 B, T, V]
+    if guided:
+        conditional, unconditional = logits.chunk(2)
+        logits = guide(conditional, unconditional, scales[..., 0].to(logits))
+    log_probs = narrow(logits / temperature).log_softmax(dim=-1)
+    return log_probs.gather(-1, codes[..., None])[..., 0].double()
+
+
+def class_log_likelihoods(generator: Transformer, codes: Tensor, batch_size: int = 64) -> Tensor:
+    """log p(codes | class) of every class in nats, float64 [B, C]."""
+    n_classes = generator.config.n_classes
+    pairs = torch.cartesian_prod(torch.arange(len(codes)), torch.arange(n_classes))  # [B C, 2]
+    sums = []
+    with progress_bar(len(pairs), "classify", "pair", delay=2) as bar:
+        for rows, labels in (part.to(codes.device).unbind(1) for part in pairs.split(batch_size)):
+            sums.append(code_log_probs(generator, codes[rows], labels).sum(1))
+            bar.update(len(rows))
+    return torch.cat(sums).view(len(codes), n_classes)

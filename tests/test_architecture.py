@@ -22,9 +22,8 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "data": {"config"},
     "checkpoint": {"config", "model", "tokenizer"},
     "pretrained": {"config", "model", "checkpoint", "tokenizer"},
-    "likelihood": {"model", "sampling"},
-    "editing": {"config", "model", "sampling", "likelihood"},
-    "pipeline": CORE | {"likelihood", "editing"},
+    "editing": {"config", "model", "sampling"},
+    "pipeline": CORE | {"editing"},
     "evaluation": CORE | {"data", "pipeline"},
     "training": CORE | {"data", "pipeline", "evaluation"},
 }

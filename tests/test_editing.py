@@ -16,11 +16,12 @@ from moveimg.config import SamplingSettings
 from moveimg.data import open_images
 from moveimg.data.images import DIGITS
 from moveimg.editing import blend, cut_blocks, resample
-from moveimg.likelihood import class_log_likelihoods, code_log_probs
 from moveimg.model.inference import StaticDecoder
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import (
     UNKNOWN,
+    class_log_likelihoods,
+    code_log_probs,
     draw,
     guidance_scales,
     guide,

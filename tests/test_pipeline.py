@@ -87,13 +87,10 @@ def test_samples_repeat_and_have_their_own_seeds(pipeline):
     assert pixels(pipeline.sample("swan", num=2, seed=4)) == pixels(first)[1:]  # seed + i
     assert pixels(first)[1] != pixels(first)[2]
     assert len(pipeline.sample(np.array([1, 0]))) == 2
+    assert pipeline.settings(top_k=None) == SamplingSettings(cfg_scale=1.5, top_k=9)  # its own
+    assert pipeline.settings(top_k=2, cfg_scale=0.0) == SamplingSettings(cfg_scale=0, top_k=2)
     with torch.autocast("cpu", torch.bfloat16):
         assert pixels(pipeline.sample(["goldfish", 4, 4], seed=3)) == pixels(first)
-
-
-def test_settings_left_out_are_the_models_own(pipeline):
-    assert pipeline.settings(top_k=None) == SamplingSettings(cfg_scale=1.5, top_k=9)
-    assert pipeline.settings(top_k=2, cfg_scale=0.0) == SamplingSettings(cfg_scale=0, top_k=2)
 
 
 @pytest.mark.parametrize(
@@ -139,10 +136,10 @@ def test_the_decoder_follows_the_generator_and_is_its_own(pipeline, directory):
     assert torch.equal(swapped, sample_codes(pipeline.generator, labels, settings, rngs))
 
 
-@pytest.mark.parametrize("option", [{"quantize": "int3"}, {"dtype": "int3"}, {"device": "abacus"}])
+@pytest.mark.parametrize("option", ["quantize", "dtype", "device"])
 def test_unknown_options_are_named(directory, option):
-    with pytest.raises(ValueError, match=rf"'{next(iter(option.values()))}'"):
-        Pipeline.from_pretrained(directory, **({"device": "cpu"} | option))
+    with pytest.raises(ValueError, match="'abacus'"):
+        Pipeline.from_pretrained(directory, **({"device": "cpu"} | {option: "abacus"}))
 
 
 @pytest.mark.parametrize(

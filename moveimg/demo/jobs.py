@@ -26,9 +26,8 @@ from moveimg.editing import HALVES
 from moveimg.errors import describe, validate
 from moveimg.images import png_bytes, to_rgb
 from moveimg.inspect import without_bank
-from moveimg.likelihood import Likelihood, code_log_probs
 from moveimg.pipeline import Pipeline, find_label, resolve
-from moveimg.sampling import UNKNOWN
+from moveimg.sampling import UNKNOWN, Likelihood, code_log_probs
 
 LOG = logging.getLogger("moveimg.demo")
 MAX_PIXELS = 40_000_000

@@ -27,9 +27,8 @@ def rope_2d(
 ) -> Tensor:
     """Rotation table [1 + T, dim / 2, 2] (cosine, sine) of a head's `dim` rotary dimensions.
 
-    The first half of the pairs turns by the code's row, the second by its column, each with
-    frequencies base^(-2i / (dim / 2)) (LlamaGen, arXiv 2406.06525). The class token's entries are
-    all zero: its queries and keys vanish.
+    The first half of the pairs turns by the code's row, the second by its column, with frequencies
+    base^(-2i / (dim / 2)) (LlamaGen, arXiv 2406.06525). The class token's entries are zero.
     """
     half = dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).to(dtype) / half)
@@ -48,8 +47,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     rope = rope[:, None].to(wide)  # [S, 1, K / 2, 2]
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager and not any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
-        # One kernel instead of eight: a quarter of a small model's training step. Compilers fuse
-        # the real form below by themselves, and cannot generate code for complex numbers.
+        # One kernel instead of eight, a quarter of a small training step; compilers fuse the other
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     else:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)

@@ -1,10 +1,9 @@
 """Models prepared for sampling: packed and quantized matrices on a CPU, a compiled step on CUDA.
 
-A decoding step multiplies a few rows (two per image with guidance) by every weight matrix, so on a
-CPU reading the weights takes most of the time. Here they are laid out once for such products:
-float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no bfloat16
-instructions; and optionally 8 bits by FBGEMM. A module lists matrices that it reads in another way
-in `unpacked`: they stay linear layers.
+On a CPU, reading the weights takes most of a decoding step. They are laid out once for products of
+a few rows: float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no
+bfloat16 instructions; and optionally 8 bits by FBGEMM. A module lists matrices that it reads in
+another way in `unpacked`: they stay linear layers.
 """
 
 from __future__ import annotations
@@ -143,8 +142,7 @@ class Int8Linear(nn.Module):
 class StaticDecoder(Transformer):
     """`model` in eval mode, decoding by one step whose shapes are the same at every position.
 
-    As in gpt-fast: caches have their full length, the position is a tensor, and a mask hides later
-    entries, so the step is compiled once and replayed as a CUDA graph. Batches are padded to a
+    As in gpt-fast, the step is compiled once and replayed as a CUDA graph. Batches are padded to a
     power of two, so that few graphs are needed. `compiler` has arguments of torch.compile; without
     any, the step runs eagerly.
     """

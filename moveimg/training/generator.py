@@ -71,10 +71,7 @@ class GeneratorTask(Task):
 
     @torch.no_grad()
     def validate(self, model: Transformer) -> dict[str, float]:
-        """Held-out loss in nats per code and accuracy, over every image's first view.
-
-        The processes share the batches; all return the same numbers.
-        """
+        """Held-out loss in nats per code and accuracy, over every image's first view."""
         world, size, n = self.world, self.config.batch_size, len(self.val)
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(world.rank * size, n, world.size * size):
