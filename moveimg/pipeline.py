@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, pad
 
-from moveimg import DEFAULT_MODEL
+from moveimg import DEFAULT_MODEL, sampling
 from moveimg.checkpoint import ModelParts, load_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
@@ -23,14 +23,7 @@ from moveimg.errors import shorten, validate
 from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
 from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import resolve
-from moveimg.sampling import (
-    UNKNOWN,
-    Likelihood,
-    class_log_likelihoods,
-    code_log_probs,
-    image_rngs,
-    iter_codes,
-)
+from moveimg.sampling import UNKNOWN, Likelihood, image_rngs
 
 __all__ = ["DEFAULT_MODEL", "Pipeline", "find_label", "resolve", "search_names"]
 
@@ -185,7 +178,9 @@ class Pipeline:
         if len(labels) not in (1, len(codes)):
             raise ValueError(f"{len(labels)} classes for {len(codes)} images: expected 1 or equal")
         pairs = codes.split(batch_size), labels.expand(len(codes)).split(batch_size)
-        log_probs = [code_log_probs(self.decoder, *pair) for pair in zip(*pairs, strict=True)]
+        log_probs = [
+            sampling.code_log_probs(self.decoder, *pair) for pair in zip(*pairs, strict=True)
+        ]
         return Likelihood(torch.cat(log_probs), math.prod(self.image_size))
 
     def classify(
@@ -196,8 +191,8 @@ class Pipeline:
         By Bayes' rule with equal priors: p(class | codes) = p(codes | class) / sum over classes.
         """
         codes = self.encode(images, batch_size=batch_size)
-        probabilities = class_log_likelihoods(self.decoder, codes, batch_size).softmax(dim=1)
-        best = probabilities.topk(min(top_k, len(self.class_names)), dim=1)
+        scores = sampling.class_log_likelihoods(self.decoder, codes, batch_size)
+        best = scores.softmax(dim=1).topk(min(top_k, len(self.class_names)), dim=1)
         return [
             [(self.class_names[label], share) for label, share in zip(*row, strict=True)]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -277,7 +272,8 @@ class Pipeline:
             known = known.expand(len(labels), -1)
             codes = known.clamp(min=0)
         rngs = image_rngs(range(seed, seed + len(labels)))
-        for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs, known)):
+        drawing = sampling.iter_codes(self.decoder, labels, settings, rngs, known)
+        for position, drawn in enumerate(drawing):
             codes[:, position] = drawn
             yield position + 1, codes
         for _ in range(passes if known is not None else 0):

@@ -48,12 +48,18 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Index(BaseModel):
-    """The contents of checkpoint.json."""
+    """The state of a run at a checkpoint."""
 
     step: int = Field(ge=0, le=10**12)
     seconds: float = 0.0
     held_out: dict[str, float] = {}
     best: float | None = None  # the least first value of held_out so far
+
+
+class IndexFile(BaseModel):
+    """The content of checkpoint.json."""
+
+    checkpoint: Index
 
 
 class Checkpoints:
@@ -145,7 +151,7 @@ class Checkpoints:
                 f"{path}: damaged, or of another model ({reason(error)}); delete it to continue "
                 "from the one before it, or start over with --restart"
             ) from None
-        return extra, read_index(path)
+        return extra, validate(IndexFile, read_json(path / INDEX), str(path / INDEX)).checkpoint
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -174,12 +180,6 @@ class RestrictedPlanner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         path = self.mappings[read_item.dest_index.fqn]
         set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
-
-
-def read_index(path: Path) -> Index:
-    """The contents of a checkpoint's checkpoint.json. Raises ValueError if it is damaged."""
-    content = validate(dict[str, Any], read_json(path / INDEX), str(path / INDEX))
-    return validate(Index, content.get("checkpoint"), str(path / INDEX))
 
 
 def reason(error: BaseException) -> str:

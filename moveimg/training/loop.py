@@ -13,19 +13,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 
 from moveimg.config import RunConfig
 from moveimg.device import peak_memory
@@ -34,7 +29,7 @@ from moveimg.files import lock, remove_temporaries
 from moveimg.rng import set_generator
 from moveimg.training.checkpoints import Checkpoints
 from moveimg.training.logging import RunLogger, check_or_write_settings
-from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
+from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers
 from moveimg.training.parallel import (
     Parallelism,
     gather_full_model,
@@ -44,7 +39,7 @@ from moveimg.training.parallel import (
 )
 
 
-class Task:
+class Task(Protocol):
     """A model with its loss, validation and preview; a Run sets `forward` and `rng`."""
 
     model: Any
@@ -53,15 +48,12 @@ class Task:
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step's micro-batch `part`, and scalars to log."""
-        raise NotImplementedError
 
     def validate(self, model: Any) -> dict[str, float]:
         """Held-out scalars; the model with the smallest first one is the best."""
-        raise NotImplementedError
 
     def preview(self, model: Any) -> Image.Image:
         """An image of samples or reconstructions."""
-        raise NotImplementedError
 
     def export(self, model: Any, directory: Path, about: dict[str, Any]) -> None:
         """Write the model into a directory."""
@@ -72,6 +64,7 @@ class Task:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the result of extra_state."""
+        return
 
 
 def fit(
@@ -136,9 +129,10 @@ class Run:
         config, task, mine = self.config, self.task, self.parallel.mine
         task.model.train()
         rate = learning_rate(config.optimizer, self.step, config.steps)
-        set_rate(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_factor", 1.0)
         scalars: list[dict[str, Tensor]] = []
         for part in mine:
             seed = micro_batch_seed(config.seed, self.step, part)
@@ -208,8 +202,9 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Weights, average and optimizer states, by parameter name."""
-        state: dict[str, Any] = {k: get_model_state_dict(model) for k, model in self.models.items()}
-        return state | {"optimizer": get_optimizer_state_dict(self.task.model, self.optimizers)}
+        state = {k: state_dict.get_model_state_dict(m) for k, m in self.models.items()}
+        moments = state_dict.get_optimizer_state_dict(self.task.model, self.optimizers)
+        return {**state, "optimizer": moments}
 
     def resume(self, restart: bool, data: dict[str, str]) -> None:
         """Create the run's directory, or load its newest checkpoint."""
@@ -224,8 +219,9 @@ class Run:
         state = self.state()
         extra, index = self.checkpoints.load(path, state)
         for name, model in self.models.items():
-            set_model_state_dict(model, state[name])
-        set_optimizer_state_dict(self.task.model, self.optimizers, state["optimizer"])
+            state_dict.set_model_state_dict(model, state[name])
+        model, optimizers = self.task.model, self.optimizers
+        state_dict.set_optimizer_state_dict(model, optimizers, state["optimizer"])
         self.task.load_extra_state(extra)
         self.step, self.saved, self.seconds = index.step, index.step, index.seconds
         self.held_out, self.best = index.held_out, index.best

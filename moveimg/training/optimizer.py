@@ -47,12 +47,6 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     return [torch.optim.Muon(matrices, config.lr, decay, **options), adam]
 
 
-def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
-    """Set the learning rate of every group to `rate` times the group's factor."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = rate * group.get("lr_factor", 1.0)
-
-
 def clip_gradients(optimizers: Sequence[Optimizer], config: OptimizerConfig) -> Tensor:
     """Clip the gradients of value tables and those of all other parameters, each by its norm.
 
