@@ -45,10 +45,7 @@ class ModelParts:
 
 
 def save_model(directory: str | Path, parts: ModelParts, about: dict[str, Any]) -> None:
-    """Write a model directory; each file appears whole and replaces that of an earlier save.
-
-    Weights keep their number type. `about` is plain data on how the model was made.
-    """
+    """Write a model directory, each file atomically; `about` says how the model was made."""
     directory, fingerprint = Path(directory), parts.tokenizer.fingerprint
     path = directory / "config.json"
     stored = read_json(path) if path.is_file() else None
@@ -71,9 +68,8 @@ def load_model(
 ) -> ModelParts:
     """Read a model directory; `dtype` is the generator's, `bank` as of load_generator.
 
-    The tokenizer has float32 at least, for the precision of pixels shows in FID. Raises
-    FileNotFoundError for a missing file, ValueError for one that is damaged or disagrees with
-    another.
+    The tokenizer has float32 at least: its precision shows in FID. Raises FileNotFoundError for a
+    missing file, ValueError for one that is damaged or disagrees with another.
     """
     directory = Path(directory)
     description = read_description(directory)
@@ -157,10 +153,7 @@ def load_generator(
 
 
 def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
-    """The frozen tokenizer, in float32, of a tokenizer or model directory or of a bundled model.
-
-    Raises FileNotFoundError or ValueError as tokenizer.load.
-    """
+    """The frozen tokenizer, in float32, of a tokenizer or model directory or of a bundled model."""
     directory = BUNDLED / path if not path.exists() and (BUNDLED / path).is_dir() else path
     if (directory / "tokenizer" / "config.json").is_file():
         directory = directory / "tokenizer"

@@ -66,11 +66,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def keep_memory() -> None:
-    """Make glibc reuse freed memory instead of returning it to the system, in the whole process.
-
-    Zeroing every large activation anew is a third of encoding's time (docs/performance.md).
-    Commands call it, never the library.
-    """
+    """Make glibc reuse freed memory in the whole process, which is faster (docs/performance.md)."""
     _call_glibc("mallopt", -4, 0)  # M_MMAP_MAX
     _call_glibc("mallopt", -1, 0)  # M_TRIM_THRESHOLD
 

@@ -79,10 +79,7 @@ class World:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[World]:
-    """Join the processes started by torchrun, if any, each with its own device.
-
-    ValueError and OSError end every process: rank 0 raises at once, the others if it goes on.
-    """
+    """Join the processes of torchrun, each with its own device; an error of one ends all."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
         yield World(device=pick_device(device))

@@ -29,10 +29,7 @@ _HELD: set[Path] = set()  # locks of this process
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; renamed to it on success, removed on failure.
-
-    Makes missing parent folders. Raises OSError, naming the path, where it cannot be written.
-    """
+    """Yield a temporary path beside `path`; renamed to it on success, removed on failure."""
     path = Path(path)
     require_file_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +52,7 @@ def require_file_name(path: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; renamed to it on success, removed on failure.
-
-    Raises FileExistsError if `path` exists and is no empty folder, ValueError if another process is
-    making it.
-    """
+    """As atomic, for a new folder. Raises FileExistsError or, if it is being made, ValueError."""
     path = Path(path).absolute()
     with lock(path, "creating it"):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -123,10 +123,7 @@ def guidance_scales(
 
 
 def guided_labels(generator: Transformer, labels: Tensor, scales: Tensor) -> tuple[Tensor, bool]:
-    """The labels [B or 2 B] of the batch that guidance needs, and whether it is doubled.
-
-    Doubled, its second half is without class. `scales` are those of guidance_scales.
-    """
+    """The labels [B or 2 B] of the batch, its second half without class, and whether it has 2 B."""
     values = set(scales.flatten().tolist())
     without_class = torch.full_like(labels, generator.null_label)
     if len(values) > 1 or not values <= {0.0, 1.0}:
@@ -135,10 +132,7 @@ def guided_labels(generator: Transformer, labels: Tensor, scales: Tensor) -> tup
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """Classifier-free guidance on logits [..., V]: uncond + (cond - uncond) * scale (LlamaGen).
-
-    A scale of 1 gives `conditional` to the bit.
-    """
+    """uncond + (cond - uncond) * scale on logits [..., V] (LlamaGen); at 1 exactly cond."""
     guided = unconditional + (conditional - unconditional) * scale
     return torch.where(scale == 1, conditional, guided)
 

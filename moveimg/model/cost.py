@@ -156,10 +156,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
 
 
 def block_activations(config: ModelConfig, block: nn.Module) -> int:
-    """Bytes per token that a block keeps for the backward pass, in bfloat16 autocast.
-
-    Counted for MHA and SwiGLU in eager mode (a test counts again); other kinds are assumed alike.
-    """
+    """Bytes per token that a block of MHA and SwiGLU keeps for its backward pass in bfloat16."""
     ffn: Any = block.ffn
     hidden = swiglu_hidden(config.width, SwiGLUConfig())
     if isinstance(ffn, SwiGLU):

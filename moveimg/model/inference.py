@@ -103,10 +103,7 @@ class FastRMSNorm(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """x [..., in] float32 -> x W^T + b [..., out] float32, W (once bfloat16) in half precision.
-
-    Exact from 2^-14 to 65,504; smaller numbers are rounded to multiples of 2^-24.
-    """
+    """x [..., in] float32 -> x W^T + b [..., out] float32, W (once bfloat16) in half precision."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -118,11 +115,7 @@ class HalfLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x [..., in] -> x W^T + b [..., out], with W and, at each call, x rounded to 8 bits or less.
-
-    W has a scale per output, x one scale per call, so rows of a call depend on each other by
-    rounding.
-    """
+    """x [..., in] -> x W^T + b [..., out]; W has 8 bits and a scale per output, x one per call."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

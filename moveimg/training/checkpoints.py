@@ -63,10 +63,7 @@ class IndexFile(BaseModel):
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints in a folder; the newest `keep` are kept.
-
-    Every process of a run makes one and calls its methods in the same order.
-    """
+    """Writes and reads a run's checkpoints; every process calls its methods in the same order."""
 
     def __init__(self, directory: Path, keep: int, world: World) -> None:
         self.directory, self.keep, self.world = directory, keep, world
@@ -135,10 +132,7 @@ class Checkpoints:
         return next(reversed(self.complete()), None)
 
     def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], Index]:
-        """Fill `state` from a checkpoint; return its extra data and its index.
-
-        Raises ValueError for a damaged or forged one, or one of other tensors.
-        """
+        """Fill `state` from a checkpoint; return its other contents. ValueError if damaged."""
         reader, planner = RestrictedReader(path), RestrictedPlanner()
         try:
             dcp.load(state, storage_reader=reader, planner=planner, **self.options)

@@ -1,7 +1,6 @@
 """How a training is divided among processes: micro-batches, DDP and FSDP2.
 
-A step's batch is cut into the same micro-batches, each with its own random numbers, however many
-processes there are. A process accumulates the gradients of some; DDP or FSDP2 averages them.
+A step's batch is cut into the same micro-batches however many processes there are.
 """
 
 from __future__ import annotations
