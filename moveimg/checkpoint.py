@@ -15,11 +15,11 @@ from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic, read_json, write_json
-from moveimg.model import Transformer
+from moveimg.model import Transformer, ValueBank
 from moveimg.model.bank import place_rows
 
 BUNDLED = Path(__file__).parent / "bundled"
-BANK = "memory.bank.weight"
+BANKS = ("memory.bank.weight", "memory.context_bank.weight")
 REQUIRED = {"n_layer", "n_head", "width", "codebook_size", "n_classes", "grid"}
 ClassNames = TypeAdapter(list[Annotated[str, Field(strict=True, max_length=256)]])
 
@@ -141,14 +141,16 @@ def load_generator(
     with shapes_only():
         generator = Transformer(read_model_config(directory))
     weights = vq.read_weights(path)
-    if bank is None:
-        vq.load_weights(generator, weights, str(path), dtype)
-    elif (rows := weights.get(BANK)) is None:
-        raise ValueError(f"bank {bank!r}: {directory} has no value bank")
-    else:
-        weights[BANK] = torch.empty_like(rows, device="meta")
-        vq.load_weights(generator, weights, str(path), dtype)
-        generator.memory.bank = place_rows(bank, path, BANK, rows, generator.memory.slots)
+    tables = {name: weights[name] for name in BANKS if bank and name in weights}
+    if bank and BANKS[0] not in tables:
+        raise ValueError(f"bank {bank!r}: {directory} has no value bank of floating-point rows")
+    weights |= {name: torch.empty_like(rows, device="meta") for name, rows in tables.items()}
+    vq.load_weights(generator, weights, str(path), dtype)
+    memory: Any = generator.memory
+    if isinstance(memory, ValueBank):
+        memory.check_rows(str(path))
+    for name, rows in tables.items():
+        setattr(memory, name.split(".")[1], place_rows(str(bank), path, name, rows, memory.slots))
     return generator.to(device).eval()
 
 

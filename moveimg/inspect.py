@@ -1,31 +1,23 @@
-"""The inside of a trained model: its gates, its value bank, its gradients and its experts.
-
-B batch   S positions (without the class token's)   H heads   G gates: g_0, then slots
+"""Reports on a trained model: its gates, its bank's gradients and rows, and its experts.
 
 Reports and plots count layers from 1.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from moveimg import plots
 from moveimg.data import PackedCodes
 from moveimg.files import write_json
-from moveimg.model import MoE, Transformer, ValueBank, mixers_by_layer, record_mixing
+from moveimg.images import save_png
+from moveimg.model import MoE, Transformer, ValueBank
+from moveimg.model.analysis import Batches, bank_maps, gather_gates, gradient_sources
 from moveimg.pipeline import Pipeline
-
-# A gate below the first counts as closed, one above the second as fully open.
-NEAR_ZERO, NEAR_TWO = 0.1, 1.9
-Batches = list[tuple[Tensor, Tensor]]  # codes [B, T] and labels [B]
 
 
 def inspect_model(
@@ -35,13 +27,15 @@ def inspect_model(
     num: int = 256,
     batch_size: int = 32,
     seed: int = 0,
+    row: int | None = None,
 ) -> dict[str, Any]:
     """Write out/inspection.json and gates.png; return the report.
 
     The model reads `num` images of packed codes (or of val/ in their folder), or else of its own
-    samples. Gradients are those of the first batch.
+    samples. Gradients are those of the first batch. `row` adds a report on the rows of one code.
 
-    Raises ValueError for a model with neither memory nor experts, or codes of another tokenizer.
+    Raises ValueError for a model with neither memory nor experts, codes of another tokenizer, or a
+    code that does not occur.
     """
     model = pipeline.generator
     batches = read_codes(pipeline, codes_folder, num, batch_size, seed)
@@ -53,8 +47,11 @@ def inspect_model(
     }
     if isinstance(model.memory, ValueBank):
         report["layers"] = gather_gates(model, batches)
-        report["gradients"] = gradient_norms(model, *batches[0])
+        if isinstance(model.memory.bank, nn.Embedding):  # others have no gradient
+            report["gradients"] = gradient_sources(model, *batches[0])
         plots.plot_gates(report["layers"], out)
+        if row is not None:
+            report["row"] = describe_row(pipeline, row, batches, out)
     elif not report["experts"]:
         raise ValueError(
             f"memory of kind {model.config.memory.kind}, feed-forward of kind "
@@ -82,91 +79,59 @@ def read_codes(
     return list(zip(codes.split(batch_size), labels.split(batch_size), strict=True))
 
 
-@dataclass(frozen=True)
-class BankMap:
-    """What one layer mixes into its values at each position, float64 on the CPU.
-
-    Attributes:
-        gates: [B, S, H, G]; the first is g_0 where the layer is `gated`.
-        gated: whether the layer has a gate of its own values.
-        kept, memory: norms over all heads of g_0 V and of sum_i g_i M_i, [B, S].
-    """
-
-    gates: Tensor
-    gated: bool
-    kept: Tensor
-    memory: Tensor
-
-    @property
-    def share(self) -> Tensor:
-        """|sum_i g_i M_i| / (|g_0 V| + |sum_i g_i M_i|), [B, S] in 0..1."""
-        return self.memory / (self.kept + self.memory).clamp(min=1e-12)
-
-    @property
-    def g_0(self) -> Tensor:
-        """The gate of the layer's own values, heads averaged, [B, S]; 1 where there is none."""
-        return self.gates[..., 0].mean(2) if self.gated else torch.ones_like(self.kept)
-
-    @property
-    def slots(self) -> Tensor:
-        """The mean gate of the slots, [B, S]."""
-        return self.gates[..., int(self.gated) :].mean((2, 3))
-
-
 @torch.no_grad()
-def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, BankMap]:
-    """The map of every layer (from 0) with memory, of codes int64 [B, T] with labels [B].
+def describe_row(
+    pipeline: Pipeline, code: int, batches: Batches, out: Path, top: int = 8
+) -> dict[str, Any]:
+    """What the rows of one code do at the positions where it was the last code read.
 
-    Position s belongs to code s; the last code is never read, so S = T - 1.
-    Raises ValueError for a model without value memory.
+    Writes out/row-CODE.png, an image painted with this code alone.
+
+    row            the bank's row of the code; `shared_with`: the other codes of that row
+    gates          mean gate of g_0 (1 where there is none) and of the slots, by layer
+    kl             mean KL divergence in nats of the next code's distribution without the rows
+    raised         codes whose mean probability the rows raise most, with the differences
+    lowered        likewise, those lowered most
+
+    Raises ValueError for a code outside the codebook, or one that the batches do not have.
     """
-    maps: dict[int, BankMap] = {}
-
-    def record(layer: int, g_0: Tensor | None, *others: Tensor) -> None:
-        g_i, values, rows = (part.double() for part in others)
-        memory = torch.einsum("bshm,bshmk->bshk", g_i, rows)
-        gates = g_i if g_0 is None else torch.cat([g_0.double(), g_i], dim=-1)
-        kept = values if g_0 is None else g_0.double() * values
-        norms = (part.flatten(2).norm(dim=-1).cpu() for part in (kept, memory))
-        maps[layer] = BankMap(gates.cpu(), g_0 is not None, *norms)
-
-    with record_mixing(model, record):
-        model(codes, labels)
-    if not maps:
-        raise ValueError("this model has no value memory to map")
-    return maps
-
-
-def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, Any]]:
-    """Gate statistics of every layer with memory, as plain data.
-
-    gates                                   names of the G gates
-    mean, spread, near_zero, near_two       per head and gate, [H, G]; shares below 0.1, above 1.9
-    memory_share                            mean norm of sum_i g_i M_i over its sum with g_0 V's
-    """
-    sums: dict[int, Any] = defaultdict(int)  # over images and positions, [4, H, G]
-    norms: dict[int, Any] = defaultdict(int)  # likewise, [2]
-    for batch in batches:
-        for layer, found in bank_maps(model, *batch).items():
-            g = found.gates
-            each = torch.stack([g, g.square(), (g < NEAR_ZERO).double(), (g > NEAR_TWO).double()])
-            sums[layer] += each.sum((1, 2))
-            norms[layer] += torch.stack([found.kept.sum(), found.memory.sum()])
-    count = sum(len(labels) for _, labels in batches) * (model.config.seq_len - 1)
-    report = {}
-    for layer, mixer in mixers_by_layer(model).items():
-        mean, square, near_zero, near_two = sums[layer] / count
-        kept, memory = norms[layer].tolist()
-        names = [f"slot {slot}" for slot in mixer.slots]
-        report[layer + 1] = {
-            "gates": ["g_0", *names] if mixer.gate_standard else names,
-            "mean": mean.tolist(),
-            "spread": (square - mean.square()).clamp(min=0).sqrt().tolist(),
-            "near_zero": near_zero.tolist(),
-            "near_two": near_two.tolist(),
-            "memory_share": memory / max(memory + kept, 1e-12),
-        }
-    return report
+    model, memory = pipeline.generator, pipeline.generator.memory
+    size = model.config.codebook_size
+    if not 0 <= code < size:
+        raise ValueError(f"row {code}: expected a code in 0..{size - 1}")
+    assert isinstance(memory, ValueBank)
+    bare = pipeline.without_rows([code]).generator
+    gates: dict[int, list[Any]] = {}
+    divergence, changes, count = 0.0, torch.zeros(size, device=pipeline.device), 0
+    for codes, labels in batches:
+        at = codes[:, :-1] == code
+        if not (occurrences := int(at.sum())):
+            continue
+        count += occurrences
+        with_rows, without = (m(codes, labels)[:, 1:][at].log_softmax(-1) for m in (model, bare))
+        divergence += (with_rows.exp() * (with_rows - without)).sum().item()
+        changes += (with_rows.exp() - without.exp()).sum(0)
+        for layer, found in bank_maps(model, codes, labels).items():
+            means = torch.stack([found.g_0[at.cpu()], found.slots[at.cpu()]])
+            gates.setdefault(layer + 1, []).append(means.sum(1))
+    if not count:
+        raise ValueError(f"row {code}: does not occur in these images; try a larger --num")
+    order = (changes / count).sort(descending=True)
+    ranked = list(zip(order.indices.tolist(), order.values.tolist(), strict=True))
+    row = memory.row_indices(torch.tensor(code, device=pipeline.device))
+    everyone = memory.row_indices(torch.arange(size, device=pipeline.device))
+    painted = torch.full((1, model.config.seq_len), code, device=pipeline.device)
+    save_png(pipeline.decode(painted)[0], out / f"row-{code}.png", {"code": code})
+    return {
+        "code": code,
+        "row": int(row),
+        "shared_with": [c for c in (everyone == row).nonzero()[:, 0].tolist() if c != code],
+        "positions": count,
+        "gates": {layer: (sum(sums) / count).tolist() for layer, sums in gates.items()},
+        "kl": divergence / count,
+        "raised": ranked[:top],
+        "lowered": ranked[: -top - 1 : -1],
+    }
 
 
 @torch.no_grad()
@@ -183,57 +148,3 @@ def expert_loads(model: Transformer, batches: Batches) -> dict[int, list[float]]
     for ffn in experts.values():
         ffn.training, ffn.auxiliary = False, None
     return {i: torch.stack(found).mean(0).tolist() for i, found in loads.items()}
-
-
-class EmptyRows(nn.Module):
-    """A memory whose rows are all zero: gates still apply to the layers' own values."""
-
-    def __init__(self, memory: Any) -> None:
-        super().__init__()
-        self.memory = memory
-
-    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Tensor | None:
-        rows = self.memory.rows(labels, codes)
-        return None if rows is None else torch.zeros_like(rows)
-
-
-def without_bank(model: Transformer) -> Transformer:
-    """The same model with every slot at zero. It shares all weights; `model` does not change."""
-    bare = copy.copy(model)
-    bare._modules = dict(model._modules)  # else the new memory below would become `model`'s, too
-    bare.memory = EmptyRows(model.memory)
-    return bare
-
-
-def gradient_norms(model: Transformer, codes: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Norms of the cross-entropy's gradient with respect to the bank, by the layer it comes from.
-
-    Each layer gets rows of its own (equal in value), so their gradient is that layer's part alone:
-    what a local table there would get. A shared bank gets the sum over layers. That sum's norm
-    over the sum of norms, `alignment`, is 1 where all layers pull the same way.
-    """
-    leaves: list[Tensor] = []
-
-    def replace(mixer: nn.Module, args: tuple[Tensor, Tensor, Any]) -> tuple:
-        leaves.append(args[2].detach().requires_grad_())
-        return args[0], args[1], leaves[-1]
-
-    mixers, weight = mixers_by_layer(model), model.memory.bank.weight
-    handles = [mixer.register_forward_pre_hook(replace) for mixer in mixers.values()]
-    try:
-        with torch.enable_grad():
-            loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
-            gradients = torch.autograd.grad(loss, leaves)
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    norms: dict[int, float] = {}
-    for layer, gradient in zip(mixers, gradients, strict=True):
-        by_slot = gradient[:, 1:].transpose(2, 3).flatten(2)  # in the order of the bank's columns
-        part = torch.zeros_like(total)
-        part.index_add_(0, codes[:, :-1].flatten(), by_slot.flatten(0, 1).to(part.dtype))
-        norms[layer + 1] = part.norm().item()
-        total += part
-    bank = total.norm().item()
-    return {"bank": bank, "by_layer": norms, "alignment": bank / max(sum(norms.values()), 1e-30)}

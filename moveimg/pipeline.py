@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, pad
 
 from moveimg import DEFAULT_MODEL, sampling
-from moveimg.checkpoint import ModelParts, load_model
+from moveimg.bank_editing import blend_banks, erase_rows
+from moveimg.checkpoint import ModelParts, load_model, save_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
 from moveimg.device import pick_device, pick_dtype
 from moveimg.editing import Area, area_pixels, blend, resample
 from moveimg.errors import shorten, validate
+from moveimg.files import atomic_directory
 from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
 from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import resolve
@@ -111,6 +113,29 @@ class Pipeline:
             options: dict[str, Any] = {"compile": True} if self.compile else {}
             self._prepared = (key, decoding_model(self.generator, self.quantize, **options))
         return self._prepared[1]
+
+    def without_rows(self, codes: Sequence[int]) -> Pipeline:
+        """A copy whose bank holds zeros in the rows of `codes` (see moveimg.bank_editing)."""
+        return self.with_generator(erase_rows(self.generator, codes))
+
+    def blend(self, other: Pipeline, share: float) -> Pipeline:
+        """A copy with the bank (1 - share) * its own + share * other's (moveimg.bank_editing)."""
+        if self.tokenizer.fingerprint != other.tokenizer.fingerprint:
+            raise ValueError(f"blend with {other.name}: a model of another tokenizer's codes")
+        return self.with_generator(blend_banks(self.generator, other.generator, share))
+
+    def with_generator(self, generator: Transformer) -> Pipeline:
+        """A copy with another generator."""
+        parts = ModelParts(generator, self.tokenizer, self.class_names, self.sampling, self.about)
+        return Pipeline(parts, self.device, self.quantize, self.compile, self.name)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model directory, which appears whole. Raises FileExistsError if it is there."""
+        parts = ModelParts(
+            self.generator, self.tokenizer, self.class_names, self.sampling, self.about
+        )
+        with atomic_directory(Path(directory)) as temporary:
+            save_model(temporary, parts, self.about)
 
     def label(self, name_or_index: str | int) -> int:
         """The label of a class by index, name, synonym or unambiguous part of a name."""

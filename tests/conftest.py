@@ -29,6 +29,7 @@ FEEDFORWARDS = {
     "moe": {"kind": "moe", "n_experts": 4, "hidden": 8, "shared_hidden": 6},
     "product_key": {"kind": "product_key", **PRODUCT_KEYS},
     "peer": {"kind": "peer", **PRODUCT_KEYS},
+    "ultramem": {"kind": "ultramem", **PRODUCT_KEYS, "value_width": 6, "delay": 0},
 }
 # ... and what else a kind can be asked for, tried with every attention there is.
 MORE_MEMORIES = {
@@ -36,6 +37,9 @@ MORE_MEMORIES = {
     "lave-listed": {"kind": "lave", "layers": [0], "class_rows": True},
     "move-1": {"kind": "move", "slots": 1},
     "move-2-ungated": {"kind": "move", "slots": 2, "gate_standard": False},
+    "move-2-shared-above": {"kind": "move", "slots": 2, "rows": 5, "gate_bias": [1.0, -1.0]}
+    | {"context": "above", "context_rows": 7},
+    "move-1-left": {"kind": "move", "slots": 1, "context": "left", "context_rows": 11},
 }
 LOW_RANK_QUERIES = {"kind": "mla", "kv_rank": 8, "rope_dim": 8, "q_rank": 10}
 LISTED = {"layers": [1], "elsewhere": {"hidden": 24}}
@@ -50,6 +54,11 @@ MORE = {
         ATTENTIONS["mha"],
         MORE_MEMORIES["move-1"],
         FEEDFORWARDS["product_key"] | LISTED | {"value_width": 10},
+    ),
+    "mha-move-ultramem-delayed": (
+        ATTENTIONS["mha"],
+        MORE_MEMORIES["move-1"],
+        FEEDFORWARDS["ultramem"] | {"delay": 1, "layers": [0], "rank": 3, "cores": 3},
     ),
 }
 

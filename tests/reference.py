@@ -51,11 +51,29 @@ def no_memory(w, config, codes, label, layer, width):
 
 def move(w, config, codes, label, layer, width):
     """The value rows that a layer reads at each position: list of [M, width]."""
-    bank = w["memory.bank.weight"]
-    first = np.zeros(bank.shape[1])
-    if config.memory.class_rows:
-        first = w["memory.class_bank.weight"][label]
-    return [row.reshape(-1, width) for row in (first, *(bank[code] for code in codes))]
+    bank, spec = w["memory.bank.weight"], config.memory
+    rows = [w["memory.class_bank.weight"][label] if spec.class_rows else np.zeros(bank.shape[1])]
+    for i, code in enumerate(codes):
+        shared = getattr(spec, "rows", None) is not None
+        row = bank[int(w["memory.row_of_code"][code]) if shared else code]
+        if getattr(spec, "context", None) is not None:
+            line, column = divmod(i, config.grid[1])
+            neighbour = config.codebook_size
+            if spec.context == "left" and column > 0:
+                neighbour = codes[i - 1]
+            if spec.context == "above" and line > 0:
+                neighbour = codes[i - config.grid[1]]
+            table = w["memory.context_bank.weight"]
+            row = row + table[hashed(code * (config.codebook_size + 1) + neighbour) % len(table)]
+        rows.append(row)
+    return [row.reshape(-1, width) for row in rows]
+
+
+def hashed(number):
+    """The finalizer of 32-bit murmur3, with 15 for its shifts of 16 and 13."""
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        number = (number ^ (number >> 15)) * factor % 2**32
+    return number ^ (number >> 16)
 
 
 def lave(w, config, codes, label, layer, width):
@@ -73,9 +91,10 @@ def lave(w, config, codes, label, layer, width):
     return [row[layers.index(layer)][None] for row in rows]
 
 
-def mixed_value(v, x, rows, router, config):
-    """V = g_0 V + sum_i g_i M_i per head, g = 2 sigmoid(x W_G)."""
-    gates = 2 / (1 + np.exp(-(router @ x))).reshape(config.n_head, -1)
+def mixed_value(v, x, rows, w, name, config):
+    """V = g_0 V + sum_i g_i M_i per head, g = 2 sigmoid(x W_G + b)."""
+    logits = w[name + ".router.weight"] @ x + w.get(name + ".router.bias", 0.0)
+    gates = 2 / (1 + np.exp(-logits)).reshape(config.n_head, -1)
     head_dim = len(v) // config.n_head
     out = np.empty_like(v)
     for h in range(config.n_head):
@@ -108,7 +127,7 @@ def mha(w, pre, config, hs, memory):
     for t, h in enumerate(hs):
         q, k, v = np.split(w[pre + "wqkv.weight"] @ h, 3)
         if rows is not None:
-            v = mixed_value(v, h, rows[t], w[pre + "mixer.router.weight"], config)
+            v = mixed_value(v, h, rows[t], w, pre + "mixer", config)
         for vector, into in ((q, qs), (k, ks)):
             heads = vector.reshape(config.n_head, -1)
             into.append(np.stack([rotated(head, t - 1, config) for head in heads]))
@@ -134,12 +153,12 @@ def mla(w, pre, config, hs, memory):
         c, key = down[: spec.kv_rank], down[spec.kv_rank :]
         c = rms_norm(c, w[pre + "kv_norm.weight"], config.norm_eps)
         if in_latent:
-            c = mixed_value(c, h, rows[t], w[pre + "latent_mixer.router.weight"], config)
+            c = mixed_value(c, h, rows[t], w, pre + "latent_mixer", config)
         up = (w[pre + "wkv_up.weight"] @ c).reshape(n_head, 2, width)
         v = up[:, 1]
         if not in_latent and rows is not None:
-            router = w[pre + "value_mixer.router.weight"]
-            v = mixed_value(v.reshape(-1), h, rows[t], router, config).reshape(v.shape)
+            v = mixed_value(v.reshape(-1), h, rows[t], w, pre + "value_mixer", config)
+            v = v.reshape(n_head, -1)
         key = rotated(key, t - 1, config)
         ks.append(np.stack([np.concatenate([up[i, 0], key]) for i in range(n_head)]))
         turned = [np.concatenate([p[:width], rotated(p[width:], t - 1, config)]) for p in q]
@@ -192,9 +211,50 @@ def peer(w, pre, spec, x):
     return out
 
 
+def ultramem(w, pre, spec, x):
+    return swiglu(w, pre + "dense.", spec.elsewhere, x)
+
+
+def layer_norm(x, weight):
+    return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * weight
+
+
+def remember(w, pre, config, spec, x):
+    """UltraMem's memory of a stream: every cell scored, one at a time."""
+    x = rms_norm(x, w[pre + "memory_norm.weight"], config.norm_eps)
+    n, cells = spec.n_keys, spec.n_keys**2
+    step = int(cells * 0.618)
+    while math.gcd(step, cells) > 1:
+        step += 1
+    values, look = w[pre + "values.weight"], pre + "lookup."
+    pooled = np.zeros((spec.expansion, values.shape[1]))
+    query = (w[look + "query.weight"] @ x).reshape(spec.key_heads, 2, -1)
+    for h in range(spec.key_heads):
+        q = [layer_norm(part, w[look + "query_norm.weight"]) for part in query[h]]
+        keys = w[look + "keys"][h]  # [2, r, n, half]
+        s = np.zeros((2, spec.rank, n))
+        for p, r, i in np.ndindex(*s.shape):
+            s[p, r, i] = layer_norm(keys[p, r, i], w[look + "key_norm.weight"]) @ q[p]
+        cores = w[look + "core"][:, h]
+        u, _, vt = np.linalg.svd(cores.sum(0))
+        sign = np.sign(u[np.argmax(abs(u[:, 0])), 0])
+        best_rows = np.argsort(-(sign * u[:, 0] @ s[0]))[: spec.top_k]
+        best_columns = np.argsort(-(sign * vt[0] @ s[1]))[: spec.top_k]
+        found = []
+        for i in best_rows:
+            for j in best_columns:
+                by_core = [s[0][:, i] @ core @ s[1][:, j] for core in cores]
+                found.append((sum(by_core), i * n + j, by_core))
+        for _, cell, by_core in sorted(found, key=lambda item: -item[0])[: spec.top_k]:
+            table, row = divmod(int(cell) * step % cells, len(values))
+            pooled[table] += np.repeat(by_core, len(values[row]) // spec.cores) * values[row]
+    return w[pre + "out.weight"] @ pooled.reshape(-1)
+
+
 MEMORIES = {"none": no_memory, "lave": lave, "move": move}
 ATTENTIONS = {"mha": mha, "mla": mla}
 FEEDFORWARDS = {"swiglu": swiglu, "moe": moe, "product_key": product_key, "peer": peer}
+FEEDFORWARDS["ultramem"] = ultramem
 
 
 def reference_logits(model, codes, label):
@@ -204,6 +264,7 @@ def reference_logits(model, codes, label):
     codes, label = [int(c) for c in codes][:-1], int(label)
     xs = [w["label_embedding.weight"][label]]
     xs += [w["code_embedding.weight"][c] for c in codes]
+    remembered = {}
     for layer in range(config.n_layer):
         pre, spec = f"layers.{layer}.", config.ffn
         chosen = getattr(spec, "layers", "all")
@@ -220,5 +281,10 @@ def reference_logits(model, codes, label):
         xs = [x + a for x, a in zip(xs, attended, strict=True)]
         feed = FEEDFORWARDS[spec.kind]
         xs = [x + feed(w, pre + "ffn.", spec, normed(x, "ffn_norm.weight")) for x in xs]
+        if spec.kind == "ultramem":
+            later = [remember(w, pre + "ffn.", config, spec, x) for x in xs]
+            remembered.setdefault(layer + spec.delay, []).append(later)
+        for later in remembered.get(layer, []):
+            xs = [x + y for x, y in zip(xs, later, strict=True)]
     final = [rms_norm(x, w["norm.weight"], config.norm_eps) for x in xs]
     return np.stack([w["head.weight"] @ x for x in final])

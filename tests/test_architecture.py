@@ -23,7 +23,8 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "checkpoint": {"config", "model", "tokenizer"},
     "pretrained": {"config", "model", "checkpoint", "tokenizer"},
     "editing": {"config", "model", "sampling"},
-    "pipeline": CORE | {"editing"},
+    "bank_editing": {"model"},
+    "pipeline": CORE | {"editing", "bank_editing"},
     "evaluation": CORE | {"data", "pipeline"},
     "training": CORE | {"data", "pipeline", "evaluation"},
 }

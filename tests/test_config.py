@@ -121,8 +121,8 @@ def test_every_number_is_bounded_where_it_is_declared(cls):
     found = list(numbers(cls.model_json_schema()))
     assert len(found) > 20
     for name, schema in found:
-        assert schema.keys() & {"maximum", "exclusiveMaximum"}, name
-        assert schema.keys() & {"minimum", "exclusiveMinimum"}, name
+        assert schema.keys() & {"maximum", "exclusiveMaximum", "enum"}, name
+        assert schema.keys() & {"minimum", "exclusiveMinimum", "enum"}, name
 
 
 def test_configs_are_frozen_and_survive_json():

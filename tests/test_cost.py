@@ -11,7 +11,9 @@ from moveimg.config import SIZES, ModelConfig, TrainConfig, load_config
 from moveimg.model import GatedMixer, MoE, Transformer, model_cost, token_flops, train_budget
 from moveimg.model.attention import MultiHeadLatentAttention
 from moveimg.model.cost import active_parameters, block_activations, count_parameters
-from moveimg.model.feedforward import PEER, ProductKeyMemory, block_shape
+from moveimg.model.moe import block_shape
+from moveimg.model.product_keys import PEER, ProductKeyMemory
+from moveimg.model.ultramem import UltraMem
 from tests.conftest import MORE, PAIRED, VARIANTS, decode_all, lively, random_inputs, tiny_config
 
 B_MOVE = "imagenet-b-256-move-x1"
@@ -57,6 +59,8 @@ def countable(model, context, tokens, **options):
             rows = tokens * module.spec.top_k
             size, count = block_shape(rows, module.spec.n_experts)
             total += (size * count - rows) * 6 * module.width * module.spec.hidden
+        elif isinstance(module, UltraMem):
+            total += 2 * module.lookup.core[0].numel() * (8 * module.settings.rank + 1)
     return total
 
 
@@ -91,6 +95,8 @@ def test_parameters_add_up(name):
             active -= 2 * 3 * 16 * 8
         elif isinstance(ffn, ProductKeyMemory):  # 2 look-ups of 3 values
             active += 2 * 3 * ffn.row_width
+        elif isinstance(ffn, UltraMem):  # 2 look-ups of 3 values; 16 cells in 4 tables of 4 rows
+            active += 2 * 3 * 6 - 4 * 6
         elif isinstance(ffn, PEER):  # of 16 experts
             active += (2 * 3 - 16) * 2 * 16
     if model.shared_ffn is not None:

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from moveimg.checkpoint import ModelParts
 from moveimg.config import SamplingSettings
-from moveimg.inspect import bank_maps, gather_gates, gradient_norms, inspect_model, without_bank
+from moveimg.inspect import describe_row, inspect_model
 from moveimg.model import mixers_by_layer
+from moveimg.model.analysis import bank_maps, gather_gates, gradient_sources, scale_bank
 from moveimg.pipeline import Pipeline
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 from tests.test_pipeline import NAMES, tiny_tokenizer
@@ -64,7 +65,7 @@ def test_model_without_its_bank_mixes_nothing_in():
     model = built(MOVE)
     codes, labels = random_inputs(model.config)
     before = model(codes, labels)
-    assert all(not m.share.any() for m in bank_maps(without_bank(model), codes, labels).values())
+    assert all(not m.share.any() for m in bank_maps(scale_bank(model, 0.0), codes, labels).values())
     assert torch.equal(model(codes, labels), before)
     with pytest.raises(ValueError, match="no value memory"):
         bank_maps(built("mha-none-swiglu"), codes, labels)
@@ -74,7 +75,7 @@ def test_model_without_its_bank_mixes_nothing_in():
 def test_gradients_by_layer_add_up_to_the_banks_own(name):
     model = built(name)
     codes, labels = random_inputs(model.config, batch=4)
-    found = gradient_norms(model, codes, labels)
+    found = gradient_sources(model, codes, labels)
     loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
     (whole,) = torch.autograd.grad(loss, [model.memory.bank.weight])
     assert found["bank"] == pytest.approx(whole.norm().item())
@@ -109,3 +110,25 @@ def test_models_without_memory_or_experts_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none.*swiglu"):
         inspect_model(pipeline("mha-none-swiglu"), tmp_path, num=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_on_a_row_is_the_difference_that_its_rows_make(tmp_path):
+    pipe = pipeline(MOVE)
+    codes, labels = random_inputs(pipe.generator.config, batch=4)
+    code = int(codes[0, 0])
+    found = describe_row(pipe, code, [(codes[:3], labels[:3]), (codes[3:], labels[3:])], tmp_path)
+    at = (codes[:, :-1] == code).nonzero()
+    with torch.no_grad():
+        before = pipe.generator(codes, labels).softmax(-1)
+        pipe.generator.memory.bank.weight[code] = 0
+        after = pipe.generator(codes, labels).softmax(-1)
+    pairs = [(before[i, t + 1], after[i, t + 1]) for i, t in at]
+    kl = torch.stack([(p * (p / q).log()).sum() for p, q in pairs]).mean()
+    changes = torch.stack([p - q for p, q in pairs]).mean(0)
+    assert found["positions"] == len(at) and found["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert found["raised"][0] == (int(changes.argmax()), pytest.approx(changes.max().item(), 1e-4))
+    assert found["lowered"][0][0] == int(changes.argmin())
+    assert len(found["gates"]) == 2 and (tmp_path / f"row-{code}.png").is_file()
+    for wrong in (-1, 11):
+        with pytest.raises(ValueError, match=str(wrong)):
+            describe_row(pipe, wrong, [(codes, labels)], tmp_path)

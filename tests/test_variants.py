@@ -12,8 +12,9 @@ import yaml
 
 from moveimg.config import ModelConfig
 from moveimg.model.attention import ATTENTIONS
-from moveimg.model.feedforward import FEEDFORWARDS, block_shape, sort_by_expert
+from moveimg.model.feedforward import FEEDFORWARDS
 from moveimg.model.memory import MEMORIES
+from moveimg.model.moe import block_shape, sort_by_expert
 from tests import conftest, reference
 from tests.conftest import VARIANTS, lively, random_inputs, tiny_config
 

@@ -63,11 +63,11 @@ def load_weights(
     source: str,
     dtype: torch.dtype | None = torch.float32,
 ) -> None:
-    """Set all weights of `module`, cast to `dtype` (None: as they are stored).
+    """Set all weights of `module`, floats cast to `dtype` (None: not cast).
 
     A module on the meta device takes the tensors themselves. Raises ValueError, one line that
-    starts with `source`, for a tensor that is missing, unknown, misshapen or not of floats, and
-    for a norm or bias that is not finite (reading every matrix would take seconds).
+    starts with `source`, for a tensor that is missing, unknown, misshapen or of another kind of
+    number, and for a norm or bias that is not finite (reading every matrix would take seconds).
     """
     expected, state = module.state_dict(), {}
     for name in sorted(expected.keys() | weights.keys()):
@@ -77,9 +77,11 @@ def load_weights(
         )
         if there != wanted:
             raise ValueError(f"{source}: {name[:200]!r} is {there}, expected {wanted}")
-        if not weights[name].is_floating_point():
-            raise ValueError(f"{source}: {name!r} holds {weights[name].dtype}, expected floats")
-        state[name] = weights[name].detach().to(dtype=dtype)
+        value, floats = weights[name].detach(), expected[name].is_floating_point()
+        if not value.is_floating_point() if floats else value.dtype != expected[name].dtype:
+            needed = "floats" if floats else expected[name].dtype
+            raise ValueError(f"{source}: {name!r} holds {value.dtype}, expected {needed}")
+        state[name] = value.to(dtype=dtype) if floats else value
         if state[name].ndim == 1 and not state[name].isfinite().all():
             raise ValueError(f"{source}: {name!r} holds NaN or infinite values: damaged weights")
     module.load_state_dict(state, assign=next(module.parameters()).is_meta)

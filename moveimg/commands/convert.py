@@ -76,6 +76,20 @@ def upcycle(
     print(f"{out}: memory {config.memory.model_dump()}")
 
 
+@conversion
+def quantize_bank(
+    out: Out,
+    model: str = Argument(help="A model with MoVE's bank: its name, directory or Hub id."),
+    bits: int = Option(8, min=4, max=8, help="Bits per number of the bank: 8 or 4."),
+) -> None:
+    """Write a model with its bank's rows in 8 or 4 bits, for sampling."""
+    from moveimg.pipeline import resolve
+    from moveimg.pretrained.upcycle import convert_quantize_bank
+
+    config = convert_quantize_bank(resolve(model), bits, out)
+    print(f"{out}: memory {config.memory.model_dump()}")
+
+
 @command
 def push(
     model: str = Argument(help="A bundled model's name or a model directory."),

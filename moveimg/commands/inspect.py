@@ -69,6 +69,7 @@ def inspect(
     batch_size: common.BatchSize = 32,
     seed: common.Seed = 0,
     out: Path = Option(Path("inspection"), help="The folder for the report."),
+    row: int | None = Option(None, metavar="CODE", help="Report what this code's rows do, too."),
     device: common.Device = None,
 ) -> None:
     """Report gates, memory, gradients and experts of a model as JSON, and plot its gates."""
@@ -79,11 +80,14 @@ def inspect(
 
     pipeline = Pipeline.from_pretrained(model, device=device)
     with lock(out, "moveimg inspect"):
-        report = inspect_model(pipeline, out, codes, num, batch_size, seed)
+        report = inspect_model(pipeline, out, codes, num, batch_size, seed, row)
     for layer, gates in report.get("layers", {}).items():
         means = [sum(heads) / len(heads) for heads in zip(*gates["mean"], strict=True)]
         line = numbers(dict(zip(gates["gates"], means, strict=True)))
         print(f"layer {layer}: {line}; memory's share of V {gates['memory_share']:.0%}")
+    if found := report.get("row"):
+        raised = numbers({f"code {code}": change for code, change in found["raised"][:4]})
+        print(f"row {row}: {found['positions']} positions, KL {found['kl']:.4f} nats; {raised}")
     for layer, load in report["experts"].items():
         print(f"layer {layer}: busiest expert {max(load) * len(load):.2f} times its even share")
     print(f"-> {out}/ (inspection.json, gates.png)")

@@ -14,6 +14,8 @@ Count = Annotated[int, Field(ge=1, le=1024)]  # layers, heads, experts
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Side = Annotated[int, Field(ge=1, le=256)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Rows = Annotated[int, Field(ge=1, le=2**26)]
+Logit = Annotated[float, Field(ge=-20, le=20)]
 Layers = Literal["alternate", "all"] | tuple[Annotated[int, Field(ge=0, le=1023)], ...]
 ClassRows = Annotated[bool, Field(description="memory rows for the class token; else zeros")]
 
@@ -73,7 +75,18 @@ class NoMemoryConfig(SlotConfig):
     kind: Literal["none"] = "none"
 
 
-class LaVEConfig(SlotConfig):
+class GatedMemoryConfig(SlotConfig):
+    """Settings of the memories whose rows pass through gates 2 sigmoid(x W_G + b)."""
+
+    gate_standard: bool
+    class_rows: ClassRows = False
+    gate_bias: tuple[Logit, Logit] = Field(
+        (0.0, 0.0), description="initial b of g_0 and of the slots' gates; two zeros: no b (paper)"
+    )
+    router_std: float = Field(0.0, ge=0, le=10, description="W_G starts as N(0, this); 0: paper")
+
+
+class LaVEConfig(GatedMemoryConfig):
     """Layer-wise value embeddings: each chosen layer has its own table with one slot."""
 
     kind: Literal["lave"] = "lave"
@@ -81,24 +94,37 @@ class LaVEConfig(SlotConfig):
         "alternate", description="alternate (x1, with the last), all (x2), a list"
     )
     gate_standard: bool = Field(False, description="also gate the standard path V by g_0")
-    class_rows: ClassRows = False
 
     def check(self, model: ModelConfig) -> None:
         pick_layers(self.layers, model.n_layer)
 
 
-class MoVEConfig(SlotConfig):
+class MoVEConfig(GatedMemoryConfig):
     """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
 
     kind: Literal["move"] = "move"
     slots: int = Field(ge=1, le=256, description="value embeddings per code; n_layer / 2 is x1")
     gate_standard: bool = Field(True, description="gate the standard path V by g_0")
-    class_rows: ClassRows = False
+    rows: Rows | None = Field(None, description="rows that similar codes share; null: one per code")
+    context: Literal["left", "above"] | None = Field(
+        None, description="add rows of the pair of a code and the code to its left, or above it"
+    )
+    context_rows: Rows | None = Field(None, description="rows of the table that pairs hash into")
+    bits: Literal[4, 8] | None = Field(
+        None, description="bits per number of a bank made by `moveimg convert quantize-bank`"
+    )
 
     def check(self, model: ModelConfig) -> None:
         rank = model.attention.kv_rank if isinstance(model.attention, MLAConfig) else 0
         if rank % model.n_head:  # MoVE cuts the latent into one chunk per head
             raise ValueError(f"kv_rank {rank} over {model.n_head} heads: expected a multiple")
+        if (self.rows or 1) > model.codebook_size:
+            raise ValueError(f"memory.rows {self.rows}: expected 1..{model.codebook_size} (codes)")
+        if (self.context is None) != (self.context_rows is None):
+            raise ValueError(
+                f"memory.context {self.context} with context_rows {self.context_rows}: "
+                "expected both or neither"
+            )
 
 
 class SwiGLUConfig(SlotConfig):
@@ -162,7 +188,35 @@ class PEERConfig(ProductKeyLookup):
     top_k: Count = Field(16, description="experts that a look-up reads")
 
 
-AnyFeedForward = SwiGLUConfig | MoEConfig | ProductKeyConfig | PEERConfig
+class UltraMemConfig(ProductKeyLookup):
+    """UltraMem (arXiv 2411.12364): product keys scored by Tucker cores, beside a SwiGLU."""
+
+    kind: Literal["ultramem"] = "ultramem"
+    top_k: Count = Field(16, description="cells that a look-up reads")
+    rank: int = Field(2, ge=1, le=16, description="r, scores per key that a core combines")
+    cores: int = Field(2, ge=1, le=16, description="cores; each weighs a segment of the values")
+    expansion: int = Field(4, ge=1, le=64, description="virtual tables per physical table")
+    value_width: Width | None = Field(None, description="width of a value; null: half the model's")
+    delay: int = Field(1, ge=0, le=64, description="layers after which the values enter the stream")
+    margin: float = Field(0.15, ge=0, le=10, description="singular values beyond are penalised")
+    penalty: float = Field(0.001, ge=0, le=100, description="weight of that loss")
+
+    def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        last = max(pick_layers(self.layers, model.n_layer))
+        if last + self.delay >= model.n_layer:
+            raise ValueError(
+                f"ffn.delay {self.delay} after layer {last}: expected a layer below {model.n_layer}"
+            )
+        width = self.value_width or model.width // 2
+        if width % self.cores or self.n_keys**2 % self.expansion:
+            raise ValueError(
+                f"value width {width} over {self.cores} cores, {self.n_keys**2} cells over "
+                f"{self.expansion} tables: expected multiples"
+            )
+
+
+AnyFeedForward = SwiGLUConfig | MoEConfig | ProductKeyConfig | PEERConfig | UltraMemConfig
 # LlamaGen's named sizes (arXiv 2406.06525, table 1), and one for the digits.
 SIZES: dict[str, dict[str, int]] = {
     "digits": {"n_layer": 6, "n_head": 4, "width": 96},

@@ -112,9 +112,14 @@ class TrainConfig(RunConfig):
     activation_checkpointing: bool = Field(False, description="less memory, one more forward pass")
     compile: bool = Field(False, description="torch.compile each block for training")
     sampling: SamplingSettings = Field(SamplingSettings(), description="of previews, and saved")
+    memory_every: StepsFromZero = Field(
+        0, description="steps between records of gates and the bank's gradients; 0: none (not fsdp)"
+    )
 
     @model_validator(mode="after")
-    def _check_backbone(self) -> TrainConfig:
+    def _check_memory(self) -> TrainConfig:
+        if self.memory_every and self.distributed == "fsdp":
+            raise ValueError("memory_every: the bank of a sharded model is on no device whole")
         if self.train == "memory" and self.init_from is None:
             raise ValueError("train: memory needs `init_from`: there is no trained backbone")
         return self

@@ -25,7 +25,7 @@ from moveimg.device import release_memory
 from moveimg.editing import HALVES
 from moveimg.errors import describe, validate
 from moveimg.images import png_bytes, to_rgb
-from moveimg.inspect import without_bank
+from moveimg.model.analysis import scale_bank
 from moveimg.pipeline import Pipeline, find_label, resolve
 from moveimg.sampling import UNKNOWN, Likelihood, code_log_probs
 
@@ -99,7 +99,7 @@ class Models:
             pipeline = self.pipelines[info.name]
         if not bank:
             pipeline = copy.copy(pipeline)
-            pipeline.generator = without_bank(pipeline.generator)
+            pipeline.generator = scale_bank(pipeline.generator, 0.0)
         return pipeline
 
     def _load(self, info: ModelInfo) -> Pipeline:

@@ -1,9 +1,11 @@
 """The generator: a class-conditional transformer with slots for attention, memory, feed-forward."""
 
 from moveimg.model.cost import model_cost, token_flops, train_budget
-from moveimg.model.feedforward import MoE, ValueTable, swiglu_hidden
 from moveimg.model.inference import decoding_model
 from moveimg.model.memory import GatedMixer, ValueBank, mixers_by_layer, record_mixing
+from moveimg.model.moe import MoE
+from moveimg.model.product_keys import ValueTable
+from moveimg.model.swiglu import swiglu_hidden
 from moveimg.model.transformer import Transformer
 
 __all__ = [

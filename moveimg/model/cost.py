@@ -16,8 +16,9 @@ from moveimg.config import TrainConfig
 from moveimg.config.model import ModelConfig, SwiGLUConfig
 from moveimg.device import shapes_only
 from moveimg.model import transformer
-from moveimg.model.feedforward import SwiGLU, TableLayer, swiglu_hidden
 from moveimg.model.memory import GatedMixer, ValueBank
+from moveimg.model.product_keys import TableLayer
+from moveimg.model.swiglu import SwiGLU, swiglu_hidden
 from moveimg.model.transformer import Transformer
 
 
@@ -47,6 +48,7 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     context = (length + 1) / 2  # position t attends to t + 1
     caches = [layer.make_cache(1, length, model.norm.weight) for layer in model.attentions()]
     bank = memory.slots * memory.value_width if isinstance(memory, ValueBank) else 0
+    bank *= 1 + (memory.context is not None)
     reads = sum(ffn.active_own() for ffn in model.feedforwards() if isinstance(ffn, TableLayer))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),

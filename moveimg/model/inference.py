@@ -155,7 +155,9 @@ class StaticDecoder(Transformer):
         idle = self._idle[size]
         buffers = idle.pop() if idle else Cache(self, size, static=True)
         tensors = [tensor for layer in buffers.layers for tensor in layer.tensors]
-        for tensor in (*tensors, buffers.rope, buffers.index) if self._compiled else ():
+        for tensor in (
+            (*tensors, buffers.rope, buffers.index, buffers.codes) if self._compiled else ()
+        ):
             if isinstance(tensor, Tensor):
                 torch._dynamo.mark_static_address(tensor)
         cache = copy.copy(buffers)  # the same tensors, at position 0

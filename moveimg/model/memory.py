@@ -9,7 +9,9 @@ its values; MLA also its compressed latent, where v [B, S, H, K] is the latent i
 
 MoVE (arXiv 2601.22887): M_t = E[w_t], gates g = 2 sigmoid(x W_G) in (0, 2), and for head h
 V = g_0 V + sum_i g_i M_i. W_G starts at zero, where every gate is 1. LaVE is the same sum with
-one slot of its own for each chosen layer and, by default, no g_0.
+one slot of its own for each chosen layer and, by default, no g_0. Options of MoVE: similar codes
+share a row, M_t = E[r(w_t)]; and rows of pairs of codes, M_t = E[w_t] + P[hash(w_t, w_u)], with
+w_u the code to the left or above (compare Engram, arXiv 2601.07372).
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moveimg.config.model import LaVEConfig, ModelConfig, MoVEConfig, NoMemoryConfig, pick_layers
+from moveimg.config.model import (
+    GatedMemoryConfig,
+    LaVEConfig,
+    ModelConfig,
+    MoVEConfig,
+    NoMemoryConfig,
+    pick_layers,
+)
+from moveimg.model.bank import QuantizedRows
 
 Rows = Tensor | None
 
@@ -40,23 +50,27 @@ class GatedMixer(nn.Module):
 
     Args:
         config: the transformer's config; gates are computed from its hidden state, for H heads.
+        spec: the memory's settings: gate_standard (whether v has a gate g_0), and the gates' start.
         value_width: H * K, the width of v and of a row.
         slots: the slots of the gathered rows that this layer reads.
-        gate_standard: whether v has a gate (g_0) of its own.
     """
 
     def __init__(
-        self, config: ModelConfig, value_width: int, slots: range, gate_standard: bool
+        self, config: ModelConfig, spec: GatedMemoryConfig, value_width: int, slots: range
     ) -> None:
         super().__init__()
-        self.n_head, self.value_width = config.n_head, value_width
-        self.slots, self.gate_standard = slots, gate_standard
-        n_gates = config.n_head * (len(slots) + gate_standard)
-        self.router = nn.Linear(config.width, n_gates, bias=False)
+        self.n_head, self.value_width, self.slots = config.n_head, value_width, slots
+        self.spec, self.gate_standard = spec, spec.gate_standard
+        n_gates = config.n_head * (len(slots) + self.gate_standard)
+        self.router = nn.Linear(config.width, n_gates, bias=any(spec.gate_bias))
 
     def init_weights(self) -> None:
-        """W_G = 0: every gate starts at 1 (the paper)."""
-        nn.init.zeros_(self.router.weight)
+        """W_G = 0 and no bias: every gate starts at 1 (the paper), unless the settings differ."""
+        nn.init.normal_(self.router.weight, std=self.spec.router_std)
+        if self.router.bias is not None:
+            bias = self.router.bias.view(self.n_head, -1)
+            nn.init.constant_(bias, self.spec.gate_bias[1])
+            nn.init.constant_(bias[:, : int(self.gate_standard)], self.spec.gate_bias[0])
 
     def own_flops(self, context: float) -> float:
         """The weighted sum of M rows of `value_width`."""
@@ -87,6 +101,7 @@ class NoMemory(nn.Module):
     """The memory of the standard transformer: no table and no rows."""
 
     sites = ("value",)
+    context: str | None = None
 
     def __init__(self, config: ModelConfig, spec: NoMemoryConfig, value_width: int) -> None:
         super().__init__()
@@ -94,14 +109,16 @@ class NoMemory(nn.Module):
     def mixer(self, layer: int) -> Mixer:
         return PassThrough()
 
-    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Rows:
+    def rows(
+        self, labels: Tensor | None, codes: Tensor | None, neighbours: Tensor | None = None
+    ) -> Rows:
         return None
 
 
 class ValueBank(nn.Module):
     """A table of `slots` value vectors per code and, optionally, as many per class.
 
-    Row c of the table belongs to code c: inspection and upcycling rely on it.
+    Row c of the table belongs to code c, or row `row_of_code[c]` where codes share rows.
 
     Args:
         config: the transformer's config.
@@ -112,34 +129,71 @@ class ValueBank(nn.Module):
     """
 
     sites: tuple[str, ...]
+    row_of_code: Tensor | None  # int64 [V]
 
     def __init__(
-        self, config: ModelConfig, spec: LaVEConfig | MoVEConfig, reads: list[range | None],
-        slots: int, value_width: int,
-    ) -> None:  # fmt: skip
+        self,
+        config: ModelConfig,
+        spec: Any,
+        reads: list[range | None],
+        slots: int,
+        value_width: int,
+    ) -> None:
         super().__init__()
         self.config, self.spec, self.reads = config, spec, reads
         self.slots, self.value_width = slots, value_width
-        self.bank: Any = nn.Embedding(config.codebook_size, slots * value_width)
-        self.class_bank = (
-            nn.Embedding(config.n_classes + 1, slots * value_width) if spec.class_rows else None
+        self.context: str | None = getattr(spec, "context", None)
+        codes, width = config.codebook_size, slots * value_width
+        self.n_rows = rows = getattr(spec, "rows", None) or codes
+        bits = getattr(spec, "bits", None)
+        self.bank: Any = (
+            QuantizedRows(rows, slots, value_width, bits) if bits else nn.Embedding(rows, width)
         )
+        self.register_buffer("row_of_code", torch.arange(codes) % rows if rows < codes else None)
+        self.context_bank = nn.Embedding(spec.context_rows, width) if self.context else None
+        self.class_bank = nn.Embedding(config.n_classes + 1, width) if spec.class_rows else None
+
+    def init_weights(self) -> None:
+        """Rows of pairs start at zero, so that unseen pairs add nothing."""
+        if self.context_bank is not None:
+            nn.init.zeros_(self.context_bank.weight)
 
     def mixer(self, layer: int) -> Mixer:
         """The mixer of a layer, which reads the layer's slots."""
         slots = self.reads[layer]
         if slots is None:
             return PassThrough()
-        return GatedMixer(self.config, self.value_width, slots, self.spec.gate_standard)
+        return GatedMixer(self.config, self.spec, self.value_width, slots)
 
-    def rows(self, labels: Tensor | None, codes: Tensor | None) -> Tensor:
-        """Gather the rows of all layers, [B, S or 1 + S, H, slots, K]; M_t = E[w_t].
+    def row_indices(self, codes: Tensor) -> Tensor:
+        """The row of each code, int64 of any shape."""
+        return codes if self.row_of_code is None else self.row_of_code[codes]
 
-        labels [B] for the position of the class token, codes [B, S] for those after it; one of the
-        two may be None. Under autocast the rows are cast here, once for all layers, and the layers'
-        gradients add up in that type.
+    def neighbours(self, codes: Tensor, indices: Tensor) -> Tensor:
+        """The code to the left of grid indices [S], or above them, int64 [B, S]; V where none is.
+
+        codes [B, N] are those of the indices 0..N-1.
         """
-        rows = [] if codes is None else [self.bank(codes)]
+        width = self.config.grid[1]
+        step = 1 if self.context == "left" else width
+        inside = indices % width > 0 if self.context == "left" else indices >= width
+        found = codes.index_select(1, (indices - step).clamp(min=0))
+        return torch.where(inside, found, self.config.codebook_size)
+
+    def rows(
+        self, labels: Tensor | None, codes: Tensor | None, neighbours: Tensor | None = None
+    ) -> Tensor:
+        """Gather the rows of all layers, [B, S or 1 + S, H, slots, K].
+
+        labels [B] for the position of the class token, codes [B, S] for those after it, with their
+        `neighbours` where the memory reads pairs; labels or codes may be None. Under autocast the
+        rows are cast here, once for all layers, and the layers' gradients add up in that type.
+        """
+        rows = [] if codes is None else [self.bank(self.row_indices(codes))]
+        if codes is not None and self.context_bank is not None:
+            assert neighbours is not None
+            pairs = hash_pairs(codes, neighbours, self.config.codebook_size)
+            rows[0] = rows[0] + self.context_bank(pairs % self.spec.context_rows)
         if labels is not None and self.class_bank is not None:
             rows.insert(0, self.class_bank(labels)[:, None])
         elif labels is not None:
@@ -154,6 +208,33 @@ class ValueBank(nn.Module):
             gathered = gathered.to(torch.get_autocast_dtype(device))
         heads = gathered.unflatten(-1, (self.slots, self.config.n_head, -1))
         return heads.transpose(2, 3).contiguous()  # once, so that no layer has to
+
+    def check_rows(self, source: str) -> None:
+        """Raise ValueError where a code's row is not one of the bank's."""
+        if self.row_of_code is not None:
+            first, last = self.row_of_code.aminmax()
+            if first < 0 or last >= self.n_rows:
+                raise ValueError(
+                    f"{source}: memory.row_of_code has rows {first}..{last}: "
+                    f"expected 0..{self.n_rows - 1}"
+                )
+
+    def share_rows(self, codebook: Tensor) -> None:
+        """Map codes to rows by k-means over the tokenizer's codebook [V, width], where rows < V."""
+        if self.row_of_code is not None:
+            from sklearn.cluster import KMeans  # half a second of a start
+
+            means = KMeans(self.n_rows, n_init=1, random_state=0)
+            clusters = means.fit(codebook.double().cpu().numpy()).labels_
+            self.row_of_code.copy_(torch.from_numpy(clusters))
+
+
+def hash_pairs(codes: Tensor, neighbours: Tensor, codebook_size: int) -> Tensor:
+    """A hash in 0..2^32-1 of each pair of a code and its neighbour, int64 (murmur3's finalizer)."""
+    h = (codes * (codebook_size + 1) + neighbours) & 0xFFFFFFFF
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        h = ((h ^ (h >> 15)) * factor) & 0xFFFFFFFF
+    return h ^ (h >> 16)
 
 
 class LaVE(ValueBank):

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moveimg.config.model import ModelConfig, SlotConfig
 from moveimg.model.attention import ATTENTIONS, Index, LayerCache, rope_2d
-from moveimg.model.feedforward import FEEDFORWARDS, FeedForward
+from moveimg.model.feedforward import FEEDFORWARDS
 from moveimg.model.memory import MEMORIES, Mixer, Rows
+from moveimg.model.swiglu import FeedForward
 from moveimg.rng import Dropout, rewound
 
 CHUNK = 2**24  # logits computed at a time by the loss (64 MiB in float32), but at least one row
@@ -66,6 +67,9 @@ class Cache:
         self.index: Index = torch.zeros(1, dtype=torch.int64, device=like.device) if static else 0
         self.layers = [layer.make_cache(batch, length, like) for layer in model.attentions()]
         self.rope = model.rope()[:length]
+        self.codes: Tensor | None = None  # drawn so far, for a memory that reads pairs of them
+        if model.memory.context is not None:
+            self.codes = torch.zeros(batch, length, dtype=torch.int64, device=like.device)
 
     def advance(self, positions: int) -> None:
         """Go to a later position."""
@@ -181,7 +185,7 @@ class Transformer(nn.Module):
         """The normed residual stream before the output head, [B, T, D]."""
         before = codes[:, :-1]
         x = torch.cat([self.label_embedding(labels)[:, None], self.code_embedding(before)], dim=1)
-        return self._blocks(x, self.memory.rows(labels, before), self.rope()[: x.shape[1]])
+        return self._blocks(x, self._rows(labels, before), self.rope()[: x.shape[1]])
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed stream [B, S, D] -> logits [B, S, V], float32 (float64 in a float64 model)."""
@@ -207,7 +211,9 @@ class Transformer(nn.Module):
                 f"start of {len(x)} x {x.shape[1]} positions at position {cache.position} of a "
                 f"cache for {cache.batch} x {self.config.seq_len}: expected an empty one that fits"
             )
-        logits = self._step(x, self.memory.rows(labels, codes), cache)
+        if codes is not None and cache.codes is not None:
+            cache.codes[:, : codes.shape[1]] = codes
+        logits = self._step(x, self._rows(labels, codes), cache)
         cache.advance(x.shape[1])
         return logits
 
@@ -223,8 +229,21 @@ class Transformer(nn.Module):
 
     def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
         """`decode` without the check and without advancing the cache: tensor operations alone."""
-        x = self.code_embedding(codes[:, None])
-        return self._step(x, self.memory.rows(None, codes[:, None]), cache)
+        codes, neighbours = codes[:, None], None
+        if cache.codes is not None:
+            index = torch.as_tensor(cache.index, device=codes.device).view(1) - 1
+            cache.codes.index_copy_(1, index, codes)
+            neighbours = self.memory.neighbours(cache.codes, index)
+        rows = self.memory.rows(None, codes, neighbours)
+        return self._step(self.code_embedding(codes), rows, cache)
+
+    def _rows(self, labels: Tensor, codes: Tensor | None) -> Rows:
+        """The memory's rows of the class token and of codes [B, S] from the first."""
+        neighbours = None
+        if codes is not None and self.memory.context is not None:
+            indices = torch.arange(codes.shape[1], device=codes.device)
+            neighbours = self.memory.neighbours(codes, indices)
+        return self.memory.rows(labels, codes, neighbours)
 
     def _step(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
         x = self._blocks(x, rows, cache.rope_at_index(x.shape[1]), cache)
@@ -232,6 +251,7 @@ class Transformer(nn.Module):
 
     def _blocks(self, x: Tensor, rows: Rows, rope: Tensor, cache: Cache | None = None) -> Tensor:
         x = self.token_dropout(x)
+        remembered: dict[int, Any] = {}  # by the layer after which it enters the stream
         for layer, block in enumerate(self.layers):
             if cache is not None:
                 x = block(x, rows, rope, self.shared_ffn, cache.layers[layer], cache.index)
@@ -241,6 +261,11 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
             else:
                 x = block(x, rows, rope, self.shared_ffn)
+            ffn: Any = block.ffn
+            if ffn.delay is not None:
+                later = layer + ffn.delay
+                remembered[later] = remembered.get(later, 0) + ffn.remember(x)
+            x = x + remembered.pop(layer) if layer in remembered else x
         return self.norm(x)
 
 

@@ -26,6 +26,7 @@ from moveimg.dist import World, print_rank0
 from moveimg.files import lock
 from moveimg.images import labelled_grid, to_pil
 from moveimg.model import GatedMixer, Transformer, ValueBank
+from moveimg.model.analysis import bank_maps, gradient_sources
 from moveimg.pipeline import resolve
 from moveimg.rng import InitialValues
 from moveimg.sampling import image_rngs, sample_codes
@@ -82,6 +83,24 @@ class GeneratorTask(Task):
         loss, accuracy = (world.mean(sums) * world.size / n).tolist()
         return {"loss": loss, "accuracy": accuracy}
 
+    def record(self, step: int) -> dict[str, Any]:
+        """Every memory_every steps: the bank's gradient by layer, and the layers' mean gates.
+
+        Those of the step's first micro-batch, without dropout (see gradient_sources).
+        """
+        every = self.config.memory_every
+        if not every or step % every or not isinstance(self.model.memory, ValueBank):
+            return {}
+        codes, labels, _ = self.batches.batch(step - 1, 0, self.parallel.parts)
+        batch = codes.to(self.device), labels.to(self.device)
+        self.model.eval()
+        record = gradient_sources(self.model, *batch)
+        maps = bank_maps(self.model, *batch)
+        self.model.train()
+        for key in ("g_0", "slots", "share"):
+            record[key] = {i + 1: getattr(m, key).mean().item() for i, m in maps.items()}
+        return record
+
     def preview(self, model: Transformer) -> Image.Image:
         """A grid of samples, one row per class, always from the same seeds."""
         names = self.class_names[:PREVIEW_CLASSES]
@@ -129,8 +148,10 @@ def train_generator(
         codes.require_tokenizer(tokenizer.fingerprint)
         data[name] = sha256_file(codes.directory / MANIFEST)
     with InitialValues(config.seed):
-        model = initial_model(config, train, tokenizer.fingerprint).to(world.device)
-    task = GeneratorTask(config, model, tokenizer, train, val, parallel)
+        model = initial_model(config, train, tokenizer.fingerprint)
+    if config.init_from is None and isinstance(model.memory, ValueBank):
+        model.memory.share_rows(tokenizer.quantize.codebook())
+    task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
     return fit(task, config, parallel, restart, data)
 
 
@@ -146,6 +167,8 @@ def initial_model(config: TrainConfig, codes: PackedCodes, fingerprint: str) -> 
         if (chosen := getattr(config.model, key)) != needed[key]:
             raise ValueError(f"model.{key} is {chosen}, but {codes.directory} has {needed[key]}")
     settings = config.model.model_copy(update=needed)
+    if bits := getattr(settings.memory, "bits", None):
+        raise ValueError(f"memory.bits {bits}: a quantized bank cannot be trained")
     if config.init_from is None:
         return Transformer(settings)
     directory = resolve(config.init_from)

@@ -20,7 +20,8 @@ from moveimg.progress import progress_bar
 
 # Settings that may differ when a run continues: no result depends on them, but for rounding.
 MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
-              "keep_checkpoints", "distributed", "activation_checkpointing", "compile")  # fmt: skip
+              "memory_every", "keep_checkpoints", "distributed", "activation_checkpointing",
+              "compile")  # fmt: skip
 
 
 class Measurement(BaseModel):
@@ -39,6 +40,12 @@ def read_measurements(path: Path) -> list[Measurement]:
     """The lines of a metrics.jsonl; none without the file. ValueError for other content."""
     lines = read_text(path).splitlines() if path.is_file() else []
     return [validate(Measurement, parse_json(line, str(path)), str(path)) for line in lines]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a records.jsonl; none without the file. ValueError for other content."""
+    lines = read_text(path).splitlines() if path.is_file() else []
+    return [parse_json(line, str(path)) for line in lines]
 
 
 def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, str]) -> None:
@@ -128,6 +135,17 @@ class RunLogger:
         for key, value in values.items():
             if self.writer is not None:
                 self.writer.add_scalar(f"{prefix}/{key}", value, step)
+
+    def record(self, step: int, record: dict[str, Any]) -> None:
+        """Add a line to records.jsonl, and its numbers to TensorBoard, on rank 0."""
+        path = self.logs / "records.jsonl"
+        kept = [line for line in read_records(path) if line["step"] < step]
+        lines = [json.dumps(line) for line in [*kept, {"step": step, **record}]]
+        write_text(path, "\n".join(lines) + "\n")
+        self.scalars("memory", {k: v for k, v in record.items() if isinstance(v, float)}, step)
+        for key in ("by_layer", "g_0", "slots"):
+            values = {f"{key}/layer {layer}": v for layer, v in record.get(key, {}).items()}
+            self.scalars("memory", values, step)
 
     def image(self, image: Image.Image, step: int) -> None:
         """Write preview-STEP.png, and add it to TensorBoard."""

@@ -52,6 +52,10 @@ class Task(Protocol):
     def validate(self, model: Any) -> dict[str, float]:
         """Held-out scalars; the model with the smallest first one is the best."""
 
+    def record(self, step: int) -> dict[str, Any]:
+        """Plain data on the model after a step, for records.jsonl; empty for none."""
+        return {}
+
     def preview(self, model: Any) -> Image.Image:
         """An image of samples or reconstructions."""
 
@@ -159,6 +163,8 @@ class Run:
         """Log, validate, preview and checkpoint, each when it is due."""
         kinds, last = ("log", "validate", "preview", "checkpoint"), self.step == self.config.steps
         due = {k for k in kinds if last or self.step % getattr(self.config, f"{k}_every") == 0}
+        if self.world.main and (record := self.task.record(self.step)):
+            logger.record(self.step, record)
         if not due:
             return
         begun = time.perf_counter()

@@ -1,0 +1,60 @@
+"""Edited banks: a bank is a book of rows, in which rows can be erased and mixed with another's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moveimg.model import Transformer, ValueBank
+
+
+def erase_rows(model: Transformer, codes: Sequence[int]) -> Transformer:
+    """A copy of `model` whose bank holds zeros in the rows of `codes`; other weights are shared.
+
+    Codes that share a row with one of them lose it, too. Raises ValueError for a model without a
+    bank of floating-point rows, or a code outside the codebook.
+    """
+    edited, size = copy_bank(model), model.config.codebook_size
+    if wrong := [code for code in codes if not 0 <= code < size]:
+        raise ValueError(f"code {wrong[0]}: expected 0..{size - 1}")
+    memory: Any = edited.memory
+    with torch.no_grad():
+        rows = memory.row_indices(torch.tensor(list(codes), device=memory.bank.weight.device))
+        memory.bank.weight[rows.long()] = 0
+    return edited
+
+
+def blend_banks(model: Transformer, other: Transformer, share: float) -> Transformer:
+    """A copy of `model` with the bank (1 - share) * its own + share * `other`'s, share in 0..1.
+
+    Raises ValueError for models without a bank, with banks of other shapes, or another share.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share {share}: expected 0..1")
+    edited, theirs = copy_bank(model), copy_bank(other)
+    shapes = [tuple(m.memory.bank.weight.shape) for m in (edited, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"banks {shapes[0]} and {shapes[1]}: expected equal shapes")
+    with torch.no_grad():
+        own: Any = edited.memory.bank.weight
+        own.lerp_(theirs.memory.bank.weight.to(own), share)
+    return edited
+
+
+def copy_bank(model: Transformer) -> Transformer:
+    """A copy of `model` with a memory of its own; other weights are shared.
+
+    Raises ValueError for a model without a bank of floating-point rows in memory.
+    """
+    memory = model.memory
+    if not isinstance(memory, ValueBank) or not isinstance(memory.bank, nn.Embedding):
+        raise ValueError(
+            f"memory of kind {model.config.memory.kind}: expected a bank of floating-point rows"
+        )
+    edited = copy.copy(model)
+    edited._modules = {**model._modules, "memory": copy.deepcopy(memory)}
+    return edited
