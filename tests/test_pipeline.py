@@ -178,32 +178,8 @@ def test_a_model_directory_round_trips(name, tmp_path):
     assert all(torch.equal(v, weights[k]) for k, v in loaded.generator.state_dict().items())
 
 
-def edit_json(name, change):
-    def edit(directory):
-        path = directory / name
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
-
-    return edit
-
-
-def edit_model(**changes):
-    return edit_json("config.json", lambda data: data | {"model": data["model"] | changes})
-
-
-def edit_weights(change, name="model.safetensors"):
-    def edit(directory):
-        state = load_file(directory / name)
-        save_file({key: change(tensor) for key, tensor in state.items()}, directory / name)
-
-    return edit
-
-
-def truncate(name):
-    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:-100])
-
-
-def remove(name):
-    return lambda directory: (directory / name).unlink()
+def model(**changes):
+    return lambda data: data | {"model": data["model"] | changes}
 
 
 def without_grid(data):
@@ -215,37 +191,45 @@ def spoil(tensor):
 
 
 @pytest.mark.parametrize(
-    ("damage", "value"),
+    ("file", "change", "value"),
     [
-        (truncate("model.safetensors"), "model.safetensors"),
-        (truncate("tokenizer/model.safetensors"), "tokenizer/model.safetensors"),
-        (remove("model.safetensors"), "model.safetensors"),
-        (remove("config.json"), "config.json"),
-        (remove("classes.json"), "classes.json"),
-        (remove("tokenizer/config.json"), "tokenizer/config.json"),
-        (edit_model(n_layer=3), "layers.2."),
-        (edit_model(n_layer=10**9), "n_layer"),
-        (edit_model(n_classes=6), "5 class names, expected 6"),
-        (edit_model(codebook_size=12), "[11, 16], expected [12, 16]"),
-        (edit_model(n_layers=2), "model.n_layers: unknown key"),
-        (edit_model(grid=[500, 500]), "500"),
-        (edit_model(memory={"kind": "move", "slots": 256}), "router"),
-        (edit_json("config.json", without_grid), "model.grid: missing"),
-        (edit_json("config.json", lambda data: [data]), "config.json"),
-        (edit_json("config.json", lambda data: data | {"format": 2}), "format"),
-        (edit_json("config.json", lambda data: data | {"about": 3}), "about"),
-        (edit_json("classes.json", lambda names: [None, *names[1:]]), "classes.json: 0"),
-        (edit_json("classes.json", lambda names: ["x" * 5000, *names[1:]]), "classes.json: 0"),
-        (edit_json("classes.json", lambda names: dict.fromkeys(names)), "classes.json"),
-        (edit_json("sampling.json", lambda data: data | {"top_k": "all"}), "sampling.json: top_k"),
-        (edit_weights(Tensor.long), "int64"),
-        (edit_weights(Tensor.bool), "bool"),
-        (edit_weights(spoil), "model.safetensors"),
-        (edit_weights(spoil, "tokenizer/model.safetensors"), "tokenizer"),
+        ("model.safetensors", "truncate", "model.safetensors"),
+        ("tokenizer/model.safetensors", "truncate", "tokenizer/model.safetensors"),
+        ("model.safetensors", "remove", "model.safetensors"),
+        ("config.json", "remove", "config.json"),
+        ("classes.json", "remove", "classes.json"),
+        ("tokenizer/config.json", "remove", "tokenizer/config.json"),
+        ("config.json", model(n_layer=3), "layers.2."),
+        ("config.json", model(n_layer=10**9), "n_layer"),
+        ("config.json", model(n_classes=6), "5 class names, expected 6"),
+        ("config.json", model(codebook_size=12), "[11, 16], expected [12, 16]"),
+        ("config.json", model(n_layers=2), "model.n_layers: unknown key"),
+        ("config.json", model(grid=[500, 500]), "500"),
+        ("config.json", model(memory={"kind": "move", "slots": 256}), "router"),
+        ("config.json", without_grid, "model.grid: missing"),
+        ("config.json", lambda data: [data], "config.json"),
+        ("config.json", lambda data: data | {"format": 2}, "format"),
+        ("config.json", lambda data: data | {"about": 3}, "about"),
+        ("classes.json", lambda names: [None, *names[1:]], "classes.json: 0"),
+        ("classes.json", lambda names: ["x" * 5000, *names[1:]], "classes.json: 0"),
+        ("classes.json", lambda names: dict.fromkeys(names), "classes.json"),
+        ("sampling.json", lambda data: data | {"top_k": "all"}, "sampling.json: top_k"),
+        ("model.safetensors", Tensor.long, "int64"),
+        ("model.safetensors", Tensor.bool, "bool"),
+        ("model.safetensors", spoil, "model.safetensors"),
+        ("tokenizer/model.safetensors", spoil, "tokenizer"),
     ],
 )
-def test_damaged_models_get_one_line(directory, damage, value):
-    damage(directory)
+def test_damaged_models_get_one_line(directory, file, change, value):
+    path = directory / file
+    if change == "remove":
+        path.unlink()
+    elif change == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        save_file({key: change(tensor) for key, tensor in load_file(path).items()}, path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         Pipeline.from_pretrained(directory, device="cpu")
     assert value in str(error.value)
