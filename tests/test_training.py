@@ -99,6 +99,7 @@ def die_at_step_5(monkeypatch, run_it):
 
     def dying(run):
         if run.step == 5:
+            run.checkpoints.wait()
             raise KeyboardInterrupt
         return advance(run)
 
