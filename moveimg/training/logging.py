@@ -25,7 +25,7 @@ MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint
 
 
 class Measurement(BaseModel):
-    """A line of metrics.jsonl: held-out scores at a step, and what it took to get there."""
+    """A line of metrics.jsonl (held-out scores at a step, and their cost) or records.jsonl."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -37,15 +37,14 @@ class Measurement(BaseModel):
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The lines of a metrics.jsonl; none without the file. ValueError for other content."""
+    """The lines of a file; none without the file. ValueError for other content."""
     lines = read_text(path).splitlines() if path.is_file() else []
     return [validate(Measurement, parse_json(line, str(path)), str(path)) for line in lines]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a records.jsonl; none without the file. ValueError for other content."""
-    lines = read_text(path).splitlines() if path.is_file() else []
-    return [parse_json(line, str(path)) for line in lines]
+    """The lines of a file as plain data."""
+    return [line.model_dump(exclude_unset=True) for line in read_measurements(path)]
 
 
 def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, str]) -> None:
@@ -138,10 +137,7 @@ class RunLogger:
 
     def record(self, step: int, record: dict[str, Any]) -> None:
         """Add a line to records.jsonl, and its numbers to TensorBoard, on rank 0."""
-        path = self.logs / "records.jsonl"
-        kept = [line for line in read_records(path) if line["step"] < step]
-        lines = [json.dumps(line) for line in [*kept, {"step": step, **record}]]
-        write_text(path, "\n".join(lines) + "\n")
+        self._append("records.jsonl", {"step": step, **record})
         self.scalars("memory", {k: v for k, v in record.items() if isinstance(v, float)}, step)
         for key in ("by_layer", "g_0", "slots"):
             values = {f"{key}/layer {layer}": v for layer, v in record.get(key, {}).items()}
@@ -154,13 +150,16 @@ class RunLogger:
             self.writer.add_image("preview", pil_to_tensor(image), step)
 
     def line(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl, dropping lines of steps after the last checkpoint."""
+        """Add a line to metrics.jsonl, and print it."""
         if self.main:
-            path = self.logs / "metrics.jsonl"
-            lines = [one.model_dump(exclude_unset=True) for one in read_measurements(path)]
-            kept = [json.dumps(one) for one in lines if one["step"] < line["step"]]
-            write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+            self._append("metrics.jsonl", line)
             self.message(", ".join(f"{key} {value:.5g}" for key, value in line.items()))
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Add a line to a file, dropping lines of steps after the last checkpoint."""
+        path = self.logs / name
+        kept = [one for one in read_records(path) if one["step"] < line["step"]]
+        write_text(path, "".join(json.dumps(one) + "\n" for one in [*kept, line]))
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
