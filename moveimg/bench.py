@@ -12,7 +12,7 @@ import torch
 from moveimg.config import SamplingSettings, TrainConfig
 from moveimg.device import hardware, peak_memory
 from moveimg.dist import World
-from moveimg.model import Transformer, decoding_model, token_flops
+from moveimg.model import Transformer, decoding_model
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import GeneratorTask, freeze_backbone
 from moveimg.training.loop import Run
@@ -28,13 +28,11 @@ def bench_sample(
     repeats: int,
     quantize: str | None = None,
 ) -> Figures:
-    """Measure drawing the codes of `batch_size` images; with guidance an image is two rows."""
-    length, device = model.config.seq_len, model.head.weight.device
-    fast, rngs = decoding_model(model, quantize), image_rngs(range(batch_size))
+    """Measure drawing the codes of `batch_size` images."""
+    device, fast = model.head.weight.device, decoding_model(model, quantize)
     labels = torch.arange(batch_size, device=device) % model.config.n_classes
-    rows = batch_size * (1 if settings.cfg_scale == 1 else 2)
-    flops = length * rows * token_flops(model, (length + 1) / 2, decoding=True)
-    work = {"images": batch_size, "codes": batch_size * length, "GFLOPs": flops / 1e9}
+    work = {"images": batch_size, "codes": batch_size * model.config.seq_len}
+    rngs = image_rngs(range(batch_size))
     return measure(lambda: sample_codes(fast, labels, settings, rngs), device, repeats, work)
 
 
@@ -65,20 +63,15 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> Figu
     parallel, codes = choose_parallelism(config, World(device=device)), RandomCodes(config)
     tokenizer: Any = None  # previews alone need one
     task = GeneratorTask(config, model, tokenizer, codes, codes, parallel)  # type: ignore[arg-type]
-    length = config.model.seq_len
-    tokens = config.batch_size * length
-    flops = 3 * tokens * token_flops(model, (length + 1) / 2)
-    work = {"images": config.batch_size, "codes": tokens, "GFLOPs": flops / 1e9, "steps": 1}
-    return measure(Run(task, config, parallel).advance, device, repeats, work)
+    work = {"images": config.batch_size, "codes": config.batch_size * config.model.seq_len}
+    run = Run(task, config, parallel)
+    return measure(run.advance, device, repeats, work | {"steps": 1})
 
 
 def measure(
-    call: Callable[[], object], device: torch.device, repeats: int, work: dict[str, float]
+    call: Callable[[], object], device: torch.device, repeats: int, work: dict[str, int]
 ) -> Figures:
-    """Time `repeats` calls, after one that is not counted; each does `work`.
-
-    torch.utils.benchmark.Timer would warm up by two calls before every single measurement.
-    """
+    """Time `repeats` calls, after one that is not counted; each does `work`."""
     seconds = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()

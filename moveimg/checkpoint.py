@@ -1,8 +1,4 @@
-"""Model directories: everything that sampling needs, in readable files.
-
-config.json  model.safetensors  tokenizer/{config.json,model.safetensors}
-classes.json  sampling.json
-"""
+"""Model directories: everything that sampling needs, in readable files."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
 from safetensors.torch import save_file
-from torch import nn
 
 import tokenizer as vq
 from moveimg.config import ModelConfig, SamplingSettings
@@ -50,28 +45,19 @@ class ModelParts:
 
 
 def save_model(directory: str | Path, parts: ModelParts, about: dict[str, Any]) -> None:
-    """Write a model directory; each file appears whole and replaces that of an earlier save.
-
-    Weights keep their number type. `about` is plain data on how the model was made.
-    """
-    directory = Path(directory)
-    fingerprint = parts.tokenizer.fingerprint
+    """Write a model directory, each file atomically; `about` says how the model was made."""
+    directory, fingerprint = Path(directory), parts.tokenizer.fingerprint
     path = directory / "config.json"
     stored = read_json(path) if path.is_file() else None
     if not isinstance(stored, dict) or stored.get("tokenizer") != fingerprint:
         vq.save(parts.tokenizer, directory / "tokenizer")
-    save_weights(parts.generator, directory / "model.safetensors")
+    weights = parts.generator.state_dict().items()
+    with atomic(directory / "model.safetensors") as temporary:
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights}, temporary)
     write_json(directory / "classes.json", parts.class_names)
     write_json(directory / "sampling.json", parts.sampling.model_dump())
     config = parts.generator.config.model_dump(mode="json")
     write_json(path, {"format": 1, "tokenizer": fingerprint, "model": config, "about": about})
-
-
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write every weight of a module into one safetensors file, atomically."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary)
 
 
 def load_model(
@@ -82,23 +68,21 @@ def load_model(
 ) -> ModelParts:
     """Read a model directory; `dtype` is the generator's, `bank` as of load_generator.
 
-    The tokenizer has float32 at least: decoding takes little of the time, and the precision of
-    pixels shows in FID (LlamaGen samples so, too).
-    Raises FileNotFoundError for a missing file, ValueError for a file that is damaged or disagrees
-    with another; one line says which and how.
+    The tokenizer has float32 at least: its precision shows in FID. Raises FileNotFoundError for a
+    missing file, ValueError for one that is damaged or disagrees with another.
     """
     directory = Path(directory)
     description = read_description(directory)
-    config = description.model
     names, sampling = read_class_names(directory), read_sampling(directory)
-    if len(names) != config.n_classes:
-        raise ValueError(f"{directory}: {len(names)} class names, expected {config.n_classes}")
-    generator = load_generator(directory, device, dtype, bank)
-    precise = torch.promote_types(dtype, torch.float32)
-    tokenizer = vq.load(directory / "tokenizer", device, precise)
-    if tokenizer.codebook_size != config.codebook_size:
+    if len(names) != description.model.n_classes:
         raise ValueError(
-            f"{directory}: the generator has {config.codebook_size} codes, "
+            f"{directory}: {len(names)} class names, expected {description.model.n_classes}"
+        )
+    generator = load_generator(directory, device, dtype, bank)
+    tokenizer = vq.load(directory / "tokenizer", device, torch.promote_types(dtype, torch.float32))
+    if tokenizer.codebook_size != description.model.codebook_size:
+        raise ValueError(
+            f"{directory}: the generator has {description.model.codebook_size} codes, "
             f"its tokenizer {tokenizer.codebook_size}: expected equal"
         )
     if description.tokenizer not in (None, tokenizer.fingerprint):
@@ -151,8 +135,7 @@ def load_generator(
     """The generator of a model directory, in eval mode (errors as of load_model).
 
     bank: int8 or int4 rounds the rows of the value bank, disk reads them from the file when they
-    are used, cpu keeps them in pinned memory of the CPU; None loads them as the other weights. Such
-    a model serves sampling, not training.
+    are used, cpu keeps them in pinned memory of the CPU. Such a model cannot be trained.
     """
     path = Path(directory) / "model.safetensors"
     with shapes_only():
@@ -172,10 +155,7 @@ def load_generator(
 
 
 def load_tokenizer(path: Path, device: torch.device) -> vq.AutoencoderTokenizer:
-    """The frozen tokenizer, in float32, of a tokenizer or model directory or of a bundled model.
-
-    Raises FileNotFoundError or ValueError as tokenizer.load.
-    """
+    """The frozen tokenizer, in float32, of a tokenizer or model directory or of a bundled model."""
     directory = BUNDLED / path if not path.exists() and (BUNDLED / path).is_dir() else path
     if (directory / "tokenizer" / "config.json").is_file():
         directory = directory / "tokenizer"

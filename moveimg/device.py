@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # parameters of glibc's mallopt
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -33,60 +32,12 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def own_device(name: str | None) -> str | None:
-    """The device of a --device option; under torchrun, each process has its own GPU.
-
-    Call it before anything is put on a GPU, so that no process allocates on another's.
-    """
+    """The device of a --device option; under torchrun, each process has its own GPU."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     kind = (name or "auto").partition(":")[0]
     if several and kind in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return name
-
-
-class _NoInit(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Build modules on the meta device, without values: to count them, or to assign weights.
-
-    The meta device alone would do, but torch decomposes `nn.init.normal_` on it in Python and loads
-    its compiler for that: two seconds of every start.
-    """
-    with torch.device("meta"), _NoInit():
-        yield
-
-
-def keep_memory() -> bool:
-    """Make glibc reuse freed memory instead of returning it to the system; whether it could.
-
-    Zeroing every large activation anew, page by page, is a third of encoding's time
-    (docs/performance.md). It holds for the whole process, so commands call it, never the library.
-    """
-    return _mallopt(M_MMAP_MAX, 0) and _mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def limit_arenas(count: int = 2) -> bool:
-    """Let glibc keep freed memory in `count` heaps in place of one per thread; whether it could.
-
-    It holds for the whole process; call it before threads start.
-    """
-    return _mallopt(M_ARENA_MAX, count)
-
-
-def _mallopt(parameter: int, value: int) -> bool:
-    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(parameter, value))
-
-
-def release_memory() -> None:
-    """Return freed memory to the system, where the C library is glibc."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -99,6 +50,42 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+class _NoInit(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build modules on the meta device, without values: to count them, or to assign weights."""
+    # torch decomposes nn.init.normal_ on it in Python, by its compiler: two seconds of every start
+    with torch.device("meta"), _NoInit():
+        yield
+
+
+def keep_memory() -> None:
+    """Make glibc reuse freed memory in the whole process, which is faster (docs/performance.md)."""
+    _call_glibc("mallopt", -4, 0)  # M_MMAP_MAX
+    _call_glibc("mallopt", -1, 0)  # M_TRIM_THRESHOLD
+
+
+def limit_arenas() -> None:
+    """Let glibc keep freed memory in two heaps, not one per thread; call it before they start."""
+    _call_glibc("mallopt", -8, 2)  # M_ARENA_MAX
+
+
+def release_memory() -> None:
+    """Return freed memory to the system, where the C library is glibc."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(function: str, *arguments: int) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
 def has_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16 matrices."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -108,11 +95,9 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: allocated by torch on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # getrusage would include the parent's memory before exec
+    with suppress(OSError, IndexError):  # getrusage would include the parent's memory before exec
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        for line in status.splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     import resource  # not on Windows
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -121,13 +106,12 @@ def peak_memory(device: torch.device) -> int:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The hardware and torch version that a measurement was made with, as plain data."""
+    name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    else:
-        path = Path("/proc/cpuinfo")
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else platform.processor() or platform.machine()
+    elif (path := Path("/proc/cpuinfo")).is_file():
+        after = path.read_text(encoding="utf-8").partition("model name")[2]
+        name = after.partition(":")[2].partition("\n")[0].strip() or name
     return {
         "device": device.type,
         "name": name,

@@ -6,9 +6,10 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -20,9 +21,7 @@ from tqdm import tqdm
 
 from moveimg.device import own_device, pick_device
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-GRACE = 10.0  # seconds in which torchrun ends the other processes after rank 0's error
-LOST = ("connection closed by peer", "connection reset", "connection was likely closed", "nccl")
+TIMEOUT = timedelta(days=7)  # the others wait for a rank that downloads, or has more work
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: Any = None
 
     @property
     def main(self) -> bool:
@@ -44,7 +42,7 @@ class World:
         if self.size == 1:
             return values.detach().cpu().double()
         values = values.detach().to(self.device, torch.float64, copy=True)
-        dist.all_reduce(values, group=self.group)
+        dist.all_reduce(values)
         return (values / self.size).cpu()
 
     def any(self, flag: bool) -> bool:
@@ -57,9 +55,6 @@ class World:
 
     def run_first(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 while the others wait; all raise its ValueError or OSError."""
-        if self.size == 1:
-            action()
-            return
         error: Exception | None = None
         if self.main:
             try:
@@ -67,7 +62,8 @@ class World:
             except (ValueError, OSError) as caught:
                 error = caught
         message = [error and str(error)]
-        dist.broadcast_object_list(message, src=0, group=self.group, device=self.device)
+        if self.size > 1:
+            dist.broadcast_object_list(message, src=0, device=self.device)
         if message[0] is not None:
             raise error or ValueError(message[0])
 
@@ -83,12 +79,7 @@ class World:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[World]:
-    """Join the processes started by torchrun, if any, each with its own device.
-
-    Collectives use nccl on CUDA and gloo on the CPU. An error ends every process: rank 0 raises at
-    once, the others only if rank 0 has not ended the run by then.
-    Raises ValueError for a device that cannot be used, or when another process is gone.
-    """
+    """Join the processes of torchrun, each with its own device; an error of one ends all."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
         yield World(device=pick_device(device))
@@ -98,30 +89,19 @@ def processes(device: str | None) -> Iterator[World]:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        # the others wait while the first rank downloads a data set, longer than ten minutes
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=TIMEOUT)
         yield World(rank, size, chosen)
         dist.destroy_process_group()
-    except (ValueError, OSError, RuntimeError) as error:
-        known = isinstance(error, ValueError | OSError)
-        if not known and not any(sign in str(error).lower() for sign in LOST):
+    except (ValueError, OSError) as error:
+        if rank == 0:
             raise
-        if rank == 0 and known:
-            raise
-        if rank != 0:  # rank 0 says what happened, unless it is the one that is gone
-            time.sleep(GRACE)
-        what = str(error) if known else f"another process of this run ended ({str(error)[:200]})"
-        raise ValueError(f"process {rank} of {size}: {' '.join(what.split())}") from error
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of several in a process group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        time.sleep(10.0)  # in which torchrun ends this process after an error of rank 0
+        raise ValueError(f"process {rank} of {size}: {' '.join(str(error).split())}") from error
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor over processes, without a gradient; in one process, the tensor."""
-    if not is_distributed():
+    if not dist.is_initialized():
         return tensor
     result = tensor.detach().clone()
     dist.all_reduce(result)
@@ -129,11 +109,8 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over processes, with the gradient of this process's own.
-
-    DDP averages the gradients later.
-    """
-    if not is_distributed():
+    """The mean of a tensor over processes, with this process's gradient, for DDP to average."""
+    if not dist.is_initialized():
         return tensor
     average = reduce_sum(tensor) / dist.get_world_size()
     return tensor + (average - tensor.detach()) if tensor.requires_grad else average
@@ -141,52 +118,51 @@ def reduce_mean(tensor: Tensor) -> Tensor:
 
 def broadcast_from_rank0(tensor: Tensor) -> None:
     """Overwrite a tensor in place with rank 0's."""
-    if is_distributed():
+    if dist.is_initialized():
         dist.broadcast(tensor.detach(), src=0)
 
 
 @contextmanager
-def all_ranks(timeout: timedelta = timedelta(days=7)) -> Iterator[World]:
-    """The processes of this job on the CPU, with a process group whose timeout is days.
-
-    Encoding and sampling sets run for hours, and a process with less work waits for the others.
-    Inside a process group, a second group is made. Every process must enter.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World()
+def all_ranks() -> Iterator[World]:
+    """The processes of this job on the CPU, in the process group that there is, or a new one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
         return
-    if ours := not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timeout)
-    group = None if ours else dist.new_group(backend="gloo", timeout=timeout)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), group=group)
+        yield World(dist.get_rank(), dist.get_world_size())
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group()
 
 
 def die_with_parent() -> Callable[[], object] | None:
     """The function by which a new process asks the kernel to be killed with its parent (Linux)."""
     if sys.platform != "linux":
         return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl = ctypes.CDLL(None).prctl  # found before the fork, after which little is safe
+    return lambda: prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager
-def signals_raise() -> Iterator[None]:
+def handle_signals(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Let signals call `handler` inside the block; no change in other threads than the main one."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def signals_raise() -> AbstractContextManager[None]:
     """Let SIGTERM and SIGHUP raise SystemExit(128 + signal) inside the block."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
     known = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
-    numbers = [n for n in known if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup's stays
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handle_signals([n for n in known if n and signal.getsignal(n) != signal.SIG_IGN], end)
 
 
 def print_rank0(message: str) -> None:

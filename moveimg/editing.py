@@ -21,33 +21,19 @@ from torch.nn import functional as F
 from moveimg.config import SamplingSettings
 from moveimg.errors import shorten
 from moveimg.images import center_crop
-from moveimg.likelihood import code_log_probs
 from moveimg.model import Transformer
-from moveimg.sampling import (
-    UNKNOWN,
-    guidance_scales,
-    image_rngs,
-    keep_top,
-    sample_codes,
-)
+from moveimg.sampling import UNKNOWN, code_log_probs, guidance_scales, keep_top, sample_codes
 
 HALVES = ("top", "bottom", "left", "right")
-KINDS = "top, bottom, left, right, a number of rows of codes, a box of four pixels, or a mask"
 BLOCK = 4  # codes proposed together by `resample`; longer blocks are accepted too rarely
 
 Area = str | int | Sequence[int] | Image.Image | np.ndarray
 
 
 def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
-    """The pixels of an area of an image, bool [H, W].
+    """The pixels of an area (see Pipeline.complete) of an image of `size` (H, W), bool [H, W].
 
-    Args:
-        area: top, bottom, left or right (half of the image); a number of rows of codes from the
-            top; a box (left, top, right, bottom) in pixels; or a mask: an image or an array, whose
-            pixels above half of its maximum are in the area. It is cropped as the image was.
-        size: (H, W).
-        downsample: pixels of a code's side.
-
+    A mask's area is where its pixels are above half of its maximum; it is cropped as the image was.
     Raises ValueError for an area of another form, or outside the image.
     """
     height, width = size
@@ -58,21 +44,20 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
         whole = Image.fromarray(np.where(mask > mask.max() / 2, 255, 0).astype(np.uint8))
         return torch.from_numpy(np.array(center_crop(whole, size))) > 127
     row, column = (side // downsample // 2 * downsample for side in size)  # halves of whole codes
-    halves = {
-        "top": (0, 0, width, row),
-        "bottom": (0, row, width, height),
-        "left": (0, 0, column, height),
-        "right": (column, 0, width, height),
-    }
+    boxes = [(0, 0, width, row), (0, row, width, height)]
+    boxes += [(0, 0, column, height), (column, 0, width, height)]
     try:
         if isinstance(area, str):
-            left, top, right, bottom = halves[area]
+            left, top, right, bottom = boxes[HALVES.index(area)]
         elif isinstance(area, Sequence):
             left, top, right, bottom = (index(side) for side in area)  # type: ignore[arg-type]
         else:
             left, top, right, bottom = 0, 0, width, index(area) * downsample
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"area {shorten(area)}: expected {KINDS}") from None
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"area {shorten(area)}: expected {', '.join(HALVES)}, a number of rows of codes, a box "
+            "of four pixels, or a mask"
+        ) from None
     if not (0 <= left <= right <= width and 0 <= top <= bottom <= height):
         raise ValueError(f"area {shorten(area)}: expected it within {width} x {height} pixels")
     inside = torch.zeros(size, dtype=torch.bool)
@@ -80,49 +65,16 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     return inside
 
 
-def hole_codes(pixels: Tensor, downsample: int) -> Tensor:
-    """The codes that hold a pixel of the hole: bool [H, W] -> bool [T]."""
-    return F.max_pool2d(pixels[None].float(), downsample).bool().flatten()
-
-
 def blend(original: Tensor, decoded: Tensor, hole: Tensor, downsample: int) -> Tensor:
-    """Images [B, 3, H, W]: decoded in the hole, original outside, mixed over a
-    quarter of a code's side on each side of the seam.
+    """Images [B, 3, H, W]: decoded in the hole (bool [h, w]), original outside.
 
-    hole: bool [h, w].
+    They are mixed over a quarter of a code's side on each side of the seam.
     """
     mask = F.interpolate(hole[None, None].to(decoded), original.shape[-2:])
-    reach = downsample // 4
-    if reach:
+    if reach := downsample // 4:
         padded = F.pad(mask, (reach,) * 4, mode="replicate")
         mask = F.avg_pool2d(padded, 2 * reach + 1, stride=1)
     return torch.where(mask > 0, torch.lerp(original, decoded, mask), original)
-
-
-def redraw(
-    generator: Transformer,
-    labels: Tensor,
-    known: Tensor,
-    settings: SamplingSettings,
-    seed: int = 0,
-    passes: int = 0,
-    batch_size: int = 32,
-) -> Tensor:
-    """Codes int64 [B, T] with the known codes of one image, int64 [T], and the others drawn.
-
-    `known` is UNKNOWN where a code is drawn; image i is drawn with seed + i, `batch_size` images at
-    once, then resampled `passes` times. Raises ValueError for passes at temperature 0.
-    """
-    batches = []
-    for chosen in labels.split(batch_size):
-        rng = image_rngs(range(seed, seed + len(chosen)))
-        codes = sample_codes(generator, chosen, settings, rng, known.expand(len(chosen), -1))
-        for _ in range(passes):
-            for _, changed in resample(generator, chosen, codes, known == UNKNOWN, settings, rng):
-                codes = changed
-        batches.append(codes)
-        seed += len(chosen)
-    return torch.cat(batches)
 
 
 @torch.inference_mode()
@@ -134,15 +86,14 @@ def resample(
     settings: SamplingSettings,
     rng: Sequence[torch.Generator],
 ) -> Iterator[tuple[slice, Tensor]]:
-    """One pass of Metropolis-Hastings over the blocks of a hole, in raster order.
+    """One pass of Metropolis-Hastings over the blocks of a hole (bool [T]), in raster order.
 
-    Yields each block's positions and the codes [B, T] after it.
-
-    A block of up to 4 codes is drawn again given the codes before it, and accepted with probability
+    Yields each block's positions and the codes [B, T] after it. A block of up to 4 codes is drawn
+    again given the codes before it, and accepted with probability
     min(1, p(codes after | new block) / p(codes after | old block)). Many passes sample the hole
     from the distribution proportional to the product over all codes of q, from which drawn codes
     come (guidance, temperature, top-k, top-p), and for kept codes p (guidance and temperature).
-    `hole` has the codes to draw again, bool [T]. Raises ValueError for temperature 0.
+    Raises ValueError for temperature 0.
     """
     if settings.temperature == 0:
         raise ValueError("temperature 0: expected above 0, for passes accept or reject by chance")
@@ -174,8 +125,7 @@ def cut_blocks(hole: Tensor, width: int) -> list[slice]:
     blocks: list[slice] = []
     for position in hole.nonzero()[:, 0].tolist():
         last = blocks[-1] if blocks else slice(0, 0)
-        joins = last.stop == position and position % width and last.stop - last.start < BLOCK
-        if joins:
+        if last.stop == position and position % width and last.stop - last.start < BLOCK:
             blocks[-1] = slice(last.start, position + 1)
         else:
             blocks.append(slice(position, position + 1))

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -24,17 +23,13 @@ except ImportError:  # Windows: outputs are not locked there
     fcntl = None  # type: ignore[assignment]
 
 MAX_TEXT = 32 * 2**20  # bytes
-MAX_DEPTH = 64  # levels of nested lists and mappings
-MAX_NODES = 1_000_000  # values at one level, with YAML's aliases expanded
+MAX_DEPTH, MAX_NODES = 64, 1_000_000  # levels, and values at one with YAML's aliases expanded
 _HELD: set[Path] = set()  # locks of this process
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; renamed to it on success, removed on failure.
-
-    Makes missing parent folders. Raises OSError, naming the path, where it cannot be written.
-    """
+    """Yield a temporary path beside `path`; renamed to it on success, removed on failure."""
     path = Path(path)
     require_file_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +52,7 @@ def require_file_name(path: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; renamed to it on success, removed on failure.
-
-    Makes missing parent folders. Raises FileExistsError if `path` exists (an empty folder is
-    replaced), ValueError if another process is making it.
-    """
+    """As atomic, for a new folder. Raises FileExistsError or, if it is being made, ValueError."""
     path = Path(path).absolute()
     with lock(path, "creating it"):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -158,20 +149,7 @@ def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str
 
 
 parse_json = partial(_parse, json.loads, "JSON")  # of (text, origin)
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader, which lets the last of equal keys win; here they are an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if repeated := [key for key, count in keys.items() if count > 1]:
-            raise yaml.YAMLError(f"the key {repeated[0][:60]!r} occurs twice")
-        return node
-
-
-parse_yaml = partial(_parse, partial(yaml.load, Loader=UniqueKeyLoader), "YAML")
+parse_yaml = partial(_parse, yaml.safe_load, "YAML")
 
 
 @contextmanager

@@ -11,22 +11,21 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate, max_pool2d, pad
 
-from moveimg import DEFAULT_MODEL
+from moveimg import DEFAULT_MODEL, sampling
 from moveimg.bank_editing import blend_banks, erase_rows
 from moveimg.checkpoint import ModelParts, load_model, save_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
 from moveimg.device import pick_device, pick_dtype
-from moveimg.editing import Area, area_pixels, blend, hole_codes, redraw, resample
+from moveimg.editing import Area, area_pixels, blend, resample
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic_directory
 from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
-from moveimg.likelihood import Likelihood, class_log_likelihoods, code_log_probs
 from moveimg.model import Transformer, decoding_model
 from moveimg.pretrained.hub import resolve
-from moveimg.sampling import UNKNOWN, image_rngs, iter_codes, sample_codes
+from moveimg.sampling import UNKNOWN, Likelihood, image_rngs
 
 __all__ = ["DEFAULT_MODEL", "Pipeline", "find_label", "resolve", "search_names"]
 
@@ -41,8 +40,7 @@ class Pipeline:
     >>> pipeline = Pipeline.from_pretrained("fashion")
     >>> images = pipeline.sample(["sneaker", 3], seed=0)
 
-    Attributes: generator, tokenizer, class_names, sampling (the model's own settings), about (how
-    the model was made), device, quantize and compile (see from_pretrained), name.
+    Attributes: generator, tokenizer, class_names, sampling (its own settings), about, device, name.
     """
 
     def __init__(
@@ -75,16 +73,14 @@ class Pipeline:
             name_or_path: a bundled name, a model directory, a name of LlamaGen's public weights
                 (`llamagen-b-256`; downloaded and converted once), or a Hub id `owner/name`.
             device: cpu, cuda, mps, ...; left out, an accelerator if there is one.
-            dtype: the generator's: float32, bfloat16 or float64; left out, bfloat16 on CUDA, else
-                float32. The tokenizer decodes in float32 at least.
+            dtype: the generator's: float32, bfloat16 or float64; left out, by device.
             quantize: int8 samples with 8-bit weights (CPU; faster, less exact).
             compile: compile the decoding step (slow to start, then faster).
             bank: int8 or int4 rounds the rows of the value bank, disk reads them from the model's
                 file when they are used, cpu keeps them in the memory of the CPU (for CUDA).
 
-        Raises:
-            FileNotFoundError: there is no such model, or it cannot be downloaded.
-            ValueError: the model is damaged, or an option cannot be used.
+        Raises FileNotFoundError for a model that is missing, ValueError for one that is damaged, or
+        for an option that cannot be used.
         """
         where = pick_device(device)
         parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where), bank)
@@ -103,10 +99,9 @@ class Pipeline:
         )
 
     def _repr_html_(self) -> str:
-        names = ", ".join(map(html.escape, self.class_names[:20]))
-        more = f" and {len(self.class_names) - 20} more" if len(self.class_names) > 20 else ""
-        settings = ", ".join(f"{key} {value}" for key, value in self.sampling.model_dump().items())
-        return f"<p>{html.escape(repr(self))}</p><p>Classes: {names}{more}</p><p>{settings}</p>"
+        names, more = self.class_names[:20], len(self.class_names) - 20
+        text = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+        return f"<p>{html.escape(repr(self))}</p><p>Classes: {html.escape(text)}</p>"
 
     @property
     def decoder(self) -> Transformer:
@@ -152,68 +147,38 @@ class Pipeline:
         return validate(SamplingSettings, self.sampling.model_dump() | changes, "sampling settings")
 
     def sample(
-        self,
-        classes: Classes,
-        *,
-        num: int = 1,
-        seed: int = 0,
-        batch_size: int = 32,
-        **options: Any,
+        self, classes: Classes, *, num: int = 1, seed: int = 0, batch_size: int = 32, **options: Any
     ) -> list[Image.Image]:
         """Draw `num` images of each class, class after class.
 
         Args:
             classes: indices or names (see label), or a single one.
-            num: images per class.
             seed: image i is drawn with seed + i and does not depend on the others (except with
                 int8, which rounds by the values of the whole batch).
             batch_size: images generated at once; more is faster and needs more memory.
             options: fields of SamplingSettings; those left out are the model's own.
         """
-        settings, labels = self.settings(**options), self._repeat(classes, num)
-        batches = self._batches(labels, settings, seed, batch_size)
-        return ImageList(image for codes in batches for image in self.decode(codes))
+        settings, labels = self.settings(**options), self._labels(classes, num)
+        codes = self.sample_codes(labels, settings, seed=seed, batch_size=batch_size)
+        return ImageList(i for batch in codes.split(batch_size) for i in self.decode(batch))
 
     def complete(
-        self,
-        image: Image.Image,
-        classes: Classes,
-        *,
-        keep: Area = "top",
-        num: int = 1,
-        seed: int = 0,
-        passes: int = 0,
-        **options: Any,
+        self, image: Image.Image, classes: Classes, *, keep: Area = "top", **options: Any
     ) -> list[Image.Image]:
         """Completions of an image: the codes of an area are kept, the others are drawn.
-
-        Kept pixels are decoded from their codes; with everything kept, the result is the image's
-        reconstruction, with nothing kept (keep=0), it is `sample`.
 
         Args:
             image: cropped to the model's size around its centre.
             classes: see sample.
             keep: top, bottom, left or right (half); a number of rows of codes from the top; a box
                 (left, top, right, bottom) of pixels; or a mask, light where the image is kept.
-            num: completions per class.
-            seed: completion i is drawn with seed + i.
-            passes: resampling passes, where kept codes come after drawn ones (see moveimg.editing).
-            options: fields of SamplingSettings; those left out are the model's own.
+            options: num=1, seed=0 and fields of SamplingSettings, as for sample, and passes=0:
+                resampling passes, where kept codes come after drawn ones (see moveimg.editing).
         """
-        hole = self.hole(keep, kept=True)
-        labels = self._repeat(classes, num)
-        return self.decode(self._redraw(image, labels, hole, seed, passes, options))
+        return self.decode(self._redraw(image, classes, self.hole(keep, kept=True), **options))
 
     def edit(
-        self,
-        image: Image.Image,
-        classes: Classes,
-        *,
-        hole: Area,
-        num: int = 1,
-        seed: int = 0,
-        passes: int = 0,
-        **options: Any,
+        self, image: Image.Image, classes: Classes, *, hole: Area, **options: Any
     ) -> list[Image.Image]:
         """Versions of an image with the area `hole` drawn anew, for its own class or another.
 
@@ -221,8 +186,14 @@ class Pipeline:
         complete's `keep`; for the other arguments see complete.
         """
         drawn = self.hole(hole)
-        codes = self._redraw(image, self._repeat(classes, num), drawn, seed, passes, options)
+        codes = self._redraw(image, classes, drawn, **options)
         return self.decode_partial(codes, codes.shape[1], drawn, image)
+
+    def _redraw(self, image: Image.Image, classes: Classes, hole: Tensor, **options: Any) -> Tensor:
+        labels = self._labels(classes, options.pop("num", 1))
+        drawing = {key: options.pop(key, 0) for key in ("seed", "passes")}
+        known = self.encode([image])[0].masked_fill(hole, UNKNOWN)
+        return self.sample_codes(labels, self.settings(**options), known=known, **drawing)
 
     def log_likelihood(
         self, images: Images, classes: Classes, *, batch_size: int = 32
@@ -231,10 +202,11 @@ class Pipeline:
         codes, labels = self.encode(images, batch_size=batch_size), self._labels(classes)
         if len(labels) not in (1, len(codes)):
             raise ValueError(f"{len(labels)} classes for {len(codes)} images: expected 1 or equal")
-        labels = labels.expand(len(codes))
-        batches = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
-        log_probs = torch.cat([code_log_probs(self.decoder, *batch) for batch in batches])
-        return Likelihood(log_probs, math.prod(self.image_size))
+        pairs = codes.split(batch_size), labels.expand(len(codes)).split(batch_size)
+        log_probs = [
+            sampling.code_log_probs(self.decoder, *pair) for pair in zip(*pairs, strict=True)
+        ]
+        return Likelihood(torch.cat(log_probs), math.prod(self.image_size))
 
     def classify(
         self, images: Images, *, top_k: int = 5, batch_size: int = 32
@@ -243,11 +215,9 @@ class Pipeline:
 
         By Bayes' rule with equal priors: p(class | codes) = p(codes | class) / sum over classes.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k {top_k}: expected at least 1")
         codes = self.encode(images, batch_size=batch_size)
-        probabilities = class_log_likelihoods(self.decoder, codes, batch_size).softmax(dim=1)
-        best = probabilities.topk(min(top_k, len(self.class_names)), dim=1)
+        scores = sampling.class_log_likelihoods(self.decoder, codes, batch_size)
+        best = scores.softmax(dim=1).topk(min(top_k, len(self.class_names)), dim=1)
         return [
             [(self.class_names[label], share) for label, share in zip(*row, strict=True)]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -282,21 +252,29 @@ class Pipeline:
 
     def hole(self, area: Area, kept: bool = False) -> Tensor:
         """bool [T]: the codes that touch an area, or if `kept`, those that touch its outside."""
-        pixels = area_pixels(area, self.image_size, self.tokenizer.downsample)
-        return hole_codes(pixels ^ kept, self.tokenizer.downsample).to(self.device)
-
-    def _redraw(
-        self, image: Image.Image, labels: Tensor, hole: Tensor, seed: int, passes: int, options: Any
-    ) -> Tensor:
-        """Codes [B, T] of an image, with the codes in the hole drawn anew for labels [B]."""
-        known = self.encode([image])[0].masked_fill(hole, UNKNOWN)
-        return redraw(self.decoder, labels, known, self.settings(**options), seed, passes)
+        pixels = area_pixels(area, self.image_size, self.tokenizer.downsample) ^ kept
+        codes = max_pool2d(pixels[None].float(), self.tokenizer.downsample)
+        return codes.bool().flatten().to(self.device)
 
     def sample_codes(
-        self, classes: Classes, settings: SamplingSettings, *, seed: int = 0, batch_size: int = 32
+        self,
+        classes: Classes,
+        settings: SamplingSettings,
+        *,
+        seed: int = 0,
+        batch_size: int = 32,
+        **known: Any,
     ) -> Tensor:
-        """Codes int64 [B, T] of classes, on the pipeline's device (arguments: see sample)."""
-        return torch.cat([*self._batches(self._labels(classes), settings, seed, batch_size)])
+        """Codes int64 [B, T] of classes, on the pipeline's device (arguments: see iter_codes)."""
+        labels, drawn = self._labels(classes), []
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: expected at least 1")
+        image_rngs([seed, seed + len(labels) - 1])  # refuse a bad seed before the first batch
+        for first in range(0, len(labels), batch_size):
+            batch = labels[first : first + batch_size]
+            *_, (_, codes) = self.iter_codes(batch, settings, seed=seed + first, **known)
+            drawn.append(codes)
+        return torch.cat(drawn)
 
     def iter_codes(
         self,
@@ -307,23 +285,22 @@ class Pipeline:
         known: Tensor | None = None,
         passes: int = 0,
     ) -> Iterator[tuple[int, Tensor]]:
-        """As sample_codes in one batch, but after every code: (codes so far, codes [B, T]).
+        """Draw an image per class in one batch; yields (codes so far, codes [B, T]) at every code.
 
-        The tensor is filled from the left. known: int64 [T] or [B, T], see
-        moveimg.sampling.sample_codes. passes: resampling passes over the codes that `known` [T]
-        lacks (see moveimg.editing); the count of codes then exceeds T.
+        known: int64 [T] or [B, T], codes to keep, and -1 where a code is drawn. passes: resampling
+        passes over those (`known` is [T] then; see moveimg.editing); the count then exceeds T.
         """
-        labels, length = self._labels(classes), self.generator.config.seq_len
-        codes = torch.zeros(len(labels), length, dtype=torch.int64, device=self.device)
+        labels, done = self._labels(classes), self.generator.config.seq_len
+        codes = torch.zeros(len(labels), done, dtype=torch.int64, device=self.device)
         if known is not None:
             hole = known == UNKNOWN  # [T], where there are passes
             known = known.expand(len(labels), -1)
             codes = known.clamp(min=0)
         rngs = image_rngs(range(seed, seed + len(labels)))
-        for position, drawn in enumerate(iter_codes(self.decoder, labels, settings, rngs, known)):
+        drawing = sampling.iter_codes(self.decoder, labels, settings, rngs, known)
+        for position, drawn in enumerate(drawing):
             codes[:, position] = drawn
             yield position + 1, codes
-        done = length
         for _ in range(passes if known is not None else 0):
             for block, changed in resample(self.decoder, labels, codes, hole, settings, rngs):
                 done, codes = done + block.stop - block.start, changed
@@ -331,7 +308,7 @@ class Pipeline:
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Images of codes int64 [B, T]."""
-        return ImageList(to_pil(self._decode(codes, self.generator.config.grid)))
+        return self.decode_partial(codes, codes.shape[1])
 
     def decode_partial(
         self,
@@ -342,13 +319,13 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Images of the first `done` codes of codes int64 [B, T]; later codes are mid-grey.
 
-        hole: bool [T], the codes that are drawn; the others are shown from the start. Without a
-        hole, rows of later codes are not decoded, so the lower edge still changes with the next
-        row. original: the image whose pixels are shown outside the hole, blended at the seam.
+        hole: bool [T], the codes that are drawn; the others are shown from the start. original: the
+        image whose pixels are shown outside the hole, blended at the seam.
         """
         (height, width), pixels = self.generator.config.grid, self.tokenizer.downsample
-        rows = height if hole is not None else -(-done // width)
-        images = self._decode(codes[:, : rows * width], (rows, width))  # [B, 3, h, W]
+        rows = height if hole is not None else -(-done // width)  # later rows are not decoded
+        with torch.autocast(self.device.type, enabled=False):  # the caller's would change pixels
+            images = self.tokenizer.decode(codes[:, : rows * width], (rows, width))
         images = pad(images, (0, 0, 0, (height - rows) * pixels))
         if hole is not None and original is not None:
             outside = to_tensor([self.crop(original)]).to(images).expand_as(images)
@@ -358,32 +335,11 @@ class Pipeline:
         mask = interpolate(grey.view(1, 1, height, width), scale_factor=pixels).bool()
         return ImageList(to_pil(images.masked_fill(mask, 0)))
 
-    def _decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):  # the caller's would change pixels
-            return self.tokenizer.decode(codes, grid)
-
-    def _labels(self, classes: Classes) -> Tensor:
+    def _labels(self, classes: Classes | Tensor, num: int = 1) -> Tensor:
+        """Labels [B] of classes, each `num` times in a row."""
+        classes = classes.tolist() if isinstance(classes, Tensor) else classes
         items = [classes] if isinstance(classes, str | int) else classes
         labels = [self.label(item) for item in items]
-        if not labels:
-            raise ValueError("no classes: expected at least one index or name")
-        return torch.tensor(labels, dtype=torch.int64, device=self.device)
-
-    def _repeat(self, classes: Classes, num: int) -> Tensor:
-        """Labels [B] of classes, each `num` times in a row."""
-        labels = self._labels(classes)
-        if not 1 <= num <= MAX_IMAGES // len(labels):
-            raise ValueError(f"num {num}: expected 1..{MAX_IMAGES // len(labels)}")
-        return labels.repeat_interleave(num)
-
-    def _batches(
-        self, labels: Tensor, settings: SamplingSettings, seed: int, batch_size: int
-    ) -> Iterator[Tensor]:
-        """Codes [b, T] of the labels, batch by batch."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size}: expected at least 1")
-        image_rngs([seed, seed + len(labels) - 1])  # refuse a bad seed before the first batch
-        for batch in labels.split(min(batch_size, len(labels))):
-            rngs = image_rngs(range(seed, seed + len(batch)))
-            yield sample_codes(self.decoder, batch, settings, rngs)
-            seed += len(batch)
+        if not labels or not 1 <= num <= MAX_IMAGES // len(labels):
+            raise ValueError(f"{len(labels)} classes, num {num}: expected 1 to {MAX_IMAGES} images")
+        return torch.tensor(labels, device=self.device).repeat_interleave(num)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask is drawn from `generator`.
-
-    Without one, and in compiled graphs, the mask is drawn from torch's default generator.
-    """
+    """Dropout whose mask is drawn from `generator`; in compiled graphs from torch's default."""
 
     generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape -> x with elements zeroed at rate p, the others divided by 1 - p."""
         if not self.training or torch.compiler.is_compiling() or self.generator is None:
             return super().forward(x)
         keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
@@ -47,10 +43,7 @@ def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
 
 
 class InitialValues(TorchFunctionMode):
-    """Inside, this thread's initial weights are drawn from a generator seeded with `seed`.
-
-    torch's layers draw their initial values without asking for a generator.
-    """
+    """Inside, the initial weights that this thread draws come from a generator of `seed`."""
 
     DRAWS = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
 
@@ -58,14 +51,7 @@ class InitialValues(TorchFunctionMode):
         super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call `func`, with the generator where it draws values on the CPU."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in self.DRAWS and (args[0] if args else kwargs["tensor"]).device.type == "cpu":
             kwargs["generator"] = self.generator

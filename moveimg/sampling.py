@@ -1,6 +1,6 @@
-"""Labels -> codes: free functions over a generator, with every random draw explicit.
+"""Labels -> codes, and codes -> log p: functions over a generator, every random draw explicit.
 
-    B batch   T codes in an image   V codebook size
+    B batch   T codes in an image   V codebook size   C classes
 
 Each image has its own random generator and uses one uniform number per code. So an image's draws
 depend on its own seed alone: not on the batch, its neighbours or the device.
@@ -9,15 +9,15 @@ depend on its own seed alone: not on the batch, its neighbours or the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moveimg.config import SamplingSettings
 from moveimg.model import Transformer
+from moveimg.progress import progress_bar
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
 UNKNOWN = -1  # a code that is to be drawn
@@ -39,19 +39,14 @@ def sample_codes(
     known: Tensor | None = None,
     cfg_scale: Tensor | None = None,
 ) -> Tensor:
-    """Draw the codes of one image per label: int64 [B, T].
+    """Draw the codes of one image per label: int64 [B, T]. The same arguments give the same bits.
 
     Args:
-        generator: the model, in eval mode.
         labels: int64 [B] in 0..C, where C is the null label.
-        settings: guidance, temperature and filters.
         rng: one CPU random generator per image (see image_rngs).
-        known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn. Each code is drawn
-            given the codes before it, kept or drawn; where all known codes come first, that is
-            exact sampling of the others given them.
+        known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn given the codes before
+            it; where all known codes come first, that is exact sampling given them.
         cfg_scale: [B], a guidance scale per image in place of that of `settings`.
-
-    The same arguments give the same bits.
     """
     codes = iter_codes(generator, labels, settings, rng, known, cfg_scale)
     return torch.stack(list(codes), dim=1)
@@ -84,12 +79,12 @@ def iter_codes(
     draws = torch.stack(drawn).to(labels.device)
     cache = generator.make_cache(len(labels))
     prefix = [known[:, :first].repeat(1 + guided, 1)] if first else []
-    with no_autocast(labels.device):
+    with torch.autocast(labels.device.type, enabled=False):
         logits = generator.start(labels, cache, *prefix)
+    scales = scales.to(logits)
     for position in range(first, length):
         codes = known[:, position]
-        # Checked at the first and last position alone: it waits for the device, and NaN stays in
-        # the cache.
+        # Only at the first and last position, since it waits for the device; NaN stays in the cache
         if position in (first, last) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
         if position in missing:
@@ -99,78 +94,53 @@ def iter_codes(
             new = draw(logits, draws[:, position], settings)
             codes = torch.where(codes == UNKNOWN, new, codes)
         yield codes
-        if position < last:
-            with no_autocast(labels.device):  # around each step: the caller's code runs in between
+        if position < last:  # autocast around each step: the caller's code runs in between
+            with torch.autocast(labels.device.type, enabled=False):
                 logits = generator.decode(codes.repeat(1 + guided), cache)
 
 
-def guided_labels(
-    generator: Transformer, labels: Tensor, scales: Sequence[float | Tensor]
-) -> tuple[Tensor, bool]:
-    """The labels [B or 2 B] of the batch that guidance needs, and whether it is doubled.
+def guidance_scales(
+    settings: SamplingSettings, length: int, cfg_scale: Tensor | None = None
+) -> Tensor:
+    """The guidance scale of each of `length` positions, float64 [T, 1, 1]; of rows [T, B, 1].
 
-    Doubled, its second half is without class. `scales` are those of guidance_scales.
+    Before `cfg_start` it is 1. From there, with progress p in [0, 1): constant is cfg_scale,
+    linear 1 + (cfg_scale - 1) p (MAR, arXiv 2406.11838), power-cosine
+    1 + (cfg_scale - 1) (1 - cos(pi p^power)) / 2 (MDT, arXiv 2303.14389; RAR).
     """
-    rows = [scale.flatten().tolist() if isinstance(scale, Tensor) else [scale] for scale in scales]
-    values = set().union(*rows)
+    shape = {
+        "constant": lambda p: 1.0,
+        "linear": lambda p: p,
+        "power-cosine": lambda p: (1 - math.cos(math.pi * p**settings.cfg_power)) / 2,
+    }[settings.cfg_schedule]
+    start = settings.cfg_start
+    progress = [(position / length - start) / (1 - start) for position in range(length)]
+    weights = torch.tensor([shape(p) if p >= 0 else 0.0 for p in progress], dtype=torch.float64)
+    weights = weights[:, None, None]
+    scale = settings.cfg_scale if cfg_scale is None else cfg_scale.cpu().double()[:, None]
+    # in this form a constant schedule gives cfg_scale itself, unrounded
+    return scale * weights + (1 - weights)
+
+
+def guided_labels(generator: Transformer, labels: Tensor, scales: Tensor) -> tuple[Tensor, bool]:
+    """The labels [B or 2 B] of the batch, its second half without class, and whether it has 2 B."""
+    values = set(scales.flatten().tolist())
     without_class = torch.full_like(labels, generator.null_label)
     if len(values) > 1 or not values <= {0.0, 1.0}:
         return torch.cat([labels, without_class]), True
     return (without_class if values == {0.0} else labels), False
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which the model computes in its own number type, whatever the caller's."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
-
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance on logits [B, V]: uncond + (cond - uncond) * scale (LlamaGen).
-
-    A scale of 1 gives `conditional` to the bit; a tensor [B, 1] has a scale per row.
-    """
-    if isinstance(scale, Tensor):
-        scale = scale.to(conditional)
-        guided = unconditional + (conditional - unconditional) * scale
-        return torch.where(scale == 1, conditional, guided)
-    if scale == 1:
-        return conditional
-    return unconditional + (conditional - unconditional) * scale
-
-
-def guidance_scales(
-    settings: SamplingSettings, length: int, cfg_scale: Tensor | None = None
-) -> list[Any]:
-    """The guidance scale of each of `length` positions; with cfg_scale [B], of each row: [B, 1].
-
-    Before `cfg_start` it is 1. From there, with progress p in [0, 1): constant is cfg_scale,
-    linear 1 + (cfg_scale - 1) p (MAR, arXiv 2406.11838), power-cosine
-    1 + (cfg_scale - 1) (1 - cos(pi p^power)) / 2 (MDT, arXiv 2303.14389; RAR).
-    """
-    shapes = {
-        "constant": lambda p: 1.0,
-        "linear": lambda p: p,
-        "power-cosine": lambda p: (1 - math.cos(math.pi * p**settings.cfg_power)) / 2,
-    }
-    shape = shapes[settings.cfg_schedule]
-    scale = settings.cfg_scale if cfg_scale is None else cfg_scale.double()[:, None]
-    scales = []
-    for position in range(length):
-        p = (position / length - settings.cfg_start) / (1 - settings.cfg_start)
-        weight = shape(p) if p >= 0 else 0.0
-        # in this form a constant schedule gives cfg_scale itself, unrounded
-        scales.append(scale * weight + (1.0 - weight))
-    return scales
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+    """uncond + (cond - uncond) * scale on logits [..., V] (LlamaGen); at 1 exactly cond."""
+    guided = unconditional + (conditional - unconditional) * scale
+    return torch.where(scale == 1, conditional, guided)
 
 
 def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
-    """Draw one code per row of logits by inverting the cumulative distribution: int64 [B].
+    """Draw one code per row of guided logits [B, V] by inverting its cumulative distribution.
 
-    Args:
-        logits: guided logits [B, V].
-        uniforms: one random number in [0, 1) per row, [B].
-        settings: temperature (0: the likeliest code), top-k and top-p.
+    `uniforms` are random numbers in [0, 1), [B]; temperature 0 takes the likeliest code.
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
@@ -188,7 +158,7 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf every logit [B, V] outside the top k, then outside the nucleus of mass p.
 
     Ties with the k-th are kept. The nucleus (arXiv 1904.09751) is the smallest set of likeliest
-    codes whose probability reaches p; it holds one code at least.
+    codes whose probability reaches p.
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -202,11 +172,73 @@ def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def cumulative_sums(probabilities: Tensor) -> Tensor:
-    """Cumulative sums of probabilities [B, V] over the codes; on CUDA in float64.
-
-    A CPU adds in float64 and in order. CUDA adds in parallel and in another order for one row than
-    for several, so that in float32 a draw near a border could fall on either side of it, and on a
-    code of probability zero.
-    """
+    """Cumulative sums of probabilities [B, V] over the codes, on CUDA in float64."""
+    # CUDA adds in parallel, and in another order for one row than for several: in float32 a draw
+    # near a border could fall on either side of it. A CPU adds in float64 and in order.
     wide = torch.float64 if probabilities.is_cuda else probabilities.dtype
     return probabilities.cumsum(dim=-1, dtype=wide)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """log p of each code of B images in nats, float64 [B, T], and the pixels of an image."""
+
+    log_probs: Tensor
+    pixels: int
+
+    @property
+    def total(self) -> Tensor:
+        """log p(codes | label) in nats, float64 [B]."""
+        return self.log_probs.sum(dim=1)
+
+    @property
+    def nats_per_code(self) -> Tensor:
+        """-log p per code, float64 [B]; the larger, the stranger the image."""
+        return -self.log_probs.mean(dim=1)
+
+    @property
+    def bits_per_code(self) -> Tensor:
+        """-log2 p per code, float64 [B]."""
+        return self.nats_per_code / math.log(2)
+
+    @property
+    def bits_per_pixel(self) -> Tensor:
+        """-log2 p of the codes per pixel, float64 [B]; the tokenizer's own error is not counted."""
+        return -self.total / math.log(2) / self.pixels
+
+
+@torch.inference_mode()
+def code_log_probs(
+    generator: Transformer,
+    codes: Tensor,
+    labels: Tensor,
+    scales: Tensor | None = None,
+    temperature: float = 1.0,
+    narrow: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Tensor:
+    """log p(code | label, codes before it) in nats, float64 [B, T].
+
+    Labels int64 [B] are in 0..C, where C is the null label. `scales` are those of guidance_scales
+    for one scale, none means 1; `narrow` changes the guided logits [B, T, V].
+    """
+    scales = torch.ones(1, 1, 1) if scales is None else scales
+    labels, guided = guided_labels(generator, labels, scales)
+    with torch.autocast(labels.device.type, enabled=False):
+        logits = generator(codes.repeat(1 + guided, 1), labels)  # [B or 2 B, T, V]
+    if guided:
+        conditional, unconditional = logits.chunk(2)
+        logits = guide(conditional, unconditional, scales[..., 0].to(logits))
+    log_probs = narrow(logits / temperature).log_softmax(dim=-1)
+    return log_probs.gather(-1, codes[..., None])[..., 0].double()
+
+
+def class_log_likelihoods(generator: Transformer, codes: Tensor, batch_size: int = 64) -> Tensor:
+    """log p(codes | class) of every class in nats, float64 [B, C]."""
+    n_classes = generator.config.n_classes
+    pairs = torch.cartesian_prod(torch.arange(len(codes)), torch.arange(n_classes))  # [B C, 2]
+    sums = []
+    with progress_bar(len(pairs), "classify", "pair", delay=2) as bar:
+        for rows, labels in (part.to(codes.device).unbind(1) for part in pairs.split(batch_size)):
+            sums.append(code_log_probs(generator, codes[rows], labels).sum(1))
+            bar.update(len(rows))
+    return torch.cat(sums).view(len(codes), n_classes)

@@ -190,6 +190,14 @@ def random_inputs(config: ModelConfig, batch: int = 3, seed: int = 0):
     return codes, labels
 
 
+def decode_all(model, codes, labels):
+    """Logits [B, T, V] by cached decoding."""
+    cache = model.make_cache(len(labels))
+    steps = [model.start(labels, cache)]
+    steps += [model.decode(codes[:, t], cache) for t in range(codes.shape[1] - 1)]
+    return torch.stack(steps, dim=1)
+
+
 @pytest.fixture(params=VARIANTS, ids=list(VARIANTS))
 def variant(request) -> ModelConfig:
     """Each allowed combination of attention, memory and feed-forward."""

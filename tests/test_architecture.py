@@ -22,10 +22,9 @@ ALLOWED = {leaf: set() for leaf in LEAVES} | {
     "data": {"config"},
     "checkpoint": {"config", "model", "tokenizer"},
     "pretrained": {"config", "model", "checkpoint", "tokenizer"},
-    "likelihood": {"model", "sampling"},
-    "editing": {"config", "model", "sampling", "likelihood"},
+    "editing": {"config", "model", "sampling"},
     "bank_editing": {"model"},
-    "pipeline": CORE | {"likelihood", "editing", "bank_editing"},
+    "pipeline": CORE | {"editing", "bank_editing"},
     "evaluation": CORE | {"data", "pipeline"},
     "training": CORE | {"data", "pipeline", "evaluation"},
 }

@@ -16,17 +16,9 @@ TINY = (
 )
 
 
-@pytest.mark.parametrize(("cfg_scale", "rows"), [(1.0, 2), (2.0, 4)])
-def test_work_of_sampling(cfg_scale, rows):
-    model = lively(tiny_config(memory={"kind": "move", "slots": 3})).float()
-    found = bench.bench_sample(model, SamplingSettings(cfg_scale=cfg_scale), 2, 2)
-    config, length = model.config, 12
-    width, heads, layers = config.width, config.n_head, config.n_layer
-    per_layer = 4 * width**2 + 3 * width * 256 + width * heads * 4  # attention, SwiGLU, router
-    matrices = layers * per_layer + width * config.codebook_size
-    mix, attention = layers * 2 * 3 * width, layers * 4 * 6.5 * width
-    flops = length * rows * (2 * matrices + mix + attention)
-    for done, unit in [(2, "images"), (24, "codes"), (flops / 1e9, "GFLOPs")]:
+def test_work_of_sampling():
+    found = bench.bench_sample(lively(tiny_config()).float(), SamplingSettings(), 2, 2)
+    for done, unit in [(2, "images"), (24, "codes")]:
         assert found[f"{unit} per second"] == pytest.approx([done / s for s in found["seconds"]])
 
 
@@ -37,8 +29,8 @@ def test_training_is_measured_with_the_configs_passes(tmp_path, monkeypatch, bat
     monkeypatch.setattr(
         GeneratorTask, "loss", lambda task, *index: made.append(task) or loss(task, *index)
     )
-    result = run("bench", "train", tmp_path / "tiny.yaml", "--batch-size", batch_size,
-                 "--repeats", 1, "--device", "cpu")  # fmt: skip
+    options = ["--batch-size", batch_size, "--repeats", 1, "--device", "cpu"]
+    result = run("bench", "train", tmp_path / "tiny.yaml", *options)
     assert len(made) == 2 * passes and "steps per second" in result.output
     assert made[0].model.head.weight.any()  # it really trains
 
@@ -46,8 +38,6 @@ def test_training_is_measured_with_the_configs_passes(tmp_path, monkeypatch, bat
 def test_a_config_is_sampled_from_random_weights(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     options = ["--batch-size", 1, "--repeats", 1, "--device", "cpu", "--quantize"]
-    assert (
-        "codes per second"
-        in run("bench", "sample", tmp_path / "tiny.yaml", *options, "int8").output
-    )
+    done = run("bench", "sample", tmp_path / "tiny.yaml", *options, "int8")
+    assert "codes per second" in done.output
     assert "int8" in refused("bench", "sample", tmp_path / "tiny.yaml", *options, "int3")

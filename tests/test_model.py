@@ -7,19 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from moveimg.model import GatedMixer, Transformer, record_mixing
-from tests.conftest import MORE, PAIRED, VARIANTS, lively, random_inputs, tiny_config
+from tests.conftest import MORE, PAIRED, VARIANTS, decode_all, lively, random_inputs, tiny_config
 from tests.reference import reference_logits
 
 NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
 pairs = pytest.mark.parametrize("name", PAIRED)
-
-
-def decode_all(model, codes, labels):
-    """Logits [B, T, V] by cached decoding."""
-    cache = model.make_cache(len(labels))
-    steps = [model.start(labels, cache)]
-    steps += [model.decode(codes[:, t], cache) for t in range(codes.shape[1] - 1)]
-    return torch.stack(steps, dim=1)
 
 
 def test_logits_equal_the_float64_reference(variant):
@@ -83,24 +75,6 @@ def test_train_and_eval_mode_differ_in_dropout_alone(name):
         assert not torch.equal(model.eval()(codes, labels), model.train()(codes, labels)), rate
 
 
-@pytest.mark.parametrize("name", ["mha-move-3-class-rows-swiglu", "mla-lave-x2-gated-swiglu"])
-def test_checkpointing_and_compiled_blocks_change_no_gradient(name):
-    model = lively(tiny_config(**VARIANTS[name], **NO_DROPOUT)).train()
-    codes, labels = random_inputs(model.config)
-    gradients = []
-    for mode in ("plain", "checkpointing", "compiled"):
-        model.checkpointing = mode == "checkpointing"
-        if mode == "compiled":
-            torch._dynamo.reset()
-            for block in model.layers:
-                block.compile(backend="aot_eager", fullgraph=True)
-        model.zero_grad()
-        model(codes, labels, loss=True)[0].backward()
-        gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
-    torch.testing.assert_close(gradients[0], gradients[2])
-
-
 def test_autocast_casts_the_rows_once_and_keeps_float32_gradients():
     model = lively(tiny_config(memory={"kind": "move", "slots": 3}), dtype=torch.float32)
     codes, labels = random_inputs(model.config)
@@ -149,9 +123,6 @@ def test_recorded_mixing_is_what_the_layers_mix(name):
         assert torch.equal(mixings[0][-1], stored.transpose(2, 3))
     model(codes, labels)
     assert len(mixings) <= 2  # hooks are gone
-
-
-# --- the loss ----------------------------------------------------------------------------------
 
 
 def loss_and_gradients(model, codes, labels, chunked):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import pydoc
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import tokenizer as vq
 from moveimg.checkpoint import BUNDLED, ModelParts, load_model, load_tokenizer, save_model
@@ -19,7 +19,7 @@ from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import image_rngs, sample_codes
-from tests.conftest import VARIANTS, lively, tiny_config
+from tests.conftest import MORE, VARIANTS, lively, tiny_config
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane", "black swan"]
 CPU = torch.device("cpu")
@@ -51,9 +51,6 @@ def pixels(images):
     return [image.tobytes() for image in images]
 
 
-# --- class names ---------------------------------------------------------------------------
-
-
 def test_classes_by_index_name_synonym_and_part():
     wanted = [1, np.int64(1), "1", "goldfish", "Tinca TINCA", "swan", " gold "]
     assert [find_label(NAMES, item) for item in wanted] == [1, 1, 1, 1, 0, 4, 1]
@@ -69,12 +66,10 @@ def test_classes_by_index_name_synonym_and_part():
     [
         (NAMES, "zebra", "'zebra'"),
         (NAMES, "goldfsh", "1 (goldfish)"),
-        (NAMES, 5, "class 5: expected 0..4"),
         (NAMES, 10**30, "0..4"),
         (NAMES, "-1", "class -1: expected 0..4"),
         (NAMES, "crane", "2 (crane), 3 (crane)"),
         (["01", "02", "03"], "1", "'1' is ambiguous"),
-        (["01", "02", "03"], "0", "'0' is ambiguous"),
         (["b", "01"], "1", "'1' is ambiguous"),
         (NAMES, "z" * 10**6, "zzz"),
     ],
@@ -85,23 +80,17 @@ def test_unknown_and_ambiguous_classes_are_named(names, item, value):
     assert value in str(error.value) and len(str(error.value)) < 300
 
 
-# --- the pipeline --------------------------------------------------------------------------
-
-
 def test_samples_repeat_and_have_their_own_seeds(pipeline):
     first = pipeline.sample(["goldfish", 4, 4], seed=3)
     assert [image.size for image in first] == [(16, 12)] * 3 and first[0].mode == "RGB"
     assert pixels(pipeline.sample(["goldfish", 4, 4], seed=3, batch_size=2)) == pixels(first)
     assert pixels(pipeline.sample("swan", num=2, seed=4)) == pixels(first)[1:]  # seed + i
     assert pixels(first)[1] != pixels(first)[2]
+    assert len(pipeline.sample(np.array([1, 0]))) == 2
+    assert pipeline.settings(top_k=None) == SamplingSettings(cfg_scale=1.5, top_k=9)  # its own
+    assert pipeline.settings(top_k=2, cfg_scale=0.0) == SamplingSettings(cfg_scale=0, top_k=2)
     with torch.autocast("cpu", torch.bfloat16):
         assert pixels(pipeline.sample(["goldfish", 4, 4], seed=3)) == pixels(first)
-
-
-def test_settings_left_out_are_the_models_own(pipeline):
-    assert pipeline.settings(top_k=None) == SamplingSettings(cfg_scale=1.5, top_k=9)
-    assert pipeline.settings(top_k=2, cfg_scale=0.0) == SamplingSettings(cfg_scale=0, top_k=2)
-    assert len(pipeline.sample(np.array([1, 0]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -109,7 +98,7 @@ def test_settings_left_out_are_the_models_own(pipeline):
     [
         ([0], {"temperature": -1}, "-1"),
         ([0], {"cfg_skale": 1}, "cfg_skale"),
-        ([], {}, "no classes"),
+        ([], {}, "0 classes"),
         ([0], {"num": 0}, "num 0"),
         ([0], {"num": 10**30}, "num 1000"),
         ([0], {"batch_size": 0}, "batch_size 0"),
@@ -132,35 +121,37 @@ def test_partial_images_end_with_the_sampled_ones(pipeline):
     assert (first[4:] == 128).all() and not (first[:4] == 128).all()  # rows to come are grey
 
 
-def test_the_decoder_follows_the_generator(pipeline):
-    settings = SamplingSettings(cfg_scale=1.0, temperature=0.0)
+def test_the_decoder_follows_the_generator_and_is_its_own(pipeline, directory):
+    settings, other = SamplingSettings(cfg_scale=1.0, temperature=0.0), Pipeline.from_pretrained
+    other = other(directory, device="cpu")
     before = pipeline.sample_codes([0, 1], settings)
     assert pipeline.decoder is pipeline.decoder
     with torch.no_grad():  # weights changed in place
         pipeline.generator.head.weight.neg_()
-    after = pipeline.sample_codes([0, 1], settings)
-    assert not torch.equal(before, after)
+    assert not torch.equal(before, pipeline.sample_codes([0, 1], settings))
+    assert torch.equal(before, other.sample_codes([0, 1], settings))
     pipeline.generator = lively(pipeline.generator.config, seed=5, dtype=torch.float64)
     swapped = pipeline.sample_codes([0, 1], settings)
     labels, rngs = torch.tensor([0, 1]), image_rngs([0, 1])
     assert torch.equal(swapped, sample_codes(pipeline.generator, labels, settings, rngs))
 
 
-def test_int8_samples_and_others_are_refused(directory):
-    pipeline = Pipeline.from_pretrained(directory, device="cpu", quantize="int8")
-    assert pipeline.sample_codes([0, 1], pipeline.settings()).shape == (2, 12)
-    for option in ({"quantize": "int3"}, {"dtype": "int3"}, {"device": "abacus"}):
-        with pytest.raises(ValueError, match=rf"'{next(iter(option.values()))}'"):
-            Pipeline.from_pretrained(directory, **({"device": "cpu"} | option))
+@pytest.mark.parametrize("option", ["quantize", "dtype", "device"])
+def test_unknown_options_are_named(directory, option):
+    with pytest.raises(ValueError, match="'abacus'"):
+        Pipeline.from_pretrained(directory, **({"device": "cpu"} | {option: "abacus"}))
 
 
-def test_two_pipelines_share_nothing(directory):
-    a, b = (Pipeline.from_pretrained(directory, device="cpu") for _ in range(2))
-    before = pixels(b.sample([0]))
-    with torch.no_grad():
-        for parameter in a.generator.parameters():
-            parameter.zero_()
-    assert pixels(b.sample([0])) == before
+@pytest.mark.parametrize(
+    "option", [{"quantize": "int8"}, {"dtype": "bfloat16"}, {"dtype": "float64"}]
+)
+def test_other_number_types_load_and_sample(directory, option):
+    pipeline = Pipeline.from_pretrained(directory, device="cpu", **option)
+    dtype = getattr(torch, option.get("dtype", "float32"))
+    assert pipeline.generator.head.weight.dtype == dtype
+    precise = torch.promote_types(dtype, torch.float32)  # bfloat16 shows in pixels
+    assert pipeline.tokenizer.quant_conv.weight.dtype == precise
+    assert len(pipeline.sample([0, 1])) == 2
 
 
 def test_the_package_shows_its_pipeline(pipeline, directory):
@@ -169,15 +160,10 @@ def test_the_package_shows_its_pipeline(pipeline, directory):
     assert "Pipeline" in dir(moveimg) and moveimg.Pipeline is Pipeline
     for part in (str(directory), "5 classes", "move", "3 x 4", "11", "float32 on cpu"):
         assert part in repr(pipeline)
-    code = "import moveimg; help(moveimg)"
-    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert "class Pipeline" in text and "from_pretrained" in text
+    assert "class Pipeline" in pydoc.render_doc(moveimg, renderer=pydoc.plaintext)
 
 
-# --- model directories ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "-lave" in name or "mla" in name])
+@pytest.mark.parametrize("name", MORE)
 def test_a_model_directory_round_trips(name, tmp_path):
     config = tiny_config(**VARIANTS[name])
     generator = lively(config, dtype=torch.float32)
@@ -192,90 +178,62 @@ def test_a_model_directory_round_trips(name, tmp_path):
     assert all(torch.equal(v, weights[k]) for k, v in loaded.generator.state_dict().items())
 
 
-def edit_json(name, change):
-    def edit(directory):
-        path = directory / name
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
-
-    return edit
-
-
-def edit_model(**changes):
-    return edit_json("config.json", lambda data: data | {"model": data["model"] | changes})
-
-
-def edit_weights(change, name="model.safetensors"):
-    def edit(directory):
-        save_file(change(load_file(directory / name)), directory / name)
-
-    return edit
-
-
-def truncate(name):
-    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:-100])
-
-
-def remove(name):
-    return lambda directory: (directory / name).unlink()
+def model(**changes):
+    return lambda data: data | {"model": data["model"] | changes}
 
 
 def without_grid(data):
-    del data["model"]["grid"]
-    return data
+    return data | {"model": {key: data["model"][key] for key in data["model"].keys() - {"grid"}}}
 
 
-def set_all(value):
-    return lambda state: {key: torch.full_like(tensor, value) for key, tensor in state.items()}
-
-
-def cast(dtype):
-    return lambda state: {key: tensor.to(dtype) for key, tensor in state.items()}
+def spoil(tensor):
+    return torch.full_like(tensor, float("nan"))
 
 
 @pytest.mark.parametrize(
-    ("damage", "value"),
+    ("file", "change", "value"),
     [
-        (truncate("model.safetensors"), "model.safetensors"),
-        (truncate("tokenizer/model.safetensors"), "tokenizer/model.safetensors"),
-        (remove("model.safetensors"), "model.safetensors"),
-        (remove("config.json"), "config.json"),
-        (remove("classes.json"), "classes.json"),
-        (remove("tokenizer/config.json"), "tokenizer/config.json"),
-        (edit_model(n_layer=3), "layers.2."),
-        (edit_model(n_layer=10**9), "n_layer"),
-        (edit_model(n_classes=6), "5 class names, expected 6"),
-        (edit_model(codebook_size=12), "[11, 16], expected [12, 16]"),
-        (edit_model(n_layers=2), "model.n_layers: unknown key"),
-        (edit_model(grid=[500, 500]), "500"),
-        (edit_model(memory={"kind": "move", "slots": 256}), "router"),
-        (edit_json("config.json", without_grid), "model.grid: missing"),
-        (edit_json("config.json", lambda data: [data]), "config.json"),
-        (edit_json("config.json", lambda data: data | {"format": 2}), "format"),
-        (edit_json("config.json", lambda data: data | {"about": 3}), "about"),
-        (edit_json("classes.json", lambda names: [None, *names[1:]]), "classes.json: 0"),
-        (edit_json("classes.json", lambda names: [3, *names[1:]]), "classes.json: 0"),
-        (edit_json("classes.json", lambda names: ["x" * 5000, *names[1:]]), "classes.json: 0"),
-        (edit_json("classes.json", lambda names: dict.fromkeys(names)), "classes.json"),
-        (edit_json("sampling.json", lambda data: data | {"top_k": "all"}), "sampling.json: top_k"),
-        (edit_weights(cast(torch.int64)), "int64"),
-        (edit_weights(cast(torch.bool)), "bool"),
-        (edit_weights(set_all(float("nan"))), "model.safetensors"),
-        (edit_weights(set_all(float("nan")), "tokenizer/model.safetensors"), "tokenizer"),
+        ("model.safetensors", "truncate", "model.safetensors"),
+        ("tokenizer/model.safetensors", "truncate", "tokenizer/model.safetensors"),
+        ("model.safetensors", "remove", "model.safetensors"),
+        ("config.json", "remove", "config.json"),
+        ("classes.json", "remove", "classes.json"),
+        ("tokenizer/config.json", "remove", "tokenizer/config.json"),
+        ("config.json", model(n_layer=3), "layers.2."),
+        ("config.json", model(n_layer=10**9), "n_layer"),
+        ("config.json", model(n_classes=6), "5 class names, expected 6"),
+        ("config.json", model(codebook_size=12), "[11, 16], expected [12, 16]"),
+        ("config.json", model(n_layers=2), "model.n_layers: unknown key"),
+        ("config.json", model(grid=[500, 500]), "500"),
+        ("config.json", model(memory={"kind": "move", "slots": 256}), "router"),
+        ("config.json", without_grid, "model.grid: missing"),
+        ("config.json", lambda data: [data], "config.json"),
+        ("config.json", lambda data: data | {"format": 2}, "format"),
+        ("config.json", lambda data: data | {"about": 3}, "about"),
+        ("classes.json", lambda names: [None, *names[1:]], "classes.json: 0"),
+        ("classes.json", lambda names: ["x" * 5000, *names[1:]], "classes.json: 0"),
+        ("classes.json", lambda names: dict.fromkeys(names), "classes.json"),
+        ("sampling.json", lambda data: data | {"top_k": "all"}, "sampling.json: top_k"),
+        ("model.safetensors", Tensor.long, "int64"),
+        ("model.safetensors", Tensor.bool, "bool"),
+        ("model.safetensors", spoil, "model.safetensors"),
+        ("tokenizer/model.safetensors", spoil, "tokenizer"),
     ],
-)  # fmt: skip
-def test_damaged_models_get_one_line(directory, damage, value):
-    damage(directory)
+)
+def test_damaged_models_get_one_line(directory, file, change, value):
+    path = directory / file
+    if change == "remove":
+        path.unlink()
+    elif change == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        save_file({key: change(tensor) for key, tensor in load_file(path).items()}, path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         Pipeline.from_pretrained(directory, device="cpu")
     assert value in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
-
-
-def test_logits_that_are_not_finite_are_refused(pipeline):
-    with torch.no_grad():
-        pipeline.generator.head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="finite"):
-        pipeline.sample([0])
 
 
 def test_another_tokenizer_is_refused_and_replaced_by_saving(directory):
@@ -299,12 +257,3 @@ def test_a_bundled_tokenizer_is_known_by_name(tmp_path, monkeypatch):
     Path("digits").mkdir()  # one's own directory comes first
     with pytest.raises(FileNotFoundError, match="digits"):
         load_tokenizer(Path("digits"), CPU)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_other_number_types_load_and_sample(directory, dtype):
-    pipeline = Pipeline.from_pretrained(directory, device="cpu", dtype=dtype)
-    assert pipeline.generator.head.weight.dtype == getattr(torch, dtype)
-    precise = torch.promote_types(getattr(torch, dtype), torch.float32)  # bfloat16 shows in pixels
-    assert pipeline.tokenizer.quant_conv.weight.dtype == precise
-    assert len(pipeline.sample([0, 1])) == 2

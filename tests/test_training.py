@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import os
 import signal
 from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import load_model, load_tokenizer
@@ -26,7 +23,7 @@ from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers
 from moveimg.training.tokenizer import train_tokenizer
-from tests.conftest import lively, tiny_config
+from tests.conftest import FEEDFORWARDS, lively, tiny_config
 
 CPU = torch.device("cpu")
 TOKENIZER = {
@@ -74,10 +71,6 @@ def train_config(digits, out, **changes) -> TrainConfig:
     return validate(TrainConfig, settings | changes, "test")
 
 
-def weights_of(directory):
-    return load_model(directory).generator.state_dict()
-
-
 def newest_state(out) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, by name."""
     path = max((out / "training/checkpoints").glob("step-" + 7 * "[0-9]"))
@@ -106,6 +99,7 @@ def die_at_step_5(monkeypatch, run_it):
 
     def dying(run):
         if run.step == 5:
+            run.checkpoints.wait()
             raise KeyboardInterrupt
         return advance(run)
 
@@ -115,104 +109,68 @@ def die_at_step_5(monkeypatch, run_it):
             run_it()
 
 
-def test_a_run_makes_a_model_that_samples_and_has_learned(digits, tmp_path):
+def test_a_run_makes_a_model_that_samples_and_has_learned(digits, tmp_path, monkeypatch):
     every = {"validate_every": 20, "preview_every": 20, "checkpoint_every": 40}
-    result = train_generator(train_config(digits, tmp_path, steps=40, **every), CPU)
+    config, state = train_config(digits, tmp_path, steps=40, **every), torch.get_rng_state()
+    result = train_generator(config, CPU)
+    assert torch.equal(state, torch.get_rng_state())  # it draws from generators of its own
     parts = load_model(tmp_path)
     assert result["loss"] < math.log(16)  # better than not looking
     assert parts.generator.config.codebook_size == 16  # filled from the codes
     assert parts.generator.config.grid == (4, 4) and parts.class_names[7] == "seven"
     lines = [json.loads(s) for s in (tmp_path / "training/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [20, 40]
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines] == [20, 40] and lines[1]["loss"] < lines[0]["loss"]
     assert (tmp_path / "training/preview-000020.png").is_file()
     about = json.loads((tmp_path / "config.json").read_text())["about"]
     assert about["step"] == 40 and about["run"]["optimizer"]["lr"] == 3e-3
+    monkeypatch.setattr(Run, "advance", lambda run: pytest.fail("trained again"))
+    assert train_generator(config, CPU) == result
 
 
-@pytest.mark.parametrize("memory", ["none", "move"])
-def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, monkeypatch, memory):
-    chosen = {"kind": "none"} if memory == "none" else {"kind": "move", "slots": 2}
-    model = {"n_layer": 2, "n_head": 2, "width": 16, "memory": chosen}
-    whole = train_config(digits, tmp_path / "whole", model=model)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, monkeypatch, kind):
+    options = {"optimizer": {"kind": kind, "lr": 3e-3, "schedule": "cosine", "warmup": 2}}
+    whole, parted = (train_config(digits, tmp_path / n, **options) for n in ("whole", "parted"))
     train_generator(whole, CPU)
-
-    parted = train_config(digits, tmp_path / "parted", model=model)
     die_at_step_5(monkeypatch, lambda: train_generator(parted, CPU))
     train_generator(parted, CPU)
-    expected = weights_of(tmp_path / "whole")
-    assert all(torch.equal(v, expected[k]) for k, v in weights_of(tmp_path / "parted").items())
     assert same_end(whole.out, parted.out)
+    state = newest_state(whole.out)
+    momentum = {key for key in state if key.endswith(".momentum_buffer")}
+    adam = {key for key in state if key.endswith(".exp_avg")}
+    assert (kind == "muon") == bool(momentum)
+    assert all("layers." in key and "router" not in key for key in momentum)
+    assert any("memory.bank" in key for key in adam) and any("router" in key for key in adam)
+    assert len(momentum) + len(adam) == sum(key.startswith("model.") for key in state)
 
 
 def test_a_tokenizer_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     # far more codes than a batch has vectors: some stay idle, and are re-seeded after the break
-    many = {"tokenizer": TOKENIZER | {"codebook_size": 128}, "steps": 10}
+    many = {"tokenizer": TOKENIZER | {"codebook_size": 128, "dropout": 0.1}, "steps": 10}
     whole, parted = (tokenizer_config(tmp_path / name, **many) for name in ("whole", "parted"))
+    state = torch.get_rng_state()
     with few_digits():
         train_tokenizer(whole, CPU)
         die_at_step_5(monkeypatch, lambda: train_tokenizer(parted, CPU))
         train_tokenizer(parted, CPU)
     fingerprints = [load_tokenizer(c.out, CPU).fingerprint for c in (whole, parted)]
-    assert fingerprints[0] == fingerprints[1]
+    assert fingerprints[0] == fingerprints[1] and torch.equal(state, torch.get_rng_state())
 
 
-def test_training_leaves_the_default_generator_alone(digits, tmp_path):
-    """So draws of a caller or of another thread change no weight."""
-    state = torch.get_rng_state()
-    train_generator(train_config(digits, tmp_path / "model"), CPU)
-    with few_digits():
-        tokenizer = TOKENIZER | {"dropout": 0.1}
-        train_tokenizer(tokenizer_config(tmp_path / "tokenizer", tokenizer=tokenizer), CPU)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_a_finished_run_is_not_trained_again(digits, tmp_path, monkeypatch):
-    config = train_config(digits, tmp_path)
-    first = train_generator(config, CPU)
-    monkeypatch.setattr(Run, "advance", lambda run: pytest.fail("trained again"))
-    assert train_generator(config, CPU) == first
-
-
-def test_a_folder_with_another_run_is_left_alone(digits, tmp_path):
-    train_generator(train_config(digits, tmp_path, steps=2), CPU)
-    other = train_config(digits, tmp_path, steps=2, optimizer={"lr": 1e-5})
-    with pytest.raises(ValueError, match=r"optimizer\.lr 0\.003, now 1e-05"):
-        train_generator(other, CPU)
-    train_generator(other, CPU, restart=True)
-    written = yaml.safe_load((tmp_path / "training/config.yaml").read_text())
-    assert written["optimizer"]["lr"] == 1e-5
+@pytest.mark.parametrize(("key", "value"), [("codebook_size", 32), ("n_classes", 9)])
+def test_a_model_that_does_not_fit_the_codes_is_refused(digits, tmp_path, key, value):
+    model = {"n_layer": 1, "n_head": 2, "width": 16, key: value}
+    with pytest.raises(ValueError, match=f"model.{key} is {value}"):
+        train_generator(train_config(digits, tmp_path, model=model), CPU)
 
 
 def test_codes_of_another_tokenizer_are_refused(digits, tmp_path):
     with few_digits():
         train_tokenizer(tokenizer_config(tmp_path / "other", seed=1, steps=1), CPU)
     mixed = {"codes": digits / "codes", "tokenizer": tmp_path / "other"}
-    with pytest.raises(ValueError, match="was encoded by tokenizer"):
+    other = load_tokenizer(tmp_path / "other", CPU).fingerprint
+    with pytest.raises(ValueError, match=other[:12]):
         train_generator(train_config(digits, tmp_path / "run", data=mixed), CPU)
-
-
-@pytest.mark.parametrize(("key", "value"), [("codebook_size", 32), ("n_classes", 9)])
-def test_a_model_that_does_not_fit_the_codes_is_refused(digits, tmp_path, key, value):
-    model = {"n_layer": 1, "n_head": 2, "width": 16, key: value}
-    with pytest.raises(ValueError, match=f"model.{key} is {value}, but"):
-        train_generator(train_config(digits, tmp_path, model=model), CPU)
-
-
-def test_images_are_encoded_on_the_way(digits, tmp_path):
-    images = {"images": {"source": "digits", "size": 32}, "tokenizer": digits / "tokenizer"}
-    with few_digits():
-        train_generator(train_config(digits, tmp_path, data=images, steps=2), CPU)
-    assert (tmp_path / "codes/train/manifest.json").is_file()
-    assert load_model(tmp_path).generator.config.n_classes == 10
-
-
-def test_a_non_finite_loss_stops_the_run(digits, tmp_path):
-    config = train_config(digits, tmp_path, steps=8)
-    optimizer = config.optimizer.model_copy(update={"lr": 1e30})  # more than a config may hold
-    with pytest.raises(ValueError, match=r"loss (nan|inf) at step 1"):
-        train_generator(config.model_copy(update={"optimizer": optimizer}), CPU)
-    assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["checkpoint due", "SIGTERM"])
@@ -225,20 +183,19 @@ def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, m
         if step == 1:
             value.register_hook(lambda gradient: gradient * torch.nan)
             if stop:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
         return value, scalars
 
     monkeypatch.setattr(GeneratorTask, "loss", spoilt)
     every = {"log_every": 50, "checkpoint_every": 50 if stop else 2}
-    with pytest.raises(ValueError, match=r"loss nan at step 1"):
+    with pytest.raises(ValueError, match=r"nan at step 1"):
         train_generator(train_config(digits, tmp_path, steps=8, **every), CPU)
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 
 
 def test_a_table_gradient_that_is_not_finite_shows_at_its_own_step():
     """Value tables are clipped apart: the norm that is watched must tell of them, too."""
-    keys = {"kind": "product_key", "n_keys": 4, "key_heads": 2, "top_k": 3, "key_width": 6}
-    model = lively(tiny_config(ffn=keys), dtype=torch.float32)
+    model = lively(tiny_config(ffn=FEEDFORWARDS["product_key"]), dtype=torch.float32)
     optimizers = make_optimizers(model, OptimizerConfig())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -252,9 +209,8 @@ def test_a_table_gradient_that_is_not_finite_shows_at_its_own_step():
 def test_learning_rates():
     config = OptimizerConfig(lr=1.0, warmup=4, schedule="cosine", final_lr=0.1)
     rates = [learning_rate(config, step, 104) for step in range(105)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[54] == pytest.approx(0.55) and rates[104] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
     constant = OptimizerConfig(lr=2.0, warmup=2)
     assert [learning_rate(constant, step, 9) for step in (0, 1, 5, 8)] == [1.0, 2.0, 2.0, 2.0]
 
@@ -268,28 +224,17 @@ def test_weight_decay_falls_on_matrices_and_tables_alone():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
 
 
-def make_task(digits, tmp_path, monkeypatch, **changes) -> GeneratorTask:
-    """The task of a run of no steps, with its model in train mode."""
-    made = []
+def test_dropped_labels_are_null_and_validation_reads_held_out_codes(digits, tmp_path, monkeypatch):
+    made, seen = [], []
     monkeypatch.setattr(generator, "fit", lambda task, *args: made.append(task) or {})
-    train_generator(train_config(digits, tmp_path, steps=1, **changes), CPU)
-    made[0].model.train()
-    return made[0]
-
-
-def test_class_dropout_gives_the_null_label(digits, tmp_path, monkeypatch):
-    task = make_task(digits, tmp_path, monkeypatch, class_dropout=1.0)
-    seen, forward = [], task.forward
+    train_generator(train_config(digits, tmp_path, class_dropout=1.0), CPU)
+    task, forward = made[0], made[0].forward
     task.forward = lambda codes, labels, **options: (
         seen.append(labels),
         forward(codes, labels, **options),
     )[1]
     task.loss(0, 0)
     assert (seen[0] == task.model.null_label).all()
-
-
-def test_validation_reads_the_held_out_codes(digits, tmp_path, monkeypatch):
-    task = make_task(digits, tmp_path, monkeypatch)
     assert task.val.directory.name == "val" and task.codes.directory.name == "train"
     monkeypatch.setattr(task.codes, "get", lambda *_: pytest.fail("read the training codes"))
     task.validate(task.model.eval())

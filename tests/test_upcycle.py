@@ -12,8 +12,7 @@ from moveimg.pretrained.upcycle import convert_upcycle, upcycle
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import break_symmetry, start_from, train_generator
 from tests import conftest
-from tests.conftest import ATTENTIONS, FEEDFORWARDS, lively, random_inputs, tiny_config
-from tests.test_model import decode_all
+from tests.conftest import ATTENTIONS, FEEDFORWARDS, decode_all, lively, random_inputs, tiny_config
 from tests.test_pipeline import tiny_tokenizer
 from tests.test_training import CPU, newest_state, train_config
 

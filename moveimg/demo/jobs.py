@@ -23,10 +23,9 @@ from moveimg.device import release_memory
 from moveimg.editing import HALVES
 from moveimg.errors import describe
 from moveimg.images import png_bytes, read_image
-from moveimg.likelihood import Likelihood, code_log_probs
 from moveimg.model.analysis import scale_bank
 from moveimg.pipeline import Pipeline, find_label, resolve
-from moveimg.sampling import UNKNOWN
+from moveimg.sampling import UNKNOWN, Likelihood, code_log_probs
 
 STRIP = 4  # images of each of several rows that are compared
 

@@ -27,9 +27,8 @@ def rope_2d(
 ) -> Tensor:
     """Rotation table [1 + T, dim / 2, 2] (cosine, sine) of a head's `dim` rotary dimensions.
 
-    The first half of the pairs turns by the code's row, the second by its column, each with
-    frequencies base^(-2i / (dim / 2)), as in LlamaGen (arXiv 2406.06525). The class token's
-    entries are all zero, the cosine too: its queries and keys vanish.
+    The first half of the pairs turns by the code's row, the second by its column, with frequencies
+    base^(-2i / (dim / 2)) (LlamaGen, arXiv 2406.06525). The class token's entries are zero.
     """
     half = dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).to(dtype) / half)
@@ -48,8 +47,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     rope = rope[:, None].to(wide)  # [S, 1, K / 2, 2]
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager and not any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
-        # One kernel instead of eight: a quarter of a small model's training step. Compilers fuse
-        # the real form below by themselves, and cannot generate code for complex numbers.
+        # One kernel instead of eight, a quarter of a small training step; compilers fuse the other
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     else:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
@@ -58,41 +56,36 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """Tensors of one layer, [..., L, width] each (or None), with an entry per position.
+    """Tensors of one layer, [..., L, width] each, with an entry per position; values are mixed.
 
-    Values are cached after the mix, so the memory is read once per position. With an int as index
-    the cache grows: attention sees the entries written so far. With a tensor [1] it is static:
-    shapes stay the same at every step, and a mask hides later entries.
+    With an int as index the cache grows: attention sees the entries written so far. With a tensor
+    [1] it is static: shapes stay the same at every step, and a mask hides later entries.
     """
 
-    def __init__(self, *tensors: Tensor | None) -> None:
+    def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
 
-    def update(self, index: Index, *new: Tensor | None) -> list[Any]:
+    def update(self, index: Index, *new: Tensor) -> list[Tensor]:
         """Write S entries [..., S, width] from `index` on; return all entries to attend to."""
-
-        def write(tensor: Tensor | None, entries: Tensor | None) -> Tensor | None:
-            if tensor is None or entries is None:
-                return None
-            length = entries.shape[-2]
+        length, entries = new[0].shape[-2], []
+        for tensor, values in zip(self.tensors, new, strict=True):
             if isinstance(index, Tensor):
                 where = index if length == 1 else index + torch.arange(length, device=index.device)
-                return tensor.index_copy_(-2, where, entries.to(tensor.dtype))
-            tensor[..., index : index + length, :] = entries
-            return tensor[..., : index + length, :]
-
-        return [write(*pair) for pair in zip(self.tensors, new, strict=True)]
+                entries.append(tensor.index_copy_(-2, where, values.to(tensor.dtype)))
+            else:
+                tensor[..., index : index + length, :] = values
+                entries.append(tensor[..., : index + length, :])
+        return entries
 
     def mask(self, index: Index) -> Tensor | None:
         """Which entries of a static cache are written, bool [1, L]; None for a growing one."""
         if not isinstance(index, Tensor):
             return None
-        length = next(t.shape[-2] for t in self.tensors if t is not None)
-        return torch.arange(length, device=index.device)[None] <= index
+        return torch.arange(self.tensors[0].shape[-2], device=index.device)[None] <= index
 
     def numel_per_token(self) -> int:
         """Numbers kept per position of one sequence."""
-        return sum(t.numel() // (t.shape[0] * t.shape[-2]) for t in self.tensors if t is not None)
+        return sum(t.numel() // (t.shape[0] * t.shape[-2]) for t in self.tensors)
 
 
 class MultiHeadAttention(nn.Module):
@@ -150,8 +143,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     All heads share one latent, c = norm(x W_DKV), and one rotary key k_R = rope(x W_KR): the score
     of head h is (q_h . W_UK_h c + q_R,h . k_R) / sqrt(K + R). MoVE is mixed into c, in H chunks,
-    after its norm (inferred: gates of 1 then leave DeepSeek's latent as it was) and before the
-    up-projection (arXiv 2601.22887), and the cache holds c' = mix(c) and k_R.
+    after its norm and before the up-projection (arXiv 2601.22887); the cache holds mix(c) and k_R.
 
     Teacher forcing unfolds keys and values. Decoding does not: W_UK is absorbed into the query, and
     W_UV is applied to the weighted sum of latents, the same sum in another order.
@@ -161,20 +153,20 @@ class MultiHeadLatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: MLAConfig, mixers: dict[str, Mixer]) -> None:
         super().__init__()
-        self.config, self.spec = config, spec
+        self.config, self.spec, width = config, spec, config.width
         query_width = config.n_head * (config.head_dim + spec.rope_dim)
-        self.wq: nn.Module = nn.Linear(config.width, query_width, bias=False)
+        self.wq: nn.Module = nn.Linear(width, query_width, bias=False)
         if spec.q_rank is not None:
             low_rank = OrderedDict[str, nn.Module](
-                down=nn.Linear(config.width, spec.q_rank, bias=False),
+                down=nn.Linear(width, spec.q_rank, bias=False),
                 norm=nn.RMSNorm(spec.q_rank, eps=config.norm_eps),
                 up=nn.Linear(spec.q_rank, query_width, bias=False),
             )
             self.wq = nn.Sequential(low_rank)
-        self.wkv_down = nn.Linear(config.width, spec.kv_rank + spec.rope_dim, bias=False)
+        self.wkv_down = nn.Linear(width, spec.kv_rank + spec.rope_dim, bias=False)
         self.kv_norm = nn.RMSNorm(spec.kv_rank, eps=config.norm_eps)
-        self.wkv_up = nn.Linear(spec.kv_rank, 2 * config.width, bias=False)  # heads of (key, value)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.wkv_up = nn.Linear(spec.kv_rank, 2 * width, bias=False)  # heads of (key, value)
+        self.wo = nn.Linear(width, width, bias=False)
         self.latent_mixer = mixers.get("latent", PassThrough())
         self.value_mixer = mixers.get("value", PassThrough())
 
@@ -203,10 +195,11 @@ class MultiHeadLatentAttention(nn.Module):
 
         A layer with memory at its values (LaVE) also caches its mixed values [B, H, length, K].
         """
-        joint, values = like.new_zeros(batch, length, self.spec.kv_rank + self.spec.rope_dim), None
-        if self.value_mixer.value_width:
-            values = like.new_zeros(batch, self.config.n_head, length, self.config.head_dim)
-        return LayerCache(joint, values)
+        joint = like.new_zeros(batch, length, self.spec.kv_rank + self.spec.rope_dim)
+        if not self.value_mixer.value_width:
+            return LayerCache(joint)
+        shape = (batch, self.config.n_head, length, self.config.head_dim)
+        return LayerCache(joint, like.new_zeros(shape))
 
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, cache: LayerCache | None = None, index: Index = 0
@@ -221,20 +214,20 @@ class MultiHeadLatentAttention(nn.Module):
             chunks = latent.unflatten(-1, (heads, -1))  # [B, S, H, C / H]
             latent = self.latent_mixer(x, chunks, rows).flatten(-2)
         q_rope, key = rotate(q_rope, rope), rotate(key[:, :, None], rope)  # key [B, S, 1, R]
-        values = None
-        if cache is None or x.shape[1] > 1:
+        unfold = cache is None or x.shape[1] > 1
+        if unfold:
             k, v = self.wkv_up(latent).unflatten(-1, (heads, 2, -1)).unbind(-2)  # [B, S, H, K]
             k = torch.cat([k, key.to(k.dtype).expand(-1, -1, heads, -1)], dim=-1)
             q, v = torch.cat([q, q_rope], dim=-1), self.value_mixer(x, v, rows)
-            q, k, values = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, ...]
-            out = F.scaled_dot_product_attention(q, k, values, is_causal=True).transpose(1, 2)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, ...]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         elif self.value_mixer.value_width:
             v = torch.einsum("bsc,hkc->bshk", latent, self._up()[1])
-            values = self.value_mixer(x, v, rows).transpose(1, 2)
+            v = self.value_mixer(x, v, rows).transpose(1, 2)
         if cache is not None:
-            joint = torch.cat([latent, key[:, :, 0]], dim=-1)
-            entries = cache.update(index, joint, values)
-            if x.shape[1] == 1:
+            joint, mixed = torch.cat([latent, key[:, :, 0]], dim=-1), self.value_mixer.value_width
+            entries = cache.update(index, joint, *([v] if mixed else []))
+            if not unfold:
                 out = self._absorbed(q, q_rope, cache.mask(index), *entries)
         return self.wo(out.flatten(-2))
 
@@ -243,7 +236,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.wkv_up.weight.unflatten(0, (self.config.n_head, 2, -1)).unbind(1)
 
     def _absorbed(
-        self, q: Tensor, q_rope: Tensor, mask: Tensor | None, joint: Tensor, values: Tensor | None
+        self, q: Tensor, q_rope: Tensor, mask: Tensor | None, joint: Tensor, *values: Tensor
     ) -> Tensor:
         """q [B, 1, H, K], q_rope [B, 1, H, R] and the cache's entries -> [B, 1, H, K]."""
         up_k, up_v = self._up()
@@ -254,8 +247,8 @@ class MultiHeadLatentAttention(nn.Module):
             scores = scores.masked_fill(~mask, -torch.inf)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=wide).to(joint.dtype)  # [B, H, 1, L]
-        if values is not None:
-            return torch.einsum("bhsl,bhlk->bshk", weights, values)
+        if values:
+            return torch.einsum("bhsl,bhlk->bshk", weights, values[0])
         latent = torch.einsum("bhsl,blc->bshc", weights, joint[..., : self.spec.kv_rank])
         return torch.einsum("bshc,hkc->bshk", latent, up_v)
 

@@ -65,11 +65,9 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
 def count_parameters(model: Transformer) -> dict[str, int]:
     """The number of parameters by part (see Cost)."""
     counts = {"backbone": 0, "embeddings": 0, "router": 0, "bank": 0}
-    parts = {"memory.": "bank", "label_embedding.": "embeddings", "code_embedding.": "embeddings"}
+    parts = {"memory": "bank", "label_embedding": "embeddings", "code_embedding": "embeddings"}
     for name, parameter in model.named_parameters():
-        part = "router" if ".router." in name else "backbone"
-        for prefix in parts:
-            part = parts[prefix] if name.startswith(prefix) else part
+        part = parts.get(name.partition(".")[0], "router" if ".router." in name else "backbone")
         counts[part] += parameter.numel()
     return counts
 
@@ -107,9 +105,7 @@ def token_flops(module: nn.Module, context: float, decoding: bool = False) -> fl
     return sum(own(m) for m in module.modules())
 
 
-# --- the training of a model -----------------------------------------------------------------
-
-PEAK_FLOPS = {  # dense bfloat16, of the data sheet, by a part of the device's name; first match
+PEAK_FLOPS = {  # dense bfloat16, of the data sheet
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
@@ -134,34 +130,25 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
     with shapes_only():
         model = Transformer(config.model)
     cost, length = model_cost(config.model, torch.bfloat16), config.model.seq_len
-    total, tokens = cost.parameters, micro * length
-    sharded = config.distributed == "fsdp" and gpus > 1
-    state = total * (20 if config.ema else 16)
-    copies = 2 * total  # autocast keeps the matrices' bfloat16 copies for the backward pass
-    if sharded:
-        # Two blocks and the root are gathered in bfloat16; gradients of a block and of the root
-        # are whole in bfloat16, then in float32 for the sum.
-        blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers]
-        block, root = max(blocks), total - sum(blocks)
-        state, copies = state // gpus, 2 * (2 * block + root) + 6 * (block + root)
+    total, tokens, recompute = cost.parameters, micro * length, config.activation_checkpointing
+    state = total * (20 if config.ema else 16) // (gpus if config.distributed == "fsdp" else 1)
     by_block = [block_activations(config.model, block) for block in model.layers]
     kept = sum(by_block)
-    if config.activation_checkpointing:
+    if recompute:
         kept = config.model.n_layer * 4 * config.model.width + max(by_block)
-    activations = tokens * (kept + 2 * cost.bank_bytes_per_token)  # rows and their gradient
-    head = head_bytes(config.model, tokens)
-    # Previews and validation gather whole float32 weights when the rest is free again.
-    working = max(copies + activations + head, total * 4 if sharded else 0)
-    passes = 4 if config.activation_checkpointing else 3
-    flops = passes * cost.flops_per_token * length * config.batch_size
+    kept += 2 * cost.bank_bytes_per_token  # rows and their gradient
+    size, width = config.model.codebook_size, config.model.width
+    # of the loss: a chunk's float32 logits and their log-softmax, the head in bfloat16 and its
+    # gradient in float32, the gradient of the head's input
+    logits = min(max(transformer.CHUNK, size), tokens * size)
+    activations = tokens * (kept + 4 * width) + 8 * logits + 6 * size * width
+    flops = (3 + recompute) * cost.flops_per_token * length * config.batch_size
     hours = config.steps * flops / gpus / PEAK_FLOPS[gpu] / 3600
     imagenet = config.model.n_classes == IMAGENET_CLASSES
     return {
-        "memory": state + working,
+        "memory": state + 2 * total + activations,  # and autocast's bfloat16 copies of the weights
         "state": state,
-        "copies": copies,
         "activations": activations,
-        "head": head,
         "flops_per_step": flops,
         "hours": (2 * hours, 4 * hours),  # at a half and at a quarter of the peak
         # those kept, the best, the one being written, and the model
@@ -170,22 +157,8 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
     }
 
 
-def head_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes that the loss holds at a time, in bfloat16 autocast.
-
-    Of a chunk's logits the float32 ones and their log-softmax; the head in bfloat16, its gradient
-    in float32, and the gradient of the head's input.
-    """
-    size = config.codebook_size
-    logits = min(max(transformer.CHUNK, size), tokens * size)
-    return 8 * logits + 6 * size * config.width + 4 * tokens * config.width
-
-
 def block_activations(config: ModelConfig, block: nn.Module) -> int:
-    """Bytes per token that a block keeps for the backward pass, in bfloat16 autocast.
-
-    Counted for MHA and SwiGLU in eager mode (a test counts again); other kinds are assumed alike.
-    """
+    """Bytes per token that a block of MHA and SwiGLU keeps for its backward pass in bfloat16."""
     ffn: Any = block.ffn
     hidden = swiglu_hidden(config.width, SwiGLUConfig())
     if isinstance(ffn, SwiGLU):

@@ -1,10 +1,9 @@
 """Models prepared for sampling: packed and quantized matrices on a CPU, a compiled step on CUDA.
 
-A decoding step multiplies a few rows (two per image with guidance) by every weight matrix, so on a
-CPU reading the weights takes most of the time. Here they are laid out once for such products:
-float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no bfloat16
-instructions; and optionally 8 bits by FBGEMM. A module lists matrices that it reads in another way
-in `unpacked`: they stay linear layers.
+On a CPU, reading the weights takes most of a decoding step. They are laid out once for products of
+a few rows: float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no
+bfloat16 instructions; and optionally 8 bits by FBGEMM. A module lists matrices that it reads in
+another way in `unpacked`: they stay linear layers.
 """
 
 from __future__ import annotations
@@ -29,17 +28,12 @@ INT8_LIMIT = 63  # of a weight: AVX2's 16-bit sums hold two products of 7 by 8 b
 def decoding_model(
     model: Transformer, quantize: str | None = None, compile: bool = False
 ) -> Transformer:
-    """A model that decodes as `model` does, but faster.
+    """A model that decodes as `model` (in eval mode) does, but faster; not for training.
 
-    On a CPU: a copy that shares embeddings and memory with `model`, with matrices of its own;
-    bfloat16 is computed in float32 where the processor has no bfloat16 instructions. On other
-    devices and in float64: `model` itself. The copy serves sampling and teacher forcing, not
-    training.
-
-    Args:
-        model: in eval mode.
-        quantize: None, or "int8", which changes the logits (docs/performance.md has by how much).
-        compile: decode by one compiled step over a static cache (see StaticDecoder); for CUDA.
+    On a CPU, a copy that shares embeddings and memory with `model`; bfloat16 is computed in float32
+    where the processor has no bfloat16 instructions. On other devices and in float64 `model`
+    itself. quantize: None, or "int8", which changes the logits (docs/performance.md). compile: one
+    compiled step over a static cache, for CUDA.
 
     Raises ValueError where `quantize` is unknown, the device is not a CPU, or `compile` is set too.
     """
@@ -109,11 +103,7 @@ class FastRMSNorm(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """x [..., in] float32 -> x W^T + b [..., out] float32, with W in half precision.
-
-    For W that was bfloat16: half precision represents its numbers from 2^-14 to 65,504 exactly, and
-    rounds smaller ones to multiples of 2^-24. Sums are float32.
-    """
+    """x [..., in] float32 -> x W^T + b [..., out] float32, W (once bfloat16) in half precision."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -125,11 +115,7 @@ class HalfLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x [..., in] -> x W^T + b [..., out], with W and, at each call, x rounded to 8 bits or less.
-
-    W has a scale per output, x one scale per call, so the result of a row depends, within rounding,
-    on the other rows of the call (a scale per row: docs/performance.md).
-    """
+    """x [..., in] -> x W^T + b [..., out]; W has 8 bits and a scale per output, x one per call."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -147,15 +133,11 @@ class Int8Linear(nn.Module):
 
 
 class StaticDecoder(Transformer):
-    """`model`, decoding by one step whose shapes are the same at every position.
+    """`model` in eval mode, decoding by one step whose shapes are the same at every position.
 
-    As in gpt-fast: caches have their full length, the position is a tensor, and a mask hides later
-    entries. So the step can be compiled once and replayed as a CUDA graph. Batches are padded to a
-    power of two, so that few graphs are needed. Weights are shared with `model`.
-
-    Args:
-        model: in eval mode.
-        compiler: arguments of torch.compile; without any, the step runs eagerly.
+    As in gpt-fast, the step is compiled once and replayed as a CUDA graph. Batches are padded to a
+    power of two, so that few graphs are needed. `compiler` has arguments of torch.compile; without
+    any, the step runs eagerly.
     """
 
     def __init__(self, model: Transformer, **compiler: Any) -> None:
@@ -168,10 +150,7 @@ class StaticDecoder(Transformer):
 
     @torch.inference_mode()
     def make_cache(self, batch: int) -> Cache:
-        """A static cache for `batch` sequences, with the tensors of an earlier decoding's if any.
-
-        CUDA graphs hold addresses, so tensors are used again once their decoding has ended.
-        """
+        """A static cache; CUDA graphs hold addresses, so ended decodings' tensors serve again."""
         size = 1 << (batch - 1).bit_length()
         idle = self._idle[size]
         buffers = idle.pop() if idle else Cache(self, size, static=True)
@@ -203,5 +182,4 @@ class StaticDecoder(Transformer):
 
 
 def _pad(inputs: Tensor, size: int) -> Tensor:
-    """A copy of inputs [B, ...] with zeros up to `size` entries."""
     return torch.cat([inputs, inputs.new_zeros(max(0, size - len(inputs)), *inputs.shape[1:])])

@@ -1,12 +1,7 @@
-"""Checkpoints of a run: written in the background, complete or not at all.
+"""Checkpoints of a run, such as training/checkpoints/step-0000500/, complete or not there at all.
 
-training/checkpoints/step-0000500/
-    .metadata, __0_0.distcp, ...   weights, average and optimizer (torch.distributed.checkpoint)
-    extra.pt                       other state of the task, such as a discriminator
-    checkpoint.json                step, seconds, held-out scalars
-
-A checkpoint is written into a hidden folder and renamed, so a folder of that name is complete.
-Any number of processes can read it, with DDP or FSDP2 whichever wrote it.
+.metadata and *.distcp hold weights, average and optimizer (torch.distributed.checkpoint, for any
+number of processes), extra.pt the task's other state, checkpoint.json step and held-out scalars.
 """
 
 from __future__ import annotations
@@ -48,15 +43,12 @@ ALLOWED_NAMES = {
     "pathlib._local": {"PosixPath", "WindowsPath"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
-# Errors of torch's reader for a checkpoint of other tensors, or for a forged one.
-UNFIT = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
-
 # torch warns of a single process, which is intended here
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 class Index(BaseModel):
-    """The contents of checkpoint.json."""
+    """The state of a run at a checkpoint."""
 
     step: int = Field(ge=0, le=10**12)
     seconds: float = 0.0
@@ -64,15 +56,19 @@ class Index(BaseModel):
     best: float | None = None  # the least first value of held_out so far
 
 
-class Checkpoints:
-    """Writes and reads the checkpoints in a folder; the newest `keep` are kept.
+class IndexFile(BaseModel):
+    """The content of checkpoint.json."""
 
-    Every process of a run makes one and calls its methods in the same order.
-    """
+    checkpoint: Index
+
+
+class Checkpoints:
+    """Writes and reads a run's checkpoints; every process calls its methods in the same order."""
 
     def __init__(self, directory: Path, keep: int, world: World) -> None:
         self.directory, self.keep, self.world = directory, keep, world
-        self.group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.options = {"process_group": group, "no_dist": group is None}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 
@@ -100,9 +96,9 @@ class Checkpoints:
             (temporary / EXTRA).write_bytes(buffer.getbuffer())
 
         self.world.run_first(begin)
-        options = {"process_group": self.group, "no_dist": self.group is None}
-        written: Any = dcp.async_save(state, checkpoint_id=temporary, **options)
-        self.pending = self.writer.submit(self._seal, written, temporary, final, step, about)
+        written: Any = dcp.async_save(state, checkpoint_id=temporary, **self.options)
+        index = {"checkpoint": {"step": step, **about}}
+        self.pending = self.writer.submit(self._seal, written, temporary, final, index)
 
     def wait(self) -> None:
         """Wait until the current checkpoint, if any, is written. Raises OSError if it is not."""
@@ -110,9 +106,7 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _seal(
-        self, written: Future, temporary: Path, final: Path, step: int, about: dict[str, Any]
-    ) -> None:
+    def _seal(self, written: Future, temporary: Path, final: Path, index: dict) -> None:
         """Add the index to the written data, rename the folder, remove old checkpoints."""
         try:
             written.result()
@@ -120,12 +114,11 @@ class Checkpoints:
             raise OSError(f"{final}: not written ({reason(error)})") from None
         if not self.world.main:
             return
-        write_json(temporary / INDEX, {"checkpoint": {"step": step, **about}})
+        write_json(temporary / INDEX, index)
         for path in temporary.iterdir():  # after a power failure a complete name has its content
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         for old in self.complete()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -139,29 +132,20 @@ class Checkpoints:
         return next(reversed(self.complete()), None)
 
     def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], Index]:
-        """Fill `state` from a checkpoint; return its extra data and its index.
-
-        Raises ValueError for a damaged one, or one of other tensors, or with more than tensors and
-        plain data.
-        """
+        """Fill `state` from a checkpoint; return its other contents. ValueError if damaged."""
+        reader, planner = RestrictedReader(path), RestrictedPlanner()
         try:
-            dcp.load(
-                state,
-                storage_reader=RestrictedReader(path),
-                planner=RestrictedPlanner(),
-                process_group=self.group,
-                no_dist=self.group is None,
-            )
+            dcp.load(state, storage_reader=reader, planner=planner, **self.options)
             # Optimizers keep their step counts on the CPU; the task moves its tensors itself.
             extra = torch.load(path / EXTRA, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError(f"{path}: holds more than tensors and plain data; refused") from None
-        except (dcp.CheckpointException, *UNFIT) as error:
+        except (dcp.CheckpointException, Exception) as error:  # of many kinds
             raise ValueError(
                 f"{path}: damaged, or of another model ({reason(error)}); delete it to continue "
                 "from the one before it, or start over with --restart"
             ) from None
-        return extra, read_index(path)
+        return extra, validate(IndexFile, read_json(path / INDEX), str(path / INDEX)).checkpoint
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -179,10 +163,7 @@ class RestrictedReader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = RestrictedUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(".metadata holds no metadata")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -191,18 +172,8 @@ class RestrictedPlanner(dcp.DefaultLoadPlanner):
     """Reads the values of a checkpoint that are no tensors (rates, counts) by weights_only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        loaded = torch.load(value, weights_only=True)
-        fqn = read_item.dest_index.fqn
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[fqn], loaded)
-        else:
-            self.state_dict[fqn] = loaded
-
-
-def read_index(path: Path) -> Index:
-    """The contents of a checkpoint's checkpoint.json. Raises ValueError if it is damaged."""
-    content = validate(dict[str, Any], read_json(path / INDEX), str(path / INDEX))
-    return validate(Index, content.get("checkpoint"), str(path / INDEX))
+        path = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
 
 
 def reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint
 
 
 class Measurement(BaseModel):
-    """A line of metrics.jsonl: held-out scores at a step, and what it took to get there."""
+    """A line of metrics.jsonl (held-out scores at a step, and their cost) or records.jsonl."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -37,23 +37,21 @@ class Measurement(BaseModel):
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The lines of a metrics.jsonl; none without the file. ValueError for other content."""
+    """The lines of a file; none without the file. ValueError for other content."""
     lines = read_text(path).splitlines() if path.is_file() else []
     return [validate(Measurement, parse_json(line, str(path)), str(path)) for line in lines]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a records.jsonl; none without the file. ValueError for other content."""
-    lines = read_text(path).splitlines() if path.is_file() else []
-    return [parse_json(line, str(path)) for line in lines]
+    """The lines of a file as plain data."""
+    return [line.model_dump(exclude_unset=True) for line in read_measurements(path)]
 
 
 def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, str]) -> None:
     """Write training/config.yaml and data.json, after a comparison with those of an earlier start.
 
-    `identity` has digests of the data by name. Raises ValueError, naming what differs, for a
-    directory with a run of other settings or on other data. More steps are the same run where the
-    learning rate does not depend on their number.
+    `identity` has digests of the data by name. Raises ValueError for a directory with a run of
+    other settings or data; more steps are the same run where the learning rate is constant.
     """
     described, data = logs / "config.yaml", logs / "data.json"
     if described.is_file():
@@ -75,10 +73,10 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
 def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings in which a run's config.yaml differs from `config`, by dotted key: before and now.
 
-    A key that is newer than the run had its default then. Raises ValueError for a damaged file.
+    A key that is newer than the run had its default then; one that later versions dropped is none.
     """
     stored = read_yaml(described)
-    if isinstance(stored, dict):  # without what later versions have dropped
+    if isinstance(stored, dict):
         stored = {key: value for key, value in stored.items() if key in type(config).model_fields}
     before = flatten_settings(validate(type(config), stored, str(described)), MAY_CHANGE)
     return differing(before, flatten_settings(config, MAY_CHANGE))
@@ -86,17 +84,15 @@ def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any,
 
 def flatten_settings(config: RunConfig, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a run by dotted key, without the keys `left_out` and all below them."""
-    flat, nested = {}, config.model_dump(mode="json")
-    while nested:
-        key = next(iter(nested))
-        value = nested.pop(key)
-        if f"{key}.".startswith(tuple(f"{name}." for name in left_out)):
-            continue
-        if isinstance(value, dict):
-            nested = {f"{key}.{inner}": v for inner, v in value.items()} | nested
-        else:
-            flat[key] = value
-    return flat
+
+    def flatten(value: Any, key: str = "") -> dict[str, Any]:
+        if key.startswith(tuple(f"{name}." for name in left_out)):
+            return {}
+        if not isinstance(value, dict):
+            return {key[:-1]: value}
+        return {k: v for inner in value for k, v in flatten(value[inner], f"{key}{inner}.").items()}
+
+    return flatten(config.model_dump(mode="json"))
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -105,29 +101,21 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]
 
 
 class RunLogger:
-    """Writes the logs of a run, on rank 0 only.
-
-    Raises ValueError if Weights & Biases is wanted and not installed.
-    """
+    """Writes the logs of a run, on rank 0 only."""
 
     def __init__(self, logs: Path, config: RunConfig, step: int, main: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second of a start
 
-        self.logs, self.main = logs, main
-        self.wandb: Any = None
+        self.logs, self.main, self.wandb = logs, main, None
         if main and config.wandb:
             try:
                 import wandb
             except ImportError:
                 raise ValueError("wandb is not installed: pip install 'moveimg[wandb]'") from None
-            run_id = logs / "wandb-id"  # of the run that is continued
-            settings = config.model_dump(mode="json")
-            options: dict[str, Any] = {"project": "moveimg", "name": config.out.name}
-            options |= {"id": run_id.read_text(encoding="utf-8")} if run_id.is_file() else {}
+            options = {"name": config.out.name, "config": config.model_dump(mode="json")}
             self.wandb = wandb.init(
-                **options, resume="allow", dir=str(logs), config=settings, sync_tensorboard=True
+                project="moveimg", dir=str(logs), resume="auto", sync_tensorboard=True, **options
             )
-            write_text(run_id, self.wandb.id)
         self.writer = SummaryWriter(str(logs), purge_step=step) if main else None
         self.bar = progress_bar(config.steps, "train", "step", step) if main else tqdm(disable=True)
 
@@ -149,10 +137,7 @@ class RunLogger:
 
     def record(self, step: int, record: dict[str, Any]) -> None:
         """Add a line to records.jsonl, and its numbers to TensorBoard, on rank 0."""
-        path = self.logs / "records.jsonl"
-        kept = [line for line in read_records(path) if line["step"] < step]
-        lines = [json.dumps(line) for line in [*kept, {"step": step, **record}]]
-        write_text(path, "\n".join(lines) + "\n")
+        self._append("records.jsonl", {"step": step, **record})
         self.scalars("memory", {k: v for k, v in record.items() if isinstance(v, float)}, step)
         for key in ("by_layer", "g_0", "slots"):
             values = {f"{key}/layer {layer}": v for layer, v in record.get(key, {}).items()}
@@ -165,13 +150,16 @@ class RunLogger:
             self.writer.add_image("preview", pil_to_tensor(image), step)
 
     def line(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl, dropping lines of steps after the last checkpoint."""
+        """Add a line to metrics.jsonl, and print it."""
         if self.main:
-            path = self.logs / "metrics.jsonl"
-            lines = [one.model_dump(exclude_unset=True) for one in read_measurements(path)]
-            kept = [json.dumps(one) for one in lines if one["step"] < line["step"]]
-            write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
+            self._append("metrics.jsonl", line)
             self.message(", ".join(f"{key} {value:.5g}" for key, value in line.items()))
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Add a line to a file, dropping lines of steps after the last checkpoint."""
+        path = self.logs / name
+        kept = [one for one in read_records(path) if one["step"] < line["step"]]
+        write_text(path, "".join(json.dumps(one) + "\n" for one in [*kept, line]))
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -1,4 +1,4 @@
-"""The training loop, the same for every task and any number of processes.
+"""The training loop of every task, in any number of processes.
 
 The batch, the dropout and the learning rate of a step follow from (seed, step) alone, so a resumed
 run computes the same weights as an uninterrupted one.
@@ -8,33 +8,28 @@ from __future__ import annotations
 
 import shutil
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 
 from moveimg.config import RunConfig
 from moveimg.device import peak_memory
+from moveimg.dist import handle_signals
 from moveimg.files import lock, remove_temporaries
 from moveimg.rng import set_generator
 from moveimg.training.checkpoints import Checkpoints
 from moveimg.training.logging import RunLogger, check_or_write_settings
-from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers, set_rate
+from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers
 from moveimg.training.parallel import (
     Parallelism,
     gather_full_model,
@@ -43,23 +38,19 @@ from moveimg.training.parallel import (
     sync_gradients,
 )
 
-STOP_CHECK_EVERY = 10  # steps
 
+class Task(Protocol):
+    """A model with its loss, validation and preview; a Run sets `forward` and `rng`."""
 
-class Task:
-    """A model with its loss, validation and preview; `fit` sets `forward` and `rng`."""
-
-    model: Any  # what is trained, on its device
-    forward: nn.Module  # called by `loss`: the model, or DDP around it
-    rng: torch.Generator | None = None  # of `loss`, seeded by step
+    model: Any
+    forward: nn.Module  # the model, or DDP around it
+    rng: torch.Generator | None = None  # seeded by step
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a step's micro-batch `part` with its graph, and scalars to log."""
-        raise NotImplementedError
+        """The loss of a step's micro-batch `part`, and scalars to log."""
 
     def validate(self, model: Any) -> dict[str, float]:
         """Held-out scalars; the model with the smallest first one is the best."""
-        raise NotImplementedError
 
     def record(self, step: int) -> dict[str, Any]:
         """Plain data on the model after a step, for records.jsonl; empty for none."""
@@ -67,7 +58,6 @@ class Task:
 
     def preview(self, model: Any) -> Image.Image:
         """An image of samples or reconstructions."""
-        raise NotImplementedError
 
     def export(self, model: Any, directory: Path, about: dict[str, Any]) -> None:
         """Write the model into a directory."""
@@ -78,6 +68,7 @@ class Task:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the result of extra_state."""
+        return
 
 
 def fit(
@@ -90,14 +81,10 @@ def fit(
     """Train `task` up to config.steps steps in config.out, from its newest checkpoint if any.
 
     SIGTERM and SIGINT (Ctrl-C) end the run after the current step, with a checkpoint and exit code
-    143 or 130; a second SIGINT ends it at once. `restart` deletes an earlier run first;
-    `data` has digests of the data, for a run continues on the same data only.
-    Returns the last held-out scalars, with `seconds` of training in all.
-
-    Raises:
-        ValueError: config.out holds a run of other settings or data, or a damaged checkpoint, or is
-            in use, or the loss is not finite.
-        OSError: a checkpoint or the model could not be written; earlier ones stay.
+    143 or 130. `restart` deletes an earlier run; `data` has digests of the data, for a run
+    continues on the same data only. Returns the last held-out scalars, and `seconds` of training.
+    Raises ValueError for a directory in use or of another run, a damaged checkpoint or a loss that
+    is not finite; OSError where a file cannot be written.
     """
     with lock(config.out, "a training"):
         run = Run(task, config, parallel)
@@ -107,14 +94,13 @@ def fit(
                 scalars = run.advance()
                 logger.bar.update()
                 run.report(scalars, logger)
-                # the ranks' check for a signal synchronises GPUs
-                often = run.device.type == "cpu" or run.world.size == 1
-                if (often or run.step % STOP_CHECK_EVERY == 0) and run.world.any(bool(asked)):
-                    number = asked[0] if asked else signal.SIGTERM
+                often = run.device.type == "cpu" or run.world.size == 1  # else it waits for GPUs
+                if (often or run.step % 10 == 0) and run.world.any(bool(asked)):
+                    run.require_finite()
                     run.save(gather_full_model(run.averaged))
                     run.checkpoints.wait()
                     logger.message(f"stopped at step {run.step}; the same command continues")
-                    raise SystemExit(128 + number)
+                    raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))
         run.checkpoints.wait()
         return {**run.held_out, "seconds": run.seconds}
 
@@ -129,19 +115,17 @@ class Run:
         self.ema = ModelEmaV3(task.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.rng = task.rng = torch.Generator(self.device)
         set_generator(task.model, self.rng)
-        # what is validated and exported: the average, if there is one
-        self.averaged: nn.Module = task.model if self.ema is None else self.ema.module
-        task.forward = parallelize(task.model, self.ema and self.ema.module, parallel)
+        self.models = {"model": task.model} | ({"ema": self.ema.module} if self.ema else {})
+        self.averaged: nn.Module = self.models.get("ema", task.model)  # validated and exported
+        task.forward = parallelize(task.model, self.models.get("ema"), parallel)
         self.optimizers = make_optimizers(task.model, config.optimizer)
         folder = self.logs / "checkpoints"
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints, self.world)
-        self.step = 0
-        self.seconds = 0.0
+        self.step, self.seconds = 0, 0.0
         self.held_out: dict[str, float] = {}
         self.best: float | None = None  # the least first value of held_out so far
         self.saved: int | None = None
-        self.logged = (0, 0.0)  # step and seconds of the last log line
-        self.recent: deque[Tensor] = deque(maxlen=config.log_every)
+        self.recent: deque[Tensor] = deque(maxlen=config.log_every)  # losses
 
     def advance(self) -> dict[str, Tensor]:
         """Do one optimizer step; return its scalars, on the device."""
@@ -149,9 +133,10 @@ class Run:
         config, task, mine = self.config, self.task, self.parallel.mine
         task.model.train()
         rate = learning_rate(config.optimizer, self.step, config.steps)
-        set_rate(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_factor", 1.0)
         scalars: list[dict[str, Tensor]] = []
         for part in mine:
             seed = micro_batch_seed(config.seed, self.step, part)
@@ -178,10 +163,19 @@ class Run:
         """Log, validate, preview and checkpoint, each when it is due."""
         kinds, last = ("log", "validate", "preview", "checkpoint"), self.step == self.config.steps
         due = {k for k in kinds if last or self.step % getattr(self.config, f"{k}_every") == 0}
-        if "log" in due:
-            self._log(scalars, logger)
         if self.world.main and (record := self.task.record(self.step)):
             logger.record(self.step, record)
+        if not due:
+            return
+        begun = time.perf_counter()
+        self.require_finite()
+        self.seconds += time.perf_counter() - begun  # the device's queued steps end here
+        if "log" in due:
+            values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
+            means = dict(zip(scalars, values.tolist(), strict=True))
+            means["images_per_second"] = self.step * self.config.batch_size / self.seconds
+            logger.scalars("train", means, self.step)
+            logger.bar.set_postfix_str(f"loss {means['loss']:.4f}")
         if due <= {"log"}:
             return
         model = gather_full_model(self.averaged)
@@ -193,8 +187,7 @@ class Run:
             self.save(model)
 
     def save(self, model: nn.Module) -> None:
-        """Export the model, and begin to write a checkpoint. Raises OSError on a full disk."""
-        self.require_finite()
+        """Export the model, and begin to write a checkpoint."""
         if self.saved == self.step:
             return
         self.saved = self.step
@@ -204,49 +197,42 @@ class Run:
         self.checkpoints.save(self.step, self.state(), self.task.extra_state(), index)
 
     def export(self, model: nn.Module, directory: Path) -> None:
-        """Write the model into a directory, on rank 0. Raises OSError on a full disk."""
-        if self.world.main:
-            about = {"step": self.step, "seconds": round(self.seconds, 1), "val": self.held_out}
-            about["run"] = self.config.model_dump(mode="json")
-            try:
+        """Write the model into a directory, on rank 0."""
+        about = {"step": self.step, "seconds": round(self.seconds, 1), "val": self.held_out}
+        about["run"] = self.config.model_dump(mode="json")
+        try:
+            if self.world.main:
                 self.task.export(model, directory, about)
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"{directory}: model not written ({error})") from None
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{directory}: model not written ({error})") from None
 
     def state(self) -> dict[str, Any]:
         """Weights, average and optimizer states, by parameter name."""
-        model = self.task.model
-        state: dict[str, Any] = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, self.optimizers),
-        }
-        if self.ema is not None:
-            state["ema"] = get_model_state_dict(self.ema.module)
-        return state
+        state = {k: state_dict.get_model_state_dict(m) for k, m in self.models.items()}
+        moments = state_dict.get_optimizer_state_dict(self.task.model, self.optimizers)
+        return {**state, "optimizer": moments}
 
     def resume(self, restart: bool, data: dict[str, str]) -> None:
         """Create the run's directory, or load its newest checkpoint."""
         if self.world.main:
-            if restart and self.logs.exists():
-                shutil.rmtree(self.logs)
+            if restart:
+                shutil.rmtree(self.logs, ignore_errors=True)
             check_or_write_settings(self.logs, self.config, data)
-            for directory in (self.config.out, self.logs, self.logs / "best"):
+            for directory in (self.logs, self.logs / "best"):
                 remove_temporaries(directory)
         if (path := self.checkpoints.newest()) is None:
             return
         state = self.state()
         extra, index = self.checkpoints.load(path, state)
-        set_model_state_dict(self.task.model, state["model"])
-        set_optimizer_state_dict(self.task.model, self.optimizers, state["optimizer"])
-        if self.ema is not None:
-            set_model_state_dict(self.ema.module, state["ema"])
+        for name, model in self.models.items():
+            state_dict.set_model_state_dict(model, state[name])
+        model, optimizers = self.task.model, self.optimizers
+        state_dict.set_optimizer_state_dict(model, optimizers, state["optimizer"])
         self.task.load_extra_state(extra)
-        self.step, self.seconds = index.step, index.seconds
-        self.held_out, self.best, self.saved = index.held_out, index.best, self.step
-        self.logged = (self.step, self.seconds)
+        self.step, self.saved, self.seconds = index.step, index.step, index.seconds
+        self.held_out, self.best = index.held_out, index.best
 
     def _validate(self, model: nn.Module, logger: RunLogger) -> None:
-        self.require_finite()
         self.held_out = self.task.validate(model)
         logger.scalars("val", self.held_out, self.step)
         spent = {"seconds": round(self.seconds, 2), "peak_memory": peak_memory(self.device)}
@@ -256,18 +242,6 @@ class Run:
             self.best = score
             self.export(model, self.logs / "best")
 
-    def _log(self, scalars: dict[str, Tensor], logger: RunLogger) -> None:
-        begun = time.perf_counter()
-        self.require_finite()
-        values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
-        self.seconds += time.perf_counter() - begun  # the device's queued steps end here
-        step, seconds = self.logged
-        rate = (self.step - step) * self.config.batch_size / max(self.seconds - seconds, 1e-9)
-        self.logged = (self.step, self.seconds)
-        means = dict(zip(scalars, values.tolist(), strict=True)) | {"images_per_second": rate}
-        logger.scalars("train", means, self.step)
-        logger.bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} images/s")
-
     def require_finite(self) -> None:
         """Raise ValueError if a recent loss or gradient is not finite."""
         losses = self.world.mean(torch.stack(list(self.recent)))
@@ -275,17 +249,13 @@ class Run:
             step = self.step - len(losses) + int(bad[0])
             raise ValueError(
                 f"loss {losses[bad[0]].item()} at step {step} (from 0): try a lower optimizer.lr "
-                f"(now {self.config.optimizer.lr}), a longer warmup or a smaller clip, and "
-                "--restart"
+                f"(now {self.config.optimizer.lr}) or a longer warmup, and --restart"
             )
 
 
 @contextmanager
 def catch_stop() -> Iterator[list[int]]:
-    """A list that receives the numbers of SIGTERM and SIGINT, which do not end the process.
-
-    A SIGINT after another signal raises KeyboardInterrupt.
-    """
+    """A list that receives SIGTERM and SIGINT; a SIGINT after another raises KeyboardInterrupt."""
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
@@ -293,11 +263,5 @@ def catch_stop() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handle_signals((signal.SIGTERM, signal.SIGINT), receive):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,8 +1,6 @@
-"""How a generator's training is divided among processes: micro-batches, DDP and FSDP2.
+"""How a training is divided among processes: micro-batches, DDP and FSDP2.
 
-A step's batch is cut into the same micro-batches however many processes there are, and each has
-random numbers of its own. A process computes some of them and accumulates their gradients, which
-DistributedDataParallel or FSDP2 then averages. One process runs the same code without averaging.
+A step's batch is cut into the same micro-batches however many processes there are.
 """
 
 from __future__ import annotations
@@ -46,22 +44,16 @@ class Parallelism:
 def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
     """The Parallelism of a generator's run. Raises ValueError for a batch that cannot be cut so."""
     size, micro = config.batch_size, config.micro_batch or config.batch_size
-    parts = size // micro
-    if size % micro or parts % world.size:
+    if size % (micro * world.size):
         raise ValueError(
             f"micro_batch {micro} of batch_size {size}: expected a divisor that gives a multiple "
             f"of {world.size} micro-batches, as many for each process"
         )
     if config.distributed == "fsdp" and config.optimizer.kind == "muon":
         raise ValueError("optimizer.kind muon needs whole matrices: expected `distributed: ddp`")
-    return Parallelism(
-        world,
-        parts,
-        sharded=config.distributed == "fsdp" and world.size > 1,
-        dtype=pick_dtype(config.dtype, world.device),
-        checkpointing=config.activation_checkpointing,
-        compiled=config.compile,
-    )
+    sharded, dtype = config.distributed == "fsdp", pick_dtype(config.dtype, world.device)
+    recompute, compiled = config.activation_checkpointing, config.compile
+    return Parallelism(world, size // micro, sharded, dtype, recompute, compiled)
 
 
 def micro_batch_seed(seed: int, step: int, part: int) -> int:
@@ -74,9 +66,8 @@ def micro_batch_seed(seed: int, step: int, part: int) -> int:
 def parallelize(model: nn.Module, average: nn.Module | None, parallel: Parallelism) -> nn.Module:
     """Wrap or shard `model`, and shard its average; return the module that a step calls.
 
-    FSDP2 works in place: parameters of both become shards (DTensor), a unit per block and one for
-    the tables and the head. The optimizer updates float32 shards, forward passes gather them in
-    parallel.dtype, gradients are reduced in float32.
+    FSDP2 works in place, a unit per block and one for the tables and the head: the optimizer
+    updates float32 shards, forward passes gather them in parallel.dtype.
     """
     if isinstance(model, Transformer):
         model.checkpointing = parallel.checkpointing
@@ -99,36 +90,31 @@ def parallelize(model: nn.Module, average: nn.Module | None, parallel: Paralleli
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotations stay float32
     )
-    for module in (model, average):
-        if module is not None:
-            assert isinstance(module, Transformer)
-            for unit in (*module.layers, module):
-                fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for module in filter(None, (model, average)):
+        for unit in (*module.get_submodule("layers").children(), module):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
     return model
 
 
 @contextmanager
 def sync_gradients(called: nn.Module, last: bool) -> Iterator[None]:
     """Around a micro-batch's passes: processes exchange gradients in the last one only."""
+    if isinstance(called, FSDPModule):
+        called.set_requires_gradient_sync(last)
     if isinstance(called, DistributedDataParallel) and not last:
         with called.no_sync():
             yield
-        return
-    if isinstance(called, FSDPModule):
-        called.set_requires_gradient_sync(last)
-    yield
+    else:
+        yield
 
 
 def gather_full_model(model: nn.Module) -> nn.Module:
-    """The model in eval mode with all its weights: a copy if it is sharded.
-
-    Every process must call it.
-    """
+    """The model in eval mode with all its weights, a copy if it is sharded; on every process."""
     if not isinstance(model, FSDPModule):
         return model.eval()
     assert isinstance(model, Transformer)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with shapes_only():
         copy = Transformer(model.config)
-    copy.load_state_dict(state, assign=True)
+    whole = StateDictOptions(full_state_dict=True)
+    copy.load_state_dict(get_model_state_dict(model, options=whole), assign=True)
     return copy.eval()

@@ -280,8 +280,6 @@ def try_set(rng: Random, folder: Path, material: Path) -> None:
     assert 0 <= scan_image_set(images)[1] < images.count
     labels = images.labels
     assert labels is None or (len(labels) == images.count and labels.min() >= 0)
-        len(images.labels) == images.count and images.labels.min() >= 0
-    )
     means = lambda pixels: {"fid": pixels.float().mean((2, 3))}  # noqa: E731
     reference = open_reference(str(path), images.size, Extractor("means", "0" * 64, means, CPU))
     assert np.isfinite(reference.statistics["fid"][0]).all()
