@@ -1,7 +1,9 @@
 """The service of `moveimg serve`: images of classes over HTTP, on Ray Serve.
 
-Front, in Ray's proxy of each machine, sends requests to the replicas of Generator, each with the
-model. A replica draws the requests that arrive within a window as one batch.
+    Front, in Ray's proxy of each machine -> Generator replicas, each with the model
+
+A replica draws the requests that arrive within a window as one batch. An image has a seed of its
+own: where its replica dies, Front sends the request to another one, which draws the same image.
 """
 
 from __future__ import annotations
@@ -11,38 +13,41 @@ import json
 import secrets
 import time
 from base64 import b64encode
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.request import urlopen
 
 import ray
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 from ray import serve
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moveimg.config import SamplingSettings
 from moveimg.errors import describe, shorten, validate
-from moveimg.files import parse_json
 
 APP = "moveimg"
 IMAGES = "/v1/images/generations"
 MAX_BODY = 64 * 1024  # bytes
+ATTEMPTS = 3  # replicas that a request is sent to, if they die
 
 
-class ImageRequest(SamplingSettings):
-    """The body of a request for images; settings left out are the model's own."""
+class ImageRequest(BaseModel):
+    """The body of a request for images; further keys are those of SamplingSettings."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
     model: str | None = None
-    class_: str | int | None = Field(None, alias="class")
     prompt: str | int | None = None
+    class_: str | int | None = Field(None, alias="class")
     n: int = Field(1, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**32 - 2**16)  # room for the last image's seed
-    size: str | None = None
+    size: str = "auto"
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png"] = "png"
     stream: bool = False
@@ -59,17 +64,16 @@ class Order:
     n: int
     settings: SamplingSettings
     partials: list[int]  # numbers of codes after which partial images are sent
-    events: asyncio.Queue[dict[str, Any] | None] = field(default_factory=asyncio.Queue)
-    done: bool = False  # nobody listens any more
+    done: bool = False  # all images are sent, or the client has gone
 
 
 @serve.deployment
 class Generator:
-    """A replica: one model, which draws one batch at a time (see `moveimg serve`)."""
+    """A replica: one model, and one thread that draws batches (see `moveimg serve`)."""
 
     def __init__(
-        self, model: str, name: str, batch_size: int, window: float, threads: int, device: str,
-        dtype: str | None,
+        self, model: str, name: str, device: str, dtype: str | None, threads: int,
+        batch_size: int, window: float,
     ) -> None:  # fmt: skip
         import torch
 
@@ -78,19 +82,23 @@ class Generator:
 
         limit_arenas()
         torch.set_num_threads(threads)
-        self.pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
+        self.pipeline, self.name = Pipeline.from_pretrained(model, device=device, dtype=dtype), name
         _ = self.pipeline.decoder  # prepared before the first request
         self.size = "{1}x{0}".format(*self.pipeline.image_size)
-        self.name, self.batch_size, self.window = name, batch_size, window
-        self.waiting, self.lock = deque[Order](), asyncio.Lock()
+        self.batch_size, self.thread = batch_size, ThreadPoolExecutor(1)
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.draw_batch.set_max_batch_size(batch_size)
+        self.draw_batch.set_batch_wait_timeout_s(window)
 
     async def __call__(self, request: Request) -> Response:
         """Return images as OpenAI's API does, or its events for `stream`."""
         try:
-            asked = validate(ImageRequest, parse_json(await request.body(), "request"), "request")
-            events = self.draw(self.make_order(asked))
-        except ValueError as error:
-            return refuse(400, describe(error))
+            asked = validate(ImageRequest, from_json(await request.body()), "request")
+            order = self.make_order(asked, int(request.headers["x-default-seed"]))
+        except (LookupError, ValueError) as error:
+            return refuse(404 if isinstance(error, LookupError) else 400, describe(error))
+        events = self.draw(order)
         if asked.stream:
             lines = (f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" async for e in events)
             return StreamingResponse(lines, media_type="text/event-stream")
@@ -99,60 +107,70 @@ class Generator:
             return refuse(500, images[-1]["error"]["message"])
         return JSONResponse({"created": int(time.time()), "data": images})
 
-    def make_order(self, asked: ImageRequest) -> Order:
-        """Return the order of a request, else raise ValueError."""
-        names = [name for name in (asked.class_, asked.prompt) if name is not None]
-        if len(names) != 1:
+    def make_order(self, asked: ImageRequest, default_seed: int) -> Order:
+        """Return the order of a request. Raises LookupError for another model, or ValueError."""
+        name = asked.class_ if asked.prompt is None else asked.prompt
+        if asked.model not in (None, self.name):
+            raise LookupError(f"model {shorten(asked.model)}: expected {self.name}")
+        if asked.size not in ("auto", self.size):
+            raise ValueError(f"size {shorten(asked.size)}: expected {self.size}, the model's own")
+        if name is None or None not in (asked.prompt, asked.class_):
             raise ValueError("expected a class, either as `class` or as `prompt`")
-        for key, own in (("model", self.name), ("size", self.size)):
-            if (value := getattr(asked, key)) not in (None, "auto", own):
-                raise ValueError(f"{key} {shorten(value)}: expected {own}")
         if asked.n > self.batch_size:
-            raise ValueError(f"n {asked.n}: expected at most {self.batch_size}")
-        changes = asked.model_fields_set & SamplingSettings.model_fields.keys()
-        settings = self.pipeline.sampling.model_copy(update=asked.model_dump(include=changes))
-        seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
+            raise ValueError(f"n {shorten(asked.n)}: expected at most {self.batch_size}")
+        changes = {k: v for k, v in (asked.model_extra or {}).items() if v is not None}
+        own = self.pipeline.sampling.model_dump()
+        settings = validate(SamplingSettings, own | changes, "request")
+        seed = default_seed if asked.seed is None else asked.seed
         (height, width), parts = self.pipeline.generator.config.grid, asked.partial_images + 1
-        partials = [height * part // parts * width for part in range(1, parts) if asked.stream]
-        return Order(self.pipeline.label(names[0]), seed, asked.n, settings, partials)
+        rows = {height * part // parts for part in range(1, parts)} if asked.stream else set()
+        partials = [row * width for row in sorted(rows - {0})]
+        return Order(self.pipeline.label(name), seed, asked.n, settings, partials)
 
     async def draw(self, order: Order) -> AsyncIterator[dict[str, Any]]:
         """Yield an order's images, drawn with other orders', as OpenAI's streaming events."""
-        self.waiting.append(order)
-        self.last = asyncio.create_task(self.draw_batch())
         try:
-            while event := await order.events.get():
-                yield event
+            # serve.batch closes a batch when its window ends, even if the batch then has to wait:
+            # so requests that arrive while another batch is drawn are held back here.
+            while not self.idle.is_set():
+                await self.idle.wait()
+            async for event in self.draw_batch(order):
+                if event is not None:
+                    yield event
         finally:
             order.done = True
 
-    async def draw_batch(self) -> None:
-        """Draw the orders that wait, in groups whose settings differ in cfg_scale alone."""
-        async with self.lock:
-            if not self.waiting:  # an earlier batch had room for them
-                return
-            await asyncio.sleep(self.window)
-            self.waiting = deque(order for order in self.waiting if not order.done)
-            groups, size = defaultdict(list), 0
-            while self.waiting and size + self.waiting[0].n <= self.batch_size:
-                order = self.waiting.popleft()
-                size += order.n
-                groups[order.settings.model_copy(update={"cfg_scale": 1.0})].append(order)
-            for group in groups.values():
-                try:  # in a thread: health checks need the event loop
-                    await asyncio.to_thread(self.draw_group, group, asyncio.get_running_loop())
-                except Exception as error:
-                    failure = {"message": describe(error), "type": "server_error"}
-                    for order in group:
-                        order.events.put_nowait({"type": "error", "error": failure})
-                for order in group:
-                    order.events.put_nowait(None)
+    @serve.batch(batch_size_fn=lambda orders: sum(order.n for order in orders))
+    async def draw_batch(self, orders: list[Order]) -> AsyncIterator[list[Any]]:
+        """Yield lists: for each order an event or None, and StopIteration once it is done."""
+        from moveimg.device import release_memory
 
-    def draw_group(self, orders: list[Order], loop: asyncio.AbstractEventLoop) -> None:
-        """Draw orders whose settings differ in cfg_scale alone."""
+        self.idle.clear()
+        groups = defaultdict(list)
+        for order in orders:
+            groups[order.settings.model_copy(update={"cfg_scale": 1.0})].append(order)
+        run: Any = asyncio.get_running_loop().run_in_executor  # health checks need the loop
+        try:
+            for settings, group in groups.items():
+                steps = self._draw_group(group, settings)
+                step: dict[Order, Any] | None = {}
+                while step is not None:
+                    try:
+                        step = await run(self.thread, next, steps, None)
+                    except Exception as error:
+                        failure = {"message": describe(error), "type": "server_error"}
+                        step = {order: {"type": "error", "error": failure} for order in group}
+                    yield [StopIteration if o.done else (step or {}).get(o) for o in orders]
+            await run(self.thread, release_memory)
+        finally:
+            self.idle.set()
+
+    def _draw_group(
+        self, orders: list[Order], settings: SamplingSettings
+    ) -> Iterator[dict[Order, dict[str, Any]]]:
+        """Draw orders whose settings differ in cfg_scale alone; yields {order: event}."""
         import torch
 
-        from moveimg.device import release_memory
         from moveimg.images import png_bytes
         from moveimg.sampling import image_rngs, iter_codes
 
@@ -161,7 +179,7 @@ class Generator:
         rngs = image_rngs([order.seed + i for order, i in rows])
         scales = torch.tensor([o.settings.cfg_scale for o, _ in rows], dtype=torch.float64)
         codes = labels.new_zeros(len(rows), pipeline.generator.config.seq_len)
-        drawn = iter_codes(pipeline.decoder, labels, orders[0].settings, rngs, cfg_scale=scales)
+        drawn = iter_codes(pipeline.decoder, labels, settings, rngs, cfg_scale=scales)
         for position, new in enumerate(drawn, 1):
             codes[:, position - 1] = new
             if all(order.done for order in orders):
@@ -176,45 +194,68 @@ class Generator:
                 png = png_bytes(image, about | order.settings.model_dump())
                 event: dict[str, Any] = {"type": "image_generation.completed"}
                 if not complete:
-                    index = order.partials.index(position)
-                    event = {"type": "image_generation.partial_image", "partial_image_index": index}
+                    event["type"] = "image_generation.partial_image"
+                    event["partial_image_index"] = order.partials.index(position)
                 event |= {"b64_json": b64encode(png).decode(), "output_format": "png", "index": i}
-                event |= about | {"size": self.size}
-                loop.call_soon_threadsafe(order.events.put_nowait, event)
-        release_memory()
+                yield {order: event | about | {"size": self.size}}
+                order.done |= complete and i == order.n - 1
 
 
 class Front:
-    """ASGI middleware of Ray's proxy: routes, and errors as OpenAI's JSON."""
+    """ASGI middleware of Ray's proxy: routes, retries, and errors as OpenAI's JSON."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        pages, path = {"/health": health, "/metrics": metrics}, scope["path"]
-        if path in pages:
+        others, path = {"/health": health, "/metrics": metrics}, scope["path"]
+        if path == IMAGES:
+            body = b""
+            async for part in Request(scope, receive).stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    answer = refuse(413, f"request: expected at most {MAX_BODY} bytes")
+                    break
+            else:
+                return await self.forward(scope, body, receive, send)
+        elif path in others:
             try:
-                answer = await asyncio.to_thread(pages[path])
+                answer = await asyncio.to_thread(others[path])
             except Exception as error:  # the service starts or ends
                 answer = refuse(503, f"not ready ({describe(error)})")
-        elif path != IMAGES:
-            answer = refuse(404, f"{shorten(path)}: expected {IMAGES}, {' or '.join(pages)}")
-        elif int(Headers(scope=scope).get("content-length", MAX_BODY + 1)) > MAX_BODY:
-            answer = refuse(413, f"request: expected a content-length of at most {MAX_BODY}")
         else:
-            messages: list[Any] = []
+            answer = refuse(404, f"{shorten(path)}: expected {IMAGES}, {' or '.join(others)}")
+        await answer(scope, receive, send)
+
+    async def forward(self, scope: Any, body: bytes, receive: Any, send: Any) -> None:
+        """Send a request to a replica, and to another one if it dies.
+
+        A second answer has the messages of the first: those already sent are left out.
+        """
+        seed = (b"x-default-seed", str(secrets.randbelow(2**31)).encode())
+        scope["headers"] = [seed, *scope["headers"]]  # the first of a name counts
+        sent, text = 0, f"the request's replica died, {ATTEMPTS} times".encode()
+        for _ in range(ATTEMPTS):
+            bodies, seen, status, complete = [{"type": "http.request", "body": body}], 0, 0, False
+
+            async def replay(bodies: list[Any] = bodies) -> Any:
+                return bodies.pop() if bodies else await receive()
 
             async def forward(message: Any) -> None:
-                messages.append(message)
-                if messages[0]["status"] != 503:  # the proxy's own, as plain text: a full queue
+                nonlocal sent, text, seen, status, complete
+                status = message.get("status", status)
+                seen, complete = seen + 1, not message.get("more_body", "status" in message)
+                if status == 503:  # the proxy's own, as plain text: the queue is full
+                    text = message.get("body", text)
+                elif seen > sent:
+                    sent = seen
                     await send(message)
 
-            await self.app(scope, receive, forward)
-            if messages and messages[0]["status"] != 503:
-                return
-            died = "the request's replica died: send the request again"
-            answer = refuse(503, messages[-1]["body"].decode() if messages else died)
-        await answer(scope, receive, send)
+            await self.app(dict(scope), replay, forward)
+            if complete:
+                break
+        if not sent:
+            await refuse(503, text.decode())(scope, receive, send)
 
 
 def proxy_middlewares() -> list[Middleware]:

@@ -2,11 +2,11 @@
 
     python tools/load_serving.py                    # by number of clients, also without batches
     python tools/load_serving.py --model gpt-b --count 8 --clients 1,8    # random weights, VQ-16
-    python tools/load_serving.py --minutes 2 --kill # one of two replicas is killed each minute
+    python tools/load_serving.py --kill             # one of two replicas is killed under load
     python tools/load_serving.py --minutes 10       # memory under load
 
-A client sends its next request when it has the answer to the last one; request i asks for one image
-with seed i.
+Starts services on this machine. A client sends its next request when it has the answer to the last
+one; request i asks for one image with seed i.
 """
 
 from __future__ import annotations
@@ -68,59 +68,69 @@ def list_processes(name: str = "") -> list[Path]:
     return found
 
 
-def load(clients: int, count: int, seconds: float = 1e9) -> None:
-    """Send at most `count` requests, and print figures."""
-    begun, latencies, statuses = time.perf_counter(), [], Counter[int]()
+def load(clients: int, count: int, seconds: float = 1e9) -> dict[int, str]:
+    """Send at most `count` requests and print figures; returns the images by seed."""
+    begun, latencies, images, statuses = time.perf_counter(), [], {}, Counter[int]()
 
     def visit(seed: int) -> None:
         start = time.perf_counter()
         if start - begun < seconds:
             reply = CLIENT.post("/v1/images/generations", json={"class": 0, "seed": seed})
             statuses[reply.status_code] += 1
-            latencies.append(time.perf_counter() - start)
+            if reply.is_success:
+                latencies.append(time.perf_counter() - start)
+                images[seed] = reply.json()["data"][0]["b64_json"]
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(visit, range(count)))
-    rate = statuses[200] / (time.perf_counter() - begun)
-    p50, p95 = np.percentile(latencies, [50, 95])
-    print(f"{clients} clients: {rate:.3g} images/s, p50 {p50:.3g} s, p95 {p95:.3g} s, answers "
-          f"{dict(statuses)}", flush=True)  # fmt: skip
+    rate, p50 = len(latencies) / (time.perf_counter() - begun), np.median(latencies)
+    print(f"{clients:3} clients: {rate:.3g} images/s, p50 {p50:.3g} s, "
+          f"p95 {np.percentile(latencies, 95):.3g} s, answers {dict(statuses)}")  # fmt: skip
+    return images
+
+
+def watch(minutes: int, kill: bool) -> None:
+    """Print figures and memory, shared pages counted once, of each minute under load."""
+    for _ in range(minutes):
+        with ThreadPoolExecutor() as pool:
+            pool.submit(load, 8, 10**6, 60)
+            if kill:
+                time.sleep(20)
+                os.kill(int(list_processes("ray::ServeRepli")[0].name), signal.SIGKILL)
+        texts = [(folder / "smaps_rollup").read_text("ascii") for folder in list_processes()]
+        kilobytes = sum(int(text.split("Pss:")[1].split()[0]) for text in texts)
+        print(f"{kilobytes / 1024:.0f} MB, {CLIENT.get('/health').text}", flush=True)
 
 
 def main(
-    model: str = "fashion", kill: bool = False, minutes: int = 0, count: int = 32,
+    model: str = "fashion",
+    kill: bool = False,
+    minutes: int = 0,
+    count: int = 32,
     clients: str = "1,8,32",
-) -> None:  # fmt: skip
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if model == "gpt-b":
             generator = Transformer(load_config("imagenet-b-256-standard", ModelFile).model)
             generator.head.reset_parameters()  # it starts at zero
             names, settings = list(map(str, range(1000))), SamplingSettings(cfg_scale=2)
-            save_model(
-                folder,
-                ModelParts(generator, vq.AutoencoderTokenizer(vq.VQConfig()), names, settings),
-                {},
-            )
+            tokenizer = vq.AutoencoderTokenizer(vq.VQConfig())
+            save_model(folder, ModelParts(generator, tokenizer, names, settings), {})
             model = folder
-        if minutes:
-            with service(model, "--replicas", 1 + kill), ThreadPoolExecutor() as pool:
-                for _ in range(minutes):
-                    work = pool.submit(load, 8, 10**6, 60)
-                    time.sleep(20)
-                    if kill:
-                        os.kill(int(list_processes("ray::ServeRepli")[0].name), signal.SIGKILL)
-                    work.result()
-                    texts = [
-                        (path / "smaps_rollup").read_text("ascii") for path in list_processes()
-                    ]
-                    kilobytes = sum(int(text.split("Pss:")[1].split()[0]) for text in texts)
-                    print(f"{kilobytes / 1024:.0f} MB, {CLIENT.get('/health').text}", flush=True)
+        if kill or minutes:
+            with service(model, "--replicas", 1 + kill):
+                watch(max(minutes, 2), kill)
             return
+        alone: dict[int, str] = {}
         for size, window in ((32, 0.02), (1, 0)):
             with service(model, "--batch-size", size, "--window", window):
                 print(f"batches of at most {size}; the first line warms up:")
-                for number in (1, *map(int, clients.split(","))):
-                    load(number, max(2 * number, count))
+                load(1, 1)
+                for number in map(int, clients.split(",")):
+                    images = load(number, max(2 * number, count))
+                    alone = alone or images
+                    same = sum(images[seed] == image for seed, image in alone.items())
+                    print(f"{same} of {len(alone)} images are those of one client", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
+import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +63,17 @@ def serve(
     replicas: int = Option(1, min=1, help="Processes that hold the model."),
     host: str = HOST,
     port: int = Option(8000, min=1, max=65535, help="The port to listen at."),
-    threads: int = Option(0, help="CPU threads of a replica; 0: cores / replicas."),
+    threads: int | None = Option(None, min=1, help="CPU threads; default: cores / replicas."),
     batch_size: int = Option(32, min=1, help="Images drawn at once, at most."),
     window: float = Option(0.02, min=0, help="Seconds to wait for a batch."),
     max_queued: int = Option(256, min=1, help="Requests that wait; others get 503."),
-    address: str = Option("local", help="A cluster started by `ray start`; local: none."),
+    address: str | None = Option(None, help="A cluster started by `ray start`; default: none."),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Serve images over HTTP as OpenAI's images API does, on Ray Serve, until interrupted."""
+    if find_spec("ray") is None:
+        raise ValueError("moveimg serve needs Ray Serve: pip install 'moveimg[serve]'")
     defaults = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -76,10 +82,7 @@ def serve(
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moveimg.serve.proxy_middlewares",
     }
     os.environ |= defaults | os.environ  # the user's values win
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("moveimg serve needs Ray Serve: pip install 'moveimg[serve]'") from None
+    import ray
     from ray import serve as ray_serve
 
     from moveimg.device import pick_device, pick_dtype
@@ -90,13 +93,14 @@ def serve(
     pick_dtype(dtype, where)  # fails if the machine lacks them
     if (folder := resolve(model)) == Path(model):
         model = str(folder.resolve())
-    threads, quiet = threads or max(1, (os.cpu_count() or 1) // replicas), {"log_level": "ERROR"}
+    threads = threads or max(1, (os.cpu_count() or 1) // replicas)
+    temporary, quiet = tempfile.mkdtemp(prefix="moveimg-serve-"), {"log_level": "ERROR"}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    local = {"num_cpus": replicas * threads, "include_dashboard": False}
+    local = {"num_cpus": replicas * threads, "include_dashboard": False, "_temp_dir": temporary}
     try:
-        if address == "local":
+        if address is None:
             socket.create_server((host, port)).close()  # refuses a port that is in use
-        ray.init(address, logging_level="warning", **(local if address == "local" else {}))
+        ray.init(address or "local", logging_level="warning", **({} if address else local))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         ray_serve.start("EveryNode", {"host": host, "port": port}, logging_config=quiet)
         deployment: Any = Generator
@@ -105,14 +109,18 @@ def serve(
             max_queued_requests=max_queued, health_check_period_s=2, logging_config=quiet,
             ray_actor_options={"num_cpus": threads, "num_gpus": float(where.type == "cuda")},
             max_constructor_retry_count=2,
-        )  # fmt: skip
-        application = generator.bind(model, name, batch_size, window, threads, str(where), dtype)
-        ray_serve.run(application, name=APP)
+        ).bind(model, name, str(where), dtype, threads, batch_size, window)  # fmt: skip
+        ray_serve.run(generator, name=APP)
         print(f"moveimg serve: {name} at http://{host}:{port}/v1/images/generations", flush=True)
         threading.Event().wait()
     except Exception as error:  # Ray raises many kinds
         raise OSError(f"the service did not start: {describe(error)}") from error
     finally:
-        if address != "local" and ray.is_initialized():
+        if address and ray.is_initialized():
             ray_serve.delete(APP)
         ray.shutdown()
+        for _ in range(100):  # Ray's last processes may still write
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not Path(temporary).exists():
+                break
+            time.sleep(0.1)
