@@ -149,7 +149,20 @@ def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str
 
 
 parse_json = partial(_parse, json.loads, "JSON")  # of (text, origin)
-parse_yaml = partial(_parse, yaml.safe_load, "YAML")
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """yaml.SafeLoader, which lets the last of equal keys win; here they are an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"the key {repeated[0][:60]!r} occurs twice")
+        return node
+
+
+parse_yaml = partial(_parse, partial(yaml.load, Loader=UniqueKeyLoader), "YAML")
 
 
 @contextmanager
