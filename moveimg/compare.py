@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -32,6 +31,7 @@ from moveimg.config.model import Config
 from moveimg.config.run import read_settings
 from moveimg.data import PackedCodes
 from moveimg.device import hardware
+from moveimg.dist import die_with_parent, signals_raise
 from moveimg.errors import validate
 from moveimg.files import read_json, write_json
 from moveimg.progress import progress_bar
@@ -271,7 +271,7 @@ def run_all(
 ) -> Generator[tuple[ComparedRun, str | None], None, None]:
     """Run the commands of `runs`, `jobs` at a time; yield each run at its end, with its error.
 
-    Closing the iterator (or SIGTERM, or Ctrl-C) ends those that run: they get SIGTERM, write a
+    Closing the iterator (or SIGTERM, SIGHUP, Ctrl-C) ends those that run: they get SIGTERM, write a
     checkpoint, and are waited for.
     """
     logs.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,8 @@ def run_all(
         for command in run.commands(overrides, device):
             with log.open("a") as file:  # in its own session: a terminal's Ctrl-C reaches us alone
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
-                                           env=environment, start_new_session=True)  # fmt: skip
+                                           env=environment, start_new_session=True,
+                                           preexec_fn=die_with_parent())  # fmt: skip
             running.add(process)
             if process.wait():
                 lines = ["killed", *log.read_text(errors="replace").splitlines()]
@@ -293,8 +294,7 @@ def run_all(
             running.discard(process)
         return None
 
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with ThreadPoolExecutor(jobs) as pool:
+    with signals_raise(), ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(work, run): run for run in runs}
         try:
             for future in as_completed(futures):
@@ -304,7 +304,6 @@ def run_all(
                 future.cancel()
             for process in list(running):
                 process.terminate()
-            signal.signal(signal.SIGTERM, before)
 
 
 @torch.inference_mode()

@@ -97,8 +97,8 @@ def answer(
     for a, b in questions:
         if a in by_name and b in by_name:
             found = difference(by_name[a], by_name[b], level)
-            apart = found["interval"] is not None and abs(found["mean"]) > found["interval"]
-            answers.append({"question": f"{a} - {b}", **found, "told_apart": apart})
+            significant = found["interval"] is not None and abs(found["mean"]) > found["interval"]
+            answers.append({"question": f"{a} - {b}", **found, "significant": significant})
     return answers
 
 
@@ -127,7 +127,7 @@ def questions_table(report: dict[str, Any]) -> str:
             "question": found["question"],
             "nats per code": _signed(found),
             "seeds": found["seeds"],
-            "told apart": "yes" if found["told_apart"] else "no",
+            "significant": "yes" if found["significant"] else "no",
         }
         for found in report["questions"]
     ])  # fmt: skip

@@ -61,7 +61,7 @@ def leave(run, exported=4):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """A stand-in for trainings: a list of those made. Seed 13 fails."""
+    """Trainings replaced by files of finished runs: the list of runs. Seed 13 fails."""
     made = []
 
     def run_all(runs, *_):
@@ -231,8 +231,8 @@ def test_differences_are_paired_by_seed():
         assert found["interval"] == pytest.approx(t / math.sqrt(3), rel=1e-4)
     rows = [{"name": "a", "runs": first}, {"name": "b", "runs": outcomes(0.0, 1.1, 2.0)}]
     (asked,) = answer([("b", "a")], rows)
-    assert asked["level"] == 0.95 and asked["told_apart"]
-    assert not answer([("b", "a")] * 50, rows)[0]["told_apart"]
+    assert asked["level"] == 0.95 and asked["significant"]
+    assert not answer([("b", "a")] * 50, rows)[0]["significant"]
 
 
 def test_seeds_are_read():

@@ -35,7 +35,7 @@ class Score(Config):
 
 
 class Generate(SamplingSettings):
-    """Images of a class; settings left out are the model's own, whatever defaults stand here."""
+    """Images of a class; settings left out are those of the model, not the defaults below."""
 
     model: str = MODEL
     class_name: Annotated[str, Field(max_length=200)] | int = Field(

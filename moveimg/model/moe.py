@@ -47,7 +47,7 @@ class MoE(FeedForward):
         return 2.0 * (self.active_own() + self.spec.top_k * self.width)
 
     def active_own(self) -> int:
-        """Parameters of the routed experts that a token uses."""
+        """Parameters of the routed experts used per token."""
         return self.spec.top_k * 3 * self.width * self.spec.hidden
 
     def forward(self, x: Tensor, shared: Any = None) -> Tensor:
