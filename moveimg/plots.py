@@ -90,8 +90,10 @@ def _plot_costs(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path
                 panel.errorbar(cost, row["loss"]["mean"], yerr=row["loss"]["std"] or 0, fmt="o",
                                capsize=3, **style[row["name"]])  # fmt: skip
         panel.set(xlabel=label, ylabel=LOSS)
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=7, bbox_to_anchor=(len(COSTS) * 1.21, 1), loc="upper left")
+    handles, names = panels[0].get_legend_handles_labels()
+    panels[-1].legend(handles, names, fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
     save_figure(figure, out / "costs.png")
 
 
