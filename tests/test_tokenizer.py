@@ -13,16 +13,16 @@ TINY = tok.VQConfig(
 )  # fmt: skip
 
 
-def make(seed: int = 0, **changes) -> tok.AutoencoderTokenizer:
+def make(config=TINY, seed=0, **changes) -> tok.AutoencoderTokenizer:
     """A tiny trainable tokenizer in which every parameter matters."""
     torch.manual_seed(seed)
-    tokenizer = tok.AutoencoderTokenizer(TINY.model_copy(update=changes))
+    tokenizer = tok.AutoencoderTokenizer(config.model_copy(update=changes))
     for parameter in tokenizer.parameters():
         if parameter.ndim == 1:  # norms start at one and zero
             torch.nn.init.normal_(parameter, mean=0.5, std=0.5)
     with torch.no_grad():  # codes where vectors are, or one code would always win
-        z = tokenizer._encode(make_images(3, seed=2))
-        tokenizer.quantize.embedding.weight.copy_(z.permute(0, 2, 3, 1).flatten(0, 2)[:24])
+        vectors = tokenizer._encode(make_images(3, seed=2)).permute(0, 2, 3, 1).flatten(0, 2)
+        tokenizer.quantize.embedding.weight.copy_(vectors[: tokenizer.codebook_size])
     return tokenizer
 
 
@@ -127,16 +127,14 @@ def test_matches_reference(changes):
 
 def test_float32_and_bfloat16_are_near_float64():
     images = make_images(4, 16, 16)
-    exact = make().freeze().double()
+    exact, single, half = make().freeze().double(), make().freeze(), make().freeze().bfloat16()
     codes = exact.encode(images)
     pixels = exact.decode(codes)
-    single = make().freeze()
     assert torch.equal(single.encode(images), codes)
     decoded = single.decode(codes)
     torch.testing.assert_close(decoded.double(), pixels, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):  # a caller's autocast leaves pixels alone
         assert torch.equal(single.decode(codes), decoded)
-    half = make().freeze().bfloat16()
     assert (half.encode(images) == codes).float().mean() > 0.8
     assert half.decode(codes).dtype == torch.float32
     assert (half.decode(codes) - pixels).abs().mean() < 0.05
@@ -174,20 +172,15 @@ def test_bad_tensors_are_refused(method, tensor, value):
 @pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="this torch has no NNPACK")
 @torch.no_grad()
 def test_a_loaded_tokenizer_convolves_by_winograd_with_the_plain_values(monkeypatch, tmp_path):
-    torch.manual_seed(0)
-    config = tok.VQConfig(
-        width=128, multipliers=(1, 1), n_res_blocks=1, z_channels=8, codebook_size=32,
-        norm_groups=8, attention=False,
-    )  # fmt: skip
-    tokenizer, images = tok.AutoencoderTokenizer(config).freeze(), make_images(1, 64, 64)
+    changes = {"width": 128, "multipliers": (1,), "attention": False, "codebook_size": 9}
+    tokenizer, images = make(**changes).freeze(), make_images(1, 64, 64)
     tok.save(tokenizer, tmp_path)
     fast, kernel, calls = tok.load(tmp_path), torch._nnpack_spatial_convolution, []
     monkeypatch.setattr(
         torch, "_nnpack_spatial_convolution", lambda *args: (calls.append(1), kernel(*args))[1]
     )
     codes = fast.encode(images)
-    assert len(calls) == 2  # convolutions of 64 x 64
-    assert torch.equal(codes, tokenizer.encode(images))
+    assert calls and torch.equal(codes, tokenizer.encode(images))
     exact = tokenizer.double().decode(codes)
     torch.testing.assert_close(fast.decode(codes).double(), exact, atol=2e-4, rtol=0)
     torch.testing.assert_close(fast.double().decode(codes), exact, atol=1e-12, rtol=0)
