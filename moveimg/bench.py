@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moveimg.config import SamplingSettings, TrainConfig
+from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
 from moveimg.device import hardware, peak_memory
 from moveimg.dist import World
 from moveimg.model import Transformer, decoding_model
@@ -34,6 +34,13 @@ def bench_sample(
     work = {"images": batch_size, "codes": batch_size * model.config.seq_len}
     rngs = image_rngs(range(batch_size))
     return measure(lambda: sample_codes(fast, labels, settings, rngs), device, repeats, work)
+
+
+def make_random_model(config: ModelConfig) -> Transformer:
+    """A generator of random weights, in eval mode."""
+    model = Transformer(config)
+    model.head.reset_parameters()  # it starts at zero, and equal logits are drawn faster
+    return model.eval()
 
 
 class RandomCodes:

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
-from moveimg.bench import bench_sample, bench_train
+from moveimg.bench import bench_sample, bench_train, make_random_model
 from moveimg.checkpoint import load_generator, read_about
 from moveimg.compare_report import write_report
 from moveimg.config import SamplingSettings, TrainConfig, load_config
@@ -189,7 +189,7 @@ def compare(
     Args:
         overrides: settings for all rows, as `key.path=value`.
         jobs: trainings at the same time, each with its share of the CPU cores.
-        rounds: alternating rounds in which speed is then measured; 0: none.
+        rounds: alternating rounds in which speed is measured first; 0: none.
 
     Raises ValueError when rows differ in other keys than they may, when a run's folder holds
     another run, or, after all others are done, for runs that failed.
@@ -197,6 +197,8 @@ def compare(
     runs, failures = list_runs(study, out, overrides), []
     settings = flatten_settings(runs[0].config, (*COMPARED, *study.vary))
     about = {"settings": settings, "hardware": {**hardware(device), "jobs": jobs}}
+    if rounds:
+        write_json(out / "speed.json", measure_speed(runs, rounds, device))
     missing = [run for run in runs if not run.scored()]
     jobs_done = run_all(missing, overrides, device, jobs, out / "logs")
     with progress_bar(len(missing), "compare", "run") as bar, closing(jobs_done):
@@ -208,9 +210,6 @@ def compare(
             else:
                 failures.append(f"{run}: {failure or 'ended without the model of its last step'}")
                 bar.write(f"failed: {failures[-1]}", file=sys.stderr)
-    if rounds:
-        firsts = {run.name: run.config for run in reversed(runs)}
-        write_json(out / "speed.json", measure_speed(firsts, rounds, device))
     table = write_report(list(runs), study.questions, out, about)
     if failures:
         raise ValueError("; ".join(failures))
@@ -328,21 +327,22 @@ def write_test_scores(run: ComparedRun, device: torch.device, batch_size: int = 
 
 
 def measure_speed(
-    configs: dict[str, TrainConfig], rounds: int, device: torch.device
+    runs: Sequence[ComparedRun], rounds: int, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of a training step and of sampling 8 images, for each row in each of the rounds.
 
-    The rows alternate, so that a slow moment of the machine falls on all of them.
+    Weights are random. The rows alternate, so that a slow moment of the machine falls on all.
     """
+    configs = {run.name: run.config for run in reversed(runs)}  # a row's first seed
     spent: dict[str, dict[str, list[float]]] = {
-        name: {"step": [], "sample": []} for name in configs
+        run.name: {"step": [], "sample": []} for run in runs
     }
     with progress_bar(rounds, "measure", "round") as bar:
         for _ in range(rounds):
-            for name, config in configs.items():
-                model = load_generator(config.out, device)
+            for name, seconds in spent.items():
+                model = make_random_model(configs[name].model).to(device)
                 drawn = bench_sample(model, SamplingSettings(), 8, 3)
-                spent[name]["step"] += [min(bench_train(config, 3, device)["seconds"])]
-                spent[name]["sample"] += [min(drawn["seconds"])]
+                seconds["step"].append(min(bench_train(configs[name], 3, device)["seconds"]))
+                seconds["sample"].append(min(drawn["seconds"]))
             bar.update()
     return spent

@@ -12,13 +12,7 @@ from typer import Argument, Option, Typer
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import (
-    app,
-    command,
-    device_of,
-    find_config,
-    numbers,
-)
+from moveimg.commands.common import app, command, device_of, find_config, numbers
 from moveimg.config import ModelFile, SamplingSettings, TrainConfig, load_config
 from moveimg.errors import validate
 
@@ -112,17 +106,14 @@ def bench_sample(
     """Measure how many images and codes per second are drawn."""
     settings = validate(SamplingSettings, {"cfg_scale": cfg_scale}, "sampling settings")
     where = device_of(device)
-    from moveimg.bench import bench_sample, describe_figures
+    from moveimg.bench import bench_sample, describe_figures, make_random_model
     from moveimg.checkpoint import load_generator
     from moveimg.device import pick_dtype
-    from moveimg.model import Transformer
     from moveimg.pipeline import resolve
 
     config = find_config(model, ModelFile, set)
-    generator = Transformer(config.model) if config else load_generator(resolve(model))
-    if config:
-        generator.head.reset_parameters()  # it starts at zero, and equal logits are drawn faster
-    generator = generator.to(where, pick_dtype(dtype, where)).eval()
+    generator = make_random_model(config.model) if config else load_generator(resolve(model))
+    generator = generator.to(where, pick_dtype(dtype, where))
     print(describe_figures(bench_sample(generator, settings, batch_size, repeats, quantize), where))
 
 
