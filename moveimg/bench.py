@@ -13,6 +13,7 @@ from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
 from moveimg.device import hardware, peak_memory
 from moveimg.dist import World
 from moveimg.model import Transformer, decoding_model
+from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import GeneratorTask, freeze_backbone
 from moveimg.training.loop import Run
@@ -73,6 +74,27 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> Figu
     work = {"images": config.batch_size, "codes": config.batch_size * config.model.seq_len}
     run = Run(task, config, parallel)
     return measure(run.advance, device, repeats, work | {"steps": 1})
+
+
+def bench_rounds(
+    configs: dict[str, TrainConfig], rounds: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a training step and of sampling 8 images, of each config in each of the rounds.
+
+    Weights are random. The configs alternate, so that a slow moment of the machine falls on all.
+    """
+    spent: dict[str, dict[str, list[float]]] = {
+        name: {"step": [], "sample": []} for name in configs
+    }
+    with progress_bar(rounds, "measure", "round") as bar:
+        for _ in range(rounds):
+            for name, seconds in spent.items():
+                model = make_random_model(configs[name].model).to(device)
+                drawn = bench_sample(model, SamplingSettings(), 8, 3)
+                seconds["step"].append(min(bench_train(configs[name], 3, device)["seconds"]))
+                seconds["sample"].append(min(drawn["seconds"]))
+            bar.update()
+    return spent
 
 
 def measure(

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -23,10 +24,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
-from moveimg.bench import bench_sample, bench_train, make_random_model
+from moveimg.bench import bench_rounds
 from moveimg.checkpoint import load_generator, read_about
 from moveimg.compare_report import write_report
-from moveimg.config import SamplingSettings, TrainConfig, load_config
+from moveimg.config import TrainConfig, load_config
 from moveimg.config.model import Config
 from moveimg.config.run import read_settings
 from moveimg.data import PackedCodes
@@ -198,7 +199,8 @@ def compare(
     settings = flatten_settings(runs[0].config, (*COMPARED, *study.vary))
     about = {"settings": settings, "hardware": {**hardware(device), "jobs": jobs}}
     if rounds:
-        write_json(out / "speed.json", measure_speed(runs, rounds, device))
+        configs = {run.name: run.config for run in reversed(runs)}  # of a row's first seed
+        write_json(out / "speed.json", bench_rounds(configs, rounds, device))
     missing = [run for run in runs if not run.scored()]
     jobs_done = run_all(missing, overrides, device, jobs, out / "logs")
     with progress_bar(len(missing), "compare", "run") as bar, closing(jobs_done):
@@ -278,15 +280,20 @@ def run_all(
     if jobs > 1:  # else they would compete for the cores
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     running: set[subprocess.Popen] = set()
+    stopped = threading.Event()
 
     def work(run: ComparedRun) -> str | None:
         log = logs / f"{run.config.out.name}.log"
         for command in run.commands(overrides, device):
+            if stopped.is_set():
+                return "stopped"
             with log.open("a") as file:  # in its own session: a terminal's Ctrl-C reaches us alone
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
                                            env=environment, start_new_session=True,
                                            preexec_fn=die_with_parent())  # fmt: skip
             running.add(process)
+            if stopped.is_set():  # since the process was started, and without it in `running`
+                process.terminate()
             if process.wait():
                 lines = ["killed", *log.read_text(errors="replace").splitlines()]
                 return f"{lines[-1].removeprefix('error: ')} (see {log})"
@@ -299,6 +306,7 @@ def run_all(
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
+            stopped.set()
             for future in futures:
                 future.cancel()
             for process in list(running):
@@ -324,25 +332,3 @@ def write_test_scores(run: ComparedRun, device: torch.device, batch_size: int = 
     metrics = read_json(run.config.out / "test" / "results.json")["metrics"]
     scores = {"loss": total / len(codes), "fid": metrics["fid"]}
     write_json(run.config.out / "test.json", scores | {"accuracy": metrics.get("accuracy")})
-
-
-def measure_speed(
-    runs: Sequence[ComparedRun], rounds: int, device: torch.device
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a training step and of sampling 8 images, for each row in each of the rounds.
-
-    Weights are random. The rows alternate, so that a slow moment of the machine falls on all.
-    """
-    configs = {run.name: run.config for run in reversed(runs)}  # a row's first seed
-    spent: dict[str, dict[str, list[float]]] = {
-        run.name: {"step": [], "sample": []} for run in runs
-    }
-    with progress_bar(rounds, "measure", "round") as bar:
-        for _ in range(rounds):
-            for name, seconds in spent.items():
-                model = make_random_model(configs[name].model).to(device)
-                drawn = bench_sample(model, SamplingSettings(), 8, 3)
-                seconds["step"].append(min(bench_train(configs[name], 3, device)["seconds"]))
-                seconds["sample"].append(min(drawn["seconds"]))
-            bar.update()
-    return spent
