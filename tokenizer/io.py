@@ -98,7 +98,7 @@ def load_taming(checkpoint: PathLike, model_yaml: PathLike) -> AutoencoderTokeni
         sizes = {name: params[name] for name in ("embed_dim", "n_embed") if name in params}
         settings = dict(params["ddconfig"]) | sizes
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{model_yaml}: expected a VQGAN's config ({error!r:.60})") from None
+        raise ValueError(f"{model_yaml}: not the config of a VQGAN ({error!r:.60})") from None
     if not re.fullmatch(r"[\w.]+\.VQModel\w*", target):
         raise ValueError(f"{model_yaml}: target {shorten(target)}, expected a VQModel")
     config = validate(TamingConfig, settings, f"{model_yaml}: model.params")
