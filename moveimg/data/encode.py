@@ -170,9 +170,7 @@ def _write_manifest(out: Path, n_shards: int) -> None:
     """Merge the manifests of all shards into manifest.json, and delete them."""
     parts = [part for number in range(n_shards) if (part := _find_finished(out, number))]
     if len(parts) < n_shards:
-        raise ValueError(
-            f"'{out}' lacks {n_shards - len(parts)} shards: run `moveimg encode` again"
-        )
+        raise ValueError(f"'{out}' lacks {n_shards - len(parts)} shards: run moveimg encode again")
     skipped = tuple(image for part in parts for image in part.skipped)
     shards = tuple(shard for part in parts for shard in part.shards)
     if not shards:

@@ -195,9 +195,7 @@ def score(
     elif count < 50_000 and "sfid" in features:
         warnings.append(f"{count} images: published FIDs use 50,000 and are lower")
     if duplicates:
-        warnings.append(
-            f"{duplicates} of {count} images equal an earlier one: was a seed used twice?"
-        )
+        warnings.append(f"{duplicates} of {count} images equal an earlier one: is a seed reused?")
     compared = None if real.features is None else len(real.features)
     results = {
         **about,
