@@ -80,9 +80,7 @@ def load_llamagen(
         raise ValueError(f"{file}: not a class-conditional LlamaGen generator ({error})") from None
     n_layer = len({m[1] for key in weights if (m := re.match(r"layers\.(\d+)\.", key))})
     if n_head is None and (n_layer, width) not in SIZE_NAMES:
-        raise ValueError(
-            f"{file}: {n_layer} layers, width {width}, no named size: expected --heads"
-        )
+        raise ValueError(f"{file}: {n_layer} layers, width {width}: no named size, needs --heads")
     derived = hidden == swiglu_hidden(width, SwiGLUConfig())
     settings = {
         "n_layer": n_layer,
