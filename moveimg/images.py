@@ -133,9 +133,7 @@ def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = Fals
 def to_rgb(image: Image.Image, as_published: bool = False) -> Image.Image:
     """Convert an opened image to RGB, turned as EXIF says, with transparent pixels on white."""
     image.load()
-    deep = image.format in ("PPM", "PNG") or image.mode.startswith(
-        "I;16"
-    )  # 16 bits, even if all pixels are dark
+    deep = image.format in ("PPM", "PNG") or image.mode.startswith("I;16")  # dark ones, too
     if not as_published:
         with suppress(Exception):  # broken EXIF data raises many kinds
             image = ImageOps.exif_transpose(image)
