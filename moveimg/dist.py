@@ -54,7 +54,7 @@ class World:
         self.any(False)
 
     def run_first(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while other ranks wait; all raise a ValueError or OSError of it."""
+        """Run `action` on rank 0 while other ranks wait; all raise its ValueError or OSError."""
         error: Exception | None = None
         if self.main:
             try:

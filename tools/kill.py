@@ -59,9 +59,7 @@ def run_command(words: list[str], log: Path) -> None:
     from moveimg.data.codes import EncodeSettings
 
     torch.set_num_threads(1)
-    EncodeSettings.model_fields[
-        "shard_size"
-    ].default = 100  # so that a few digits make several shards
+    EncodeSettings.model_fields["shard_size"].default = 100  # gives several shards
     EncodeSettings.model_rebuild(force=True)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
