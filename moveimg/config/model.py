@@ -83,7 +83,7 @@ class GatedMemoryConfig(SlotConfig):
     gate_bias: tuple[Logit, Logit] = Field(
         (0.0, 0.0), description="initial b of g_0 and of the slots' gates; zeros: no b (paper)"
     )
-    router_std: float = Field(0.0, ge=0, le=10, description="of the initial W_G; 0 in the paper")
+    router_std: float = Field(0.0, ge=0, le=10, description="std of the initial W_G; 0 in the paper")
 
 
 class LaVEConfig(GatedMemoryConfig):
@@ -234,7 +234,7 @@ class ModelConfig(Config):
     n_layer: Count = Field(description="transformer blocks")
     n_head: Count = Field(description="attention heads")
     width: Width = Field(description="width of the residual stream")
-    codebook_size: int = Field(16384, ge=1, le=2**20, description="of the tokenizer, V")
+    codebook_size: int = Field(16384, ge=1, le=2**20, description="V, size of the codebook")
     n_classes: int = Field(1000, ge=1, le=10**6, description="classes; the null label is n_classes")
     grid: tuple[Side, Side] = Field((16, 16), description="rows and columns of codes in an image")
     attention: MHAConfig | MLAConfig = Field(MHAConfig(), discriminator="kind")

@@ -129,7 +129,7 @@ class TrainConfig(RunConfig):
     distributed: Literal["ddp", "fsdp"] = Field("ddp", description="replicated or sharded weights")
     activation_checkpointing: bool = Field(False, description="less memory, a second forward pass")
     compile: bool = Field(False, description="torch.compile each block for training")
-    sampling: SamplingSettings = Field(SamplingSettings(), description="for previews; saved")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews and the model")
     memory_every: StepsFromZero = Field(
         0, description="steps between logs of gates and bank gradients; 0: never (not with fsdp)"
     )
