@@ -83,7 +83,7 @@ class GatedMemoryConfig(SlotConfig):
     gate_bias: tuple[Logit, Logit] = Field(
         (0.0, 0.0), description="initial b of g_0 and of the slots' gates; zeros: no b (paper)"
     )
-    router_std: float = Field(0.0, ge=0, le=10, description="std of the initial W_G; 0 in the paper")
+    router_std: float = Field(0.0, ge=0, le=10, description="std of initial W_G; 0 in the paper")
 
 
 class LaVEConfig(GatedMemoryConfig):
