@@ -193,7 +193,7 @@ class Likelihood:
 
     @property
     def nats_per_code(self) -> Tensor:
-        """-log p per code, float64 [B]; the larger, the stranger the image."""
+        """-log p per code, float64 [B]; larger for less likely images."""
         return -self.log_probs.mean(dim=1)
 
     @property

@@ -172,7 +172,7 @@ def test_bad_arguments_are_named(pipeline, method, options, value):
         getattr(pipeline, method)(**options)
 
 
-def test_score_writes_the_strangest_image_first(tmp_path):
+def test_score_writes_the_least_likely_image_first(tmp_path):
     for row in range(6):
         image, label = open_images("digits", "val")[row]
         folder = tmp_path / "images" / DIGITS[label]

@@ -177,7 +177,7 @@ def score(
         writer.writerows(lines[row] for row in order)
     grid, ends = out.with_name(f"{out.stem}.png"), (order[:10], order[::-1][:10])
     shown = [[pipeline.crop(images.load(row)) for row in end] for end in ends]
-    save_png(labelled_grid(shown, ["strangest", "likeliest"]), grid, {"source": source})
+    save_png(labelled_grid(shown, ["least likely", "likeliest"]), grid, {"source": source})
     mean = sum(nats) / len(nats)
     print(f"{count(len(nats), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
     if classify and labels is not None:
