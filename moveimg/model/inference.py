@@ -88,7 +88,7 @@ class PackedLinear(nn.Module):
 
 
 class FastRMSNorm(nn.Module):
-    """RMSNorm in float32, computed from the vector norm of x: fewer kernels than nn.RMSNorm."""
+    """RMSNorm in float32, x / sqrt(mean(x^2) + eps) * weight [..., D], by the vector norm of x."""
 
     def __init__(self, norm: nn.RMSNorm) -> None:
         super().__init__()

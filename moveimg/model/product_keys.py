@@ -36,7 +36,7 @@ class ProductKeys(nn.Module):
         """Initialise as Memory+: keys U(-1/sqrt(Q), 1/sqrt(Q)), query Xavier-uniform, bias 0."""
         bound = self.spec.key_width**-0.5
         nn.init.uniform_(self.keys, -bound, bound)
-        # nn.init.xavier_uniform_ fails under moveimg.device.shapes_only
+        # nn.init.xavier_uniform_ would compute on the meta device (see moveimg.device.shapes_only)
         xavier = math.sqrt(6 / sum(self.query.weight.shape))
         nn.init.uniform_(self.query.weight, -xavier, xavier)
         nn.init.zeros_(self.query.bias)

@@ -255,7 +255,7 @@ class Run:
 
 @contextmanager
 def catch_stop() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in the yielded list; a second SIGINT raises KeyboardInterrupt."""
+    """Collect SIGTERM and SIGINT in the yielded list; a further SIGINT raises KeyboardInterrupt."""
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:

@@ -46,8 +46,8 @@ def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
     size, micro = config.batch_size, config.micro_batch or config.batch_size
     if size % (micro * world.size):
         raise ValueError(
-            f"batch_size {size} in micro-batches of {micro}: expected a multiple of "
-            f"{micro} x {world.size} processes"
+            f"micro_batch {micro} of batch_size {size}: expected an equal number of micro-batches "
+            f"per process, in all a multiple of {world.size} micro-batches"
         )
     if config.distributed == "fsdp" and config.optimizer.kind == "muon":
         raise ValueError("optimizer.kind muon needs whole matrices: expected `distributed: ddp`")
