@@ -100,7 +100,7 @@ def read_description(directory: str | Path) -> ModelDescription:
         raise FileNotFoundError(f"{directory}: expected a model directory, with config.json")
     description = validate(ModelDescription, read_json(path), str(path))
     if missing := REQUIRED - description.model.model_fields_set:
-        raise ValueError(f"{path}: model.{min(missing)} is missing")
+        raise ValueError(f"{path}: model.{min(missing)}: missing")
     return description
 
 

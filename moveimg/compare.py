@@ -164,7 +164,7 @@ def load_study(configs: Sequence[str], seeds: str | None, vary: Sequence[str] = 
     if "rows" not in settings:
         settings = {"rows": {Path(config).stem: {"config": config} for config in configs}}
         if len(settings["rows"]) < len(configs):
-            raise ValueError(f"configs {', '.join(configs)}: expected different file names")
+            raise ValueError(f"configs {', '.join(configs)}: two have the same file name")
     study = validate(Study, settings, configs[0])
     chosen = {"seeds": tuple(parse_seeds(seeds))} if seeds else {}
     rows = {
