@@ -201,7 +201,7 @@ class Pipeline:
         """log p(codes | class) of images or codes, each with its own class or all with one."""
         codes, labels = self.encode(images, batch_size=batch_size), self._labels(classes)
         if len(labels) not in (1, len(codes)):
-            raise ValueError(f"{len(labels)} classes: expected 1, or one per image ({len(codes)})")
+            raise ValueError(f"{len(labels)} classes for {len(codes)} images: expected 1 or equal")
         pairs = codes.split(batch_size), labels.expand(len(codes)).split(batch_size)
         log_probs = [
             sampling.code_log_probs(self.decoder, *pair) for pair in zip(*pairs, strict=True)

@@ -32,7 +32,7 @@ class QuantizedRows(nn.Module):
     def __init__(self, rows: int, slots: int, width: int, bits: int) -> None:
         super().__init__()
         if bits not in (4, 8) or width % (8 // bits):
-            raise ValueError(f"bank of {bits} bits, width {width}: expected 8 bits, or 4 and even")
+            raise ValueError(f"bank of {bits} bits and width {width}: expected 8, or 4 and even")
         self.bits, self.embedding_dim = bits, slots * width
         dtype, per_byte = (torch.int8, 1) if bits == 8 else (torch.uint8, 2)
         self.register_buffer("packed", torch.zeros(rows, slots, width // per_byte, dtype=dtype))
