@@ -1,4 +1,4 @@
-"""How fast sampling and training are on this machine."""
+"""Benchmarks of sampling and training speed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bench_sample(
 def make_random_model(config: ModelConfig) -> Transformer:
     """A generator of random weights, in eval mode."""
     model = Transformer(config)
-    model.head.reset_parameters()  # it starts at zero, and equal logits are drawn faster
+    model.head.reset_parameters()  # the head is initialised to zero; equal logits sample faster
     return model.eval()
 
 
@@ -113,7 +113,7 @@ def measure(
 
 
 def describe_figures(figures: Figures, device: torch.device) -> str:
-    """Lines for people: each median with its range, and the peak memory of the process."""
+    """A text report: each median with its range, and the peak memory of the process."""
     machine = hardware(device)
     lines = [f"on {machine['name']} ({device}, {machine['threads']} threads, torch "
              f"{machine['torch']}), medians of {len(figures['seconds'])} (range)"]  # fmt: skip

@@ -12,7 +12,7 @@ from typer import Argument, Option, Typer
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import app, command, device_of, find_config, numbers
+from moveimg.commands.common import app, command, device_of, find_config, format_numbers
 from moveimg.config import ModelFile, SamplingSettings, TrainConfig, load_config
 from moveimg.errors import validate
 
@@ -77,10 +77,10 @@ def inspect(
         report = inspect_model(pipeline, out, codes, num, batch_size, seed, row)
     for layer, gates in report.get("layers", {}).items():
         means = [sum(heads) / len(heads) for heads in zip(*gates["mean"], strict=True)]
-        line = numbers(dict(zip(gates["gates"], means, strict=True)))
+        line = format_numbers(dict(zip(gates["gates"], means, strict=True)))
         print(f"layer {layer}: {line}; memory's share of V {gates['memory_share']:.0%}")
     if found := report.get("row"):
-        raised = numbers({f"code {code}": change for code, change in found["raised"][:4]})
+        raised = format_numbers({f"code {code}": change for code, change in found["raised"][:4]})
         print(f"row {row}: {found['positions']} positions, KL {found['kl']:.4f} nats; {raised}")
     for layer, load in report["experts"].items():
         print(f"layer {layer}: busiest expert {max(load) * len(load):.2f} times its even share")

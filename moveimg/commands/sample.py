@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import command, count, device_of, sampling_options
+from moveimg.commands.common import command, device_of, format_count, sampling_options
 
 GRID = (64, 32)  # maximum rows and columns of grid.png
 
@@ -67,7 +67,7 @@ def sample(
                     rows[i // num].append(image)
     grid = labelled_grid(rows, [names[label] for label in chosen[: GRID[0]]])
     save_png(grid, out / "grid.png", {"classes": chosen, "num": num, "seed": seed, **origin})
-    print(f"{count(len(labels), 'image')} -> {out}/ (see {out / 'grid.png'})")
+    print(f"{format_count(len(labels), 'image')} -> {out}/ (see {out / 'grid.png'})")
 
 
 @command
@@ -124,7 +124,7 @@ def edit(
         save_png(edited, out / f"{image.stem}-{label:04d}-seed{seed + i}.png", described)
     rows = [[pipeline.crop(original), *images[i : i + num]] for i in range(0, len(images), num)]
     save_png(labelled_grid(rows, [names[label] for label in labels]), out / "grid.png", about)
-    print(f"{count(len(images), 'image')} -> {out}/ (beside the original: {out / 'grid.png'})")
+    print(f"{format_count(len(images), 'image')} -> {out}/ (with the original: {out}/grid.png)")
 
 
 @command
@@ -179,7 +179,7 @@ def score(
     shown = [[pipeline.crop(images.load(row)) for row in end] for end in ends]
     save_png(labelled_grid(shown, ["least likely", "likeliest"]), grid, {"source": source})
     mean = sum(nats) / len(nats)
-    print(f"{count(len(nats), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
+    print(f"{format_count(len(nats), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
     if classify and labels is not None:
         print(f"accuracy by likelihood: {correct / len(nats):.2%}")
 
