@@ -16,7 +16,7 @@ from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic, read_json, write_json
 from moveimg.model import Transformer, ValueBank
-from moveimg.model.bank import place_rows
+from moveimg.model.bank_storage import place_rows
 
 BUNDLED = Path(__file__).parent / "bundled"
 BANKS = ("memory.bank.weight", "memory.context_bank.weight")

@@ -15,7 +15,7 @@ from moveimg.checkpoint import BUNDLED, load_generator, save_model
 from moveimg.inspect import describe_row, inspect_model
 from moveimg.model import Transformer, mixers_by_layer
 from moveimg.model.analysis import bank_maps, gather_gates, gradient_sources, scale_bank
-from moveimg.model.bank import QuantizedRows
+from moveimg.model.bank_storage import QuantizedRows
 from moveimg.pipeline import Pipeline
 from moveimg.pretrained.upcycle import convert_quantize_bank
 from tests.conftest import CPU, lively, random_inputs, tiny_config, tiny_model, tiny_parts

@@ -31,7 +31,7 @@ from moveimg.config.model import (
     NoMemoryConfig,
     pick_layers,
 )
-from moveimg.model.bank import QuantizedRows
+from moveimg.model.bank_storage import QuantizedRows
 
 Rows = Tensor | None
 

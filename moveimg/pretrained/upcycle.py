@@ -17,7 +17,7 @@ from moveimg.config import ModelConfig
 from moveimg.errors import validate
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer, ValueBank
-from moveimg.model.bank import QuantizedRows
+from moveimg.model.bank_storage import QuantizedRows
 
 
 def convert_upcycle(source: Path, memory: dict[str, Any], out: Path) -> ModelConfig:
