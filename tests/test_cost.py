@@ -143,7 +143,7 @@ def test_bytes_and_hours_of_a_run_by_hand():
     seconds = config.steps * budget["flops_per_step"] / 8 / 312e12
     assert budget["hours"] == pytest.approx([2 * seconds / 3600, 4 * seconds / 3600])
     assert budget["codes"] == 1_281_167 * (20 * 256 * 2 + 4)
-    assert budget["checkpoints"] == total * (16 * (2 + 2) + 4)
+    assert budget["checkpoints"] == total * (16 * (2 + 1) + 2 * 4)
     for wrong, value in (({"gpus": 3}, "3 GPUs"), ({"gpu": "Z80"}, "'Z80'")):
         with pytest.raises(ValueError, match=value):
             train_budget(config, **wrong)

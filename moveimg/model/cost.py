@@ -151,8 +151,8 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
         "activations": activations,
         "flops_per_step": flops,
         "hours": (2 * hours, 4 * hours),  # at 50 % and at 25 % of the peak FLOPs
-        # keep_checkpoints, the best, the one being written, and the exported model
-        "checkpoints": total * (16 * (config.keep_checkpoints + 2) + 4),
+        # keep_checkpoints and the one being written; the exported and the best model
+        "checkpoints": total * (16 * (config.keep_checkpoints + 1) + 2 * 4),
         "codes": IMAGENET_IMAGES * (IMAGENET_VIEWS * length * 2 + 4) if imagenet else 0,
     }
 

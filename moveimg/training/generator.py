@@ -184,7 +184,7 @@ def initial_model(config: TrainConfig, codes: PackedCodes, fingerprint: str) -> 
     model = start_from(directory, settings, codes.class_names)
     if config.train == "memory":
         same_classes = len(read_class_names(directory)) == len(codes.class_names)
-        if model.config.memory.kind == "none" or not same_classes:
+        if not isinstance(model.memory, ValueBank) or not same_classes:
             raise ValueError(
                 f"train: memory, but {directory} has none (give it one by `moveimg convert "
                 "upcycle`), or other classes, whose label table must learn: expected train: all"
