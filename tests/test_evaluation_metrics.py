@@ -12,11 +12,11 @@ from tests import reference_metrics as plain
 D = 12
 RNG = np.random.default_rng(0)
 MIX = RNG.normal(size=(D, D))
-REAL = (RNG.normal(size=(150, D)) @ MIX).astype(np.float32)
+REAL = (RNG.normal(size=(70, D)) @ MIX).astype(np.float32)
 SETS = {
     "identical": REAL,
-    "shifted": (RNG.normal(size=(120, D)) @ MIX + 0.7).astype(np.float32),
-    "disjoint": (40 + 3 * RNG.normal(size=(90, D))).astype(np.float32),
+    "shifted": (RNG.normal(size=(60, D)) @ MIX + 0.7).astype(np.float32),
+    "disjoint": (40 + 3 * RNG.normal(size=(50, D))).astype(np.float32),
 }
 
 
@@ -39,15 +39,8 @@ def test_distances_between_sets_equal_the_reference(name):
 def test_both_inception_scores(monkeypatch):
     monkeypatch.setattr(metrics, "ADM_SPLIT", 40)
     logits = (3 * RNG.normal(size=(90, 7))).astype(np.float32)
-    shuffled, deviation = plain.scores_shuffled(logits)
-    assert metrics.inception_scores(logits) == pytest.approx(
-        {
-            "inception_score_shuffled": shuffled,
-            "inception_score_shuffled_std": deviation,
-            "inception_score_adm": plain.score_adm(logits, 40),
-        },
-        rel=1e-9,
-    )
+    expected = plain.inception_scores(logits, 40)
+    assert metrics.inception_scores(logits) == pytest.approx(expected, rel=1e-9)
     classed = (10 * np.eye(5)[np.arange(200) // 40]).astype(np.float32)  # sorted by class
     scores = metrics.inception_scores(classed)
     assert scores["inception_score_adm"] == pytest.approx(1, abs=0.01)
@@ -65,9 +58,11 @@ def test_statistics_are_float64():
 
 
 def test_ssim_is_its_definition():
-    a = RNG.random((2, 3, 14, 17))
+    a = RNG.random((2, 2, 12, 14))
     b = np.clip(a + 0.2 * RNG.normal(size=a.shape), 0, 1)
     values = metrics.ssim(torch.from_numpy(a), torch.from_numpy(b))
-    for i in range(2):
-        expected = np.mean([plain.ssim(a[i, c], b[i, c]) for c in range(3)])
-        assert values[i].item() == pytest.approx(expected, rel=1e-9)
+    expected = [
+        np.mean([plain.ssim(*pair) for pair in zip(*one, strict=True)])
+        for one in zip(a, b, strict=True)
+    ]
+    assert values.tolist() == pytest.approx(expected, rel=1e-9)

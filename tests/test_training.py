@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from moveimg.checkpoint import load_model, load_tokenizer
+from moveimg.checkpoint import BUNDLED, load_model, load_tokenizer, read_about
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig
 from moveimg.data import images as data
 from moveimg.data.encode import encode_splits
@@ -109,68 +109,63 @@ def die_at_step_5(monkeypatch, run_it):
             run_it()
 
 
-def test_a_run_makes_a_model_that_samples_and_has_learned(digits, tmp_path, monkeypatch):
+def test_a_run_makes_a_model_that_has_learned(digits, tmp_path, monkeypatch):
     every = {"validate_every": 20, "preview_every": 20, "checkpoint_every": 40}
     config, state = train_config(digits, tmp_path, steps=40, **every), torch.get_rng_state()
     result = train_generator(config, CPU)
     assert torch.equal(state, torch.get_rng_state())  # it draws from generators of its own
-    parts = load_model(tmp_path)
     assert result["loss"] < math.log(16)  # better than not looking
-    assert parts.generator.config.codebook_size == 16  # filled from the codes
-    assert parts.generator.config.grid == (4, 4) and parts.class_names[7] == "seven"
     lines = [json.loads(s) for s in (tmp_path / "training/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40] and lines[1]["loss"] < lines[0]["loss"]
     assert (tmp_path / "training/preview-000020.png").is_file()
-    about = json.loads((tmp_path / "config.json").read_text())["about"]
+    parts, about = load_model(tmp_path), read_about(tmp_path)
+    assert parts.generator.config.grid == (4, 4) and parts.class_names[7] == "seven"
     assert about["step"] == 40 and about["run"]["optimizer"]["lr"] == 3e-3
     monkeypatch.setattr(Run, "advance", lambda run: pytest.fail("trained again"))
     assert train_generator(config, CPU) == result
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "tokenizer"])
 def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, monkeypatch, kind):
-    options = {"optimizer": {"kind": kind, "lr": 3e-3, "schedule": "cosine", "warmup": 2}}
-    whole, parted = (train_config(digits, tmp_path / n, **options) for n in ("whole", "parted"))
-    train_generator(whole, CPU)
-    die_at_step_5(monkeypatch, lambda: train_generator(parted, CPU))
-    train_generator(parted, CPU)
-    assert same_end(whole.out, parted.out)
-    state = newest_state(whole.out)
-    momentum = {key for key in state if key.endswith(".momentum_buffer")}
-    adam = {key for key in state if key.endswith(".exp_avg")}
-    assert (kind == "muon") == bool(momentum)
-    assert all("layers." in key and "router" not in key for key in momentum)
-    assert any("memory.bank" in key for key in adam) and any("router" in key for key in adam)
-    assert len(momentum) + len(adam) == sum(key.startswith("model.") for key in state)
-
-
-def test_a_tokenizer_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    # far more codes than a batch has vectors: some stay idle, and are re-seeded after the break
-    many = {"tokenizer": TOKENIZER | {"codebook_size": 128, "dropout": 0.1}, "steps": 10}
-    whole, parted = (tokenizer_config(tmp_path / name, **many) for name in ("whole", "parted"))
-    state = torch.get_rng_state()
+    outs = tmp_path / "whole", tmp_path / "parted"
+    if kind == "tokenizer":  # more codes than vectors: idle ones are re-seeded after the break
+        train, many = train_tokenizer, TOKENIZER | {"codebook_size": 128, "dropout": 0.1}
+        whole, parted = (tokenizer_config(out, tokenizer=many, steps=9) for out in outs)
+    else:
+        options = {"kind": kind, "lr": 3e-3, "schedule": "cosine", "warmup": 2}
+        train = train_generator
+        whole, parted = (train_config(digits, o, optimizer=options, steps=6) for o in outs)
     with few_digits():
-        train_tokenizer(whole, CPU)
-        die_at_step_5(monkeypatch, lambda: train_tokenizer(parted, CPU))
-        train_tokenizer(parted, CPU)
-    fingerprints = [load_tokenizer(c.out, CPU).fingerprint for c in (whole, parted)]
-    assert fingerprints[0] == fingerprints[1] and torch.equal(state, torch.get_rng_state())
+        train(whole, CPU)
+        die_at_step_5(monkeypatch, lambda: train(parted, CPU))
+        train(parted, CPU)
+    assert same_end(*outs)
+    if kind != "tokenizer":
+        state = newest_state(whole.out)
+        momentum = {key for key in state if key.endswith(".momentum_buffer")}
+        adam = {key for key in state if key.endswith(".exp_avg")}
+        assert (kind == "muon") == bool(momentum)
+        assert all("layers." in key and "router" not in key for key in momentum)
+        assert any("memory.bank" in key for key in adam) and any("router" in key for key in adam)
+        assert len(momentum) + len(adam) == sum(key.startswith("model.") for key in state)
 
 
-@pytest.mark.parametrize(("key", "value"), [("codebook_size", 32), ("n_classes", 9)])
-def test_a_model_that_does_not_fit_the_codes_is_refused(digits, tmp_path, key, value):
-    model = {"n_layer": 1, "n_head": 2, "width": 16, key: value}
-    with pytest.raises(ValueError, match=f"model.{key} is {value}"):
-        train_generator(train_config(digits, tmp_path, model=model), CPU)
-
-
-def test_codes_of_another_tokenizer_are_refused(digits, tmp_path):
-    with few_digits():
-        train_tokenizer(tokenizer_config(tmp_path / "other", seed=1, steps=1), CPU)
-    mixed = {"codes": digits / "codes", "tokenizer": tmp_path / "other"}
-    other = load_tokenizer(tmp_path / "other", CPU).fingerprint
-    with pytest.raises(ValueError, match=other[:12]):
-        train_generator(train_config(digits, tmp_path / "run", data=mixed), CPU)
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "codebook_size", 32),
+        ("model", "n_classes", 9),
+        ("data", "tokenizer", BUNDLED / "digits"),
+    ],
+)
+def test_a_model_or_tokenizer_of_other_codes_is_refused(digits, tmp_path, section, key, value):
+    config = train_config(digits, tmp_path, model={"n_layer": 1, "n_head": 2, "width": 16})
+    changed = getattr(config, section).model_copy(update={key: value})
+    named = (
+        load_tokenizer(value, CPU).fingerprint[:12] if section == "data" else f"{key} is {value}"
+    )
+    with pytest.raises(ValueError, match=named):
+        train_generator(config.model_copy(update={section: changed}), CPU)
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["checkpoint due", "SIGTERM"])
@@ -189,7 +184,7 @@ def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, m
     monkeypatch.setattr(GeneratorTask, "loss", spoilt)
     every = {"log_every": 50, "checkpoint_every": 50 if stop else 2}
     with pytest.raises(ValueError, match=r"nan at step 1"):
-        train_generator(train_config(digits, tmp_path, steps=8, **every), CPU)
+        train_generator(train_config(digits, tmp_path, **every), CPU)
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 
 
@@ -228,11 +223,8 @@ def test_dropped_labels_are_null_and_validation_reads_held_out_codes(digits, tmp
     made, seen = [], []
     monkeypatch.setattr(generator, "fit", lambda task, *args: made.append(task) or {})
     train_generator(train_config(digits, tmp_path, class_dropout=1.0), CPU)
-    task, forward = made[0], made[0].forward
-    task.forward = lambda codes, labels, **options: (
-        seen.append(labels),
-        forward(codes, labels, **options),
-    )[1]
+    (task,) = made
+    task.forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     task.loss(0, 0)
     assert (seen[0] == task.model.null_label).all()
     assert task.val.directory.name == "val" and task.codes.directory.name == "train"

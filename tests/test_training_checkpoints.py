@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import pickle
 import shutil
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from moveimg.checkpoint import load_generator, read_about
 from moveimg.data.codes import PackedCodes
+from moveimg.training.checkpoints import Checkpoints
 from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.logging import read_measurements
 from moveimg.training.loop import Run, catch_stop
@@ -52,42 +53,77 @@ def test_the_newest_checkpoints_and_the_best_model_stay(digits, tmp_path, monkey
     assert all(torch.equal(value, state[f"ema.{key}"]) for key, value in exported.items())
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "extra.pt", "checkpoint.json"])
-def test_a_damaged_checkpoint_is_named(digits, whole, tmp_path, file):
-    parted = train_config(digits, tmp_path / "parted", steps=6)
-    shutil.copytree(whole.out, parted.out)
-    newest = parted.out / LAST
-    (newest / file).write_bytes((newest / file).read_bytes()[:40])
-    with pytest.raises(ValueError, match=newest.name):
-        train_generator(parted, CPU)
-    if file == "extra.pt":
-        shutil.rmtree(newest)
-        train_generator(parted, CPU)  # from the one before
-        assert same_end(whole.out, parted.out)
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("marker",)  # a folder, if it is unpickled
 
 
-def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
-    digits, whole, tmp_path, monkeypatch
+CUT, BOMB = b"", pickle.dumps(Bomb(), protocol=2)
+
+
+def put_in_values(path, data: bytes) -> None:
+    """Let .metadata say that every value of a checkpoint that is no tensor is `data`."""
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    file = path / "__0_0.distcp"
+    start = file.stat().st_size
+    file.write_bytes(file.read_bytes() + data)
+    for name, about in metadata.state_dict_metadata.items():
+        if isinstance(about, BytesStorageMetadata):
+            place = metadata.storage_data[MetadataIndex(name)]
+            place.offset, place.length = start, len(data)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("training/data.json", b'{"tokenizer": "another"}', "data.json"),
+        ("training/config.yaml", b"steps: [", "config.yaml"),
+        ("training/metrics.jsonl", b'{"step": "x"}', "metrics.jsonl"),
+        ("training/metrics.jsonl", b'{"step": 1', "metrics.jsonl"),
+        (f"{LAST}/checkpoint.json", b'{"checkpoint": {"step": "two"}}', "step"),
+        (f"{LAST}/checkpoint.json", b"[]", "checkpoint.json"),
+        (f"{LAST}/checkpoint.json", CUT, "checkpoint.json"),
+        (f"{LAST}/__0_0.distcp", CUT, LAST),
+        (f"{LAST}/.metadata", CUT, LAST),
+        (f"{LAST}/extra.pt", CUT, LAST),
+        (f"{LAST}/__0_0.distcp", BOMB, LAST),
+        (f"{LAST}/.metadata", BOMB, LAST),
+        (f"{LAST}/extra.pt", BOMB, LAST),
+    ],
+)
+def test_bad_files_of_a_run_are_named_and_run_nothing(
+    whole, tmp_path, monkeypatch, file, content, named
 ):
-    write, advance, step = filesystem._write_item, Run.advance, 0
+    monkeypatch.chdir(tmp_path)
+    config = whole.model_copy(update={"out": tmp_path / "run"})
+    shutil.copytree(whole.out, config.out)
+    path = config.out / file
+    if content == BOMB and path.suffix == ".distcp":
+        put_in_values(path.parent, BOMB)
+    else:
+        path.write_bytes(content or path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=named):
+        read_measurements(config.out / "training/metrics.jsonl")
+        train_generator(config, CPU)
+    assert not (tmp_path / "marker").exists()
 
-    def advancing(run):
-        nonlocal step
-        run.checkpoints.wait()
-        step = run.step + 1
-        return advance(run)
 
-    def writing(*args):
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(whole, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def fill_disk_at_4(checkpoints, step, *args):
+        checkpoints.wait()
         if step == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(*args)
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(filesystem, "_write_item", Mock(side_effect=full))
+        save(checkpoints, step, *args)
 
-    config = train_config(digits, tmp_path, steps=6)
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "advance", advancing)
-        patch.setattr(filesystem, "_write_item", writing)
-        with pytest.raises(OSError, match=r"step-0000004.*No space left"):
-            train_generator(config, CPU)
+    monkeypatch.setattr(Checkpoints, "save", fill_disk_at_4)
+    config = whole.model_copy(update={"out": tmp_path})
+    with pytest.raises(OSError, match=r"step-0000004.*No space left"):
+        train_generator(config, CPU)
+    monkeypatch.undo()
     assert (tmp_path / "training/checkpoints/step-0000002").is_dir()
     partial = tmp_path / "training/checkpoints/.step-0000009.partial"
     partial.mkdir()  # of a killed run
@@ -97,36 +133,13 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
     assert not list((tmp_path / "training").glob(".metrics*"))
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "named"),
-    [
-        ("training/data.json", '{"tokenizer": "another"}', "data.json"),
-        ("training/config.yaml", "steps: [", "config.yaml"),
-        ("training/metrics.jsonl", '{"step": "x"}', "metrics.jsonl"),
-        ("training/metrics.jsonl", '{"step": 1', "metrics.jsonl"),
-        (f"{LAST}/checkpoint.json", '{"checkpoint": {"step": "two"}}', "step"),
-        (f"{LAST}/checkpoint.json", "[]", "checkpoint.json"),
-    ],
-)
-def test_a_run_of_other_data_or_with_bad_files_is_refused(
-    digits, whole, tmp_path, file, text, named
-):
-    out = tmp_path / "run"
-    shutil.copytree(whole.out, out)
-    (out / file).write_text(text)
-    with pytest.raises(ValueError, match=named):
-        read_measurements(out / "training/metrics.jsonl")
-        train_generator(train_config(digits, out, steps=6), CPU)
-
-
 def test_more_steps_continue_to_the_bits_of_a_longer_run(digits, whole, tmp_path):
     constant = {"optimizer": {"lr": 3e-3, "schedule": "constant"}}
-    for out, lengths in (("whole", [6]), ("longer", [4, 6])):
-        for steps in lengths:
-            train_generator(train_config(digits, tmp_path / out, **constant, steps=steps), CPU)
+    for out, steps in (("whole", 6), ("longer", 4), ("longer", 6)):
+        train_generator(train_config(digits, tmp_path / out, **constant, steps=steps), CPU)
     assert same_end(tmp_path / "whole", tmp_path / "longer")
     with pytest.raises(ValueError, match=r"steps 6, now 8"):  # its rate is a cosine
-        train_generator(train_config(digits, whole.out, steps=8), CPU)
+        train_generator(whole.model_copy(update={"steps": 8}), CPU)
 
 
 def test_restart_makes_a_run_and_its_codes_anew(digits, tmp_path):
@@ -146,19 +159,18 @@ def test_restart_makes_a_run_and_its_codes_anew(digits, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_with_a_checkpoint(digits, whole, tmp_path, monkeypatch, number):
-    config, advance = train_config(digits, tmp_path, steps=6, checkpoint_every=50), Run.advance
-    handler = signal.getsignal(number)
+def test_signals_stop_with_a_checkpoint(whole, tmp_path, monkeypatch, number):
+    config = whole.model_copy(update={"out": tmp_path, "checkpoint_every": 50})
+    handler, advance = signal.getsignal(number), Run.advance
 
     def interrupted(run):
         if run.step == 4:
             signal.raise_signal(number)
         return advance(run)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "advance", interrupted)
-        with pytest.raises(SystemExit) as caught:
-            train_generator(config, CPU)
+    monkeypatch.setattr(Run, "advance", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train_generator(config, CPU)
     assert caught.value.code == 128 + number and signal.getsignal(number) == handler
     assert (tmp_path / "training/checkpoints/step-0000005").is_dir()
     train_generator(config, CPU)
@@ -180,45 +192,3 @@ def test_rates_are_logged_and_those_of_the_schedule(whole):
     first, *later = (event.value for event in events.Scalars("train/lr"))
     assert first == pytest.approx(3e-3) and later == sorted(later, reverse=True)
     assert events.Tags()["images"] == ["preview"]
-
-
-class Bomb:
-    """Unpickling it freely writes a marker file."""
-
-    def __init__(self, marker) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def put_in_values(path, data: bytes) -> None:
-    """Let .metadata say that every value of a checkpoint that is no tensor is `data`."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
-    file = path / "__0_0.distcp"
-    start = file.stat().st_size
-    with file.open("ab") as out:
-        out.write(data)
-    count = 0
-    for index, about in metadata.state_dict_metadata.items():
-        if isinstance(about, BytesStorageMetadata):
-            place = metadata.storage_data[MetadataIndex(index)]
-            place.offset, place.length, count = start, len(data), count + 1
-    assert count
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-@pytest.mark.parametrize("name", [".metadata", "extra.pt", "__0_0.distcp"])
-def test_hostile_checkpoints_run_nothing(digits, whole, tmp_path, name):
-    shutil.copytree(whole.out, tmp_path / "run")
-    path = tmp_path / "run" / LAST
-    marker = tmp_path / "marker"
-    if name == "__0_0.distcp":
-        payload = io.BytesIO()
-        torch.save(Bomb(marker), payload)
-        put_in_values(path, payload.getvalue())
-    else:
-        (path / name).write_bytes(pickle.dumps(Bomb(marker), protocol=2))
-    with pytest.raises(ValueError, match=path.name):
-        train_generator(train_config(digits, tmp_path / "run", steps=6), CPU)
-    assert not marker.exists()

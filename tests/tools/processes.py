@@ -1,66 +1,66 @@
 """Trainings in several processes of this machine, as torchrun would start them.
 
-`launch` starts `python -m tests.tools.processes JSON` N times, with the jobs of the file. After a
-step of a tokenizer all weights, its discriminator's, too, must be the same in every process.
+After a step of a tokenizer its weights and its discriminator's must be the same in every process.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+from multiprocessing import connection
 from pathlib import Path
 
-from moveimg.config import RunConfig, TokenizerTrainConfig, TrainConfig
-from moveimg.errors import validate
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from moveimg.config import RunConfig, TrainConfig
+from moveimg.dist import processes
+from moveimg.training.generator import train_generator
+from moveimg.training.loop import Run
+from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
+from tools.kill import SERVER
+
+# A run, and the step at which the last process, and it alone, gets SIGTERM.
+Job = tuple[RunConfig, int | None]
 
 
-def job(config: RunConfig, stop_at: int | None = None) -> dict:
-    """A run; at step `stop_at` the last process, and it alone, gets SIGTERM."""
-    kind = "generator" if isinstance(config, TrainConfig) else "tokenizer"
-    settings = config.model_dump(mode="json", exclude_unset=True)
-    return {"kind": kind, "config": settings, "stop_at": stop_at}
-
-
-def launch(n: int, jobs: list[dict], folder: Path) -> None:
-    """Do jobs (of `job`) in `n` processes. Raises RuntimeError with what they said if one fails."""
-    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+def launch(n: int, jobs: list[Job], folder: Path) -> None:
+    """Do jobs in `n` processes. Raises RuntimeError with what they said if one fails."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
-    words = [sys.executable, "-m", "tests.tools.processes", str(folder / "jobs.json")]
+    logs = [folder / f"log-{rank}" for rank in range(n)]
     running = [
-        subprocess.Popen(
-            words, cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**os.environ, **shared, "OMP_NUM_THREADS": "1"}
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        SERVER.Process(
+            target=work, args=(jobs, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
         )
-        for rank in range(n)
-    ]  # fmt: skip
-    said = [process.communicate()[0] for process in running]
-    if any(process.returncode for process in running):
-        raise RuntimeError("\n".join(said))
+        for rank, log in enumerate(logs)
+    ]
+    for process in running:
+        process.start()
+    alive = running
+    while alive and not any(process.exitcode for process in running):
+        connection.wait([process.sentinel for process in alive])
+        alive = [process for process in running if process.exitcode is None]
+    for process in alive:  # one failed: the others would wait for it
+        process.kill()
+    if any(process.exitcode for process in running):
+        raise RuntimeError("\n".join(log.read_text() for log in logs))
 
 
-def work(jobs: list[dict]) -> None:
+def work(jobs: list[Job], environment: dict[str, str], log: Path) -> None:
     """What one of the processes does."""
-    import torch
-    from torch.nn.utils import parameters_to_vector
-
-    from moveimg.dist import processes
-    from moveimg.training.generator import train_generator
-    from moveimg.training.loop import Run
-    from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
-
+    os.environ |= environment
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     advance = Run.advance
     with processes("cpu") as world:
-        for job in jobs:
+        for config, stop_at in jobs:
 
-            def dying(run: Run, stop_at: int | None = job["stop_at"]) -> dict:
+            def dying(run: Run, stop_at: int | None = stop_at) -> dict:
                 scalars = advance(run)
                 if isinstance(task := run.task, TokenizerTask):
                     judge = [] if task.adversary is None else [task.adversary.discriminator]
@@ -72,14 +72,8 @@ def work(jobs: list[dict]) -> None:
                 return scalars
 
             Run.advance = dying  # type: ignore[method-assign]
+            train = train_generator if isinstance(config, TrainConfig) else train_tokenizer
             try:
-                if job["kind"] == "tokenizer":
-                    train_tokenizer(validate(TokenizerTrainConfig, job["config"], "job"), world)
-                else:
-                    train_generator(validate(TrainConfig, job["config"], "job"), world)
+                train(config, world)  # type: ignore[arg-type]
             except SystemExit as stop:
-                assert stop.code == 143 and job["stop_at"], stop.code
-
-
-if __name__ == "__main__":
-    work(json.loads(Path(sys.argv[1]).read_text()))
+                assert stop.code == 143 and stop_at, stop.code
