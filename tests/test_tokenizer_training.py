@@ -1,8 +1,5 @@
 """Training tokenizers: losses, data, discriminator, resume to the bit."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -30,7 +27,7 @@ TINY = {
 JUDGE = {"start": 3, "n_layers": 1, "width": 4, "lr": 1e-3}
 
 
-def smooth_images(root: Path) -> Path:
+def smooth_images(root):
     """Two classes of smooth colour images, in a folder."""
     rng = np.random.default_rng(0)
     for index in range(12):
@@ -42,11 +39,11 @@ def smooth_images(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
     return smooth_images(tmp_path_factory.mktemp("images"))
 
 
-def make_config(folder, out, quantizer=None, **changes) -> TokenizerTrainConfig:
+def make_config(folder, out, quantizer=None, **changes):
     settings = {
         "out": out, "images": {"source": str(folder), "size": 16}, "steps": 8, "batch_size": 4,
         "tokenizer": TINY | {"quantizer": quantizer or {"kind": "vq", "reseed_after": 2}},
@@ -56,25 +53,19 @@ def make_config(folder, out, quantizer=None, **changes) -> TokenizerTrainConfig:
     return validate(TokenizerTrainConfig, settings | changes, "test")
 
 
-def make_task(config: TokenizerTrainConfig) -> TokenizerTask:
+def make_task(config):
     torch.manual_seed(0)
     return TokenizerTask(config, training.make_tokenizer(config), Parallelism())
-
-
-def train(config: TokenizerTrainConfig) -> str:
-    """The fingerprint of the tokenizer that a run makes."""
-    train_tokenizer(config, CPU)
-    return tok.load(config.out).fingerprint
 
 
 # --- losses --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
     """A torch.hub folder with random weights of VGG-16 and of LPIPS's distance."""
-    checkpoints = tmp_path_factory.mktemp("hub") / "checkpoints"
-    checkpoints.mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)  # of the classifier: slow
     with torch.device("meta"):
         shapes = vgg16().state_dict()
     torch.manual_seed(0)  # one number behind each tensor of the classifier: a small file
@@ -82,35 +73,28 @@ def hub(tmp_path_factory):
         name: torch.zeros(1).expand(w.shape) if "classifier" in name else torch.randn(w.shape) / 20
         for name, w in shapes.items()
     }
-    torch.save(vgg, checkpoints / training.VGG_FILE)
+    torch.save(vgg, tmp_path / "checkpoints" / training.VGG_FILE)
     channels = enumerate((64, 128, 256, 512, 512))
     lins = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in channels}
-    torch.save(lins, checkpoints / training.LPIPS_FILE)
-    return checkpoints.parent
+    torch.save(lins, tmp_path / "checkpoints" / training.LPIPS_FILE)
+    return tmp_path
 
 
-def test_lpips_is_torch_fidelitys_of_pixels_in_0_to_255(hub, monkeypatch):
+def test_lpips_is_torch_fidelitys_and_runs_no_code_of_its_files(hub, monkeypatch):
     loss = training.load_perceptual_loss(hub, CPU)
     images, other = make_images(2, 16, 16), make_images(2, 16, 16, seed=7).requires_grad_()
     value = loss(other, images)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
-    pixels = [(x.detach() + 1) * 127.5 for x in (other, images)]
+    pixels = [(x.detach() + 1) * 127.5 for x in (other, images)]  # in 0..255
     assert value.item() == pytest.approx(SampleSimilarityLPIPS("lpips")(*pixels).mean().item())
     assert value > 1e-3 and loss(images, images) == 0
     value.backward()
     assert (other.grad != 0).float().mean() > 0.5
-
-
-@pytest.mark.parametrize("hostile", [training.VGG_FILE, training.LPIPS_FILE])
-def test_lpips_weights_are_not_unpickled_freely(hub, tmp_path, hostile):
-    (tmp_path / "checkpoints").mkdir()
-    for name in training.WEIGHTS:
-        os.link(hub / "checkpoints" / name, tmp_path / "checkpoints" / name)
-    (tmp_path / "checkpoints" / hostile).unlink()
-    torch.save({"x": Hostile(tmp_path / "was-run")}, tmp_path / "checkpoints" / hostile)
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        training.load_perceptual_loss(tmp_path, CPU)
-    assert not (tmp_path / "was-run").exists()
+    for name in (training.VGG_FILE, training.LPIPS_FILE):
+        torch.save({"x": Hostile(hub / "was-run")}, hub / "checkpoints" / name)
+        with pytest.raises(ValueError, match=str(hub)):
+            training.load_perceptual_loss(hub, CPU)
+    assert not (hub / "was-run").exists()
 
 
 def test_adaptive_weight_matches_reference(folder, tmp_path):
@@ -159,44 +143,49 @@ def test_it_trains_on_train_images_and_validates_on_evenly_spaced_val_images(tmp
     assert sorted(values.tolist()) == list(range(200, 212)), "one epoch: every training image once"
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run with a discriminator, and its last checkpoint's other state."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train_and_keep(make_config(folder, out, adversarial=JUDGE, l1_weight=0.5))
+
+
+def train_and_keep(config):
+    """The `extra_state` that the last checkpoint of a run holds."""
+    kept, extra_state = [], TokenizerTask.extra_state
+    with pytest.MonkeyPatch.context() as patch:
+        keep = lambda task: kept.append(extra_state(task)) or kept[-1]  # noqa: E731
+        patch.setattr(TokenizerTask, "extra_state", keep)
+        train_tokenizer(config, CPU)
+    return kept[-1]
+
+
 def test_an_interrupted_run_with_a_discriminator_ends_with_the_same_bits(
-    folder, tmp_path, monkeypatch
+    folder, whole, tmp_path, monkeypatch
 ):
-    whole, parted = (
-        make_config(folder, tmp_path / name, adversarial=JUDGE, l1_weight=0.5)
-        for name in ("whole", "parted")
-    )
-    kept = {}
-    extra_state = TokenizerTask.extra_state
-
-    def keep(task):
-        kept[task.config.out.name] = extra_state(task)
-        return kept[task.config.out.name]
-
-    monkeypatch.setattr(TokenizerTask, "extra_state", keep)
-    train_tokenizer(whole, CPU)
+    parted = make_config(folder, tmp_path / "parted", adversarial=JUDGE, l1_weight=0.5)
     die_at_step_5(monkeypatch, lambda: train_tokenizer(parted, CPU))
-    assert train(parted) == tok.load(whole.out).fingerprint
-    for part in ("idle_steps", "discriminator", "discriminator_optimizer"):
-        torch.testing.assert_close(kept["whole"][part], kept["parted"][part], rtol=0, atol=0)
-    assert kept["whole"]["discriminator_optimizer"]["state"][0]["step"] == 5  # steps 3 to 7
+    state = train_and_keep(parted)
+    assert tok.load(parted.out).fingerprint == tok.load(whole[0]).fingerprint
+    assert state.keys() == {"idle_steps", "discriminator", "discriminator_optimizer"}
+    torch.testing.assert_close(state, whole[1], rtol=0, atol=0)
+    assert state["discriminator_optimizer"]["state"][0]["step"] == 5  # steps 3 to 7
 
 
-def test_init_from_continues_with_the_weights_of_a_tokenizer(folder, tmp_path):
-    first = train(make_config(folder, tmp_path / "first", steps=2))
-    config = make_config(folder, tmp_path / "second", init_from=tmp_path / "first", tokenizer={})
+def test_init_from_continues_with_the_weights_of_a_tokenizer(folder, whole, tmp_path):
+    config = make_config(folder, tmp_path, init_from=whole[0], tokenizer={})
     model = training.make_tokenizer(config)
-    assert model.fingerprint == first and all(p.requires_grad for p in model.parameters())
-    assert train(config) != first and tok.load(tmp_path / "first").fingerprint == first
+    assert model.fingerprint == tok.load(whole[0]).fingerprint
+    assert all(p.requires_grad for p in model.parameters())
     other = config.model_copy(update={"tokenizer": {"codebook_size": 32}})
-    with pytest.raises(ValueError, match=r"first.*\[16, 4\].*\[32, 4\]"):
+    with pytest.raises(ValueError, match=r"whole.*\[16, 4\].*\[32, 4\]"):
         training.make_tokenizer(other)
 
 
 def test_refusals_come_before_anything_is_written(folder, tmp_path):
     with pytest.raises(ValueError, match=r"images.size 16.* 24"):
-        judge = JUDGE | {"n_layers": 3}
-        train_tokenizer(make_config(folder, tmp_path / "run", adversarial=judge), CPU)
+        config = make_config(folder, tmp_path / "run", adversarial=JUDGE | {"n_layers": 3})
+        train_tokenizer(config, CPU)
     assert not (tmp_path / "run").exists()
 
 
