@@ -68,7 +68,7 @@ def shapes_only() -> Iterator[None]:
 def keep_memory() -> None:
     """Make glibc keep freed memory for reuse, which is faster (docs/performance.md)."""
     _call_glibc("mallopt", -4, 0)  # M_MMAP_MAX
-    _call_glibc("mallopt", -1, 0)  # M_TRIM_THRESHOLD
+    _call_glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD
 
 
 def limit_arenas() -> None:
