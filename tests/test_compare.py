@@ -105,12 +105,14 @@ def test_a_study_file_names_rows_with_settings_and_questions(configs, tmp_path, 
 
 
 def test_report_holds_every_row(configs, out, trained, monkeypatch):
-    table = compare(load_study(configs, "0,1"), out, [], CPU)
+    table = compare(load_study(configs, "0,1"), out, [], CPU, rounds=1)
     assert trained == [f"{name}, seed {seed}" for name in MODELS for seed in (0, 1)]
     report = json.loads((out / "comparison.json").read_text())
     assert table == results_table(report) == (out / "table.md").read_text().strip()
     assert report["settings"]["steps"] == 4 and report["hardware"]["device"] == "cpu"
+    assert report["rows"][0]["relative_seconds"] == {"step": 1.0, "sample": 1.0}
     for row in report["rows"]:
+        assert all(ratio > 0 for ratio in row["relative_seconds"].values())
         assert row["loss"]["mean"] == 1.0 and [run["loss"] for run in row["runs"]] == [0.5, 1.5]
         assert row["runs"][0]["curve"] == [[2, 1.0], [4, 0.5]]
         assert row["peak_memory"] == 3 * 2**20 and row["steps_per_second"] == 2
