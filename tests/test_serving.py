@@ -27,7 +27,7 @@ def running():
     if find_spec("ray") is None:
         pytest.skip("Ray Serve is not installed: pip install 'moveimg[serve]'")
     # float64: codes are equal to the bit in any batch
-    options = ("--replicas", 2, "--threads", 1, "--batch-size", 4, "--max-queued", 2)
+    options = ("--replicas", 2, "--threads", 1, "--batch-size", 4, "--max-queued", 8)
     with service("digits", *options, "--dtype", "float64", "--window", 0.05) as process:
         yield process
 
@@ -115,7 +115,7 @@ def test_other_paths(running):
 
 
 def test_too_many_requests_are_refused_and_the_others_answered(running):
-    replies = ask_together([{"class": 1, "seed": seed} for seed in range(40)])
+    replies = ask_together([{"class": 1, "seed": seed} for seed in range(64)])
     assert {reply.status_code for reply in replies} == {200, 503}
     assert all(reply.json()["data"] for reply in replies if reply.status_code == 200)
     for reply in replies:
