@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds the checkout from any folder
 from moveimg.cli import main
 
 sys.argv.insert(1, "demo")

@@ -1,4 +1,4 @@
-"""Edited banks: a bank is a book of rows, in which rows can be erased and mixed with another's."""
+"""Editing a value bank: erase rows of codes, or interpolate with the bank of another model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moveimg.model import Transformer, ValueBank
 
 
 def erase_rows(model: Transformer, codes: Sequence[int]) -> Transformer:
-    """A copy of `model` whose bank holds zeros in the rows of `codes`; other weights are shared.
+    """A copy of `model` whose bank rows of `codes` are zero; all other weights are shared.
 
-    Codes that share a row with one of them lose it, too. Raises ValueError for a model without a
-    bank of floating-point rows, or a code outside the codebook.
+    Other codes that share these rows lose them, too. Raises ValueError for a model without a bank
+    of floating-point rows, or a code outside the codebook.
     """
     edited, size = copy_bank(model), model.config.codebook_size
     if wrong := [code for code in codes if not 0 <= code < size]:
@@ -29,9 +29,9 @@ def erase_rows(model: Transformer, codes: Sequence[int]) -> Transformer:
 
 
 def blend_banks(model: Transformer, other: Transformer, share: float) -> Transformer:
-    """A copy of `model` with the bank (1 - share) * its own + share * `other`'s, share in 0..1.
+    """A copy of `model` with the bank (1 - share) * model's bank + share * other's bank.
 
-    Raises ValueError for models without a bank, with banks of other shapes, or another share.
+    Raises ValueError for models without a bank, banks of unequal shapes, or share outside 0..1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share {share}: expected 0..1")
@@ -46,7 +46,7 @@ def blend_banks(model: Transformer, other: Transformer, share: float) -> Transfo
 
 
 def copy_bank(model: Transformer) -> Transformer:
-    """A copy of `model` with a memory of its own; other weights are shared.
+    """A copy of `model` with a copied memory; all other weights are shared.
 
     Raises ValueError for a model without a bank of floating-point rows in memory.
     """

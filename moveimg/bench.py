@@ -1,4 +1,4 @@
-"""How fast sampling and training are on this machine."""
+"""Benchmarks of sampling and training speed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from moveimg.config import SamplingSettings, TrainConfig
+from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
 from moveimg.device import hardware, peak_memory
 from moveimg.dist import World
 from moveimg.model import Transformer, decoding_model
+from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import GeneratorTask, freeze_backbone
 from moveimg.training.loop import Run
@@ -34,6 +35,13 @@ def bench_sample(
     work = {"images": batch_size, "codes": batch_size * model.config.seq_len}
     rngs = image_rngs(range(batch_size))
     return measure(lambda: sample_codes(fast, labels, settings, rngs), device, repeats, work)
+
+
+def make_random_model(config: ModelConfig) -> Transformer:
+    """A generator of random weights, in eval mode."""
+    model = Transformer(config)
+    model.head.reset_parameters()  # the head is initialised to zero; equal logits sample faster
+    return model.eval()
 
 
 class RandomCodes:
@@ -68,6 +76,27 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> Figu
     return measure(run.advance, device, repeats, work | {"steps": 1})
 
 
+def bench_rounds(
+    configs: dict[str, TrainConfig], rounds: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a training step and of sampling 8 images, of each config in each of the rounds.
+
+    Weights are random. The configs alternate, so that a slow moment of the machine falls on all.
+    """
+    spent: dict[str, dict[str, list[float]]] = {
+        name: {"step": [], "sample": []} for name in configs
+    }
+    with progress_bar(rounds, "measure", "round") as bar:
+        for _ in range(rounds):
+            for name, seconds in spent.items():
+                model = make_random_model(configs[name].model).to(device)
+                drawn = bench_sample(model, SamplingSettings(), 8, 3)
+                seconds["step"].append(min(bench_train(configs[name], 3, device)["seconds"]))
+                seconds["sample"].append(min(drawn["seconds"]))
+            bar.update()
+    return spent
+
+
 def measure(
     call: Callable[[], object], device: torch.device, repeats: int, work: dict[str, int]
 ) -> Figures:
@@ -84,7 +113,7 @@ def measure(
 
 
 def describe_figures(figures: Figures, device: torch.device) -> str:
-    """Lines for people: each median with its range, and the peak memory of the process."""
+    """A text report: each median with its range, and the peak memory of the process."""
     machine = hardware(device)
     lines = [f"on {machine['name']} ({device}, {machine['threads']} threads, torch "
              f"{machine['torch']}), medians of {len(figures['seconds'])} (range)"]  # fmt: skip

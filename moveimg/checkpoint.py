@@ -1,4 +1,4 @@
-"""Model directories: everything that sampling needs, in readable files."""
+"""Model directories: weights, config, tokenizer, class names and sampling settings of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic, read_json, write_json
 from moveimg.model import Transformer, ValueBank
-from moveimg.model.bank import place_rows
+from moveimg.model.bank_storage import place_rows
 
 BUNDLED = Path(__file__).parent / "bundled"
 BANKS = ("memory.bank.weight", "memory.context_bank.weight")
@@ -69,7 +69,7 @@ def load_model(
     """Read a model directory; `dtype` is the generator's, `bank` as of load_generator.
 
     The tokenizer has float32 at least: its precision shows in FID. Raises FileNotFoundError for a
-    missing file, ValueError for one that is damaged or disagrees with another.
+    missing file, ValueError for a damaged file or files that contradict each other.
     """
     directory = Path(directory)
     description = read_description(directory)
@@ -94,10 +94,10 @@ def load_model(
 
 
 def read_description(directory: str | Path) -> ModelDescription:
-    """The config.json of a model directory; nothing that weights depend on may be left out."""
+    """The config.json of a model directory; ValueError if a setting of the weights is missing."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no model here (it has no config.json)")
+        raise FileNotFoundError(f"{directory}: expected a model directory, with config.json")
     description = validate(ModelDescription, read_json(path), str(path))
     if missing := REQUIRED - description.model.model_fields_set:
         raise ValueError(f"{path}: model.{min(missing)}: missing")

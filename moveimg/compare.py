@@ -1,8 +1,8 @@
-"""Several configs with several seeds, trained alike and compared (see moveimg.compare_report).
+"""Train several configs with several seeds, and compare them (see moveimg.compare_report).
 
-A study names its rows: a config, settings of its own, and seeds. Each training is a process of its
-own, `moveimg train`, so that its peak memory is its own; `moveimg evaluate` then scores it on the
-test set, once. A finished part is not repeated, and a stopped one continues.
+A study has rows: a config, overrides and seeds. Each training is a separate `moveimg train`
+process, so that peak memory is measured per run; `moveimg evaluate` then scores the model on the
+test set, once. Finished runs are not repeated, and stopped runs continue.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -23,10 +24,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
-from moveimg.bench import bench_sample, bench_train
+from moveimg.bench import bench_rounds
 from moveimg.checkpoint import load_generator, read_about
 from moveimg.compare_report import write_report
-from moveimg.config import SamplingSettings, TrainConfig, load_config
+from moveimg.config import TrainConfig, load_config
 from moveimg.config.model import Config
 from moveimg.config.run import read_settings
 from moveimg.data import PackedCodes
@@ -44,7 +45,7 @@ from moveimg.training.logging import (
     read_records,
 )
 
-# Keys in which the rows may differ: the model's slots and size, and what the codes decide.
+# Keys in which rows may differ: the model's slots, size, and settings that follow from the codes.
 COMPARED = ("out", "seed", "memory_every", "model.attention", "model.memory", "model.ffn",
             "model.n_layer", "model.n_head", "model.width", "model.codebook_size",
             "model.n_classes", "model.grid")  # fmt: skip
@@ -60,7 +61,7 @@ class StudyRow(Config):
 
 
 class TestSet(Config):
-    """What a trained model is scored on, once."""
+    """The test set on which each trained model is scored once."""
 
     codes: Path = Field(description="packed codes, for the loss in nats per code")
     reference: str = Field(description="the reference of `moveimg evaluate`")
@@ -68,7 +69,7 @@ class TestSet(Config):
 
 
 class Study(Config):
-    """Rows to compare, the first of which is the baseline, and the questions asked of them."""
+    """Rows to compare, of which the first is the baseline, and pairs of rows to test."""
 
     seeds: Seeds = (0, 1, 2)
     rows: dict[str, StudyRow] = Field(min_length=1)
@@ -91,7 +92,7 @@ class ComparedRun:
     row: StudyRow
     config: TrainConfig
     test: TestSet | None
-    known: dict[str, Any] | None = None  # its outcome, of an earlier comparison.json
+    known: dict[str, Any] | None = None  # the outcome, if comparison.json has it
 
     def __str__(self) -> str:
         return f"{self.name}, seed {self.config.seed}"
@@ -110,7 +111,7 @@ class ComparedRun:
         return self.finished() and (self.test is None or (self.config.out / "test.json").is_file())
 
     def commands(self, overrides: Sequence[str], device: torch.device) -> list[list[str]]:
-        """The commands that are missing: `moveimg train`, then `moveimg evaluate`."""
+        """The commands still to run: `moveimg train`, then `moveimg evaluate`."""
         out, moveimg = str(self.config.out), [sys.executable, "-m", "moveimg"]
         own = {**self.row.set, "seed": self.config.seed, "out": out}
         settings = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in own.items())]
@@ -164,7 +165,7 @@ def load_study(configs: Sequence[str], seeds: str | None, vary: Sequence[str] = 
     if "rows" not in settings:
         settings = {"rows": {Path(config).stem: {"config": config} for config in configs}}
         if len(settings["rows"]) < len(configs):
-            raise ValueError("two configs have the same file name: expected different ones")
+            raise ValueError(f"configs {', '.join(configs)}: two have the same file name")
     study = validate(Study, settings, configs[0])
     chosen = {"seeds": tuple(parse_seeds(seeds))} if seeds else {}
     rows = {
@@ -189,14 +190,17 @@ def compare(
     Args:
         overrides: settings for all rows, as `key.path=value`.
         jobs: trainings at the same time, each with its share of the CPU cores.
-        rounds: alternating rounds in which speed is then measured; 0: none.
+        rounds: alternating rounds in which speed is measured first; 0: none.
 
-    Raises ValueError when rows differ in other keys than they may, when a run's folder holds
-    another run, or, after all others are done, for runs that failed.
+    Raises ValueError if rows differ in other keys than COMPARED and `vary`, if a run's folder holds
+    another run, or, after all other runs are done, for failed runs.
     """
     runs, failures = list_runs(study, out, overrides), []
     settings = flatten_settings(runs[0].config, (*COMPARED, *study.vary))
     about = {"settings": settings, "hardware": {**hardware(device), "jobs": jobs}}
+    if rounds:
+        configs = {run.name: run.config for run in reversed(runs)}  # of a row's first seed
+        write_json(out / "speed.json", bench_rounds(configs, rounds, device))
     missing = [run for run in runs if not run.scored()]
     jobs_done = run_all(missing, overrides, device, jobs, out / "logs")
     with progress_bar(len(missing), "compare", "run") as bar, closing(jobs_done):
@@ -208,9 +212,6 @@ def compare(
             else:
                 failures.append(f"{run}: {failure or 'ended without the model of its last step'}")
                 bar.write(f"failed: {failures[-1]}", file=sys.stderr)
-    if rounds:
-        firsts = {run.name: run.config for run in reversed(runs)}
-        write_json(out / "speed.json", measure_speed(firsts, rounds, device))
     table = write_report(list(runs), study.questions, out, about)
     if failures:
         raise ValueError("; ".join(failures))
@@ -218,7 +219,7 @@ def compare(
 
 
 def list_runs(study: Study, out: Path, overrides: Sequence[str]) -> list[ComparedRun]:
-    """Every row with every seed. Raises ValueError where they cannot be compared."""
+    """A run for each row and seed. Raises ValueError for rows that cannot be compared."""
     runs: list[ComparedRun] = []
     first, known = None, read_known(out)
     for name, row in study.rows.items():
@@ -271,23 +272,28 @@ def run_all(
 ) -> Generator[tuple[ComparedRun, str | None], None, None]:
     """Run the commands of `runs`, `jobs` at a time; yield each run at its end, with its error.
 
-    Closing the iterator (or SIGTERM, SIGHUP, Ctrl-C) ends those that run: they get SIGTERM, write a
-    checkpoint, and are waited for.
+    Closing the iterator (or SIGTERM, SIGHUP, Ctrl-C) sends SIGTERM to the running commands, which
+    write a checkpoint, and waits for them.
     """
     logs.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    if jobs > 1:  # else they would compete for the cores
+    if jobs > 1:  # each command would otherwise use all cores
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     running: set[subprocess.Popen] = set()
+    stopped = threading.Event()
 
     def work(run: ComparedRun) -> str | None:
         log = logs / f"{run.config.out.name}.log"
         for command in run.commands(overrides, device):
+            if stopped.is_set():
+                return "stopped"
             with log.open("a") as file:  # in its own session: a terminal's Ctrl-C reaches us alone
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
                                            env=environment, start_new_session=True,
                                            preexec_fn=die_with_parent())  # fmt: skip
             running.add(process)
+            if stopped.is_set():  # since the process was started, and without it in `running`
+                process.terminate()
             if process.wait():
                 lines = ["killed", *log.read_text(errors="replace").splitlines()]
                 return f"{lines[-1].removeprefix('error: ')} (see {log})"
@@ -300,6 +306,7 @@ def run_all(
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
+            stopped.set()
             for future in futures:
                 future.cancel()
             for process in list(running):
@@ -325,24 +332,3 @@ def write_test_scores(run: ComparedRun, device: torch.device, batch_size: int = 
     metrics = read_json(run.config.out / "test" / "results.json")["metrics"]
     scores = {"loss": total / len(codes), "fid": metrics["fid"]}
     write_json(run.config.out / "test.json", scores | {"accuracy": metrics.get("accuracy")})
-
-
-def measure_speed(
-    configs: dict[str, TrainConfig], rounds: int, device: torch.device
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a training step and of sampling 8 images, for each row in each of the rounds.
-
-    The rows alternate, so that a slow moment of the machine falls on all of them.
-    """
-    spent: dict[str, dict[str, list[float]]] = {
-        name: {"step": [], "sample": []} for name in configs
-    }
-    with progress_bar(rounds, "measure", "round") as bar:
-        for _ in range(rounds):
-            for name, config in configs.items():
-                model = load_generator(config.out, device)
-                drawn = bench_sample(model, SamplingSettings(), 8, 3)
-                spent[name]["step"] += [min(bench_train(config, 3, device)["seconds"])]
-                spent[name]["sample"] += [min(drawn["seconds"])]
-            bar.update()
-    return spent

@@ -72,10 +72,10 @@ def summarize(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def difference(
     outcomes: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], level: float = 0.95
 ) -> dict[str, Any]:
-    """The mean difference of loss over common seeds, and half its confidence interval.
+    """The mean loss difference over common seeds, and the half-width of its confidence interval.
 
-    By Student's t over the differences paired by seed; no interval with a single seed, no mean
-    without a common one.
+    By Student's t over the differences paired by seed. `interval` is None with fewer than two
+    common seeds, `mean` None without one.
     """
     theirs = {run["seed"]: run["loss"] for run in baseline}
     paired = [run["loss"] - theirs[run["seed"]] for run in outcomes if run["seed"] in theirs]
@@ -90,7 +90,7 @@ def difference(
 def answer(
     questions: Sequence[tuple[str, str]], results: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The differences asked for, at 95 % for all together (Bonferroni), of rows that are done."""
+    """The loss difference of each pair of finished rows, at a joint level of 95 % (Bonferroni)."""
     by_name = {result["name"]: result["runs"] for result in results}
     level = 1 - 0.05 / max(1, len(questions))
     answers = []
@@ -103,7 +103,7 @@ def answer(
 
 
 def relative_seconds(times: dict[str, Any], name: str, baseline: str) -> dict[str, float] | None:
-    """Medians over rounds of a row's seconds over the baseline's in the same round."""
+    """The median over rounds of a row's seconds divided by the baseline's; None if unmeasured."""
     if name not in times or baseline not in times:
         return None
     ratios = {

@@ -1,4 +1,4 @@
-"""The device and number type to run on: detected, unless the user names them."""
+"""Selection of device and dtype, control of glibc's memory, and the hardware of a measurement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or an available accelerator, or the CPU. ValueError if unusable."""
+    """Return the named device, by default an accelerator or the CPU. ValueError if unusable."""
     if name is None or name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -26,13 +26,13 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # meta tensors hold no value
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # the whole would fill a screen
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the whole text would fill a screen
         raise ValueError(f"device {name[:60]!r} cannot be used here: {reason[:200]}") from None
     return device
 
 
 def own_device(name: str | None) -> str | None:
-    """The device of a --device option; under torchrun, each process has its own GPU."""
+    """Return the device of a --device option: under torchrun, the GPU of this process."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     kind = (name or "auto").partition(":")[0]
     if several and kind in ("auto", "cuda") and torch.cuda.is_available():
@@ -41,7 +41,7 @@ def own_device(name: str | None) -> str | None:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named type; left out: bfloat16 on CUDA from capability 8.0, else float32."""
+    """Return the named dtype; default: bfloat16 on CUDA from capability 8.0, else float32."""
     if name is None or name == "auto":
         fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if fast else torch.float32
@@ -59,25 +59,25 @@ class _NoInit(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Build modules on the meta device, without values: to count them, or to assign weights."""
-    # torch decomposes nn.init.normal_ on it in Python, by its compiler: two seconds of every start
+    """Build modules on the meta device, without values, to count or to assign weights."""
+    # nn.init is skipped: normal_ on meta tensors imports torch's compiler, which takes two seconds
     with torch.device("meta"), _NoInit():
         yield
 
 
 def keep_memory() -> None:
-    """Make glibc reuse freed memory in the whole process, which is faster (docs/performance.md)."""
+    """Make glibc keep freed memory for reuse, which is faster (docs/performance.md)."""
     _call_glibc("mallopt", -4, 0)  # M_MMAP_MAX
     _call_glibc("mallopt", -1, 0)  # M_TRIM_THRESHOLD
 
 
 def limit_arenas() -> None:
-    """Let glibc keep freed memory in two heaps, not one per thread; call it before they start."""
+    """Limit glibc to two heaps instead of one per thread; call this before threads start."""
     _call_glibc("mallopt", -8, 2)  # M_ARENA_MAX
 
 
 def release_memory() -> None:
-    """Return freed memory to the system, where the C library is glibc."""
+    """Return freed memory to the system, if the C library is glibc."""
     _call_glibc("malloc_trim", 0)
 
 
@@ -87,12 +87,12 @@ def _call_glibc(function: str, *arguments: int) -> None:
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 matrices."""
+    """Return whether the CPU has instructions for products of bfloat16 matrices."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes of this process: allocated by torch on CUDA, else resident."""
+    """Return the peak bytes of this process: allocated by torch on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, IndexError):  # getrusage would include the parent's memory before exec
@@ -105,7 +105,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The hardware and torch version that a measurement was made with, as plain data."""
+    """Return the hardware and the torch version of a measurement, as plain data."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

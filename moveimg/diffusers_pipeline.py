@@ -1,4 +1,4 @@
-"""A model directory as a pipeline of diffusers: `moveimg push` writes the files that name it."""
+"""The pipeline by which diffusers loads a model directory that `moveimg push` has written."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from moveimg.sampling import MAX_SEED, image_rngs, iter_codes
 
 
 class MoveimgPipeline(DiffusionPipeline):
-    """Images of classes by a moveimg.Pipeline, with the interface of diffusers' pipelines."""
+    """A moveimg.Pipeline with the interface of diffusers' pipelines."""
 
     moveimg: Pipeline
 
-    def __init__(self) -> None:  # diffusers reads its signature
+    def __init__(self) -> None:  # diffusers reads the signature
         super().__init__()
 
     def register_to_config(self, **settings: Any) -> None:
-        """Load the model once diffusers says where it is."""
+        """Load the model as soon as diffusers passes its path."""
         super().register_to_config(**settings)
         if source := settings.get("_name_or_path"):
             self.moveimg = Pipeline.from_pretrained(source, device="cpu", dtype="float32")
@@ -42,14 +42,14 @@ class MoveimgPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., Any] | None = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Images of classes, `num_images_per_prompt` of each in a row.
+        """Draw `num_images_per_prompt` images of each class, class after class.
 
         Args:
-            generator: where the images' seeds come from, one for all images or one for each.
+            generator: source of the images' seeds, one for all images or one per image.
             output_type: pil, or np: float32 [B, H, W, 3] in 0..1.
             callback_on_step_end: called as (pipeline, step, step, {"codes": int64 [B, T]}) after
-                each code. Where it sets `pipeline._interrupt`, the codes to come stay mid-grey.
-            options: other fields of moveimg's SamplingSettings, such as temperature.
+                each code. If it sets `pipeline._interrupt`, the remaining codes stay mid-grey.
+            options: further fields of moveimg's SamplingSettings, such as temperature.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type {output_type!r}: expected pil or np")
@@ -77,7 +77,7 @@ class MoveimgPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def to(self, *args: Any, silence_dtype_warnings: bool = True, **options: Any) -> Any:
-        """Move the model to a device and its generator to a number type; returns the pipeline."""
+        """Move the model to a device and cast the generator to a dtype; returns the pipeline."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **options)
         self.moveimg.generator.to(device, dtype)
         self.moveimg.tokenizer.to(device)  # decodes in float32
@@ -88,7 +88,7 @@ class MoveimgPipeline(DiffusionPipeline):
     dtype = property(lambda self: self.moveimg.generator.head.weight.dtype)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write the model directory, and the files that let diffusers load it."""
+        """Write the model directory, with the files that let diffusers load it."""
         model = self.moveimg
         parts = ModelParts(model.generator, model.tokenizer, model.class_names, model.sampling)
         save_model(save_directory, parts, model.about)

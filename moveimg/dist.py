@@ -1,4 +1,4 @@
-"""The processes of a run started by torchrun; a single process runs the same code."""
+"""Processes of a run that torchrun started, or a single process, and signals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from moveimg.device import own_device, pick_device
 
-TIMEOUT = timedelta(days=7)  # the others wait for a rank that downloads, or has more work
+TIMEOUT = timedelta(days=7)  # ranks wait for a rank that downloads or has more work
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which prints, logs and exports."""
+        """Whether this process is rank 0, which prints, logs and exports."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of a tensor over processes, on the CPU, in float64."""
+        """Return the mean of a tensor over processes, on the CPU, in float64."""
         if self.size == 1:
             return values.detach().cpu().double()
         values = values.detach().to(self.device, torch.float64, copy=True)
@@ -46,15 +46,15 @@ class World:
         return (values / self.size).cpu()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any process."""
+        """Return whether the flag is true in any process."""
         return bool(self.mean(torch.tensor(float(flag))) > 0)
 
     def wait(self) -> None:
-        """Return when every process has called this."""
+        """Block until every process has called this method."""
         self.any(False)
 
     def run_first(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while the others wait; all raise its ValueError or OSError."""
+        """Run `action` on rank 0 while other ranks wait; all raise its ValueError or OSError."""
         error: Exception | None = None
         if self.main:
             try:
@@ -69,7 +69,7 @@ class World:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """A context that rank 0 runs before the others, which find what it downloaded."""
+        """Run the block on rank 0 first, so that other ranks find the files that it downloads."""
         if not self.main:
             self.wait()
         yield
@@ -79,7 +79,7 @@ class World:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[World]:
-    """Join the processes of torchrun, each with its own device; an error of one ends all."""
+    """Join the processes of torchrun, each with its own device; an error in one ends all."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
         yield World(device=pick_device(device))
@@ -95,12 +95,12 @@ def processes(device: str | None) -> Iterator[World]:
     except (ValueError, OSError) as error:
         if rank == 0:
             raise
-        time.sleep(10.0)  # in which torchrun ends this process after an error of rank 0
+        time.sleep(10.0)  # after an error on rank 0, torchrun ends this process meanwhile
         raise ValueError(f"process {rank} of {size}: {' '.join(str(error).split())}") from error
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over processes, without a gradient; in one process, the tensor."""
+    """Return the sum of a tensor over processes, detached; in a single process, the tensor."""
     if not dist.is_initialized():
         return tensor
     result = tensor.detach().clone()
@@ -109,7 +109,7 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over processes, with this process's gradient, for DDP to average."""
+    """Return the mean of a tensor over processes with the local gradient, which DDP averages."""
     if not dist.is_initialized():
         return tensor
     average = reduce_sum(tensor) / dist.get_world_size()
@@ -117,14 +117,14 @@ def reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def broadcast_from_rank0(tensor: Tensor) -> None:
-    """Overwrite a tensor in place with rank 0's."""
+    """Overwrite a tensor in place with rank 0's tensor."""
     if dist.is_initialized():
         dist.broadcast(tensor.detach(), src=0)
 
 
 @contextmanager
 def all_ranks() -> Iterator[World]:
-    """The processes of this job on the CPU, in the process group that there is, or a new one."""
+    """Yield the World of this job on the CPU, in the existing process group or a new one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
         return
@@ -136,16 +136,16 @@ def all_ranks() -> Iterator[World]:
 
 
 def die_with_parent() -> Callable[[], object] | None:
-    """The function by which a new process asks the kernel to be killed with its parent (Linux)."""
+    """Return a `preexec_fn` that lets Linux kill a child with its parent, else None."""
     if sys.platform != "linux":
         return None
-    prctl = ctypes.CDLL(None).prctl  # found before the fork, after which little is safe
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: few calls are safe after it
     return lambda: prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager
 def handle_signals(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Let signals call `handler` inside the block; no change in other threads than the main one."""
+    """Call `handler` on signals inside the block, if the block runs in the main thread."""
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in numbers if main}
     try:
@@ -156,7 +156,7 @@ def handle_signals(numbers: Iterable[int], handler: Callable[[int, Any], object]
 
 
 def signals_raise() -> AbstractContextManager[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit(128 + signal) inside the block."""
+    """Make SIGTERM and SIGHUP raise SystemExit(128 + signal) inside the block."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
@@ -166,6 +166,6 @@ def signals_raise() -> AbstractContextManager[None]:
 
 
 def print_rank0(message: str) -> None:
-    """Write a line to stderr on rank 0 alone, above the progress bar if there is one."""
+    """Write a line to stderr on rank 0 alone, above a progress bar if there is one."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message, file=sys.stderr)

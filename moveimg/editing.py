@@ -1,10 +1,10 @@
-"""Completing and editing: some codes of an image are kept, the others are drawn.
+"""Completing and editing images: some codes are kept, and the other codes are drawn.
 
 B images   h x w grid of codes, T = h w   H x W pixels
 
 Codes are drawn in raster order, each given all codes before it. Where the kept codes come first (an
-upper part of the image), that is exact sampling from p(others | kept). Otherwise a drawn code does
-not see the kept codes behind it; `resample` corrects this by Metropolis-Hastings steps.
+upper part of the image), this samples exactly from p(drawn | kept). Otherwise a drawn code ignores
+the kept codes after it; `resample` corrects this by Metropolis-Hastings steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Area = str | int | Sequence[int] | Image.Image | np.ndarray
 def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     """The pixels of an area (see Pipeline.complete) of an image of `size` (H, W), bool [H, W].
 
-    A mask's area is where its pixels are above half of its maximum; it is cropped as the image was.
+    Of a mask, the area is the pixels above half of the maximum; it is cropped like the image.
     Raises ValueError for an area of another form, or outside the image.
     """
     height, width = size
@@ -66,9 +66,9 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
 
 
 def blend(original: Tensor, decoded: Tensor, hole: Tensor, downsample: int) -> Tensor:
-    """Images [B, 3, H, W]: decoded in the hole (bool [h, w]), original outside.
+    """Images [B, 3, H, W] with `decoded` pixels in the hole (bool [h, w]), `original` outside.
 
-    They are mixed over a quarter of a code's side on each side of the seam.
+    The pixels are blended over a quarter of a code's side on each side of the seam.
     """
     mask = F.interpolate(hole[None, None].to(decoded), original.shape[-2:])
     if reach := downsample // 4:
@@ -96,7 +96,7 @@ def resample(
     Raises ValueError for temperature 0.
     """
     if settings.temperature == 0:
-        raise ValueError("temperature 0: expected above 0, for passes accept or reject by chance")
+        raise ValueError("temperature 0: expected above 0 for resampling passes")
     scales = guidance_scales(settings, codes.shape[1])
 
     def filter_hole(logits: Tensor) -> Tensor:  # [B, T, V]; keep_top takes rows

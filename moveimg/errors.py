@@ -1,35 +1,35 @@
-"""Error messages on one line, and plain data read into pydantic models."""
+"""One-line error messages, and validation of plain data by pydantic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:  # importing pydantic takes longer than all else that `moveimg --help` needs
+if TYPE_CHECKING:  # importing pydantic would dominate the time of `moveimg --help`
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """The repr of a value on one line of at most `limit` characters."""
+    """Return the repr of a value on one line of at most `limit` characters."""
     if isinstance(value, str | bytes):
         value = value[: limit + 1]  # repr of a long text takes time, too
     try:
         return _cut(" ".join(repr(value).split()), limit)
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # an integer with more digits than Python prints
         return "a number too long to print"
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, comma-separated, and the number of those left out."""
+    """Return the first `limit` names, comma-separated, and the number of further names."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(_cut(name) for name in names[:limit]) or "none") + more
 
 
 def validate(kind: type[T] | TypeAdapter[T], data: Any, origin: str) -> T:
-    """An instance of `kind`, a pydantic model or TypeAdapter, from plain data.
+    """Validate plain data as `kind`, a pydantic model or TypeAdapter; returns the instance.
 
     Raises ValueError: one line with `origin`, the key and the value.
     """
@@ -52,7 +52,7 @@ def validate(kind: type[T] | TypeAdapter[T], data: Any, origin: str) -> T:
 
 
 def describe(error: BaseException, limit: int = 500) -> str:
-    """The message of an error on one line; of an OSError with its path."""
+    """Return the message of an error on one line, and for an OSError the path."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         path = error.filename2 or error.filename

@@ -23,13 +23,13 @@ except ImportError:  # Windows: outputs are not locked there
     fcntl = None  # type: ignore[assignment]
 
 MAX_TEXT = 32 * 2**20  # bytes
-MAX_DEPTH, MAX_NODES = 64, 1_000_000  # levels, and values at one with YAML's aliases expanded
-_HELD: set[Path] = set()  # locks of this process
+MAX_DEPTH, MAX_NODES = 64, 1_000_000  # nesting levels, values per level (aliases expanded)
+_HELD: set[Path] = set()  # paths that this process has locked
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; renamed to it on success, removed on failure."""
+    """Yield a temporary path, which is renamed to `path` on success and removed on failure."""
     path = Path(path)
     require_file_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,23 +40,23 @@ def atomic(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # a full disk does not say which file it was
+            error.filename = str(path)  # the error of a full disk names no file
         raise
 
 
 def require_file_name(path: Path) -> None:
-    """Raise ValueError if a file cannot be written to `path`, a folder or device."""
+    """Raise ValueError if `path` is a directory or device, which no file may replace."""
     if path.exists() and not path.is_file():  # the rename would replace /dev/null itself
         raise ValueError(f"{path} is a directory or device, expected a file name to write to")
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """As atomic, for a new folder. Raises FileExistsError or, if it is being made, ValueError."""
+    """Like atomic, for a new directory. FileExistsError if it exists, ValueError if locked."""
     path = Path(path).absolute()
     with lock(path, "creating it"):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise FileExistsError(f"{path} is there already: expected a name for a new directory")
+            raise FileExistsError(f"{path} exists: expected the name of a new directory")
         temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
         temporary.mkdir(parents=True)
         try:
@@ -67,7 +67,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(directory: str | Path, name: str = "") -> None:
-    """Remove the temporary files of killed processes from a folder; with `name`, of that file."""
+    """Remove temporary files of killed processes from a directory (with `name`: for that file)."""
     for path in Path(directory).glob(f".{glob.escape(name) or '*'}.tmp-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -84,7 +84,7 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def require_file(path: str | os.PathLike[str]) -> Path:
-    """The path of an existing file; ValueError for a Git LFS pointer or an HTML page."""
+    """Return `path` if the file exists; ValueError for a Git LFS pointer or an HTML page."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -96,7 +96,7 @@ def require_file(path: str | os.PathLike[str]) -> Path:
 
 
 def fetch(url: str, path: Path, hash_prefix: str | None = None) -> Path:
-    """`path`, downloaded from `url` where it is missing; `hash_prefix` begins its sha256."""
+    """Return `path`, downloaded from `url` if missing; `hash_prefix` begins the file's sha256."""
     if not path.is_file():
         import torch
 
@@ -110,7 +110,7 @@ def fetch(url: str, path: Path, hash_prefix: str | None = None) -> Path:
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
-    """The text of a UTF-8 file. Raises FileNotFoundError, or ValueError beyond `limit` bytes."""
+    """Read a UTF-8 text file. Raises FileNotFoundError, or ValueError above `limit` bytes."""
     path = require_file(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path}: {size} bytes, expected at most {limit}")
@@ -121,17 +121,17 @@ def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The data of a JSON file. Raises FileNotFoundError, or ValueError on one line."""
+    """Read a JSON file. Raises FileNotFoundError, or ValueError with a one-line message."""
     return parse_json(read_text(path), str(path))
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The data of a YAML file. Raises FileNotFoundError, or ValueError on one line."""
+    """Read a YAML file. Raises FileNotFoundError, or ValueError with a one-line message."""
     return parse_yaml(read_text(path, 2**20), str(path))
 
 
 def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str) -> Any:
-    """The data of a text. Raises ValueError, one line that begins with `origin`."""
+    """Parse a text by `load`. Raises ValueError, one line that begins with `origin`."""
     try:
         data = load(text)
     except Exception as error:  # PyYAML's constructors raise many kinds: `!!int ""`, `!!bool maybe`
@@ -148,11 +148,11 @@ def _parse(load: Callable[[Any], Any], kind: str, text: str | bytes, origin: str
     raise ValueError(f"{origin}: more than {MAX_DEPTH} levels or {MAX_NODES} values at one level")
 
 
-parse_json = partial(_parse, json.loads, "JSON")  # of (text, origin)
+parse_json = partial(_parse, json.loads, "JSON")  # arguments: text, origin
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """yaml.SafeLoader, which lets the last of equal keys win; here they are an error."""
+    """A yaml.SafeLoader that refuses equal keys, of which SafeLoader would keep the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -167,10 +167,10 @@ parse_yaml = partial(_parse, partial(yaml.load, Loader=UniqueKeyLoader), "YAML")
 
 @contextmanager
 def lock(path: str | Path, job: str) -> Iterator[None]:
-    """Inside, hold the lock of an output file or directory: a hidden file beside it.
+    """Hold the lock of an output file or directory, a hidden file next to it, inside the block.
 
-    Of several ranks only rank 0 locks; a process may enter again. Removes the temporary files of
-    killed processes. Raises ValueError, naming the process that holds the lock and its `job`.
+    Only rank 0 locks, and a process may lock a path twice. Removes the temporary files of killed
+    processes. Raises ValueError, which names the process that holds the lock, and its `job`.
     """
     path = Path(path).absolute()
     if fcntl is None or os.environ.get("RANK", "0") != "0" or path in _HELD:
@@ -178,7 +178,7 @@ def lock(path: str | Path, job: str) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.parent / f".{path.name}.lock"
-    if path.is_dir() and not os.access(path.parent, os.W_OK):  # such as a mounted volume
+    if path.is_dir() and not os.access(path.parent, os.W_OK):  # as for a mounted volume
         name = path / ".lock"
     while True:
         file = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (closed in `finally`)
@@ -193,7 +193,7 @@ def lock(path: str | Path, job: str) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:
                 break
-        file.close()  # the last holder has removed the file meanwhile
+        file.close()  # its last holder has meanwhile removed it
     _HELD.add(path)
     try:
         file.truncate(0)

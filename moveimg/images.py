@@ -1,4 +1,4 @@
-"""Reading and writing images, PIL images as tensors and back, and labelled grids."""
+"""Image files, conversions between PIL images and tensors, and labelled grids."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from PIL.PngImagePlugin import PngInfo
 
 from moveimg.files import atomic
 
-MAX_PIXELS = 2**26  # of an image that is read; Pillow warns above 4/3 of this
-MAX_ASPECT = 16  # longer strips are cropped before they are resized
+MAX_PIXELS = 2**26  # largest image that is read; Pillow warns from 4/3 of it on
+MAX_ASPECT = 16  # images of a larger aspect ratio are cropped before resizing
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
             ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"}  # fmt: skip
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize `image` to just cover (height, width) `size`, and crop it around its centre.
+    """Resize `image` to cover (height, width) `size`, and crop the image around its centre.
 
     As in ADM (Dhariwal and Nichol 2021, `center_crop_arr` in openai/guided-diffusion): a box
-    filter halves the image while it is at least twice as large, a bicubic step does the rest.
+    filter halves the image while it is at least twice as large, then a bicubic filter resizes it.
     """
     height, width = size
     longest = MAX_ASPECT * min(image.size)
-    if max(image.size) > longest:  # resized whole, 60,000 x 1 pixels would need gigabytes
+    if max(image.size) > longest:  # resizing 60,000 x 1 pixels would need gigabytes
         image = _crop(image, min(image.width, longest), min(image.height, longest))
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -41,30 +41,30 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    # Rounded down as in ADM; torchvision's center_crop rounds halves to even.
+    # Rounds down as ADM does; torchvision's center_crop rounds halves to even.
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1], any shape."""
+    """Map pixels in 0..255, of any shape, to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB images of one size -> float32 [N, 3, H, W] in [-1, 1]."""
+    """Convert RGB images of one size to float32 [N, 3, H, W] in [-1, 1]."""
     pixels = np.stack([np.asarray(image) for image in images])
     return normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """float [B, 3, H, W] in [-1, 1] (clipped) -> uint8 [B, H, W, 3]."""
+    """Clip float images [B, 3, H, W] to [-1, 1] and convert them to uint8 [B, H, W, 3]."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
     return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """float [B, 3, H, W] in [-1, 1] (clipped) -> RGB images."""
+    """Clip float images [B, 3, H, W] to [-1, 1] and convert them to RGB images."""
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
@@ -77,7 +77,7 @@ class ImageList(list[Image.Image]):
 
 
 def labelled_grid(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -> Image.Image:
-    """Rows of images of one size, each with its name at the left; small ones enlarged."""
+    """Draw rows of images of one size, each row with a name at the left; enlarges small images."""
     scale = max(1, 64 // max(rows[0][0].size))
     width, height = (scale * pixels for pixels in rows[0][0].size)
     gap, font = 4, ImageFont.load_default(size=max(12, height // 5))
@@ -95,7 +95,7 @@ def labelled_grid(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -
 
 
 def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
-    """A PNG with `settings` as JSON in its text chunk `moveimg`."""
+    """Encode a PNG with `settings` as JSON in the text chunk `moveimg`."""
     about, buffer = PngInfo(), io.BytesIO()
     about.add_text("moveimg", json.dumps(dict(settings)))
     image.save(buffer, format="png", pnginfo=about)
@@ -103,22 +103,22 @@ def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
-    """Write png_bytes atomically."""
+    """Write an image as a PNG with `settings`, atomically (see png_bytes)."""
     with atomic(path) as temporary:
         temporary.write_bytes(png_bytes(image, settings))
 
 
 class UnreadableImageError(ValueError):
-    """An image that cannot be decoded; its `args` are an identifier and the reason."""
+    """An image cannot be decoded; `args` are the image's identifier and the reason."""
 
     def __str__(self) -> str:
         return f"image '{self.args[0]}' cannot be read: {self.args[1]}"
 
 
 def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = False) -> Image.Image:
-    """The RGB image of a file. Raises UnreadableImageError, which names it `identifier`.
+    """Read a file as an RGB image. Raises UnreadableImageError with `identifier` and the reason.
 
-    as_published: without EXIF and transparency, as ADM and LlamaGen read ImageNet.
+    as_published: ignore EXIF and transparency, as ADM and LlamaGen do for ImageNet.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -131,9 +131,9 @@ def read_image(file: Path | BinaryIO, identifier: str, as_published: bool = Fals
 
 
 def to_rgb(image: Image.Image, as_published: bool = False) -> Image.Image:
-    """An opened image as RGB: turned as EXIF says, transparent pixels on white."""
+    """Convert an opened image to RGB, turned as EXIF says, with transparent pixels on white."""
     image.load()
-    deep = image.format in ("PPM", "PNG") or image.mode.startswith("I;16")  # even if dark
+    deep = image.format in ("PPM", "PNG") or image.mode.startswith("I;16")  # dark ones, too
     if not as_published:
         with suppress(Exception):  # broken EXIF data raises many kinds
             image = ImageOps.exif_transpose(image)

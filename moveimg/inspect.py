@@ -47,7 +47,7 @@ def inspect_model(
     }
     if isinstance(model.memory, ValueBank):
         report["layers"] = gather_gates(model, batches)
-        if isinstance(model.memory.bank, nn.Embedding):  # others have no gradient
+        if isinstance(model.memory.bank, nn.Embedding):  # a quantized bank has no gradient
             report["gradients"] = gradient_sources(model, *batches[0])
         plots.plot_gates(report["layers"], out)
         if row is not None:
@@ -83,17 +83,17 @@ def read_codes(
 def describe_row(
     pipeline: Pipeline, code: int, batches: Batches, out: Path, top: int = 8
 ) -> dict[str, Any]:
-    """What the rows of one code do at the positions where it was the last code read.
+    """Statistics of one code's rows at the positions where this code is the input.
 
-    Writes out/row-CODE.png, an image painted with this code alone.
+    Writes out/row-CODE.png, an image decoded from this code at every position.
 
     row            the bank's row of the code; `shared_with`: the other codes of that row
     gates          mean gate of g_0 (1 where there is none) and of the slots, by layer
-    kl             mean KL divergence in nats of the next code's distribution without the rows
+    kl             mean KL(p with rows || p without rows) of the next code, in nats
     raised         codes whose mean probability the rows raise most, with the differences
-    lowered        likewise, those lowered most
+    lowered        codes whose mean probability the rows lower most, with the differences
 
-    Raises ValueError for a code outside the codebook, or one that the batches do not have.
+    Raises ValueError for a code outside the codebook, or not in the batches.
     """
     model, memory = pipeline.generator, pipeline.generator.memory
     size = model.config.codebook_size
@@ -111,11 +111,11 @@ def describe_row(
         with_rows, without = (m(codes, labels)[:, 1:][at].log_softmax(-1) for m in (model, bare))
         divergence += (with_rows.exp() * (with_rows - without)).sum().item()
         changes += (with_rows.exp() - without.exp()).sum(0)
-        for layer, found in bank_maps(model, codes, labels).items():
-            means = torch.stack([found.g_0[at.cpu()], found.slots[at.cpu()]])
+        for layer, bank_map in bank_maps(model, codes, labels).items():
+            means = torch.stack([bank_map.g_0[at.cpu()], bank_map.slots[at.cpu()]])
             gates.setdefault(layer + 1, []).append(means.sum(1))
     if not count:
-        raise ValueError(f"row {code}: does not occur in these images; try a larger --num")
+        raise ValueError(f"row {code}: expected a code in the images read; try a larger --num")
     order = (changes / count).sort(descending=True)
     ranked = list(zip(order.indices.tolist(), order.values.tolist(), strict=True))
     row = memory.row_indices(torch.tensor(code, device=pipeline.device))
@@ -140,7 +140,7 @@ def expert_loads(model: Transformer, batches: Batches) -> dict[int, list[float]]
     experts = {i: ffn for i, ffn in enumerate(model.feedforwards(), 1) if isinstance(ffn, MoE)}
     loads: dict[int, list[Any]] = {i: [] for i in experts}
     for ffn in experts.values():
-        ffn.training = True  # it keeps its load
+        ffn.training = True  # MoE sets `load` in train mode only
     for codes, labels in batches if experts else ():
         model(codes, labels)
         for i, ffn in experts.items():

@@ -1,4 +1,4 @@
-"""Pipeline: class names in, images out. The one object most users touch."""
+"""Pipeline: images from class names, with the model's tokenizer and sampling settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Pipeline:
     >>> pipeline = Pipeline.from_pretrained("fashion")
     >>> images = pipeline.sample(["sneaker", 3], seed=0)
 
-    Attributes: generator, tokenizer, class_names, sampling (its own settings), about, device, name.
+    Attributes: generator, tokenizer, class_names, sampling (default settings), about, device, name.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Pipeline:
             bank: int8 or int4 rounds the rows of the value bank, disk reads them from the model's
                 file when they are used, cpu keeps them in the memory of the CPU (for CUDA).
 
-        Raises FileNotFoundError for a model that is missing, ValueError for one that is damaged, or
-        for an option that cannot be used.
+        Raises FileNotFoundError for a missing model, ValueError for a damaged model or an option
+        that cannot be used.
         """
         where = pick_device(device)
         parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where), bank)
@@ -105,7 +105,7 @@ class Pipeline:
 
     @property
     def decoder(self) -> Transformer:
-        """The generator prepared for sampling on its device; prepared again when weights change."""
+        """The generator prepared for sampling, and prepared again after a change of its weights."""
         weights = [p for p in self.generator.parameters() if not p.is_inference()]
         state = tuple((p.data_ptr(), p.dtype, p._version) for p in weights)
         key = (self.generator, self.quantize, self.compile, state)
@@ -119,9 +119,9 @@ class Pipeline:
         return self.with_generator(erase_rows(self.generator, codes))
 
     def blend(self, other: Pipeline, share: float) -> Pipeline:
-        """A copy with the bank (1 - share) * its own + share * other's (moveimg.bank_editing)."""
+        """A copy with the bank (1 - share) * this bank + share * other's (moveimg.bank_editing)."""
         if self.tokenizer.fingerprint != other.tokenizer.fingerprint:
-            raise ValueError(f"blend with {other.name}: a model of another tokenizer's codes")
+            raise ValueError(f"blend with {other.name}: expected a model of the same tokenizer")
         return self.with_generator(blend_banks(self.generator, other.generator, share))
 
     def with_generator(self, generator: Transformer) -> Pipeline:
@@ -130,7 +130,7 @@ class Pipeline:
         return Pipeline(parts, self.device, self.quantize, self.compile, self.name)
 
     def save(self, directory: str | Path) -> None:
-        """Write the model directory, which appears whole. Raises FileExistsError if it is there."""
+        """Write a model directory, atomically. Raises FileExistsError if it exists."""
         parts = ModelParts(
             self.generator, self.tokenizer, self.class_names, self.sampling, self.about
         )
@@ -230,13 +230,13 @@ class Pipeline:
         return height * self.tokenizer.downsample, width * self.tokenizer.downsample
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """An image as RGB of the model's size: resized, and cropped around its centre."""
+        """An image converted to RGB, resized and centre-cropped to the model's image size."""
         if not isinstance(image, Image.Image):
             raise ValueError(f"image {shorten(image)}: expected a PIL image")
         return center_crop(to_rgb(image), self.image_size)
 
     def encode(self, images: Images, *, batch_size: int = 32) -> Tensor:
-        """Codes int64 [B, T] of images cropped to the model's size; codes pass unchanged."""
+        """Codes int64 [B, T] of images, which are cropped first; codes are returned unchanged."""
         if isinstance(images, Tensor):
             return images
         images = [images] if isinstance(images, Image.Image) else images
@@ -251,7 +251,7 @@ class Pipeline:
             return torch.cat([encode(to_tensor(batch).to(self.device)) for batch in batches])
 
     def hole(self, area: Area, kept: bool = False) -> Tensor:
-        """bool [T]: the codes that touch an area, or if `kept`, those that touch its outside."""
+        """The codes that overlap an area or, with `kept`, its outside: bool [T]."""
         pixels = area_pixels(area, self.image_size, self.tokenizer.downsample) ^ kept
         codes = max_pool2d(pixels[None].float(), self.tokenizer.downsample)
         return codes.bool().flatten().to(self.device)
@@ -285,10 +285,10 @@ class Pipeline:
         known: Tensor | None = None,
         passes: int = 0,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Draw an image per class in one batch; yields (codes so far, codes [B, T]) at every code.
+        """Draw an image per class in one batch; yields (number of codes, codes [B, T]) per code.
 
-        known: int64 [T] or [B, T], codes to keep, and -1 where a code is drawn. passes: resampling
-        passes over those (`known` is [T] then; see moveimg.editing); the count then exceeds T.
+        known: int64 [T] or [B, T], codes to keep, and -1 for codes to draw. passes: resampling
+        passes over the drawn codes (with `known` [T]; see moveimg.editing), counted beyond T.
         """
         labels, done = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), done, dtype=torch.int64, device=self.device)
@@ -319,8 +319,8 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Images of the first `done` codes of codes int64 [B, T]; later codes are mid-grey.
 
-        hole: bool [T], the codes that are drawn; the others are shown from the start. original: the
-        image whose pixels are shown outside the hole, blended at the seam.
+        hole: bool [T], the codes that are drawn; kept codes are always shown. original: the image
+        whose pixels are shown outside the hole, blended at the seam.
         """
         (height, width), pixels = self.generator.config.grid, self.tokenizer.downsample
         rows = height if hole is not None else -(-done // width)  # later rows are not decoded

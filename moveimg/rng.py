@@ -1,4 +1,4 @@
-"""Random numbers of a training run from its own generators, unaffected by other threads."""
+"""Random generators of a training run, independent of torch's global one and other threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def set_generator(model: nn.Module, generator: torch.Generator) -> None:
 
 @contextmanager
 def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
-    """Inside, the generator draws from `state` on; afterwards its old state is restored."""
+    """Set the generator to `state` inside the block, and restore its old state afterwards."""
     before = generator.get_state()
     generator.set_state(state)
     try:
@@ -43,7 +43,7 @@ def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
 
 
 class InitialValues(TorchFunctionMode):
-    """Inside, the initial weights that this thread draws come from a generator of `seed`."""
+    """Draw this thread's initial weights inside the block from a generator seeded with `seed`."""
 
     DRAWS = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
 

@@ -1,4 +1,4 @@
-"""Labels -> codes, and codes -> log p: functions over a generator, every random draw explicit.
+"""Sampling codes from labels, and log-likelihoods of codes, with explicit random generators.
 
     B batch   T codes in an image   V codebook size   C classes
 
@@ -20,11 +20,11 @@ from moveimg.model import Transformer
 from moveimg.progress import progress_bar
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
-UNKNOWN = -1  # a code that is to be drawn
+UNKNOWN = -1  # marks a code to draw
 
 
 def image_rngs(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU random generator per image's seed. Raises ValueError beyond 0..2^32-1."""
+    """One CPU random generator per seed. Raises ValueError for a seed outside 0..2^32-1."""
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED}")
@@ -86,7 +86,7 @@ def iter_codes(
         codes = known[:, position]
         # Only at the first and last position, since it waits for the device; NaN stays in the cache
         if position in (first, last) and not torch.isfinite(logits).all():
-            raise ValueError("the model's logits are not finite: its weights are damaged")
+            raise ValueError("the model's logits are not finite: expected undamaged weights")
         if position in missing:
             if guided:
                 conditional, unconditional = logits.chunk(2)
@@ -102,7 +102,7 @@ def iter_codes(
 def guidance_scales(
     settings: SamplingSettings, length: int, cfg_scale: Tensor | None = None
 ) -> Tensor:
-    """The guidance scale of each of `length` positions, float64 [T, 1, 1]; of rows [T, B, 1].
+    """The guidance scale per position, float64 [T, 1, 1], or [T, B, 1] with cfg_scale [B].
 
     Before `cfg_start` it is 1. From there, with progress p in [0, 1): constant is cfg_scale,
     linear 1 + (cfg_scale - 1) p (MAR, arXiv 2406.11838), power-cosine
@@ -123,7 +123,7 @@ def guidance_scales(
 
 
 def guided_labels(generator: Transformer, labels: Tensor, scales: Tensor) -> tuple[Tensor, bool]:
-    """The labels [B or 2 B] of the batch, its second half without class, and whether it has 2 B."""
+    """(labels, guided): with guidance, labels are [2 B], of which the last B are the null label."""
     values = set(scales.flatten().tolist())
     without_class = torch.full_like(labels, generator.null_label)
     if len(values) > 1 or not values <= {0.0, 1.0}:
@@ -146,12 +146,12 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
         return logits.argmax(dim=-1)
     logits = keep_top(logits / settings.temperature, settings.top_k, settings.top_p)
     cumulative = cumulative_sums(logits.softmax(dim=-1))  # [B, V]
-    # Strictly below the total even after rounding, so that no code of probability zero behind
-    # the last possible one can be reached.
+    # The target stays below the total even after rounding: else a code of probability zero after
+    # the last possible code could be drawn.
     total = cumulative[:, -1:] * (1 - torch.finfo(cumulative.dtype).eps)
     target = uniforms[:, None].to(cumulative.dtype) * total
     codes = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return codes.clamp(max=logits.shape[-1] - 1)  # NaN gives V, which is no code
+    return codes.clamp(max=logits.shape[-1] - 1)  # NaN gives V, outside the codebook
 
 
 def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -193,7 +193,7 @@ class Likelihood:
 
     @property
     def nats_per_code(self) -> Tensor:
-        """-log p per code, float64 [B]; the larger, the stranger the image."""
+        """-log p per code, float64 [B]; larger for less likely images."""
         return -self.log_probs.mean(dim=1)
 
     @property
@@ -218,8 +218,8 @@ def code_log_probs(
 ) -> Tensor:
     """log p(code | label, codes before it) in nats, float64 [B, T].
 
-    Labels int64 [B] are in 0..C, where C is the null label. `scales` are those of guidance_scales
-    for one scale, none means 1; `narrow` changes the guided logits [B, T, V].
+    Labels int64 [B] are in 0..C, where C is the null label. `scales` [T, 1, 1] are guidance scales
+    (see guidance_scales; None: 1); `narrow` filters the guided logits [B, T, V].
     """
     scales = torch.ones(1, 1, 1) if scales is None else scales
     labels, guided = guided_labels(generator, labels, scales)

@@ -1,9 +1,9 @@
-"""The service of `moveimg serve`: images of classes over HTTP, on Ray Serve.
+"""The HTTP service of `moveimg serve`, which draws images of classes on Ray Serve.
 
     Front, in Ray's proxy of each machine -> Generator replicas, each with the model
 
-A replica draws the requests that arrive within a window as one batch. An image has a seed of its
-own: where its replica dies, Front sends the request to another one, which draws the same image.
+A replica draws the requests that arrive within a window as one batch. An image depends on its seed
+alone: if a replica dies, Front sends the request to another replica, which draws the same image.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from moveimg.errors import describe, shorten, validate
 APP = "moveimg"
 IMAGES = "/v1/images/generations"
 MAX_BODY = 64 * 1024  # bytes
-ATTEMPTS = 3  # replicas that a request is sent to, if they die
+ATTEMPTS = 3  # maximum replicas that a request is sent to, after each has died
 
 
 class ImageRequest(BaseModel):
-    """The body of a request for images; further keys are those of SamplingSettings."""
+    """The body of a request for images; extra keys are fields of SamplingSettings."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -46,13 +46,13 @@ class ImageRequest(BaseModel):
     prompt: str | int | None = None
     class_: str | int | None = Field(None, alias="class")
     n: int = Field(1, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**32 - 2**16)  # room for the last image's seed
+    seed: int | None = Field(None, ge=0, lt=2**32 - 2**16)  # leaves room for seed + n
     size: str = "auto"
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png"] = "png"
     stream: bool = False
     partial_images: int = Field(2, ge=0, le=16)
-    user: str | None = None  # of OpenAI's API; not used
+    user: str | None = None  # a field of OpenAI's API; not used
 
 
 @dataclass(eq=False)
@@ -64,12 +64,12 @@ class Order:
     n: int
     settings: SamplingSettings
     partials: list[int]  # numbers of codes after which partial images are sent
-    done: bool = False  # all images are sent, or the client has gone
+    done: bool = False  # all images are sent, or the client has disconnected
 
 
 @serve.deployment
 class Generator:
-    """A replica: one model, and one thread that draws batches (see `moveimg serve`)."""
+    """A replica of the service: a model, and a thread that draws batches with it."""
 
     def __init__(
         self, model: str, name: str, device: str, dtype: str | None, threads: int,
@@ -83,7 +83,7 @@ class Generator:
         limit_arenas()
         torch.set_num_threads(threads)
         self.pipeline, self.name = Pipeline.from_pretrained(model, device=device, dtype=dtype), name
-        _ = self.pipeline.decoder  # prepared before the first request
+        _ = self.pipeline.decoder  # prepares the weights before the first request
         self.size = "{1}x{0}".format(*self.pipeline.image_size)
         self.batch_size, self.thread = batch_size, ThreadPoolExecutor(1)
         self.idle = asyncio.Event()
@@ -92,7 +92,7 @@ class Generator:
         self.draw_batch.set_batch_wait_timeout_s(window)
 
     async def __call__(self, request: Request) -> Response:
-        """Return images as OpenAI's API does, or its events for `stream`."""
+        """Return images in the format of OpenAI's API, as events if `stream` is set."""
         try:
             asked = validate(ImageRequest, from_json(await request.body()), "request")
             order = self.make_order(asked, int(request.headers["x-default-seed"]))
@@ -108,14 +108,14 @@ class Generator:
         return JSONResponse({"created": int(time.time()), "data": images})
 
     def make_order(self, asked: ImageRequest, default_seed: int) -> Order:
-        """Return the order of a request. Raises LookupError for another model, or ValueError."""
+        """Return the order for a request. Raises LookupError for another model, or ValueError."""
         name = asked.class_ if asked.prompt is None else asked.prompt
         if asked.model not in (None, self.name):
             raise LookupError(f"model {shorten(asked.model)}: expected {self.name}")
         if asked.size not in ("auto", self.size):
             raise ValueError(f"size {shorten(asked.size)}: expected {self.size}, the model's own")
         if name is None or None not in (asked.prompt, asked.class_):
-            raise ValueError("expected a class, either as `class` or as `prompt`")
+            raise ValueError(f"class {shorten(name)}: expected either `class` or `prompt`")
         if asked.n > self.batch_size:
             raise ValueError(f"n {shorten(asked.n)}: expected at most {self.batch_size}")
         changes = {k: v for k, v in (asked.model_extra or {}).items() if v is not None}
@@ -128,10 +128,10 @@ class Generator:
         return Order(self.pipeline.label(name), seed, asked.n, settings, partials)
 
     async def draw(self, order: Order) -> AsyncIterator[dict[str, Any]]:
-        """Yield an order's images, drawn with other orders', as OpenAI's streaming events."""
+        """Yield the images of an order as OpenAI's streaming events; orders share batches."""
         try:
-            # serve.batch closes a batch when its window ends, even if the batch then has to wait:
-            # so requests that arrive while another batch is drawn are held back here.
+            # serve.batch closes a batch when its window ends, even if the batch then has to wait.
+            # Requests that arrive while a batch is drawn wait here instead, to form one batch.
             while not self.idle.is_set():
                 await self.idle.wait()
             async for event in self.draw_batch(order):
@@ -142,14 +142,14 @@ class Generator:
 
     @serve.batch(batch_size_fn=lambda orders: sum(order.n for order in orders))
     async def draw_batch(self, orders: list[Order]) -> AsyncIterator[list[Any]]:
-        """Yield lists: for each order an event or None, and StopIteration once it is done."""
+        """Yield lists with an item per order: an event, None, or StopIteration once it is done."""
         from moveimg.device import release_memory
 
         self.idle.clear()
         groups = defaultdict(list)
         for order in orders:
             groups[order.settings.model_copy(update={"cfg_scale": 1.0})].append(order)
-        run: Any = asyncio.get_running_loop().run_in_executor  # health checks need the loop
+        run: Any = asyncio.get_running_loop().run_in_executor  # the loop answers health checks
         try:
             for settings, group in groups.items():
                 steps = self._draw_group(group, settings)
@@ -188,7 +188,7 @@ class Generator:
             for row, (order, i) in enumerate(rows):
                 if order.done or not (complete or position in order.partials):
                     continue
-                # one by one: pixels must not depend on the batch
+                # decoded one by one: pixels must not depend on the batch
                 image = pipeline.decode_partial(codes[row : row + 1], position)[0]
                 about = {"class": order.label, "seed": order.seed + i}
                 png = png_bytes(image, about | order.settings.model_dump())
@@ -202,7 +202,7 @@ class Generator:
 
 
 class Front:
-    """ASGI middleware of Ray's proxy: routes, retries, and errors as OpenAI's JSON."""
+    """ASGI middleware of Ray's proxy: routes, retries, and errors in OpenAI's format."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -228,13 +228,13 @@ class Front:
         await answer(scope, receive, send)
 
     async def forward(self, scope: Any, body: bytes, receive: Any, send: Any) -> None:
-        """Send a request to a replica, and to another one if it dies.
+        """Send a request to a replica, and to another replica if the first dies.
 
-        A second answer has the messages of the first: those already sent are left out.
+        The second answer repeats the first: messages that the client already has are skipped.
         """
         seed = (b"x-default-seed", str(secrets.randbelow(2**31)).encode())
-        scope["headers"] = [seed, *scope["headers"]]  # the first of a name counts
-        sent, text = 0, f"the request's replica died, {ATTEMPTS} times".encode()
+        scope["headers"] = [seed, *scope["headers"]]  # of equal headers the first counts
+        sent, text = 0, f"{ATTEMPTS} replicas died during the request".encode()
         for _ in range(ATTEMPTS):
             bodies, seen, status, complete = [{"type": "http.request", "body": body}], 0, 0, False
 
@@ -245,7 +245,7 @@ class Front:
                 nonlocal sent, text, seen, status, complete
                 status = message.get("status", status)
                 seen, complete = seen + 1, not message.get("more_body", "status" in message)
-                if status == 503:  # the proxy's own, as plain text: the queue is full
+                if status == 503:  # from the proxy, as plain text: the queue is full
                     text = message.get("body", text)
                 elif seen > sent:
                     sent = seen
@@ -259,7 +259,7 @@ class Front:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """Return the middlewares of Ray's proxy (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
+    """Return the middlewares for Ray's proxy (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
     return [Middleware(Front)]
 
 
@@ -270,7 +270,7 @@ def health() -> Response:
 
 
 def metrics() -> Response:
-    """Return the metrics of Ray on this machine in Prometheus' text format."""
+    """Return Ray's metrics of this machine in the text format of Prometheus."""
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -278,7 +278,7 @@ def metrics() -> Response:
 
 
 def refuse(status: int, message: str) -> Response:
-    """Return an error in the shape of OpenAI's API."""
+    """Return an error response in the format of OpenAI's API."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     headers = {"Retry-After": "5"} if status == 503 else None
     return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)

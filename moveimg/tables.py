@@ -1,4 +1,4 @@
-"""Numbers as text: Markdown tables and sizes."""
+"""Markdown tables, and sizes in bytes as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """A Markdown table of rows with these columns, by default the first row's keys."""
+    """Return a Markdown table of rows with the given columns, by default the first row's keys."""
     columns = columns or [*rows[0]]
     lines = [columns, ["---"] * len(columns)]
     lines += [["" if row.get(c) is None else str(row[c]) for c in columns] for row in rows]
@@ -15,7 +15,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = (
 
 
 def format_bytes(size: float) -> str:
-    """A size in the largest unit that leaves one digit before the point, such as `792 B`."""
+    """Format a size in the largest unit in which it is at least 1, such as `792 B`."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}"

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moveimg.config import ModelConfig
+import tokenizer as vq
+from moveimg.checkpoint import ModelParts, save_model
+from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.model import Transformer
 
 # Tiny settings of every kind for each of the three slots ...
@@ -44,45 +46,35 @@ MORE_MEMORIES = {
 LOW_RANK_QUERIES = {"kind": "mla", "kv_rank": 8, "rope_dim": 8, "q_rank": 10}
 LISTED = {"layers": [1], "elsewhere": {"hidden": 24}}
 MORE = {
-    "mla-q-none-swiglu": (LOW_RANK_QUERIES, MEMORIES["none"], FEEDFORWARDS["swiglu"]),
-    "mla-q-move-moe-listed": (
-        LOW_RANK_QUERIES,
-        MEMORIES["move-3-class-rows"],
-        FEEDFORWARDS["moe"] | LISTED,
-    ),
-    "mha-move-product_key-listed": (
-        ATTENTIONS["mha"],
-        MORE_MEMORIES["move-1"],
-        FEEDFORWARDS["product_key"] | LISTED | {"value_width": 10},
-    ),
-    "mha-move-ultramem-delayed": (
-        ATTENTIONS["mha"],
-        MORE_MEMORIES["move-1"],
-        FEEDFORWARDS["ultramem"] | {"delay": 1, "layers": [0], "rank": 3, "cores": 3},
-    ),
+    "mla-q-none-swiglu": {"attention": LOW_RANK_QUERIES, "ffn": FEEDFORWARDS["swiglu"]},
+    "mla-q-move-moe-listed": {
+        "attention": LOW_RANK_QUERIES,
+        "memory": MEMORIES["move-3-class-rows"],
+        "ffn": FEEDFORWARDS["moe"] | LISTED,
+    },
+    "mha-move-product_key-listed": {
+        "memory": MORE_MEMORIES["move-1"],
+        "ffn": FEEDFORWARDS["product_key"] | LISTED | {"value_width": 10},
+    },
+    "mha-move-ultramem-delayed": {
+        "memory": MORE_MEMORIES["move-1"],
+        "ffn": FEEDFORWARDS["ultramem"] | {"delay": 1, "layers": [0], "rank": 3, "cores": 3},
+    },
 }
-
-
-def _named(attention: dict, memory: dict, ffn: dict) -> dict:
-    return {"attention": attention, "memory": memory, "ffn": ffn}
-
-
 # Every allowed combination of the kinds, then the options.
 VARIANTS = {
-    f"{a}-{m}-{f}": _named(ATTENTIONS[a], MEMORIES[m], FEEDFORWARDS[f])
+    f"{a}-{m}-{f}": {"attention": ATTENTIONS[a], "memory": memory, "ffn": FEEDFORWARDS[f]}
     for a in ATTENTIONS
-    for m in MEMORIES
+    for m, memory in (MEMORIES | MORE_MEMORIES).items()
     for f in FEEDFORWARDS
-}
-VARIANTS |= {
-    f"{a}-{m}-swiglu": _named(ATTENTIONS[a], MORE_MEMORIES[m], FEEDFORWARDS["swiglu"])
-    for a in ATTENTIONS
-    for m in MORE_MEMORIES
-}
-VARIANTS |= {name: _named(*slots) for name, slots in MORE.items()}
+    if m in MEMORIES or f == "swiglu"
+} | MORE
 # For what takes long: each pair of attention and memory once, their feed-forwards in turn.
 PAIRS = [(a, m) for a in ATTENTIONS for m in MEMORIES]
 PAIRED = [f"{a}-{m}-{f}" for (a, m), f in zip(PAIRS, cycle(FEEDFORWARDS), strict=False)]
+VARIED = [*PAIRED, *MORE]
+CPU = torch.device("cpu")
+NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane", "black swan"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -181,6 +173,35 @@ def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float6
     return model
 
 
+def tiny_model(name: str, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
+    """The lively model of a variant."""
+    return lively(tiny_config(**VARIANTS[name], **changes), dtype=dtype)
+
+
+def tiny_tokenizer(codebook_size: int = 11) -> vq.AutoencoderTokenizer:
+    torch.manual_seed(0)
+    config = vq.VQConfig(
+        width=8, multipliers=(1, 1, 1), n_res_blocks=1, z_channels=8, norm_groups=4,
+        codebook_size=codebook_size, codebook_dim=4, attention=False,
+    )  # fmt: skip
+    return vq.AutoencoderTokenizer(config).freeze()
+
+
+def tiny_parts(generator: Transformer | None = None, **sampling) -> ModelParts:
+    """A model with its tokenizer and class names; by default with a memory of two slots."""
+    if generator is None:
+        generator = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    return ModelParts(generator, tiny_tokenizer(), NAMES, SamplingSettings(**sampling))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A model directory."""
+    about = {"step": 30, "val": {"loss": 1.23456, "accuracy": 0.5}, "run": {"out": "/home/anna/x"}}
+    save_model(tmp_path / "model", tiny_parts(cfg_scale=1.5, top_k=9), about)
+    return tmp_path / "model"
+
+
 def random_inputs(config: ModelConfig, batch: int = 3, seed: int = 0):
     """codes [B, T] and labels [B], the null label among them."""
     g = torch.Generator().manual_seed(seed)
@@ -196,9 +217,3 @@ def decode_all(model, codes, labels):
     steps = [model.start(labels, cache)]
     steps += [model.decode(codes[:, t], cache) for t in range(codes.shape[1] - 1)]
     return torch.stack(steps, dim=1)
-
-
-@pytest.fixture(params=VARIANTS, ids=list(VARIANTS))
-def variant(request) -> ModelConfig:
-    """Each allowed combination of attention, memory and feed-forward."""
-    return tiny_config(**VARIANTS[request.param])

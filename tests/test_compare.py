@@ -16,31 +16,35 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from moveimg import compare as module
 from moveimg import plots
-from moveimg.compare import compare, list_runs, load_study, parse_seeds, run_all
+from moveimg.compare import compare, list_runs, load_study, run_all
 from moveimg.compare_report import answer, difference, questions_table, results_table
 from moveimg.files import write_json, write_text
+from tests.conftest import CPU
 
-CPU = torch.device("cpu")
-SIZE = "n_layer: 2, n_head: 2, codebook_size: 8, n_classes: 3, grid: [2, 2], width"
-MOE = "{kind: moe, n_experts: 4, hidden: 8, shared_hidden: 8}"
+SIZE = {"n_layer": 2, "n_head": 2, "codebook_size": 8, "n_classes": 3, "grid": [2, 2], "width": 16}
+MOE = {"kind": "moe", "n_experts": 4, "hidden": 8, "shared_hidden": 8}
 MODELS = {
-    "dense": f"{{{SIZE}: 16}}",
-    "experts": f"{{{SIZE}: 16, memory: {{kind: move, slots: 2}}, ffn: {MOE}}}",
-    "wide": f"{{{SIZE}: 32, attention: {{kind: mla, kv_rank: 8, rope_dim: 4}}}}",
+    "dense": SIZE,
+    "experts": SIZE | {"memory": {"kind": "move", "slots": 2}, "ffn": MOE},
+    "wide": SIZE | {"width": 32, "attention": {"kind": "mla", "kv_rank": 8, "rope_dim": 4}},
 }
 
 
 @pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
 def configs(tmp_path):
-    base = "out: unused\ndata: {codes: c, tokenizer: t}\nsteps: 4\nbatch_size: 8\n"
+    base = {"out": "unused", "data": {"codes": "c", "tokenizer": "t"}, "steps": 4, "batch_size": 8}
     for name, model in MODELS.items():
-        (tmp_path / f"{name}.yaml").write_text(f"{base}model: {model}\n")
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(base | {"model": model}))
     return [str(tmp_path / f"{name}.yaml") for name in MODELS]
 
 
@@ -48,12 +52,11 @@ def leave(run, exported=4):
     """Write a run's folder after its last measurement, with the model of step `exported`."""
     logs = run.config.out / "training"
     write_text(logs / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json")))
-    lines = [
-        {"step": step, "seconds": step / 2, "peak_memory": memory,
-         "loss": 2 / step + run.config.seed}
-        for step, memory in ((2, 3 * 2**20), (4, 2**20))
-    ]  # fmt: skip
-    write_text(logs / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    text = ""
+    for step, memory in ((2, 3 * 2**20), (4, 2**20)):
+        line = {"step": step, "seconds": step / 2, "loss": 2 / step + run.config.seed}
+        text += json.dumps(line | {"peak_memory": memory}) + "\n"
+    write_text(logs / "metrics.jsonl", text)
     model = run.config.model.model_dump(mode="json")
     about = {"format": 1, "model": model, "about": {"step": exported}}
     write_json(run.config.out / "config.json", about)
@@ -76,7 +79,7 @@ def trained(monkeypatch):
     return made
 
 
-def test_a_study_file_names_rows_with_settings_and_questions(configs, tmp_path, trained):
+def test_a_study_file_names_rows_with_settings_and_questions(configs, tmp_path, out, trained):
     study = {
         "seeds": [0, 1],
         "rows": {
@@ -85,25 +88,23 @@ def test_a_study_file_names_rows_with_settings_and_questions(configs, tmp_path, 
         },
         "questions": [["Two slots", "Dense"]],
     }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    found, out = load_study([str(tmp_path / "study.yaml")], None), tmp_path / "out"
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    found = load_study([str(path)], None)
     runs = list_runs(found, out, [])
-    assert [run.config.out.name for run in runs] == [
-        "dense-seed0", "dense-seed1", "dense-seed2", "two-slots-seed0", "two-slots-seed1"
-    ]  # fmt: skip
+    names = ["dense-seed0", "dense-seed1", "dense-seed2", "two-slots-seed0", "two-slots-seed1"]
+    assert [run.config.out.name for run in runs] == names
     assert runs[3].config.model.ffn.kind == "swiglu"
     compare(found, out, [], CPU)
     report = json.loads((out / "comparison.json").read_text())
     assert report["questions"][0]["mean"] == 0 and report["questions"][0]["seeds"] == 2
     assert "Two slots - Dense" in questions_table(report)
+    path.write_text(yaml.safe_dump(study | {"questions": [["Nobody", "Dense"]]}))
     with pytest.raises(ValueError, match="Nobody"):
-        study["questions"] = [["Nobody", "Dense"]]
-        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-        load_study([str(tmp_path / "study.yaml")], None)
+        load_study([str(path)], None)
 
 
-def test_report_holds_every_row(configs, tmp_path, trained, monkeypatch):
-    out = tmp_path / "out"
+def test_report_holds_every_row(configs, out, trained, monkeypatch):
     table = compare(load_study(configs, "0,1"), out, [], CPU)
     assert trained == [f"{name}, seed {seed}" for name in MODELS for seed in (0, 1)]
     report = json.loads((out / "comparison.json").read_text())
@@ -117,15 +118,12 @@ def test_report_holds_every_row(configs, tmp_path, trained, monkeypatch):
         assert f"{row['active']:,}" in line and f"{row['flops_per_token'] / 1e6:.3f}" in line
     monkeypatch.undo()
     plots.plot_comparison(report["rows"], out)
-    for name in ("curves", "costs"):
-        assert Image.open(out / f"{name}.png").width > 300
+    assert all(Image.open(out / f"{name}.png").width > 300 for name in ("curves", "costs"))
 
 
-def test_finished_runs_are_read_and_known_ones_need_no_folder(configs, tmp_path, trained):
-    out, study = tmp_path / "out", load_study(configs[:2], "0")
-    run = list_runs(study, out, [])[0]
-    leave(run, exported=2)  # as if killed before its last export
-    assert not run.finished()
+def test_finished_runs_are_read_and_known_ones_need_no_folder(configs, tmp_path, out, trained):
+    study = load_study(configs[:2], "0")
+    leave(list_runs(study, out, [])[0], exported=2)  # as if killed before its last export
     table = compare(study, out, [], CPU)
     assert trained == ["dense, seed 0", "experts, seed 0"]
     trained.clear()
@@ -136,17 +134,21 @@ def test_finished_runs_are_read_and_known_ones_need_no_folder(configs, tmp_path,
     assert trained == ["dense, seed 2"]
     trained.clear()
     with pytest.raises(ValueError, match="last step"):  # another setting: none of them is known
-        compare(study, tmp_path / "out", ["steps=5"], CPU)
+        compare(study, out, ["steps=5"], CPU)
     assert trained == ["dense, seed 0", "experts, seed 0"]
+    trained.clear()
+    with pytest.raises(ValueError, match=r"dense-seed0.*steps \(5, now 6\)"):
+        compare(study, out, ["steps=6"], CPU)
+    assert not trained
 
 
 @pytest.mark.parametrize(
     ("text", "key"),
     [("optimizer: {lr: 1e-3}\n", "optimizer.lr"), ("model: {norm_eps: 1e-6}\n", "model.norm_eps")],
 )
-def test_only_slots_and_size_may_differ(configs, tmp_path, text, key):
+def test_only_slots_and_size_may_differ(configs, tmp_path, out, text, key):
     (tmp_path / "other.yaml").write_text(f"base: dense.yaml\n{text}")
-    pair, out = [configs[0], str(tmp_path / "other.yaml")], tmp_path / "out"
+    pair = [configs[0], str(tmp_path / "other.yaml")]
     assert len(list_runs(load_study(pair, "0", [key]), out, [])) == 2
     for vary in ([], ["opt", "model.n"]):  # a part of a key's name is not the key
         with pytest.raises(ValueError, match=key):
@@ -155,16 +157,7 @@ def test_only_slots_and_size_may_differ(configs, tmp_path, text, key):
         load_study([configs[0], configs[0]], "0")
 
 
-def test_folder_with_another_run_is_refused_before_anything_is_trained(configs, tmp_path, trained):
-    out, study = tmp_path / "out", load_study(configs, "0")
-    leave(list_runs(study, out, [])[2])
-    with pytest.raises(ValueError, match=r"wide-seed0.*steps \(4, now 5\)"):
-        compare(study, out, ["steps=5"], CPU)
-    assert not trained
-
-
-def test_failed_training_does_not_lose_the_others(configs, tmp_path, trained):
-    out = tmp_path / "out"
+def test_failed_training_does_not_lose_the_others(configs, out, trained):
     with pytest.raises(ValueError, match=r"dense, seed 13: the codes are gone.*wide, seed 13"):
         compare(load_study(configs, "0,13"), out, [], CPU)
     report = json.loads((out / "comparison.json").read_text())
@@ -173,12 +166,11 @@ def test_failed_training_does_not_lose_the_others(configs, tmp_path, trained):
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell stands in for a training")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_end_of_a_comparison_ends_its_trainings(configs, tmp_path, monkeypatch, number):
-    logs = tmp_path / "out" / "logs"
+def test_end_of_a_comparison_ends_its_trainings(configs, out, monkeypatch, number):
     waits = "trap 'echo stopped; kill $!; exit 143' TERM; echo up; sleep 60 & wait"
     commands = lambda *_: [["sh", "-c", waits], ["false"]]  # noqa: E731
     monkeypatch.setattr(module.ComparedRun, "commands", commands)
-    both = [logs / f"{name}-seed0.log" for name in ("dense", "experts")]
+    both = [out / "logs" / f"{name}-seed0.log" for name in ("dense", "experts")]
 
     def end():
         for _ in range(600):
@@ -191,7 +183,7 @@ def test_end_of_a_comparison_ends_its_trainings(configs, tmp_path, monkeypatch, 
     before, thread = signal.getsignal(signal.SIGTERM), threading.Thread(target=end)
     thread.start()
     with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt):
-        compare(load_study(configs, "0"), tmp_path / "out", [], CPU, jobs=2)
+        compare(load_study(configs, "0"), out, [], CPU, jobs=2)
     thread.join()
     assert [path.read_text() for path in both] == ["up\nstopped\n"] * 2
     assert signal.getsignal(signal.SIGTERM) == before
@@ -202,9 +194,8 @@ def test_runs_have_their_seed_and_folder_and_name_their_failure(configs, tmp_pat
     study = load_study(configs[:1], "3,4").model_copy(update={"test": module.TestSet(**test)})
     runs = list_runs(study, tmp_path, [])
     train, evaluate = runs[0].commands(["steps=9"], CPU)
-    assert train[3:5] == ["train", configs[0]]
     own = ["--set", "steps=9", "--set", "seed=3", "--set", f'out="{tmp_path}/dense-seed3"']
-    assert train[5:11] == own
+    assert train[3:11] == ["train", configs[0], *own]
     assert evaluate[3:5] == ["evaluate", f"{tmp_path}/dense-seed3"] and "30" in evaluate
     script = "import sys; print('error: the codes are gone'); sys.exit(int(sys.argv[1]) - 3)"
     words = [sys.executable, "-c", script]
@@ -233,13 +224,6 @@ def test_differences_are_paired_by_seed():
     (asked,) = answer([("b", "a")], rows)
     assert asked["level"] == 0.95 and asked["significant"]
     assert not answer([("b", "a")] * 50, rows)[0]["significant"]
-
-
-def test_seeds_are_read():
-    assert parse_seeds("0, 2,1") == [0, 2, 1]
-    for wrong in ("", "a", "1,1", "-1", "9" * 5000, "²"):
-        with pytest.raises(ValueError, match="seeds"):
-            parse_seeds(wrong)
 
 
 def test_the_document_shows_the_numbers_of_its_json():

@@ -1,4 +1,7 @@
-"""`moveimg info`: FLOPs against torch's counter, bytes against autograd's, budgets by hand."""
+"""`moveimg info`: FLOPs against torch's counter, bytes against autograd's, budgets by hand.
+
+And `moveimg bench`, which counts the right work; no test here looks at how long anything takes.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,26 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moveimg.config import SIZES, ModelConfig, TrainConfig, load_config
+from moveimg.config import ModelConfig, TrainConfig, load_config
 from moveimg.model import GatedMixer, MoE, Transformer, model_cost, token_flops, train_budget
 from moveimg.model.attention import MultiHeadLatentAttention
 from moveimg.model.cost import active_parameters, block_activations, count_parameters
 from moveimg.model.moe import block_shape
 from moveimg.model.product_keys import PEER, ProductKeyMemory
 from moveimg.model.ultramem import UltraMem
-from tests.conftest import MORE, PAIRED, VARIANTS, decode_all, lively, random_inputs, tiny_config
+from moveimg.training.generator import GeneratorTask
+from tests.conftest import VARIANTS, VARIED, decode_all, random_inputs, tiny_config, tiny_model
+from tests.test_cli import refused, run
 
-B_MOVE = "imagenet-b-256-move-x1"
-by_name = pytest.mark.parametrize("name", [*PAIRED, *MORE])
-
-
-@pytest.mark.parametrize(
-    ("size", "millions"), [("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411), ("3B", 3097)]
-)
-def test_dense_sizes_have_the_published_parameter_counts(size, millions):
-    # arXiv 2406.06525, table 1: 111M, 343M, 775M, 1.4B, 3.1B
-    cost = model_cost(ModelConfig.model_validate({"size": size}))
-    assert size in SIZES and round(cost.parameters / 1e6) == millions
+OPTIONS = ("--repeats", 1, "--device", "cpu", "--batch-size")
 
 
-def test_router_overhead_is_the_papers_formula():
-    config = ModelConfig.model_validate({"size": "B", "memory": {"kind": "move", "slots": 6}})
-    assert round(model_cost(config).bank / 1e6, 1) == 75.5  # the paper's, too
-    with torch.device("meta"):
-        mixer = {type(m): m for m in Transformer(config).modules()}[GatedMixer]
-    assert token_flops(mixer.router, 0) == 2 * config.width * config.n_head * 7  # 2 d H (M + 1)
-
-
-def count_flops(call):
-    """FLOPs of a call by torch, with attention as matrix products, which all its versions count."""
-    math_attention = sdpa_kernel(SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, math_attention, torch.no_grad():
-        call()
+@torch.no_grad()
+@sdpa_kernel(SDPBackend.MATH)  # attention as matrix products, which all versions of torch count
+def count_flops(call, *inputs):
+    """FLOPs of a call by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        call(*inputs)
     return counter.get_total_flops()
 
 
@@ -64,16 +52,14 @@ def countable(model, context, tokens, **options):
     return total
 
 
-@by_name
+@pytest.mark.parametrize("name", VARIED)
 def test_flops_agree_with_torchs_counter(name):
-    model = lively(tiny_config(**VARIANTS[name]), dtype=torch.float32)
-    length = model.config.seq_len
-    counted = count_flops(lambda: model(*random_inputs(model.config, batch=2)))
+    # a small grid, since counting a product takes milliseconds
+    model = tiny_model(name, torch.float32, grid=[2, 2])
+    inputs = random_inputs(model.config, batch=2)
     # the counter counts attention over all T positions for each of the T tokens
-    assert counted == countable(model, length, 2 * length)
-    # decoding, on a smaller grid, since counting a product takes milliseconds
-    model = lively(tiny_config(**VARIANTS[name], grid=[2, 2]), dtype=torch.float32)
-    counted = count_flops(lambda: decode_all(model, *random_inputs(model.config, batch=2)))
+    assert count_flops(model, *inputs) == countable(model, 4, 2 * 4)
+    counted = count_flops(decode_all, model, *inputs)
     expected = 4 * countable(model, (4 + 1) / 2, 2, decoding=True)
     # a sum over one position, the first, is a product by elements
     latent = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
@@ -81,15 +67,14 @@ def test_flops_agree_with_torchs_counter(name):
     assert counted == pytest.approx(expected - 2 * sum(first), rel=1e-12)
 
 
-@by_name
+@pytest.mark.parametrize("name", VARIED)
 def test_parameters_add_up(name):
     model = Transformer(tiny_config(**VARIANTS[name]))
     total = sum(p.numel() for p in model.parameters())
     assert sum(count_parameters(model).values()) == total
-    tables = model.code_embedding.weight.numel() + model.label_embedding.weight.numel()
-    memory = sum(p.numel() for p in model.memory.parameters())
-    active = total - tables + 16 - memory
-    active += model.memory.bank.embedding_dim if memory else 0
+    tables = [model.code_embedding, model.label_embedding, model.memory, model.shared_ffn]
+    active = total - sum(p.numel() for m in tables if m is not None for p in m.parameters())
+    active += 16 + (model.memory.bank.embedding_dim if model.config.memory.kind != "none" else 0)
     for ffn in model.feedforwards():
         if isinstance(ffn, MoE):  # two of four experts are idle
             active -= 2 * 3 * 16 * 8
@@ -99,8 +84,6 @@ def test_parameters_add_up(name):
             active += 2 * 3 * 6 - 4 * 6
         elif isinstance(ffn, PEER):  # of 16 experts
             active += (2 * 3 - 16) * 2 * 16
-    if model.shared_ffn is not None:
-        active -= model.shared_ffn.weight.numel()
     assert active_parameters(model) == active
 
 
@@ -116,53 +99,42 @@ def test_cache_and_table_bytes():
     assert cost("mla-lave-x1-swiglu").bank_bytes_per_token == 16 * 2
 
 
-def kept_bytes(n_layer: int, memory: dict) -> float:
+def kept_bytes(config: ModelConfig) -> float:
     """Bytes per token that the blocks keep in bfloat16 autocast, counted tensor by tensor."""
-    ffn = {"kind": "swiglu", "hidden": 96}
-    config = tiny_config(n_layer=n_layer, n_head=4, width=64, grid=[7, 11], memory=memory, ffn=ffn)
-    model, images = Transformer(config).train(), 3
+    model, kept = Transformer(config).train(), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {tuple(p.shape) for p in model.parameters()}
-    shapes |= {shape[::-1] for shape in shapes}  # and their bfloat16 copies, counted as `copies`
-    kept: dict[int, torch.UntypedStorage] = {}
+    # and their bfloat16 copies, which are counted with the model
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+        if storage.data_ptr() not in weights and tensor.shape not in shapes:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    codes = torch.randint(config.codebook_size, (images, config.seq_len))
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16):
-        model.hidden(codes, torch.zeros(images, dtype=torch.long))
-    return sum(storage.nbytes() for storage in kept.values()) / (images * config.seq_len)
+        model.hidden(*random_inputs(config))
+    return sum(storage.nbytes() for storage in kept.values()) / (3 * config.seq_len)
 
 
-@pytest.mark.parametrize("name", ["none", "move", "ungated", "lave"])
+@pytest.mark.parametrize("name", ["none", "move-3-class-rows", "move-2-ungated"])
 def test_activations_are_those_that_autograd_keeps(name):
-    memory = {
-        "none": {"kind": "none"},
-        "move": {"kind": "move", "slots": 6},
-        "ungated": {"kind": "move", "slots": 1, "gate_standard": False},
-        "lave": {"kind": "lave", "layers": "all"},
-    }[name]
+    memory = {"memory": VARIANTS[f"mha-{name}-swiglu"]["memory"]}
+    size = {"n_head": 4, "width": 64, "grid": [7, 11], "ffn": {"kind": "swiglu", "hidden": 96}}
+    few, more = (tiny_config(n_layer=n, **size, **memory) for n in (2, 4))
     # per block, by the difference of two depths: the rest of the model cancels out
-    bytes_per_block = (kept_bytes(4, memory) - kept_bytes(2, memory)) / 2
-    if name == "lave":  # whose gathered rows grow with the layers
-        bytes_per_block -= 64 * 2
-    ffn = {"kind": "swiglu", "hidden": 96}
-    config = tiny_config(n_head=4, width=64, memory=memory, ffn=ffn)
-    expected = block_activations(config, Transformer(config).layers[1])
+    bytes_per_block = (kept_bytes(more) - kept_bytes(few)) / 2
+    expected = block_activations(few, Transformer(few).layers[1])
     assert bytes_per_block == pytest.approx(expected, rel=3e-3)
 
 
 def test_bytes_and_hours_of_a_run_by_hand():
     overrides = ["micro_batch=32", "distributed=ddp", "activation_checkpointing=false"]
-    config = load_config(B_MOVE, TrainConfig, overrides)
+    config = load_config("imagenet-b-256-move-x1", TrainConfig, overrides)
     budget = train_budget(config, gpus=8, gpu="A100")
     d, layers, vocabulary = 768, 12, 16384
-    block = 4 * d * d + 3 * d * 2048 + 2 * d + d * 12 * 7
+    block = 4 * d * d + 3 * d * 2048 + 2 * d + d * 12 * 7  # the router's: d H (M + 1)
     total = layers * block + 2 * vocabulary * d + 1001 * d + d + vocabulary * 6 * d
     assert budget["state"] == 20 * total
     linear = layers * (block - 2 * d) + vocabulary * d
@@ -171,23 +143,48 @@ def test_bytes_and_hours_of_a_run_by_hand():
     seconds = config.steps * budget["flops_per_step"] / 8 / 312e12
     assert budget["hours"] == pytest.approx([2 * seconds / 3600, 4 * seconds / 3600])
     assert budget["codes"] == 1_281_167 * (20 * 256 * 2 + 4)
-    assert budget["checkpoints"] == total * (16 * (2 + 2) + 4)
+    assert budget["checkpoints"] == total * (16 * (2 + 1) + 2 * 4)
+    for wrong, value in (({"gpus": 3}, "3 GPUs"), ({"gpu": "Z80"}, "'Z80'")):
+        with pytest.raises(ValueError, match=value):
+            train_budget(config, **wrong)
 
 
-def test_batches_that_gpus_cannot_share_and_unknown_gpus_are_refused():
-    config = load_config(B_MOVE, TrainConfig)
-    with pytest.raises(ValueError, match="3 GPUs"):
-        train_budget(config, gpus=3)
-    with pytest.raises(ValueError, match="'Z80'"):
-        train_budget(config, gpu="Z80")
-
-
-@pytest.mark.parametrize("size", [size for size in SIZES if size != "digits"])
-def test_imagenet_recipes_of_one_scale_have_banks_of_one_size_and_fit_a_gpu(size):
+# arXiv 2406.06525, table 1: 111M, 343M, 775M, 1.4B, 3.1B
+@pytest.mark.parametrize(
+    ("size", "millions"), [("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411), ("3B", 3097)]
+)
+def test_imagenet_recipes_have_the_published_sizes_and_equal_banks_and_fit_a_gpu(size, millions):
     banks = {}
     for memory in ("standard", "lave-x1", "move-x1", "move-x2", "mla-lave-x1", "mla-move-x1"):
         config = load_config(f"imagenet-{size.lower()}-256-{memory}", TrainConfig)
-        banks[memory] = model_cost(config.model).bank
-        assert train_budget(config)["memory"] < 80e9
+        cost = model_cost(config.model)
+        banks[memory] = cost.bank
+        assert memory != "standard" or round(cost.parameters / 1e6) == millions
+        assert memory != "move-x2" or train_budget(config)["memory"] < 80e9  # the largest
     x1 = banks["move-x1"]
     assert [*banks.values()] == [0, x1, x1, 2 * x1, x1, x1]
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(
+        "out: unused\ndata: {codes: c, tokenizer: t}\nsteps: 9\nmicro_batch: 4\nmodel: {n_layer: 1,"
+        " n_head: 2, width: 16, codebook_size: 11, n_classes: 5, grid: [3, 4]}\n"
+    )
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.mark.parametrize(("batch_size", "passes"), [(8, 2), (6, 1)])  # micro_batch is 4
+def test_training_is_measured_with_the_configs_passes(config, monkeypatch, batch_size, passes):
+    made, loss = [], GeneratorTask.loss
+    spy = lambda task, *index: made.append(task) or loss(task, *index)  # noqa: E731
+    monkeypatch.setattr(GeneratorTask, "loss", spy)
+    result = run("bench", "train", config, *OPTIONS, batch_size)
+    assert len(made) == 2 * passes and "steps per second" in result.output
+    assert made[0].model.head.weight.any()  # it really trains
+
+
+def test_a_config_is_sampled_from_random_weights(config):
+    done = run("bench", "sample", config, *OPTIONS, 1, "--quantize", "int8")
+    assert "codes per second" in done.output
+    assert "int8" in refused("bench", "sample", config, *OPTIONS, 1, "--quantize", "int3")

@@ -118,6 +118,6 @@ def test_the_queue_is_bounded_for_a_tab_and_an_address(monkeypatch):
 def test_a_bad_upload_is_refused(data):
     if data == "bomb":
         data = jobs.image_uri(Image.new("1", (9000, 8000)), {})
-    assert len(data) < api.BASE64
+    assert len(data) < api.MAX_URI
     with pytest.raises(ValueError, match=r"image|base64"):
         jobs.read_upload(data)

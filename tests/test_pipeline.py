@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import pydoc
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,33 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import moveimg
 import tokenizer as vq
-from moveimg.checkpoint import BUNDLED, ModelParts, load_model, load_tokenizer, save_model
+from moveimg.checkpoint import ModelParts, load_model, save_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import image_rngs, sample_codes
-from tests.conftest import MORE, VARIANTS, lively, tiny_config
-
-NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane", "black swan"]
-CPU = torch.device("cpu")
-
-
-def tiny_tokenizer(codebook_size: int = 11) -> vq.AutoencoderTokenizer:
-    torch.manual_seed(0)
-    config = vq.VQConfig(
-        width=8, multipliers=(1, 1, 1), n_res_blocks=1, z_channels=8, norm_groups=4,
-        codebook_size=codebook_size, codebook_dim=4, attention=False,
-    )  # fmt: skip
-    return vq.AutoencoderTokenizer(config).freeze()
-
-
-@pytest.fixture
-def directory(tmp_path):
-    generator = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
-    settings = SamplingSettings(cfg_scale=1.5, top_k=9)
-    save_model(tmp_path / "model", ModelParts(generator, tiny_tokenizer(), NAMES, settings), {})
-    return tmp_path / "model"
+from tests.conftest import MORE, NAMES, lively, tiny_model, tiny_parts, tiny_tokenizer
 
 
 @pytest.fixture
@@ -70,7 +49,6 @@ def test_classes_by_index_name_synonym_and_part():
         (NAMES, "-1", "class -1: expected 0..4"),
         (NAMES, "crane", "2 (crane), 3 (crane)"),
         (["01", "02", "03"], "1", "'1' is ambiguous"),
-        (["b", "01"], "1", "'1' is ambiguous"),
         (NAMES, "z" * 10**6, "zzz"),
     ],
 )
@@ -96,10 +74,8 @@ def test_samples_repeat_and_have_their_own_seeds(pipeline):
 @pytest.mark.parametrize(
     ("classes", "options", "value"),
     [
-        ([0], {"temperature": -1}, "-1"),
         ([0], {"cfg_skale": 1}, "cfg_skale"),
         ([], {}, "0 classes"),
-        ([0], {"num": 0}, "num 0"),
         ([0], {"num": 10**30}, "num 1000"),
         ([0], {"batch_size": 0}, "batch_size 0"),
         ([0], {"seed": 10**30}, "seed 1000"),
@@ -121,69 +97,52 @@ def test_partial_images_end_with_the_sampled_ones(pipeline):
     assert (first[4:] == 128).all() and not (first[:4] == 128).all()  # rows to come are grey
 
 
-def test_the_decoder_follows_the_generator_and_is_its_own(pipeline, directory):
-    settings, other = SamplingSettings(cfg_scale=1.0, temperature=0.0), Pipeline.from_pretrained
-    other = other(directory, device="cpu")
-    before = pipeline.sample_codes([0, 1], settings)
+def test_the_decoder_follows_the_generator(pipeline):
+    settings = SamplingSettings(temperature=0.0)
     assert pipeline.decoder is pipeline.decoder
+    before = pipeline.sample_codes([0, 1], settings)
     with torch.no_grad():  # weights changed in place
         pipeline.generator.head.weight.neg_()
     assert not torch.equal(before, pipeline.sample_codes([0, 1], settings))
-    assert torch.equal(before, other.sample_codes([0, 1], settings))
-    pipeline.generator = lively(pipeline.generator.config, seed=5, dtype=torch.float64)
-    swapped = pipeline.sample_codes([0, 1], settings)
-    labels, rngs = torch.tensor([0, 1]), image_rngs([0, 1])
-    assert torch.equal(swapped, sample_codes(pipeline.generator, labels, settings, rngs))
+    pipeline.generator = lively(pipeline.generator.config, seed=5)
+    expected = sample_codes(pipeline.generator, torch.tensor([0, 1]), settings, image_rngs([0, 1]))
+    assert torch.equal(pipeline.sample_codes([0, 1], settings), expected)
 
 
-@pytest.mark.parametrize("option", ["quantize", "dtype", "device"])
-def test_unknown_options_are_named(directory, option):
-    with pytest.raises(ValueError, match="'abacus'"):
-        Pipeline.from_pretrained(directory, **({"device": "cpu"} | {option: "abacus"}))
-
-
-@pytest.mark.parametrize(
-    "option", [{"quantize": "int8"}, {"dtype": "bfloat16"}, {"dtype": "float64"}]
-)
-def test_other_number_types_load_and_sample(directory, option):
-    pipeline = Pipeline.from_pretrained(directory, device="cpu", **option)
-    dtype = getattr(torch, option.get("dtype", "float32"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_number_types_load_and_sample(directory, dtype):
+    name = str(dtype).removeprefix("torch.")
+    pipeline = Pipeline.from_pretrained(directory, device="cpu", dtype=name)
     assert pipeline.generator.head.weight.dtype == dtype
     precise = torch.promote_types(dtype, torch.float32)  # bfloat16 shows in pixels
     assert pipeline.tokenizer.quant_conv.weight.dtype == precise
     assert len(pipeline.sample([0, 1])) == 2
+    for key in ("dtype", "device", "quantize"):
+        with pytest.raises(ValueError, match="'abacus'"):
+            Pipeline.from_pretrained(directory, **({"device": "cpu"} | {key: "abacus"}))
 
 
 def test_the_package_shows_its_pipeline(pipeline, directory):
-    import moveimg
-
     assert "Pipeline" in dir(moveimg) and moveimg.Pipeline is Pipeline
     for part in (str(directory), "5 classes", "move", "3 x 4", "11", "float32 on cpu"):
         assert part in repr(pipeline)
-    assert "class Pipeline" in pydoc.render_doc(moveimg, renderer=pydoc.plaintext)
 
 
 @pytest.mark.parametrize("name", MORE)
 def test_a_model_directory_round_trips(name, tmp_path):
-    config = tiny_config(**VARIANTS[name])
-    generator = lively(config, dtype=torch.float32)
-    parts = ModelParts(generator, tiny_tokenizer(), NAMES, SamplingSettings(top_p=0.5))
+    parts = tiny_parts(tiny_model(name, torch.float32), top_p=0.5)
     save_model(tmp_path, parts, {"note": 1})
     loaded = load_model(tmp_path)
-    assert loaded.generator.config == config and not loaded.generator.training
-    assert loaded.class_names == NAMES and loaded.sampling == parts.sampling
+    assert loaded.generator.config == parts.generator.config and not loaded.generator.training
+    assert (loaded.class_names, loaded.sampling) == (NAMES, parts.sampling)
     assert loaded.about == {"note": 1}
     assert loaded.tokenizer.fingerprint == parts.tokenizer.fingerprint
-    weights = generator.state_dict()
+    weights = parts.generator.state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in loaded.generator.state_dict().items())
 
 
 def model(**changes):
     return lambda data: data | {"model": data["model"] | changes}
-
-
-def without_grid(data):
-    return data | {"model": {key: data["model"][key] for key in data["model"].keys() - {"grid"}}}
 
 
 def spoil(tensor):
@@ -194,28 +153,24 @@ def spoil(tensor):
     ("file", "change", "value"),
     [
         ("model.safetensors", "truncate", "model.safetensors"),
-        ("tokenizer/model.safetensors", "truncate", "tokenizer/model.safetensors"),
         ("model.safetensors", "remove", "model.safetensors"),
         ("config.json", "remove", "config.json"),
         ("classes.json", "remove", "classes.json"),
         ("tokenizer/config.json", "remove", "tokenizer/config.json"),
         ("config.json", model(n_layer=3), "layers.2."),
-        ("config.json", model(n_layer=10**9), "n_layer"),
         ("config.json", model(n_classes=6), "5 class names, expected 6"),
         ("config.json", model(codebook_size=12), "[11, 16], expected [12, 16]"),
         ("config.json", model(n_layers=2), "model.n_layers: unknown key"),
         ("config.json", model(grid=[500, 500]), "500"),
         ("config.json", model(memory={"kind": "move", "slots": 256}), "router"),
-        ("config.json", without_grid, "model.grid: missing"),
+        ("config.json", lambda data: data["model"].pop("grid") and data, "model.grid: missing"),
         ("config.json", lambda data: [data], "config.json"),
         ("config.json", lambda data: data | {"format": 2}, "format"),
         ("config.json", lambda data: data | {"about": 3}, "about"),
         ("classes.json", lambda names: [None, *names[1:]], "classes.json: 0"),
         ("classes.json", lambda names: ["x" * 5000, *names[1:]], "classes.json: 0"),
-        ("classes.json", lambda names: dict.fromkeys(names), "classes.json"),
         ("sampling.json", lambda data: data | {"top_k": "all"}, "sampling.json: top_k"),
         ("model.safetensors", Tensor.long, "int64"),
-        ("model.safetensors", Tensor.bool, "bool"),
         ("model.safetensors", spoil, "model.safetensors"),
         ("tokenizer/model.safetensors", spoil, "tokenizer"),
     ],
@@ -248,12 +203,3 @@ def test_another_tokenizer_is_refused_and_replaced_by_saving(directory):
     vq.save(tiny_tokenizer(codebook_size=12), directory / "tokenizer")
     with pytest.raises(ValueError, match="11 codes, its tokenizer 12"):
         load_model(directory)
-
-
-def test_a_bundled_tokenizer_is_known_by_name(tmp_path, monkeypatch):
-    bundled = load_tokenizer(BUNDLED / "digits" / "tokenizer", CPU)
-    assert load_tokenizer(Path("digits"), CPU).fingerprint == bundled.fingerprint
-    monkeypatch.chdir(tmp_path)
-    Path("digits").mkdir()  # one's own directory comes first
-    with pytest.raises(FileNotFoundError, match="digits"):
-        load_tokenizer(Path("digits"), CPU)

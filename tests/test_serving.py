@@ -27,7 +27,7 @@ def running():
     if find_spec("ray") is None:
         pytest.skip("Ray Serve is not installed: pip install 'moveimg[serve]'")
     # float64: codes are equal to the bit in any batch
-    options = ("--replicas", 2, "--threads", 1, "--batch-size", 4, "--max-queued", 8)
+    options = ("--replicas", 2, "--threads", 1, "--batch-size", 4, "--max-queued", 12)
     with service("digits", *options, "--dtype", "float64", "--window", 0.05) as process:
         yield process
 

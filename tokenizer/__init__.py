@@ -1,4 +1,4 @@
-"""Images <-> codes: VQ tokenizers, their quantizers and files."""
+"""VQ tokenizers, which encode images to codes and decode codes to images."""
 
 from tokenizer.config import QuantizerConfig, TamingConfig, VQConfig, parse_config
 from tokenizer.io import load, load_llamagen_vq, load_taming, load_weights, read_weights, save

@@ -1,6 +1,6 @@
-"""Tokenizer directories (`config.json`, `model.safetensors`), and weights of other projects.
+"""Reading and writing of tokenizer directories, and reading of LlamaGen's and taming's checkpoints.
 
-Files are read as plain tensors: no code in them is ever run.
+A directory holds `config.json` and `model.safetensors`. Code inside checkpoints is never run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tokenizer.config import TamingConfig, TokenizerConfig, VQConfig, parse_conf
 from tokenizer.vq import AutoencoderTokenizer, WinogradConv2d
 
 PathLike = str | os.PathLike[str]
-CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights are preferred
+CONTAINERS = ("ema", "model", "module", "state_dict")  # keys of checkpoints; EMA weights first
 
 
 def save(tokenizer: AutoencoderTokenizer, directory: PathLike) -> None:
-    """Write a tokenizer into a directory, in float32; each file appears whole."""
+    """Write a tokenizer's config and float32 weights into a directory, each file atomically."""
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in tokenizer.state_dict().items()
@@ -41,10 +41,10 @@ def save(tokenizer: AutoencoderTokenizer, directory: PathLike) -> None:
 def load(
     directory: PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderTokenizer:
-    """The frozen tokenizer of a directory, on `device`, its weights cast to `dtype` (float32).
+    """Load the frozen tokenizer of a directory onto `device` in `dtype` (default: float32).
 
-    On a CPU, large convolutions are computed by NNPACK: values differ by rounding. Raises
-    FileNotFoundError for a missing file, ValueError for a damaged file or one that does not fit.
+    On a CPU, NNPACK computes large convolutions, which rounds differently. Raises
+    FileNotFoundError for a missing file, ValueError for damaged or mismatched files.
     """
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"{directory}: no such tokenizer directory")
@@ -58,12 +58,12 @@ def load(
 
 
 def load_llamagen_vq(file: PathLike) -> AutoencoderTokenizer:
-    """LlamaGen's tokenizer of a file such as `vq_ds16_c2i.pt` (VQ-16) or `vq_ds8_c2i.pt`, frozen.
+    """Load LlamaGen's tokenizer, frozen, from a file such as `vq_ds16_c2i.pt` (VQ-16).
 
-    Sizes are read off the tensors; see `read_weights` for the layouts and errors.
+    Layer sizes are inferred from the tensors; for file layouts and errors see `read_weights`.
     """
     weights, source = read_weights(file), f"{file}: not a LlamaGen tokenizer"
-    weights.pop("quantize.codebook_used", None)  # a statistic of its training
+    weights.pop("quantize.codebook_used", None)  # a statistic of training
 
     def count(pattern: str) -> int:
         return len({match[0] for name in weights if (match := re.match(pattern, name))})
@@ -82,15 +82,15 @@ def load_llamagen_vq(file: PathLike) -> AutoencoderTokenizer:
             "attention": "encoder.mid.1.q.weight" in weights,
         }
     except (KeyError, TypeError, ValueError) as error:  # a tensor is missing or misshapen
-        raise ValueError(f"{source} ({error})") from None
+        raise ValueError(f"{source} (missing or misshapen tensor: {error})") from None
     return _assemble(validate(VQConfig, settings, source), file, weights)
 
 
 def load_taming(checkpoint: PathLike, model_yaml: PathLike) -> AutoencoderTokenizer:
-    """The VQGAN of a checkpoint of taming-transformers or latent diffusion, frozen.
+    """Load the VQGAN, frozen, of a checkpoint of taming-transformers or latent diffusion.
 
-    The YAML beside it has `model.target` and `model.params`; nothing that it names is imported.
-    Raises ValueError where codes are not those of the nearest vector (Gumbel, IBQ, LFQ).
+    `model_yaml` is the checkpoint's config; the classes that it names are not imported. Raises
+    ValueError for quantizers other than nearest-vector lookup (Gumbel, IBQ, LFQ).
     """
     content: Any = read_yaml(Path(model_yaml))
     try:
@@ -100,7 +100,7 @@ def load_taming(checkpoint: PathLike, model_yaml: PathLike) -> AutoencoderTokeni
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{model_yaml}: not the config of a VQGAN ({error!r:.60})") from None
     if not re.fullmatch(r"[\w.]+\.VQModel\w*", target):
-        raise ValueError(f"{model_yaml}: {shorten(target)}: expected a VQModel (nearest vector)")
+        raise ValueError(f"{model_yaml}: target {shorten(target)}, expected a VQModel")
     config = validate(TamingConfig, settings, f"{model_yaml}: model.params")
     stored = read_weights(checkpoint)
     left_out = ("loss.", "model_ema.")
@@ -118,11 +118,11 @@ def _assemble(
 
 
 def read_weights(file: PathLike) -> dict[str, Tensor]:
-    """Names and tensors of a safetensors file (by its suffix) or a PyTorch checkpoint.
+    """Read the tensors, by name, of a `.safetensors` file or a PyTorch checkpoint.
 
-    They are in the first of `CONTAINERS` that holds tensors, or at the top. The prefixes `module.`
-    (DDP) and `_orig_mod.` (torch.compile) are removed. Raises FileNotFoundError, or ValueError for
-    a file that is damaged, holds no weights, or needs code to be run.
+    The tensors are under the first key of `CONTAINERS` that holds any, or at the top level. The
+    prefixes `module.` (DDP) and `_orig_mod.` (torch.compile) are removed. Raises FileNotFoundError,
+    or ValueError for a file that is damaged, holds no tensors, or could run code.
     """
     file = require_file(file)
     try:
@@ -134,19 +134,19 @@ def read_weights(file: PathLike) -> dict[str, Tensor]:
                 top = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # damaged files raise many kinds; torch advises weights_only=False
         raise ValueError(
-            f"{file}: damaged, no weights file, or it holds Python objects beside tensors, which "
-            f"are not read because that could run code ({type(error).__name__})"
+            f"{file}: expected tensors alone; the file is damaged, has another format, or holds "
+            f"Python objects, which could run code ({type(error).__name__})"
         ) from None
     for content in (*(top.get(k) for k in CONTAINERS), top) if isinstance(top, dict) else ():
         if isinstance(content, dict) and any(isinstance(x, Tensor) for x in content.values()):
             break
     else:
-        raise ValueError(f"{file}: no weights, neither bare nor in {', '.join(CONTAINERS)}")
+        raise ValueError(f"{file}: expected tensors, bare or under one of {', '.join(CONTAINERS)}")
     weights: dict[str, Tensor] = {}
     for key, value in content.items():
         name = str(key).replace("_orig_mod.", "").removeprefix("module.")
         if not isinstance(value, Tensor) or name in weights:
-            reason = "is there twice" if name in weights else f"is a {type(value).__name__}"
+            reason = "occurs twice" if name in weights else f"is a {type(value).__name__}"
             raise ValueError(f"{file}: {name} {reason}, expected one tensor")
         weights[name] = value
     return weights
@@ -158,25 +158,25 @@ def load_weights(
     source: str,
     dtype: torch.dtype | None = torch.float32,
 ) -> None:
-    """Set all weights of `module`, cast to `dtype` (None: as they are stored).
+    """Load all weights of `module`, cast to `dtype` (None: the stored dtype).
 
-    A module on the meta device takes the tensors themselves. Raises ValueError, one line that
-    starts with `source`, for a tensor that is missing, unknown, misshapen or not of floats, and
-    for a norm or bias that is not finite (reading every matrix would take seconds).
+    A module on the meta device gets the tensors uncopied. Raises ValueError, one line that starts
+    with `source`, for a tensor that is missing or unknown, for a wrong shape or dtype, and for a
+    norm or bias that is not finite (matrices are unchecked: that would take seconds).
     """
     expected, state = module.state_dict(), {}
     for name in sorted(expected.keys() | weights.keys()):
-        there, wanted = (
+        stored, wanted = (
             list(tensors[name].shape) if name in tensors else "nothing"
             for tensors in (weights, expected)
         )
-        if there != wanted:
-            raise ValueError(f"{source}: {name[:200]!r} is {there}, expected {wanted}")
+        if stored != wanted:
+            raise ValueError(f"{source}: {name[:200]!r} is {stored}, expected {wanted}")
         value, floats = weights[name].detach(), expected[name].is_floating_point()
         if not value.is_floating_point() if floats else value.dtype != expected[name].dtype:
             needed = "floats" if floats else expected[name].dtype
             raise ValueError(f"{source}: {name!r} holds {value.dtype}, expected {needed}")
         state[name] = value.to(dtype=dtype) if floats else value
         if state[name].ndim == 1 and not state[name].isfinite().all():
-            raise ValueError(f"{source}: {name!r} holds NaN or infinite values: damaged weights")
+            raise ValueError(f"{source}: {name!r} holds NaN or infinity, expected finite weights")
     module.load_state_dict(state, assign=next(module.parameters()).is_meta)

@@ -1,7 +1,7 @@
-"""Vectors -> codes -> vectors: VQ, SimVQ and IBQ.
+"""Quantizers, from encoder outputs to codes and code vectors: VQ, SimVQ and IBQ.
 
 B batch size   D codebook dimension   N codebook size   h, w grid of codes   n = B*h*w vectors
-A new kind is one subclass of `Quantizer`, its name in config.py, and one line in `QUANTIZERS`.
+A new kind needs a subclass of `Quantizer`, its name in config.py, and a line in `QUANTIZERS`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ Losses = dict[str, Tensor]
 
 
 class TrainingOutput(NamedTuple):
-    """The result of a training pass of a quantizer, or of a whole tokenizer."""
+    """The output of `forward`, of a quantizer or of a tokenizer."""
 
     output: Tensor  # quantized vectors [B, D, h, w], or images [B, C, H, W], not clamped
     codes: Tensor  # int64 [B, h*w], raster order
-    losses: Losses  # unweighted scalars; `loss_weights` has a weight for a quantizer's
+    losses: Losses  # unweighted scalars; weights: Quantizer.loss_weights
     stats: dict[str, Tensor]  # scalars to log
 
 
 class Quantizer(nn.Module):
     """VQ (VQ-VAE, arXiv 1711.00937): nearest code vector, straight-through gradients, re-seeding.
 
-    A code that no vector chose for `reseed_after` training steps moves onto a vector of the batch.
-    With several processes usage is counted over all, and new vectors come from the first one, so
-    that replicas stay equal. Other kinds override what differs, and do not re-seed.
+    A code unused for `reseed_after` training steps is reset to an encoder output of the batch.
+    Usage is counted over all processes, and rank 0 broadcasts the new vectors, so that replicas
+    stay equal. Subclasses do not re-seed.
     """
 
-    nearest = True  # else the largest dot product
-    generator: torch.Generator | None = None  # of re-seeding; torch's default one if None
+    nearest = True  # False: the code of the largest dot product
+    generator: torch.Generator | None = None  # for re-seeding; None: torch's default generator
     idle_steps: Tensor | None = None  # int64 [N], training steps since each code was last chosen
 
     def __init__(self, config: QuantizerConfig, size: int, dim: int, l2_normalize: bool) -> None:
@@ -53,21 +53,21 @@ class Quantizer(nn.Module):
         )
 
     def codebook(self) -> Tensor:
-        """The code vectors [N, D] as compared and decoded, in float32 or better."""
+        """Return the code vectors [N, D], of unit length if l2_normalize, in float32 or float64."""
         return self._normalize(_at_least_float32(self.embedding.weight))
 
     def lookup(self, z: Tensor) -> Tensor:
-        """Codes int64 [B, h*w] in raster order of encoder outputs [B, D, h, w]."""
+        """Return the codes int64 [B, h*w], in raster order, of encoder outputs [B, D, h, w]."""
         return self.assign(self._flatten(z), self.codebook()).view(z.shape[0], -1)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Vectors [..., D] of codes int64 [...]."""
+        """Return the code vectors [..., D] of codes int64 [...]."""
         return F.embedding(codes, self.codebook())
 
     def forward(self, z: Tensor) -> TrainingOutput:
         """Quantize z [B, D, h, w]; in training mode also re-seed unused codes."""
         vectors, stats = self._flatten(z), {}  # [n, D]
-        if self.reseeds and self.training:  # before autograd reads the codebook
+        if self.reseeds and self.training:  # changes the codebook: must precede its use
             stats["reseeded"] = self._reseed(vectors.detach())
         codebook = self.codebook()
         quantized, codes, losses = self.quantize(vectors, codebook)
@@ -81,7 +81,7 @@ class Quantizer(nn.Module):
         return TrainingOutput(quantized, codes.view(b, h * w), losses, stats)
 
     def assign(self, vectors: Tensor, codebook: Tensor) -> Tensor:
-        """Codes int64 [n] of vectors [n, D]: the best score, the lowest index among equals."""
+        """Return the best code int64 [n] for each vector [n, D]; of equal codes the lowest."""
         # autocast would round the scores to 8 bits of mantissa
         with torch.autocast(vectors.device.type, enabled=False):
             # |v - e|^2 = |v|^2 - 2 (v.e - |e|^2 / 2)
@@ -90,26 +90,26 @@ class Quantizer(nn.Module):
             return torch.cat([torch.addmm(bias, x, codebook.T).argmax(1) for x in chunks])
 
     def quantize(self, vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Losses]:
-        """Quantized vectors [n, D] with gradients, codes [n] and losses, of vectors [n, D]."""
+        """Quantize vectors [n, D]; returns [n, D] with gradients, codes [n] and losses."""
         codes = self.assign(vectors.detach(), codebook.detach())
         chosen = F.embedding(codes, codebook)  # [n, D]
         return vectors + (chosen - vectors).detach(), codes, codebook_losses(vectors, chosen)
 
     @torch.no_grad()
     def _reseed(self, vectors: Tensor) -> Tensor:
-        """Move unused codes onto vectors [n, D] of the batch; returns how many."""
+        """Reset unused codes to random `vectors` [n, D]; returns the number of these codes."""
         weight, limit = self.embedding.weight, self.config.reseed_after or 2**62
         if self.idle_steps is None:
             self.idle_steps = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
         dead = (self.idle_steps >= limit).nonzero().flatten()[: len(vectors)]
-        if self.awaits_data:  # each vector once before any twice, plus a little noise
+        if self.awaits_data:  # repeats, if any, are told apart by the noise
             shuffled = [self._shuffle(vectors) for _ in range(0, len(weight), len(vectors))]
             noise = vectors.new_empty(weight.shape).normal_(generator=self.generator)
             weight.copy_(torch.cat(shuffled)[: len(weight)] + 0.01 * vectors.std() * noise)
         elif len(dead):
             weight[dead] = self._shuffle(vectors)[: len(dead)].to(weight.dtype)
             self.idle_steps[dead] = 0
-        if self.awaits_data or len(dead):  # on every process alike
+        if self.awaits_data or len(dead):  # true on all processes or none
             broadcast_from_rank0(weight)
             broadcast_from_rank0(self.idle_steps)
         self.awaits_data = False
@@ -120,7 +120,7 @@ class Quantizer(nn.Module):
         return vectors[torch.randperm(n, device=device, generator=self.generator)]
 
     def _flatten(self, z: Tensor) -> Tensor:
-        """[B, D, h, w] -> vectors [n, D] as compared, in float32 or better."""
+        """Flatten [B, D, h, w] to vectors [n, D], normalized as the codebook."""
         return self._normalize(_at_least_float32(z).permute(0, 2, 3, 1).flatten(0, 2))
 
     def _normalize(self, vectors: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Quantizer(nn.Module):
 class SimVectorQuantizer(Quantizer):
     """SimVQ (arXiv 2411.02038): nearest row of C W, C ~ N(0, 1/D) frozen, W [D, D] learned.
 
-    Its authors' code adds a bias to the paper's C W; there is none here.
+    The authors' code adds a bias to C W; this class follows the paper, which has none.
     """
 
     def __init__(self, config: QuantizerConfig, size: int, dim: int, l2_normalize: bool) -> None:
@@ -148,8 +148,8 @@ class IndexQuantizer(Quantizer):
     """IBQ (arXiv 2412.02692): the largest dot product, with a gradient to every code.
 
     Ind = onehot(argmax p) + (p - sg[p]) with p = softmax(v C^T), and z_q = Ind^T C. The entropy
-    loss E[H(p_t)] - H(E[p_t]), with p_t of temperature t, makes single choices sure and their mean
-    even; the mean is over the vectors of all processes.
+    loss E[H(p_t)] - H(E[p_t]), with p_t of temperature t, makes each assignment confident and the
+    use of codes uniform; the mean E[p_t] is over the vectors of all processes.
     """
 
     nearest = False
@@ -166,7 +166,7 @@ class IndexQuantizer(Quantizer):
             codes = scores.argmax(1)
             chosen = F.embedding(codes, codebook)  # [n, D]
             expected = scores.softmax(1) @ codebook.detach()
-            quantized = chosen + (expected - expected.detach())  # the value is `chosen` to the bit
+            quantized = chosen + (expected - expected.detach())  # equals `chosen` exactly
             log_p = (scores / self.config.entropy_temperature).log_softmax(1)
             p = log_p.exp()
             mean_p = reduce_mean(p.mean(0))  # [N]
@@ -182,15 +182,15 @@ QUANTIZERS = {"vq": Quantizer, "simvq": SimVectorQuantizer, "ibq": IndexQuantize
 
 
 def codebook_losses(vectors: Tensor, chosen: Tensor) -> Losses:
-    """VQ-VAE's equation 3, unweighted, for vectors [n, D] and the vectors of their codes."""
+    """Return equation 3 of VQ-VAE, unweighted, for vectors [n, D] and their code vectors."""
     return {
-        "codebook": F.mse_loss(chosen, vectors.detach()),  # moves codes to vectors
-        "commitment": F.mse_loss(vectors, chosen.detach()),  # moves vectors to codes
+        "codebook": F.mse_loss(chosen, vectors.detach()),  # moves code vectors
+        "commitment": F.mse_loss(vectors, chosen.detach()),  # moves encoder outputs
     }
 
 
 def code_statistics(counts: Tensor) -> dict[str, Tensor]:
-    """`usage` and `perplexity` of codes, from the number of times each occurred [N]."""
+    """Return `usage`, the share of codes that occur, and `perplexity`, from code counts [N]."""
     frequency = counts.float() / counts.sum().clamp(min=1)  # [N]
     entropy = -torch.special.xlogy(frequency, frequency).sum()
     return {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}

@@ -1,6 +1,6 @@
-"""The tokenizers: LlamaGen's (arXiv 2406.06525), and taming-transformers' by its own modules.
+"""LlamaGen's VQ tokenizer (arXiv 2406.06525), and taming-transformers' VQGAN, from its modules.
 
-Names of modules and parameters are those of LlamaGen's checkpoints, so its weights load unchanged.
+Modules and parameters have the names of LlamaGen's checkpoints, which load without renaming.
 B batch size   C channels   D codebook dimension   h, w grid of codes   T = h*w codes   H, W image
 """
 
@@ -26,9 +26,9 @@ from tokenizer.quantizers import QUANTIZERS, Quantizer, TrainingOutput
 
 
 class AutoencoderTokenizer(nn.Module):
-    """encoder -> quant_conv -> quantize -> post_quant_conv -> decoder.
+    """A VQ autoencoder: encoder -> quant_conv -> quantize -> post_quant_conv -> decoder.
 
-    A new one is trainable (`forward`); those read from files are frozen. Codes are in
+    A new tokenizer is trainable (`forward`), a loaded one frozen. Codes are in
     0..codebook_size-1; `downsample` is the number of pixels per code along one side.
     """
 
@@ -45,7 +45,7 @@ class AutoencoderTokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256, in hex, of the config and the float32 weights; a frozen tokenizer's stays."""
+        """Hexadecimal sha256 of the config and the float32 weights; constant once frozen."""
         if self._fingerprint is not None:
             return self._fingerprint
         # defaults are left out, so that a setting added later changes no fingerprint
@@ -60,16 +60,16 @@ class AutoencoderTokenizer(nn.Module):
         return digest.hexdigest()
 
     def freeze(self) -> Self:
-        """Turn off training and gradients, and keep the fingerprint in later casts."""
+        """Set eval mode without gradients, and fix the fingerprint, which casts would change."""
         self._fingerprint = self.fingerprint
         return self.eval().requires_grad_(False)
 
-    # no_grad, not inference_mode: codes made under the latter cannot index an embedding in training
+    # no_grad: codes made under inference_mode could not index an embedding in training
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes int64 [B, T] in raster order of images [B, C, H, W] in [-1, 1], any float dtype.
+        """Encode images [B, C, H, W] in [-1, 1] to codes int64 [B, T] in raster order.
 
-        A caller's autocast applies. Raises ValueError for another shape or dtype.
+        The caller's autocast applies. Raises ValueError for a wrong shape or an integer dtype.
         """
         return self.quantize.lookup(self._encode(images))
 
@@ -77,14 +77,14 @@ class AutoencoderTokenizer(nn.Module):
     def decode(
         self, codes: Tensor, grid: tuple[int, int] | None = None, *, clip: bool = True
     ) -> Tensor:
-        """Images [B, C, H, W] in float32 or better of integer codes [B, T] in raster order.
+        """Decode integer codes [B, T] in raster order to images [B, C, H, W], at least float32.
 
-        The grid (h, w) is a square if left out; `clip` clamps the pixels to [-1, 1]. A caller's
-        autocast is ignored. Raises ValueError for another shape, or codes out of range.
+        `grid` is (h, w), by default a square; `clip` clamps the pixels to [-1, 1]. The caller's
+        autocast is ignored. Raises ValueError for a wrong shape, or codes out of range.
         """
         h, w = grid or (math.isqrt(codes.shape[-1]),) * 2
         if codes.ndim != 2 or h * w != codes.shape[1]:
-            raise ValueError(f"codes {list(codes.shape)}: expected [B, {h} x {w}]: pass `grid`")
+            raise ValueError(f"codes {list(codes.shape)}: expected [B, {h} x {w}] or other `grid`")
         like = self.quant_conv.weight
         codes = codes.to(like.device, torch.int64)
         if ((codes < 0) | (codes >= self.codebook_size)).any():
@@ -109,7 +109,7 @@ class AutoencoderTokenizer(nn.Module):
         """Vectors [B, D, h, w] before quantization."""
         shape, channels, f = list(images.shape), self.config.in_channels, self.downsample
         if len(shape) != 4 or shape[1] != channels or shape[2] % f or shape[3] % f:
-            raise ValueError(f"images {shape}: expected [B, {channels}, H, W], multiples of {f}")
+            raise ValueError(f"images {shape}: expected [B, {channels}, H, W], sides % {f} == 0")
         if not images.is_floating_point():
             raise ValueError(f"images of {images.dtype}: expected floating point in [-1, 1]")
         return self.quant_conv(self.encoder(images.to(self.quant_conv.weight)))
@@ -120,7 +120,7 @@ Layers = tuple[nn.Module, nn.Module, Quantizer, int]  # encoder, decoder, quanti
 
 
 def make_taming_layers(config: TamingConfig) -> Layers:
-    """The layers of a VQGAN, which are taming-transformers' own."""
+    """Build the layers of a VQGAN from taming-transformers' modules."""
     from taming.modules.diffusionmodules import model as layers
 
     settings = config.model_dump(exclude={"kind", "n_embed", "embed_dim"})
@@ -132,11 +132,11 @@ def make_taming_layers(config: TamingConfig) -> Layers:
 
 
 def make_llamagen_layers(config: VQConfig) -> Layers:
-    """The layers of a tokenizer of kind `vq`."""
+    """Build the layers of a tokenizer of kind `vq`."""
     channels = [config.width * multiplier for multiplier in config.multipliers]
     n_blocks, lowest = config.n_res_blocks, channels[-1]
 
-    def levels(widths: list[int], n_blocks: int, up: bool) -> nn.Sequential:
+    def make_levels(widths: list[int], n_blocks: int, up: bool) -> nn.Sequential:
         last = len(widths) - 2
         return nn.Sequential(
             *(
@@ -145,8 +145,8 @@ def make_llamagen_layers(config: VQConfig) -> Layers:
             )
         )
 
-    def middle() -> nn.Sequential:
-        # without attention an Identity keeps the names; made first, as seeds' weights depend on it
+    def make_middle() -> nn.Sequential:
+        # Identity keeps parameter names; made first, since the order decides the random weights
         attention = AttentionBlock(config, lowest) if config.attention else nn.Identity()
         return nn.Sequential(
             ResidualBlock(config, lowest, lowest), attention, ResidualBlock(config, lowest, lowest)
@@ -156,16 +156,16 @@ def make_llamagen_layers(config: VQConfig) -> Layers:
     quantize = QUANTIZERS[config.quantizer.kind](config.quantizer, *sizes)
     encoder = OrderedDict[str, nn.Module](
         conv_in=_conv3(config.in_channels, config.width),
-        conv_blocks=levels([config.width, *channels], n_blocks, up=False),
-        mid=middle(),
+        conv_blocks=make_levels([config.width, *channels], n_blocks, up=False),
+        mid=make_middle(),
         norm_out=_norm(config, lowest),
         swish=Swish(),
         conv_out=_conv3(lowest, config.z_channels),
     )
     decoder = OrderedDict[str, nn.Module](
         conv_in=_conv3(config.z_channels, lowest),
-        mid=middle(),
-        conv_blocks=levels([lowest, *channels[::-1]], n_blocks + 1, up=True),
+        mid=make_middle(),
+        conv_blocks=make_levels([lowest, *channels[::-1]], n_blocks + 1, up=True),
         norm_out=_norm(config, channels[0]),
         swish=Swish(),
         conv_out=_conv3(channels[0], config.in_channels),
@@ -174,7 +174,7 @@ def make_llamagen_layers(config: VQConfig) -> Layers:
 
 
 class Level(nn.ModuleDict):
-    """Residual blocks of one resolution, attention after each if it is the lowest, a resampling."""
+    """Residual blocks of one resolution, with attention at the lowest, and a resampling."""
 
     def __init__(self, config: VQConfig, widths: list[int], lowest: bool, last: bool, up: bool):
         attended = widths[1:] if lowest and config.attention else []
@@ -186,7 +186,7 @@ class Level(nn.ModuleDict):
             steps = {"nearest": nn.Upsample(scale_factor=2), "conv": _conv3(c, c)}
         else:  # VQGAN's weights expect padding right and bottom only
             steps = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(c, c, 3, stride=2)}
-        if last:  # made all the same, so that a seed keeps giving the same weights
+        if last:  # dropped after its random draws, which the weights of a seed depend on
             steps.clear()
         self["upsample" if up else "downsample"] = nn.Sequential(OrderedDict(steps))
 
@@ -199,7 +199,7 @@ class Level(nn.ModuleDict):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), a 1x1 convolution on x where widths differ."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution if widths differ."""
 
     def __init__(self, config: VQConfig, before: int, after: int) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (f(y).flatten(2) for f in (self.q, self.k, self.v))  # [B, C, h*w]
-        # Written out, in LlamaGen's order of products, so that float32 rounds as it does there.
+        # Not SDPA: LlamaGen's order of products makes float32 round as LlamaGen does.
         weights = torch.softmax(torch.bmm(q.mT, k) * q.shape[1] ** -0.5, dim=2)  # [B, h*w, h*w]
         return x + self.proj_out(torch.bmm(v, weights.mT).view(x.shape))
 
@@ -238,7 +238,7 @@ class Swish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = torch.sigmoid(x)
-        return x * gate if torch.is_grad_enabled() else gate.mul_(x)  # a third less memory
+        return x * gate if torch.is_grad_enabled() else gate.mul_(x)  # in place: less memory
 
 
 def _norm(config: VQConfig, channels: int) -> nn.GroupNorm:
@@ -246,10 +246,10 @@ def _norm(config: VQConfig, channels: int) -> nn.GroupNorm:
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of stride 1, by torch's NNPACK on a CPU (Winograd, arXiv 1509.09308)."""
+    """A 3 x 3 convolution of stride 1, on a CPU by NNPACK (Winograd, arXiv 1509.09308)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # on smaller inputs the transforms cost about what they save
+        # on smaller inputs, Winograd's transforms cost about as much as they save
         small = x.shape[1] < 128 or x.shape[2] * x.shape[3] < 64 * 64
         plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
         if small or not plain or torch.is_autocast_enabled("cpu"):

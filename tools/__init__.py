@@ -1,1 +1,1 @@
-"""What only maintainers run; each file's docstring has its command."""
+"""Scripts for maintainers; the docstring of each script shows its command."""

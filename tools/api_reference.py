@@ -21,7 +21,7 @@ CLASSES = (moveimg.Pipeline, tokenizer.AutoencoderTokenizer)
 
 
 def api_reference() -> str:
-    """Markdown with a section for each public function, class and member of a class."""
+    """Return Markdown with a section for each public function, class and class member."""
     sections = [HEADER]
     for module in (moveimg, tokenizer):
         sections.append(f"## {module.__name__}")
@@ -36,7 +36,7 @@ def api_reference() -> str:
 
 
 def describe(title: str, item: Any) -> str:
-    """A heading, the signature of `item` and its docstring, whose lists are shown as they are."""
+    """Return a heading, the signature of `item` and its docstring, with lists as verbatim text."""
     signature = str(inspect.signature(item)) if callable(item) else ""
     signature = re.sub(r"\((self|cls)(, |(?=\)))", "(", signature)
     signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature)

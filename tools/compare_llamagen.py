@@ -1,10 +1,10 @@
-"""Time moveimg and LlamaGen's own code in turn, each in a process of its own, on the CPU.
+"""Time moveimg and LlamaGen's code by turns on the CPU, each in its own process.
 
     git clone https://github.com/FoundationVision/LlamaGen
     python tools/compare_llamagen.py LlamaGen sample --dtype bfloat16 --batch-size 8
 
-The work: `sample` (codes of GPT-B at 256 pixels, guidance 2) or `train` (a step in float32), with
-random weights.
+The timed work is `sample` (codes of GPT-B at 256 pixels, guidance 2) or `train` (a step in
+float32), with random weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LLAMAGEN = "LlamaGen"
 
 
 def make_generator(name: str, dropout: float) -> Any:
-    """Build GPT-B; its head, which starts at zero, is drawn as other matrices are."""
+    """Build GPT-B with random weights, those of the zero-initialised head included."""
     if name == LLAMAGEN:
         names = ("resid_dropout_p", "ffn_dropout_p", "token_dropout_p", "class_dropout_prob")
         model: Any = importlib.import_module("autoregressive.models.gpt").GPT_models["GPT-B"](
@@ -86,15 +86,15 @@ def prepare_train(name: str, batch_size: int, *_: str) -> Callable[[], object]:
 
 
 def prepare(checkout: Path, work: str, *options: Any) -> None:
-    """Build the work in a process of its own."""
-    sys.path.append(str(checkout))  # whose `tokenizer` must not hide ours
+    """Build the function that `run` times, in a process of the pool."""
+    sys.path.append(str(checkout))  # last: its `tokenizer` must not hide ours
     torch.manual_seed(0)
     make: Any = {"sample": prepare_sample, "train": prepare_train}[work]
     globals()["call"] = make(*options)
 
 
 def run() -> float:
-    """Do the work once; return the seconds."""
+    """Call the prepared function once; returns the seconds."""
     begin = time.perf_counter()
     globals()["call"]()
     return time.perf_counter() - begin
@@ -105,8 +105,8 @@ def main(
     work: str,
     batch_size: int = 1,
     dtype: str = "float32",
-    quantize: str = typer.Option("", help="int8, of ours alone"),
-    rounds: int = typer.Option(3, help="after one that is not counted"),
+    quantize: str = typer.Option("", help="int8, for moveimg only"),
+    rounds: int = typer.Option(3, help="timed rounds, after an untimed one"),
 ) -> None:
     context = multiprocessing.get_context("spawn")
     pools = {}

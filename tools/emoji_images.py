@@ -3,8 +3,8 @@
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python tools/emoji_images.py emoji emoji-datasource-*.tgz
 
-Noto Emoji is Apache-2.0, Twemoji CC-BY 4.0. Each image has one skin tone, drawn at random: all six
-would count one drawing six times.
+Noto Emoji is Apache-2.0, Twemoji CC-BY 4.0. Of an emoji in six skin tones, one tone is chosen at
+random: all six would count one drawing six times.
 """
 
 import json
@@ -19,7 +19,7 @@ from PIL import Image
 
 from moveimg.files import atomic_directory
 
-# Classes that a person would ask for, by the subcategories of emoji.json
+# name of a class -> patterns of its subcategories in emoji.json
 CLASSES = {
     "smiley": "face-*", "heart": "heart", "hand": "hand-* hands", "bird": "animal-bird",
     "person": "person person-role person-fantasy person-gesture", "sea animal": "animal-marine",
@@ -32,7 +32,7 @@ CLASSES = {
 
 
 def write_images(package: Path, out: Path) -> None:
-    """Write one package's 64-pixel images below `out`, by class."""
+    """Write the 64-pixel images of a package to a folder per class below `out`."""
     rng = random.Random(0)
     with tarfile.open(package) as archive:
         names = archive.getnames()
@@ -43,8 +43,8 @@ def write_images(package: Path, out: Path) -> None:
             files = [f"package/img/{vendor}/64/{tone['image']}" for tone in tones]
             files = [file for file in files if file in names]
             for name, patterns in CLASSES.items():
-                asked = any(fnmatch(emoji["subcategory"], part) for part in patterns.split())
-                if asked and files:
+                in_class = any(fnmatch(emoji["subcategory"], part) for part in patterns.split())
+                if in_class and files:
                     file: Any = archive.extractfile(rng.choice(files))
                     image = Image.open(file).convert("RGBA")
                     white = Image.new("RGBA", image.size, "white")

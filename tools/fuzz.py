@@ -1,7 +1,7 @@
-"""Try thousands of damaged and hostile inputs, and print what became of them.
+"""Try thousands of damaged and hostile inputs, and count how many are accepted or refused.
 
-    python -m tools.fuzz --cases 1000 --seed 0          # of each kind
-    python -m tools.fuzz --kind models --case 17        # one again, with its traceback
+    python -m tools.fuzz --cases 1000 --seed 0          # 1000 cases of each kind
+    python -m tools.fuzz --kind models --case 17        # a single case, with its traceback
 
 Every case must be refused in one line, or be accepted and give a sensible result, within 10 s and
 1 GB.
@@ -28,13 +28,13 @@ def main(cases: int = 100, seed: int = 0, kind: str = "", case: int = -1) -> Non
             for number in [case] if case >= 0 else range(seed, seed + cases):
                 with tempfile.TemporaryDirectory(dir=base) as folder:
                     try:
-                        said = try_case(name, number, Path(folder), material)
+                        result = try_case(name, number, Path(folder), material)
                     except FuzzFailure as failure:
                         if case >= 0:
                             raise
-                        said = f"failed ({name} {number}): {failure}"
-                    counts[said if said.startswith(("accepted", "failed")) else "refused"] += 1
-            print(name, dict(counts), said if case >= 0 else "", flush=True)
+                        result = f"failed ({name} {number}): {failure}"
+                    counts[result if result.startswith(("accepted", "failed")) else "refused"] += 1
+            print(name, dict(counts), result if case >= 0 else "", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Kill every command that writes, start it again, and compare with what it makes undisturbed.
+"""Kill every command that writes files, restart it, and compare with an uninterrupted run.
 
     python -m tools.kill --kills 104 --pairs 24 --out FOLDER
 
-A kill is SIGKILL at a random moment of a command's life. Then the same command is started again,
-and killed again or left to finish: its outputs must be equal to the undisturbed ones byte by byte
-(of a training also the average and the moments), with no temporary file left. A pair is the same
-command twice at once: one is refused, naming the other's process, or comes after it.
+A kill is SIGKILL at a random moment of a command's run. The command is then restarted, and killed
+again or left to finish: its outputs must equal those of the uninterrupted run to the byte (of a
+training also EMA and optimizer state), without temporary files. A pair is one command started twice
+at the same time: one process is refused, and names the other process, or runs after it.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ from moveimg import cli
 from moveimg.checkpoint import BUNDLED
 from tests import test_training as runs
 
-SERVER = multiprocessing.get_context("forkserver")  # has the libraries in memory
+SERVER = multiprocessing.get_context("forkserver")  # its children inherit the imported libraries
 SERVER.set_forkserver_preload(["tools.kill", "torch.utils.tensorboard", "moveimg.evaluation.run",
                                "moveimg.training.generator", "sklearn.datasets"])  # fmt: skip
 WEIGHTS = ("model.safetensors", "tokenizer/model.safetensors")
@@ -33,7 +33,7 @@ Command = tuple[str, tuple[str, ...]]  # a command line, and patterns of the out
 
 
 def list_commands(data: Path, folder: Path) -> dict[str, Command]:
-    """The commands that write; `data` is what encode_tiny_digits made, `folder` gets configs."""
+    """List commands that write; `data` is encode_tiny_digits' output, `folder` gets configs."""
     every = {"log_every": 20, "validate_every": 20, "preview_every": 30, "checkpoint_every": 2}
     for name, config in {
         "train": runs.train_config(data, folder / "x", steps=20, **every),
@@ -54,12 +54,12 @@ def list_commands(data: Path, folder: Path) -> dict[str, Command]:
     }
 
 
-def live(words: list[str], log: Path) -> None:
-    """One life of a command, with its output in a file."""
+def run_command(words: list[str], log: Path) -> None:
+    """Run a command in this process, with its output in the file `log`."""
     from moveimg.data.codes import EncodeSettings
 
     torch.set_num_threads(1)
-    EncodeSettings.model_fields["shard_size"].default = 100  # a few digits are several shards
+    EncodeSettings.model_fields["shard_size"].default = 100  # gives several shards
     EncodeSettings.model_rebuild(force=True)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -70,15 +70,15 @@ def live(words: list[str], log: Path) -> None:
 
 
 def start(name: str, command: Command, out: Path, log: Path) -> ForkServerProcess:
-    """Start a command that writes to `out`."""
+    """Start a command that writes to `out`, with its output in the file `log`."""
     words = [name, *command[0].replace("OUT", str(out)).split()]
-    process = SERVER.Process(target=live, args=(words, log))
+    process = SERVER.Process(target=run_command, args=(words, log))
     process.start()
     return process
 
 
 def require_equal(command: Command, whole: Path, other: Path) -> None:
-    """Raise AssertionError where two results differ, or a temporary file is left; delete one."""
+    """Raise AssertionError if two outputs differ or a temporary file is left; deletes `other`."""
     results = []
     for out in (whole, other):
         paths = [out] if out.is_file() else [p for pattern in command[1] for p in out.glob(pattern)]
@@ -92,7 +92,7 @@ def require_equal(command: Command, whole: Path, other: Path) -> None:
 
 
 def kill_command(name: str, command: Command, folder: Path, kills: int, seed: int) -> int:
-    """Kill a command `kills` times at random moments; returns how many results were compared."""
+    """Kill a command `kills` times at random moments; returns the number of compared outputs."""
     rng, log, begun = random.Random(seed), folder / "log", time.perf_counter()
     process = start(name, command, folder / "whole", log)
     process.join()
@@ -105,7 +105,7 @@ def kill_command(name: str, command: Command, folder: Path, kills: int, seed: in
             process.kill()
             process.join()
             done += 1
-            if rng.random() < 0.4:  # killed again
+            if rng.random() < 0.4:  # to be killed again
                 continue
             process = start(name, command, folder / "killed", log)
             process.join()
@@ -115,8 +115,8 @@ def kill_command(name: str, command: Command, folder: Path, kills: int, seed: in
     return compared
 
 
-def start_pair(name: str, command: Command, folder: Path) -> bool:
-    """Run a command twice at once; returns whether one was refused by the other's process."""
+def run_pair(name: str, command: Command, folder: Path) -> bool:
+    """Run a command twice at the same time; returns whether one process was refused."""
     logs = [folder / "log-0", folder / "log-1"]
     pair = [start(name, command, folder / "pair", log) for log in logs]
     for process in pair:
@@ -136,7 +136,7 @@ def main(out: Path = typer.Option(...), kills: int = 104, pairs: int = 24, seed:
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir(parents=True)
         compared = kill_command(name, command, out / name, each, seed)
-        refused = sum(start_pair(name, command, out / name) for _ in range(twice))
+        refused = sum(run_pair(name, command, out / name) for _ in range(twice))
         print(f"{name}: {each} kills, {compared} results compared", end="; ")
         print(f"{twice} pairs, {refused} with one refused", flush=True)
 

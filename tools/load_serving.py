@@ -1,12 +1,12 @@
-"""Measure the service: images per second and latency by number of clients, and what it survives.
+"""Measure `moveimg serve`: throughput and latency by number of clients, killed replicas, memory.
 
-    python tools/load_serving.py                    # by number of clients, also without batches
+    python tools/load_serving.py                    # 1, 8, 32 clients, with and without batching
     python tools/load_serving.py --model gpt-b --count 8 --clients 1,8    # random weights, VQ-16
-    python tools/load_serving.py --kill             # one of two replicas is killed under load
+    python tools/load_serving.py --kill             # kills one of two replicas under load
     python tools/load_serving.py --minutes 10       # memory under load
 
-Starts services on this machine. A client sends its next request when it has the answer to the last
-one; request i asks for one image with seed i.
+Starts services on this machine. A client sends its next request after the answer to its last
+request; request i asks for one image with seed i.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from moveimg.model import Transformer
 with socket.create_server(("127.0.0.1", 0)) as unused:
     URL = f"http://127.0.0.1:{unused.getsockname()[1]}"
 CLIENT = httpx.Client(base_url=URL, timeout=3600, limits=httpx.Limits(max_connections=None))
-MARK = f"MOVEIMG_LOAD={os.getpid()}"  # in the environment of the service's processes
+MARK = f"MOVEIMG_LOAD={os.getpid()}"  # environment variable that marks the service's processes
 
 
 @contextmanager
 def service(model: str, *options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a service until the block ends; the block begins when it can draw."""
+    """Run a service during the block, which begins when the service can draw."""
     command = [sys.executable, "-m", "moveimg", "serve", "--model", model, "--port", URL[17:]]
     environment = os.environ | dict([MARK.split("=")])
     process = subprocess.Popen([*command, *map(str, options)], env=environment)
@@ -59,7 +59,7 @@ def service(model: str, *options: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def list_processes(name: str = "") -> list[Path]:
-    """Return the folders in /proc of the service's processes, of those with a name if given."""
+    """Return the folders in /proc of the service's processes whose names contain `name`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -69,7 +69,7 @@ def list_processes(name: str = "") -> list[Path]:
 
 
 def load(clients: int, count: int, seconds: float = 1e9) -> dict[int, str]:
-    """Send at most `count` requests and print figures; returns the images by seed."""
+    """Send at most `count` requests, print rate and latency, and return the images by seed."""
     begun, latencies, images, statuses = time.perf_counter(), [], {}, Counter[int]()
 
     def visit(seed: int) -> None:
@@ -90,7 +90,7 @@ def load(clients: int, count: int, seconds: float = 1e9) -> dict[int, str]:
 
 
 def watch(minutes: int, kill: bool) -> None:
-    """Print figures and memory, shared pages counted once, of each minute under load."""
+    """Print rate, latency and memory (shared pages counted once) of each minute under load."""
     for _ in range(minutes):
         with ThreadPoolExecutor() as pool:
             pool.submit(load, 8, 10**6, 60)
@@ -112,7 +112,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         if model == "gpt-b":
             generator = Transformer(load_config("imagenet-b-256-standard", ModelFile).model)
-            generator.head.reset_parameters()  # it starts at zero
+            generator.head.reset_parameters()  # not zeros
             names, settings = list(map(str, range(1000))), SamplingSettings(cfg_scale=2)
             tokenizer = vq.AutoencoderTokenizer(vq.VQConfig())
             save_model(folder, ModelParts(generator, tokenizer, names, settings), {})
@@ -130,7 +130,7 @@ def main(
                     images = load(number, max(2 * number, count))
                     alone = alone or images
                     same = sum(images[seed] == image for seed, image in alone.items())
-                    print(f"{same} of {len(alone)} images are those of one client", flush=True)
+                    print(f"{same} of {len(alone)} images equal those for one client", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Send a demo mixed requests from six visitors; print answers, waits, and memory every 30 requests.
+"""Send a demo mixed requests of six visitors; print answers, latencies, and the demo's memory.
 
 moveimg demo --port 7999 --model digits & python tools/load_test.py $! --requests 300
 """
@@ -18,7 +18,7 @@ from moveimg.demo.jobs import image_uri
 
 
 def make_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """Return a random endpoint and its values; one in ten is too large."""
+    """Return a random endpoint and values for it; one request in ten is too large."""
     if rng.random() < 0.1:
         return "generate", {"class_name": "x" * 10_000_000}
     if rng.random() < 0.6:

@@ -1,9 +1,9 @@
-"""Compare a model's samples with their nearest training images: does it copy?
+"""Compare samples with their nearest training images, to see whether a model copies.
 
     python -m tools.nearest fashion fashion-mnist --num 1000 --out nearest.png
 
-Distances are root mean squares over pixels in 0..255. As a yardstick, images of the source's test
-or validation split are compared with the training images in the same way.
+Distances are root mean squares over pixels in 0..255. For comparison, the distances of held-out
+images to the training images are printed, too.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from moveimg.tables import markdown_table
 
 
 def find_nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance and row of the nearest training image of each image, [N] each."""
+    """Return the distance and the row of each image's nearest training image, [N] each."""
     rows = images.flatten(1)
     distances = [torch.cdist(rows, part) for part in training.flatten(1).split(10_000)]
     best = torch.cat(distances, dim=1).min(dim=1)
@@ -29,7 +29,7 @@ def find_nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(
-    model: str, source: str, val_fraction: float = typer.Option(None, help="as in its config"),
+    model: str, source: str, val_fraction: float = typer.Option(None, help="as in the config"),
     num: int = 1000, seed: int = 0, out: Path = Path("nearest.png"),
 ) -> None:  # fmt: skip
     """Print the distances of samples and of held-out images to the training images."""

@@ -16,7 +16,7 @@ PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "i
 
 
 def save(page: Page, name: str) -> None:
-    """Save the whole page."""
+    """Save a screenshot of the whole page, with 256 colours."""
     page.wait_for_timeout(1000)
     image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
     image.quantize(256, dither=Image.Dither.NONE).save(Path(sys.argv[2], name), optimize=True)

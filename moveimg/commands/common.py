@@ -127,7 +127,7 @@ def find_config(name: str, kind: type, overrides: list[str] | None) -> Any:
 
 
 def device_of(name: str | None) -> Any:
-    """The torch device of a --device option; a process on a CPU keeps freed memory from now on."""
+    """The torch device of a --device option; on a CPU, also lets malloc keep freed memory."""
     from moveimg.device import keep_memory, pick_device
 
     device = pick_device(name)
@@ -138,7 +138,7 @@ def device_of(name: str | None) -> Any:
 
 @contextmanager
 def processes_of(device: str | None) -> Iterator[Any]:
-    """Yield the World of a command that torchrun may have started; see device_of."""
+    """Yield the World of a command started by torchrun or alone, with its device prepared."""
     from moveimg.dist import processes
 
     with processes(device) as world:
@@ -146,11 +146,11 @@ def processes_of(device: str | None) -> Iterator[Any]:
         yield world
 
 
-def count(number: int, noun: str) -> str:
-    """`1 image`, `2,000 images`."""
+def format_count(number: int, noun: str) -> str:
+    """A number with its noun: `1 image`, `2,000 images`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def numbers(result: dict[str, float]) -> str:
-    """`loss 1.234, accuracy 0.5`: a dictionary of numbers on one line."""
+def format_numbers(result: dict[str, float]) -> str:
+    """A dictionary of numbers on one line: `loss 1.234, accuracy 0.5`."""
     return ", ".join(f"{key} {value:.4g}" for key, value in result.items())

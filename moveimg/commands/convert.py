@@ -14,12 +14,12 @@ from moveimg.files import atomic_directory, parse_yaml
 convert = Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Convert LlamaGen's, taming's or a dense model to a model directory.",
+    help="Convert LlamaGen's or taming's weights, or a model, to a new directory.",
 )
 app.add_typer(convert, name="convert")
 conversion = convert.command()
 
-Out = Annotated[Path, Option(help="The directory to make.")]
+Out = Annotated[Path, Option(help="The new directory.")]
 
 
 @conversion
@@ -27,10 +27,10 @@ def llamagen(
     out: Out,
     vq: Path = Option(help="The tokenizer's weights, such as vq_ds16_c2i.pt."),
     gpt: Path | None = Option(None, help="The generator's weights; default: tokenizer only."),
-    image_size: int | None = Option(None, min=1, max=8192, help="Pixels per side, if unknown."),
-    heads: int | None = Option(None, min=1, max=4096, help="Attention heads, if unknown."),
+    image_size: int | None = Option(None, min=1, max=8192, help="Pixels; default: by file name."),
+    heads: int | None = Option(None, min=1, max=4096, help="Default: by layers and width."),
 ) -> None:
-    """Convert LlamaGen's generator and tokenizer, or its tokenizer alone."""
+    """Convert LlamaGen's generator and tokenizer, or the tokenizer alone."""
     from moveimg.pretrained.llamagen import convert_llamagen
 
     print(f"{out}: {convert_llamagen(gpt, vq, out, image_size, heads) or vq.name}")
@@ -40,7 +40,7 @@ def llamagen(
 def taming(
     out: Out,
     checkpoint: Path = Option(help="The checkpoint of a VQGAN, such as last.ckpt."),
-    yaml: Path = Option(help="The model.yaml of the checkpoint."),
+    yaml: Path = Option(help="The checkpoint's model.yaml."),
 ) -> None:
     """Convert a VQGAN of taming-transformers to a tokenizer directory."""
     import tokenizer as vq
@@ -56,7 +56,7 @@ def upcycle(
     out: Out,
     model: str = Argument(help="A model without memory: its name, directory or Hub id."),
     slots: int | None = Option(None, help="MoVE with this many slots."),
-    memory: str | None = Option(None, help="Any memory, as '{kind: lave, layers: all}'."),
+    memory: str | None = Option(None, help="Settings, as '{kind: lave, layers: all}'."),
 ) -> None:
     """Add a zero-initialised value memory to a dense model; its logits do not change."""
     from moveimg.pipeline import resolve
@@ -71,10 +71,10 @@ def upcycle(
 @conversion
 def quantize_bank(
     out: Out,
-    model: str = Argument(help="A model with MoVE's bank: its name, directory or Hub id."),
+    model: str = Argument(help="A model with a MoVE bank: its name, directory or Hub id."),
     bits: int = Option(8, min=4, max=8, help="Bits per number of the bank: 8 or 4."),
 ) -> None:
-    """Write a model with its bank's rows in 8 or 4 bits, for sampling."""
+    """Quantize the rows of a model's bank to 8 or 4 bits, for sampling."""
     from moveimg.pipeline import resolve
     from moveimg.pretrained.upcycle import convert_quantize_bank
 
@@ -85,12 +85,12 @@ def quantize_bank(
 @command
 def push(
     model: str = Argument(help="A bundled model's name or a model directory."),
-    repo: str | None = Argument(None, metavar="OWNER/NAME", help="On the Hugging Face Hub."),
+    repo: str | None = Argument(None, metavar="OWNER/NAME", help="The Hub's repository."),
     out: Path | None = Option(None, help="Write the files into this directory."),
-    space: bool = Option(False, "--space", help="A Gradio Space with the demo, not the model."),
+    space: bool = Option(False, "--space", help="Push a Gradio Space with the demo."),
     private: bool = Option(False, help="Make the repository private."),
     license: str | None = Option(None, help="The weights' licence, such as mit."),
-    base_model: str | None = Option(None, help="A Hub id; default: LlamaGen's."),
+    base_model: str | None = Option(None, help="A Hub id; LlamaGen's by default."),
     dataset: list[str] | None = Option(None, help="A Hub id of the training data; repeatable."),
     results: Path | None = Option(None, help="A results.json of `moveimg evaluate`."),
 ) -> None:

@@ -16,8 +16,8 @@ from moveimg.commands.common import command, device_of
 from moveimg.config import as_pair, override, parse_size
 
 Split = Literal["train", "val"]
-Extractor = Annotated[Path | None, Option(help="A classifier: a file, or efficientnet-lite0.")]
-Inception = Annotated[Path | None, Option(help="Weights in torch-fidelity's layout.")]
+Extractor = Annotated[Path | None, Option(help="A classifier's file, or efficientnet-lite0.")]
+Inception = Annotated[Path | None, Option(help="Inception-v3 in torch-fidelity's layout.")]
 
 
 @command
@@ -25,21 +25,21 @@ def evaluate(
     names: list[str] = Argument(None, help="A model; --show: files; --make-extractor: images."),
     reference: str | None = Option(None, help="imagenet256, an .npz, a folder or a data set."),
     samples: Path | None = Option(None, help="Score this .npz or folder of images."),
-    # not --num: torchrun reads that as an abbreviation of an option of its own
+    # not --num, which torchrun takes for an abbreviation of a torchrun option
     num: int | None = Option(
-        None, "--num-samples", min=4, help="50,000, or 2,000 by a classifier."
+        None, "--num-samples", min=4, help="Default: 50,000; 2,000 with a classifier."
     ),
     seed: common.Seed = 0,
     batch_size: common.BatchSize = 100,
     set: common.Set = None,
-    sweep: str | None = Option(None, metavar="KEY=A,B,...", help="As cfg_scale=1.25,1.5,1.75."),
-    resize: int | None = Option(None, min=1, max=4096, help="Resize to these pixels (bicubic)."),
-    out: Path | None = Option(None, help="Folder; default: evaluation/MODEL-HASH."),
+    sweep: str | None = Option(None, metavar="KEY=A,B,...", help="Evaluate each value."),
+    resize: int | None = Option(None, min=1, max=4096, help="Side to resize to (bicubic)."),
+    out: Path | None = Option(None, help="Output folder; default: evaluation/MODEL-HASH."),
     extractor: Extractor = None,
     inception_weights: Inception = None,
     show: bool = Option(False, "--show", help="Print results.json files as one table."),
     make_extractor: Path | None = Option(
-        None, metavar="FILE", help="Train a classifier on images."
+        None, metavar="FILE", help="Train a classifier on images into FILE."
     ),
     size: common.ImageSize = "256",
     device: common.Device = None,
@@ -67,7 +67,7 @@ def evaluate(
         return
     reference = reference or (None if samples else run.REFERENCES.get(name))
     if reference is None:
-        raise ValueError(f"{samples or name} needs a --reference: imagenet256, an .npz or a folder")
+        raise ValueError(f"{samples or name}: expected --reference imagenet256, .npz or folder")
     results: list[dict[str, Any]] = []
     if samples is not None:
         network = run.open_extractor(reference, *files, device_of(device))
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _list_changes(out: Path | None, settings: list[str], sweep: str | None) -> list[Any]:
-    """The folder and sampling settings of each set: one for each value of a sweep KEY=A,B,..."""
+    """Return the folder and the settings of each set, one per value of the sweep KEY=A,B,..."""
     key, _, values = (sweep or "").partition("=")
     if sweep and not values:
         raise ValueError(f"--sweep {sweep}: expected KEY=A,B,...")
@@ -101,13 +101,13 @@ def _list_changes(out: Path | None, settings: list[str], sweep: str | None) -> l
 
 @command
 def reconstruct(
-    images: str = Argument(help="A data set's name, or a folder."),
-    tokenizer: Path = Option(help="Directory of a tokenizer or model, or a bundled name."),
+    images: str = Argument(help="A data set's name or a folder."),
+    tokenizer: Path = Option(help="Directory of a tokenizer or model, or a bundled model."),
     size: common.ImageSize = "256",
     split: Split = Option("val", help="The split of the images."),
     out: Path | None = Option(None, help="A PNG of images and reconstructions."),
     rfid: bool = Option(True, help="Compute rFID."),
-    reference: str | None = Option(None, help="For rFID: an .npz or folder; default: the images."),
+    reference: str | None = Option(None, help="rFID's .npz or folder; default: the images."),
     extractor: Extractor = None,
     inception_weights: Inception = None,
     device: common.Device = None,
@@ -131,11 +131,11 @@ def reconstruct(
     except FileNotFoundError as error:
         if any((*files, reference)):
             raise
-        print(f"rFID left out: {error}", file=sys.stderr)  # Inception was not asked for
+        print(f"rFID left out: {error}", file=sys.stderr)  # no option asked for Inception
     with nullcontext() if out is None else lock(out, "moveimg reconstruct"):
         if network is not None and reference is not None:
             real = open_reference(reference, pixels, network)
-        figures, grid = reconstruct(source, vq, pixels, network, real)
+        results, grid = reconstruct(source, vq, pixels, network, real)
         if out is not None:
-            save_png(grid, out, figures)
-    print(json.dumps(figures, indent=2))
+            save_png(grid, out, results)
+    print(json.dumps(results, indent=2))

@@ -12,13 +12,7 @@ from typer import Argument, Option, Typer
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import (
-    app,
-    command,
-    device_of,
-    find_config,
-    numbers,
-)
+from moveimg.commands.common import app, command, device_of, find_config, format_numbers
 from moveimg.config import ModelFile, SamplingSettings, TrainConfig, load_config
 from moveimg.errors import validate
 
@@ -83,10 +77,10 @@ def inspect(
         report = inspect_model(pipeline, out, codes, num, batch_size, seed, row)
     for layer, gates in report.get("layers", {}).items():
         means = [sum(heads) / len(heads) for heads in zip(*gates["mean"], strict=True)]
-        line = numbers(dict(zip(gates["gates"], means, strict=True)))
+        line = format_numbers(dict(zip(gates["gates"], means, strict=True)))
         print(f"layer {layer}: {line}; memory's share of V {gates['memory_share']:.0%}")
     if found := report.get("row"):
-        raised = numbers({f"code {code}": change for code, change in found["raised"][:4]})
+        raised = format_numbers({f"code {code}": change for code, change in found["raised"][:4]})
         print(f"row {row}: {found['positions']} positions, KL {found['kl']:.4f} nats; {raised}")
     for layer, load in report["experts"].items():
         print(f"layer {layer}: busiest expert {max(load) * len(load):.2f} times its even share")
@@ -112,17 +106,14 @@ def bench_sample(
     """Measure how many images and codes per second are drawn."""
     settings = validate(SamplingSettings, {"cfg_scale": cfg_scale}, "sampling settings")
     where = device_of(device)
-    from moveimg.bench import bench_sample, describe_figures
+    from moveimg.bench import bench_sample, describe_figures, make_random_model
     from moveimg.checkpoint import load_generator
     from moveimg.device import pick_dtype
-    from moveimg.model import Transformer
     from moveimg.pipeline import resolve
 
     config = find_config(model, ModelFile, set)
-    generator = Transformer(config.model) if config else load_generator(resolve(model))
-    if config:
-        generator.head.reset_parameters()  # it starts at zero, and equal logits are drawn faster
-    generator = generator.to(where, pick_dtype(dtype, where)).eval()
+    generator = make_random_model(config.model) if config else load_generator(resolve(model))
+    generator = generator.to(where, pick_dtype(dtype, where))
     print(describe_figures(bench_sample(generator, settings, batch_size, repeats, quantize), where))
 
 

@@ -11,9 +11,9 @@ from typer import Argument, Option
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import command, count, device_of, sampling_options
+from moveimg.commands.common import command, device_of, format_count, sampling_options
 
-GRID = (64, 32)  # rows and columns of grid.png at most
+GRID = (64, 32)  # maximum rows and columns of grid.png
 
 
 @command
@@ -33,7 +33,7 @@ def sample(
     compile: common.Compile = False,
     bank: common.Bank = None,
 ) -> None:
-    """Draw images of classes, by default of the first 20, as PNG files and a labelled grid."""
+    """Draw images of classes (default: the first 20) as PNG files and a labelled grid."""
     device_of(device)
     from moveimg.files import lock
     from moveimg.images import labelled_grid, save_png
@@ -47,10 +47,10 @@ def sample(
     chosen = [pipeline.label(name) for name in classes or range(min(20, len(names)))]
     labels = [label for label in chosen for _ in range(num)]
     sampling = pipeline.settings(**settings)
-    shown = Path(model).resolve().name if Path(model).is_dir() else model  # no path in a PNG
+    shown = Path(model).resolve().name if Path(model).is_dir() else model  # not its path
     number_type = str(pipeline.generator.head.weight.dtype).removeprefix("torch.")
-    made = {"model": shown, "dtype": number_type, "quantize": quantize, "bank": bank}
-    made |= sampling.model_dump()
+    origin = {"model": shown, "dtype": number_type, "quantize": quantize, "bank": bank}
+    origin |= sampling.model_dump()
     rows: list[list] = [[] for _ in chosen[: GRID[0]]]
     total = len(labels) * pipeline.generator.config.seq_len
     with lock(out, "moveimg sample"), progress_bar(total, "sample", "code", delay=2) as bar:
@@ -61,24 +61,24 @@ def sample(
             for i, image in enumerate(pipeline.decode(codes), first):
                 label, name = labels[i], names[labels[i]]
                 slug = re.sub(r"[\W_]", "-", name.split(",")[0].strip().lower()[:40])
-                about = {"class": label, "class_name": name, "seed": seed + i, **made}
+                about = {"class": label, "class_name": name, "seed": seed + i, **origin}
                 save_png(image, out / f"{label:04d}-{slug}-seed{seed + i}.png", about)
                 if i // num < GRID[0] and i % num < GRID[1]:
                     rows[i // num].append(image)
     grid = labelled_grid(rows, [names[label] for label in chosen[: GRID[0]]])
-    save_png(grid, out / "grid.png", {"classes": chosen, "num": num, "seed": seed, **made})
-    print(f"{count(len(labels), 'image')} -> {out}/ (see {out / 'grid.png'})")
+    save_png(grid, out / "grid.png", {"classes": chosen, "num": num, "seed": seed, **origin})
+    print(f"{format_count(len(labels), 'image')} -> {out}/ (see {out / 'grid.png'})")
 
 
 @command
 @sampling_options
 def edit(
     *,
-    image: Path = Argument(help="An image file; cropped to the model's size."),
+    image: Path = Argument(help="An image file, cropped to the model's size."),
     classes: common.Classes = None,
-    keep: str | None = Option(None, help="Keep: top, left, ..., rows of codes, a box or a mask."),
-    hole: str | None = Option(None, help="Draw anew: an area; boxes are left,top,right,bottom."),
-    passes: int = Option(0, min=0, max=1000, help="Resampling passes, to fit later kept codes."),
+    keep: str | None = Option(None, help="Keep a half (as top), rows of codes, a box or a mask."),
+    hole: str | None = Option(None, help="Redraw such an area; a box is left,top,right,bottom."),
+    passes: int = Option(0, min=0, max=1000, help="Resampling passes, to fit kept codes below."),
     model: common.Model = DEFAULT_MODEL,
     num: common.Num = 4,
     seed: common.Seed = 0,
@@ -88,20 +88,20 @@ def edit(
     dtype: common.Dtype = None,
     compile: common.Compile = False,
 ) -> None:
-    """Complete an image, draw a part of it anew, or change its class (default: the likeliest).
+    """Complete an image, or redraw a part of the image as a class (default: the likeliest).
 
-    With --keep, the kept part is decoded from its codes; with --hole, pixels outside the hole stay
-    those of the image. Without both, the upper half is kept.
+    With --keep, the kept part is decoded from its codes; with --hole, the image's pixels outside
+    the hole are kept. Without either option, the upper half is kept.
     """
     if keep is not None and hole is not None:
-        raise ValueError("--keep and --hole: expected one of the two")
+        raise ValueError(f"--keep {keep} and --hole {hole}: expected one of the two")
     device_of(device)
     from moveimg.images import labelled_grid, read_image, save_png
     from moveimg.pipeline import Pipeline
 
     text = hole or keep or "top"
     numbers = text.split(",")
-    area: Any = text  # a half, rows of codes, a box, or the file of a mask
+    area: Any = text  # a half, a number of rows of codes, a box, or the file of a mask
     if Path(text).is_file():
         area = read_image(Path(text), text)
     elif all(part.strip().isdecimal() for part in numbers):
@@ -124,23 +124,23 @@ def edit(
         save_png(edited, out / f"{image.stem}-{label:04d}-seed{seed + i}.png", described)
     rows = [[pipeline.crop(original), *images[i : i + num]] for i in range(0, len(images), num)]
     save_png(labelled_grid(rows, [names[label] for label in labels]), out / "grid.png", about)
-    print(f"{count(len(images), 'image')} -> {out}/ (beside the original: {out / 'grid.png'})")
+    print(f"{format_count(len(images), 'image')} -> {out}/ (with the original: {out}/grid.png)")
 
 
 @command
 def score(
-    source: str = Argument(help="A folder of images, by class or not, or a data set."),
+    source: str = Argument(help="A folder of images or of class folders, or a data set."),
     split: str | None = Option(None, help="train, val or test; default: val, if there is one."),
-    classify: bool = Option(False, "--classify", help="Find the likeliest class (C passes)."),
+    classify: bool = Option(False, "--classify", help="Find the likeliest class, too (slow)."),
     model: common.Model = DEFAULT_MODEL,
     batch_size: common.BatchSize = 32,
-    out: Path = Option(Path("scores.csv"), help="The table; a grid is written beside it."),
+    out: Path = Option(Path("scores.csv"), help="The CSV file; a grid is written next to it."),
     device: common.Device = None,
     dtype: common.Dtype = None,
 ) -> None:
-    """Write the likelihood of each image as CSV, the strangest first.
+    """Write the likelihood of each image as CSV, the least likely image first.
 
-    Images in class folders are scored given their class, others given their likeliest class.
+    Images with classes are scored given their class, other images given their likeliest class.
     """
     device_of(device)
     from moveimg.files import atomic
@@ -150,7 +150,7 @@ def score(
 
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
     images, labels = _open_labelled(source, split, pipeline)
-    names, lines, nats, right = pipeline.class_names, [], [], 0
+    names, lines, nats, correct = pipeline.class_names, [], [], 0
     with progress_bar(len(images), "score", "image", delay=2) as bar:
         for first in range(0, len(images), batch_size):
             rows = range(first, min(first + batch_size, len(images)))
@@ -160,7 +160,7 @@ def score(
             chosen = likeliest if labels is None else [labels[images.labels[row]] for row in rows]
             likelihood = pipeline.log_likelihood(codes, chosen)
             nats += likelihood.nats_per_code.tolist()
-            right += sum(map(int.__eq__, likeliest, chosen))
+            correct += sum(map(int.__eq__, likeliest, chosen))
             for i, row in enumerate(rows):
                 line: dict[str, Any] = {"image": images.identifiers[row], "class": names[chosen[i]]}
                 for key in ("nats_per_code", "bits_per_code", "bits_per_pixel"):
@@ -177,15 +177,15 @@ def score(
         writer.writerows(lines[row] for row in order)
     grid, ends = out.with_name(f"{out.stem}.png"), (order[:10], order[::-1][:10])
     shown = [[pipeline.crop(images.load(row)) for row in end] for end in ends]
-    save_png(labelled_grid(shown, ["strangest", "likeliest"]), grid, {"source": source})
+    save_png(labelled_grid(shown, ["least likely", "likeliest"]), grid, {"source": source})
     mean = sum(nats) / len(nats)
-    print(f"{count(len(nats), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
+    print(f"{format_count(len(nats), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
     if classify and labels is not None:
-        print(f"accuracy by likelihood: {right / len(nats):.2%}")
+        print(f"accuracy by likelihood: {correct / len(nats):.2%}")
 
 
 def _open_labelled(source: str, split: Any, pipeline: Any) -> tuple[Any, list[int] | None]:
-    """The readable images, and the model's label of each class; None for images without classes."""
+    """Open the readable images; returns them and the model's label per class (None: no classes)."""
     from moveimg.data import drop_unreadable, find_split_folders, open_flat_folder, open_images
     from moveimg.images import SUFFIXES
 

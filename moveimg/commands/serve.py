@@ -29,14 +29,14 @@ HOST = Option("127.0.0.1", help="The address to listen at.")
 def demo(
     model: list[str] = Option([DEFAULT_MODEL], help="A name, directory or Hub id; repeatable."),
     host: str = HOST,
-    port: int = Option(7860, min=0, max=65535, help="0: a free one."),
+    port: int = Option(7860, min=0, max=65535, help="The port; 0: a free port."),
     auth: list[str] = Option([], envvar="MOVEIMG_AUTH", help="USER:PASSWORD; repeatable."),
-    allow_host: list[str] = Option([], help="A host name of this server; repeatable."),
-    trust_proxy: bool = Option(False, "--trust-proxy", help="Identify by X-Forwarded-For."),
+    allow_host: list[str] = Option([], help="A further name of this host; repeatable."),
+    trust_proxy: bool = Option(False, "--trust-proxy", help="Trust X-Forwarded-For."),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Serve the web demo until it is interrupted: choose a class and see it drawn code by code."""
+    """Serve the web demo until interrupted: it draws images of a class, code by code."""
     from moveimg.demo.jobs import Models
     from moveimg.demo.server import build_server
     from moveimg.device import limit_arenas, pick_device, pick_dtype
@@ -46,7 +46,7 @@ def demo(
     accounts: list[Any] = [tuple(account.split(":", 1)) for account in auth]
     if not all(len(account) == 2 and all(account) for account in accounts):
         raise ValueError("--auth: expected USER:PASSWORD")
-    pick_dtype(dtype, pick_device(device))  # fails if the machine lacks them
+    pick_dtype(dtype, pick_device(device))  # refuses a device that the machine lacks
     models = Models(model, device=device, dtype=dtype)
     server, listener = build_server(models, host, port, accounts, allow_host, trust_proxy)
     models.get()
@@ -54,20 +54,20 @@ def demo(
     print(f"moveimg demo: http://{shown}:{listener.getsockname()[1]}", flush=True)
     with suppress(KeyboardInterrupt, SystemExit):
         server.run([listener])
-    os._exit(0)  # at once: a thread may be in the middle of a matrix product
+    os._exit(0)  # at once, since a thread may be in the middle of a matrix product
 
 
 @command
 def serve(
     model: Model = DEFAULT_MODEL,
-    replicas: int = Option(1, min=1, help="Processes that hold the model."),
+    replicas: int = Option(1, min=1, help="Processes, each with the model."),
     host: str = HOST,
     port: int = Option(8000, min=1, max=65535, help="The port to listen at."),
     threads: int | None = Option(None, min=1, help="CPU threads; default: cores / replicas."),
-    batch_size: int = Option(32, min=1, help="Images drawn at once, at most."),
-    window: float = Option(0.02, min=0, help="Seconds to wait for a batch."),
-    max_queued: int = Option(256, min=1, help="Requests that wait; others get 503."),
-    address: str | None = Option(None, help="A cluster started by `ray start`; default: none."),
+    batch_size: int = Option(32, min=1, help="Maximum images per batch."),
+    window: float = Option(0.02, min=0, help="Seconds to wait for a batch to fill."),
+    max_queued: int = Option(256, min=1, help="Waiting requests; further ones get 503."),
+    address: str | None = Option(None, help="A Ray cluster (`ray start`); default: a new one."),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -77,7 +77,7 @@ def serve(
     defaults = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # Ray's 15 is for background work
+        "RAY_worker_niceness": "0",  # Ray's default, 15, is for background work
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine is slow to start
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moveimg.serve.proxy_middlewares",
     }
@@ -89,8 +89,8 @@ def serve(
     from moveimg.pipeline import resolve
     from moveimg.serve import APP, Generator
 
-    where, name = pick_device(device), Path(model).resolve().name  # not its path
-    pick_dtype(dtype, where)  # fails if the machine lacks them
+    where, name = pick_device(device), Path(model).resolve().name  # clients see no path
+    pick_dtype(dtype, where)  # refuses a device that the machine lacks
     if (folder := resolve(model)) == Path(model):
         model = str(folder.resolve())
     threads = threads or max(1, (os.cpu_count() or 1) // replicas)
@@ -99,7 +99,7 @@ def serve(
     local = {"num_cpus": replicas * threads, "include_dashboard": False, "_temp_dir": temporary}
     try:
         if address is None:
-            socket.create_server((host, port)).close()  # refuses a port that is in use
+            socket.create_server((host, port)).close()  # raises OSError for a port in use
         ray.init(address or "local", logging_level="warning", **({} if address else local))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         ray_serve.start("EveryNode", {"host": host, "port": port}, logging_config=quiet)

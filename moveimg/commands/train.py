@@ -9,7 +9,7 @@ from typing import Any
 from typer import Argument, Option
 
 from moveimg.commands import common
-from moveimg.commands.common import Device, Set, command, count, device_of, numbers, processes_of
+from moveimg.commands.common import Device, Set, command, device_of, processes_of
 from moveimg.config import (
     ImagesConfig,
     TokenizerTrainConfig,
@@ -60,8 +60,8 @@ def encode(
         chosen |= {"dtype": pick_dtype(dtype, world.device)} if dtype else {}
         manifests = encode_splits(settings, vq, out, data_root, device=world.device, **chosen)
         for split, manifest in manifests.items() if world.main else ():
-            encoded = count(manifest.n_images, "image")
-            views = count(manifest.settings.n_crops, "view")
+            encoded = common.format_count(manifest.n_images, "image")
+            views = common.format_count(manifest.settings.n_crops, "view")
             print(f"{out / split}: {encoded} x {views}, {len(manifest.skipped)} skipped")
 
 
@@ -76,7 +76,7 @@ def train_tokenizer(
 
         result = tokenizer.train_tokenizer(settings, world, restart)
         if world.main:
-            print(f"{settings.out}: {numbers(result)}")
+            print(f"{settings.out}: {common.format_numbers(result)}")
 
 
 @command
@@ -97,7 +97,7 @@ def train(
 
         result = train_generator(settings, world, restart)
         if world.main:
-            print(f"{settings.out}: {numbers(result)}")
+            print(f"{settings.out}: {common.format_numbers(result)}")
 
 
 @command

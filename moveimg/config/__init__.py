@@ -1,6 +1,6 @@
 """Every setting of the program, with its default, its range and its help text."""
 
-# ruff: noqa: F401 (the package's names)
+# ruff: noqa: F401 (re-exports)
 from moveimg.config.model import SIZES, Config, ModelConfig, SamplingSettings, SwiGLUConfig
 from moveimg.config.run import (
     SUFFIXES,

@@ -1,7 +1,7 @@
-"""The generator's settings: its size, its codes and its three slots; and those of sampling.
+"""Settings of the generator (its size, its codes and its three slots), and of sampling.
 
-The slots (attention, memory, feed-forward) are unions that pydantic resolves by their `kind`. What
-a slot requires of the rest of the model, it checks itself when the config is read.
+Each slot (attention, memory, feed-forward) is a union that pydantic resolves by `kind`. When a
+config is read, each slot checks its settings against those of the model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Rows = Annotated[int, Field(ge=1, le=2**26)]
 Logit = Annotated[float, Field(ge=-20, le=20)]
 Layers = Literal["alternate", "all"] | tuple[Annotated[int, Field(ge=0, le=1023)], ...]
-ClassRows = Annotated[bool, Field(description="memory rows for the class token; else zeros")]
+ClassRows = Annotated[bool, Field(description="the class token has memory rows, too; false: zeros")]
 
 
 class Config(BaseModel):
-    """A frozen group of settings that refuses unknown keys and non-finite numbers."""
+    """A frozen group of settings without unknown keys or non-finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -32,15 +32,15 @@ class SlotConfig(Config):
     kind: str
 
     def check(self, model: ModelConfig) -> None:
-        """Raise a one-line ValueError where the slot does not fit the model around it."""
+        """Raise ValueError, on one line, if these settings contradict those of the model."""
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
-        """The settings of this slot in one layer."""
+        """Return the settings of this slot in one layer."""
         return self
 
 
 def pick_layers(layers: Layers, n_layer: int) -> tuple[int, ...]:
-    """The chosen layers' indices, in order. ValueError unless they are distinct layers."""
+    """Return the sorted indices of layers. ValueError unless they are distinct and exist."""
     if layers == "all":
         return tuple(range(n_layer))
     if layers == "alternate":
@@ -51,7 +51,7 @@ def pick_layers(layers: Layers, n_layer: int) -> tuple[int, ...]:
 
 
 class MHAConfig(SlotConfig):
-    """Multi-head attention; keys and values of every head are cached."""
+    """Multi-head attention, with a cache of every head's keys and values."""
 
     kind: Literal["mha"] = "mha"
 
@@ -61,37 +61,37 @@ class MHAConfig(SlotConfig):
 
 
 class MLAConfig(SlotConfig):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a compressed cache."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with a compressed cache."""
 
     kind: Literal["mla"] = "mla"
     kv_rank: Width = Field(description="d_c, width of the cached latent of keys and values")
     q_rank: Width | None = Field(None, description="width of the queries' latent; null: full rank")
-    rope_dim: Width = Field(multiple_of=4, description="width of the rotary key of all heads")
+    rope_dim: Width = Field(multiple_of=4, description="width of the rotary key that heads share")
 
 
 class NoMemoryConfig(SlotConfig):
-    """The standard transformer: no value memory."""
+    """No value memory: the standard transformer."""
 
     kind: Literal["none"] = "none"
 
 
 class GatedMemoryConfig(SlotConfig):
-    """Settings of the memories whose rows pass through gates 2 sigmoid(x W_G + b)."""
+    """Settings of memories that weight their rows by gates 2 sigmoid(x W_G + b)."""
 
     gate_standard: bool
     class_rows: ClassRows = False
     gate_bias: tuple[Logit, Logit] = Field(
-        (0.0, 0.0), description="initial b of g_0 and of the slots' gates; two zeros: no b (paper)"
+        (0.0, 0.0), description="initial b of g_0 and of the slots' gates; zeros: no b (paper)"
     )
-    router_std: float = Field(0.0, ge=0, le=10, description="W_G starts as N(0, this); 0: paper")
+    router_std: float = Field(0.0, ge=0, le=10, description="std of initial W_G; 0 in the paper")
 
 
 class LaVEConfig(GatedMemoryConfig):
-    """Layer-wise value embeddings: each chosen layer has its own table with one slot."""
+    """Layer-wise value embeddings: each listed layer has a table with one slot."""
 
     kind: Literal["lave"] = "lave"
     layers: Layers = Field(
-        "alternate", description="alternate (x1, with the last), all (x2), a list"
+        "alternate", description="alternate (x1, the last included), all (x2), or a list"
     )
     gate_standard: bool = Field(False, description="also gate the standard path V by g_0")
 
@@ -103,20 +103,20 @@ class MoVEConfig(GatedMemoryConfig):
     """Mixture of Value Embeddings (arXiv 2601.22887): one bank shared by all layers."""
 
     kind: Literal["move"] = "move"
-    slots: int = Field(ge=1, le=256, description="value embeddings per code; n_layer / 2 is x1")
+    slots: int = Field(ge=1, le=256, description="value embeddings per code; x1 is n_layer / 2")
     gate_standard: bool = Field(True, description="gate the standard path V by g_0")
-    rows: Rows | None = Field(None, description="rows that similar codes share; null: one per code")
+    rows: Rows | None = Field(None, description="rows, shared by similar codes; null: one per code")
     context: Literal["left", "above"] | None = Field(
-        None, description="add rows of the pair of a code and the code to its left, or above it"
+        None, description="also add rows for each pair of a code and the code left of or above it"
     )
-    context_rows: Rows | None = Field(None, description="rows of the table that pairs hash into")
+    context_rows: Rows | None = Field(None, description="rows of the hash table of pairs")
     bits: Literal[4, 8] | None = Field(
-        None, description="bits per number of a bank made by `moveimg convert quantize-bank`"
+        None, description="bits per number after `moveimg convert quantize-bank`; null: float"
     )
 
     def check(self, model: ModelConfig) -> None:
         rank = model.attention.kv_rank if isinstance(model.attention, MLAConfig) else 0
-        if rank % model.n_head:  # MoVE cuts the latent into one chunk per head
+        if rank % model.n_head:  # MoVE splits the latent into a chunk per head
             raise ValueError(f"kv_rank {rank} over {model.n_head} heads: expected a multiple")
         if (self.rows or 1) > model.codebook_size:
             raise ValueError(f"memory.rows {self.rows}: expected 1..{model.codebook_size} (codes)")
@@ -132,19 +132,19 @@ class SwiGLUConfig(SlotConfig):
 
     kind: Literal["swiglu"] = "swiglu"
     hidden: Width | None = Field(None, description="hidden width; null: 8/3 width, rounded up")
-    multiple_of: Width = Field(256, description="a derived hidden width is a multiple of this")
+    multiple_of: Width = Field(256, description="the default hidden width is rounded up to this")
 
 
 class SparseConfig(SlotConfig):
-    """A feed-forward of chosen layers that uses a part of its weights per token."""
+    """Settings of feed-forwards that use a part of their weights per token, in some layers."""
 
     layers: Layers = Field("all", description="all, alternate (the last included), or a list")
-    elsewhere: SwiGLUConfig = Field(SwiGLUConfig(), description="that of the other layers")
+    elsewhere: SwiGLUConfig = Field(SwiGLUConfig(), description="feed-forward of other layers")
     top_k: Count
-    choices: ClassVar[str] = "n_keys"  # top_k is at most this key's value
+    choices: ClassVar[str] = "n_keys"  # the key whose value limits top_k
 
     def at(self, layer: int, n_layer: int) -> SlotConfig:
-        """The settings of the feed-forward in one layer."""
+        """Return the settings of the feed-forward in one layer."""
         return self if layer in pick_layers(self.layers, n_layer) else self.elsewhere
 
     def check(self, model: ModelConfig) -> None:
@@ -154,70 +154,70 @@ class SparseConfig(SlotConfig):
 
 
 class MoEConfig(SparseConfig):
-    """A mixture of SwiGLU experts: the top k per token, and one shared by all tokens."""
+    """A mixture of SwiGLU experts: the top k per token and a shared expert."""
 
     choices: ClassVar[str] = "n_experts"
     kind: Literal["moe"] = "moe"
     n_experts: Count = Field(description="routed experts")
-    top_k: int = Field(2, ge=2, le=1024, description="experts per token; one would not learn")
+    top_k: int = Field(2, ge=2, le=1024, description="experts per token; 1 trains no router")
     hidden: Width = Field(description="hidden width of an expert")
     shared_hidden: Width = Field(description="hidden width of the shared expert")
     balance: float = Field(0.01, ge=0, le=100, description="weight of the load-balancing loss")
 
 
 class ProductKeyLookup(SparseConfig):
-    """Product keys: the k best of n_keys^2 rows, by two searches among n_keys."""
+    """Settings of product keys: two searches in n_keys find the top k of n_keys^2 rows."""
 
-    n_keys: int = Field(1024, ge=1, le=4096, description="keys per half: n_keys^2 rows")
+    n_keys: int = Field(1024, ge=1, le=4096, description="keys per half of a query")
     key_heads: Count = Field(4, description="look-ups per token, each with its own query")
-    top_k: Count = Field(32, description="rows that a look-up reads")
-    key_width: Width = Field(512, multiple_of=2, description="width of a query, both halves")
+    top_k: Count = Field(32, description="rows per look-up")
+    key_width: Width = Field(512, multiple_of=2, description="width of a query, of both halves")
 
 
 class ProductKeyConfig(ProductKeyLookup):
-    """Product-key memory, Memory+ (arXiv 2412.09764): one value table for all its layers."""
+    """Product-key memory, Memory+ (arXiv 2412.09764): a value table that layers share."""
 
     kind: Literal["product_key"] = "product_key"
     value_width: Width | None = Field(None, description="width of a value; null: the model's")
 
 
 class PEERConfig(ProductKeyLookup):
-    """Product keys over experts of one neuron each (arXiv 2407.04153)."""
+    """PEER (arXiv 2407.04153): product keys that choose experts of one neuron each."""
 
     kind: Literal["peer"] = "peer"
-    top_k: Count = Field(16, description="experts that a look-up reads")
+    top_k: Count = Field(16, description="experts per look-up")
 
 
 class UltraMemConfig(ProductKeyLookup):
-    """UltraMem (arXiv 2411.12364): product keys scored by Tucker cores, beside a SwiGLU."""
+    """UltraMem (arXiv 2411.12364): product keys scored by Tucker cores, added to a SwiGLU."""
 
     kind: Literal["ultramem"] = "ultramem"
-    top_k: Count = Field(16, description="cells that a look-up reads")
-    rank: int = Field(2, ge=1, le=16, description="r, scores per key that a core combines")
-    cores: int = Field(2, ge=1, le=16, description="cores; each weighs a segment of the values")
+    top_k: Count = Field(16, description="cells per look-up")
+    rank: int = Field(2, ge=1, le=16, description="r, scores per key; cores are r x r")
+    cores: int = Field(2, ge=1, le=16, description="Tucker cores, one per segment of a value")
     expansion: int = Field(4, ge=1, le=64, description="virtual tables per physical table")
     value_width: Width | None = Field(None, description="width of a value; null: half the model's")
-    delay: int = Field(1, ge=0, le=64, description="layers after which the values enter the stream")
-    margin: float = Field(0.15, ge=0, le=10, description="singular values beyond are penalised")
-    penalty: float = Field(0.001, ge=0, le=100, description="weight of that loss")
+    delay: int = Field(1, ge=0, le=64, description="layers between a look-up and adding its values")
+    margin: float = Field(0.15, ge=0, le=10, description="largest unpenalised singular value")
+    penalty: float = Field(0.001, ge=0, le=100, description="weight of the singular-value loss")
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
         last = max(pick_layers(self.layers, model.n_layer))
         if last + self.delay >= model.n_layer:
             raise ValueError(
-                f"ffn.delay {self.delay} after layer {last}: expected a layer below {model.n_layer}"
+                f"ffn.delay {self.delay} after layer {last}: expected a sum below {model.n_layer}"
             )
         width = self.value_width or model.width // 2
         if width % self.cores or self.n_keys**2 % self.expansion:
             raise ValueError(
-                f"value width {width} over {self.cores} cores, {self.n_keys**2} cells over "
-                f"{self.expansion} tables: expected multiples"
+                f"value width {width} and {self.n_keys**2} cells: expected multiples of ffn.cores "
+                f"{self.cores} and ffn.expansion {self.expansion}"
             )
 
 
 AnyFeedForward = SwiGLUConfig | MoEConfig | ProductKeyConfig | PEERConfig | UltraMemConfig
-# LlamaGen's named sizes (arXiv 2406.06525, table 1), and one for the digits.
+# LlamaGen's named sizes (arXiv 2406.06525, table 1), and a size for the digits.
 SIZES: dict[str, dict[str, int]] = {
     "digits": {"n_layer": 6, "n_head": 4, "width": 96},
     "B": {"n_layer": 12, "n_head": 12, "width": 768},
@@ -229,12 +229,12 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 class ModelConfig(Config):
-    """The class-conditional transformer."""
+    """Settings of the class-conditional transformer."""
 
     n_layer: Count = Field(description="transformer blocks")
     n_head: Count = Field(description="attention heads")
     width: Width = Field(description="width of the residual stream")
-    codebook_size: int = Field(16384, ge=1, le=2**20, description="codes of the tokenizer, V")
+    codebook_size: int = Field(16384, ge=1, le=2**20, description="V, size of the codebook")
     n_classes: int = Field(1000, ge=1, le=10**6, description="classes; the null label is n_classes")
     grid: tuple[Side, Side] = Field((16, 16), description="rows and columns of codes in an image")
     attention: MHAConfig | MLAConfig = Field(MHAConfig(), discriminator="kind")
@@ -249,7 +249,7 @@ class ModelConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _expand_named_size(cls, data: Any) -> Any:
-        """Expand `size: B` into n_layer, n_head and width; explicit keys win."""
+        """Expand `size: B` to n_layer, n_head and width, which explicit keys override."""
         if not isinstance(data, dict) or "size" not in data:
             return data
         if (size := str(data["size"])) not in SIZES:
@@ -273,7 +273,7 @@ class ModelConfig(Config):
 
     @property
     def seq_len(self) -> int:
-        """T, codes in an image."""
+        """T, the number of codes in an image."""
         return self.grid[0] * self.grid[1]
 
 
@@ -281,17 +281,17 @@ Schedule = Literal["constant", "linear", "power-cosine"]
 
 
 class SamplingSettings(Config):
-    """How codes are drawn from logits; a model's own defaults are in its `sampling.json`."""
+    """Settings for drawing codes from logits; a model's defaults are in its `sampling.json`."""
 
     # The command line, the APIs and the page take names, ranges and help texts from these fields.
 
-    cfg_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1 is none")
-    cfg_schedule: Schedule = Field("constant", description="how guidance grows along the codes")
+    cfg_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1: none")
+    cfg_schedule: Schedule = Field("constant", description="growth of guidance over the codes")
     cfg_power: float = Field(2.75, gt=0, le=100, description="exponent of power-cosine")
     cfg_start: Rate = Field(0.0, description="share of the codes drawn before guidance starts")
-    temperature: float = Field(1.0, ge=0, le=1000, description="divides the logits; 0 is greedy")
-    top_k: int = Field(0, ge=0, le=2**20, description="keep the k likeliest codes; 0 keeps all")
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest codes of probability p")
+    temperature: float = Field(1.0, ge=0, le=1000, description="divides the logits; 0: greedy")
+    top_k: int = Field(0, ge=0, le=2**20, description="draw from the k likeliest codes; 0: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from likeliest codes of total mass p")
 
     @field_validator("temperature")
     @classmethod

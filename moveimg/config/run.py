@@ -1,8 +1,8 @@
-"""The settings of training runs, and their YAML files and recipes.
+"""Settings of training runs, and reading of their YAML files and recipes.
 
-A file may name another, or a recipe, as its `base:`; its own keys win. On the command line
-`--set model.memory.slots=6` overrides a key by its dotted path. The name of a recipe is a file of
-configs/, or another recipe's and one more part (FORMS).
+A file may name another file or a recipe as its `base:`, whose keys it overrides. On the command
+line `--set model.memory.slots=6` overrides a key by its dotted path. A recipe is a file in
+configs/, or composed by name: the name of a recipe and a further part, as in FORMS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIGS = ROOT / "configs" if (ROOT / "configs").is_dir() else ROOT.parent / "co
 SUFFIXES = (".yaml", ".yml")
 MODELS = {"digits": "digits-move", "fashion": "fashion-move"}  # the bundled models' recipes
 FORMS = {
-    "imagenet-{b,l,xl,xxl,3b}-{256,384}": "A size of LlamaGen's at 256 or 384 pixels; add to it:",
+    "imagenet-{b,l,xl,xxl,3b}-{256,384}": "A LlamaGen size at 256 or 384 pixels; append to it:",
     "...-mla": "latent attention;",
     "...-standard": "no value memory;",
     "...-lave-{x1,x2}": "LaVE, a table on every second layer or on all;",
@@ -38,17 +38,17 @@ Steps = Annotated[int, Field(ge=1, le=10**9)]
 StepsFromZero = Annotated[int, Field(ge=0, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=10**6)]
 Side = Annotated[int, Field(ge=1, le=4096)]
-Size = Side | tuple[Side, Side]  # of a square, or (height, width), in pixels
+Size = Side | tuple[Side, Side]  # pixels of a square's side, or (height, width)
 Crops = Literal["center", "flip", "five", "ten"]
 
 
 def as_pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size."""
+    """Return (height, width) of a size."""
     return (size, size) if isinstance(size, int) else size
 
 
 def parse_size(text: str) -> Size:
-    """The size of `256`, or of `HEIGHTxWIDTH` such as `192x256`. Raises ValueError for others."""
+    """Parse `256`, or `HEIGHTxWIDTH` such as `192x256`. Raises ValueError for another form."""
     sides = text.lower().split("x")
     if not all(side.isdecimal() and 1 <= int(side) <= 4096 for side in sides) or len(sides) > 2:
         raise ValueError(f"size {text!r}: expected 1..4096 pixels, or HEIGHTxWIDTH")
@@ -56,120 +56,120 @@ def parse_size(text: str) -> Size:
 
 
 class ImagesConfig(Config):
-    """Where images come from and how they are cropped."""
+    """Settings of an image source and its crops."""
 
-    source: str = Field(description="a folder of class subfolders, or a data set")
+    source: str = Field(description="a folder with a subfolder per class, or a data set")
     size: Size = Field(256, description="pixels of a square's side, or [height, width]")
-    crops: Crops = Field("center", description="views of an image: center, flip, five or ten crops")
+    crops: Crops = Field("center", description="views per image: center, flip, five or ten crops")
     ranges: tuple[Annotated[float, Field(ge=1, le=16)], ...] = Field(
-        (1.0,), min_length=1, max_length=64, description="each view is cut from size * range pixels"
+        (1.0,), min_length=1, max_length=64, description="crop each view from size * range pixels"
     )
-    val_fraction: float | None = Field(None, gt=0, lt=1, description="share to hold out, if any")
+    val_fraction: float | None = Field(None, gt=0, lt=1, description="share to hold out as val")
 
 
 class DataConfig(Config):
-    """The generator's training data: codes made by `moveimg encode`, or images."""
+    """The generator's training data: codes that `moveimg encode` wrote, or images."""
 
-    codes: Path | None = Field(None, description="packed codes, with train/ and val/ in it")
-    images: ImagesConfig | None = Field(None, description="images to encode first, once")
-    tokenizer: Path = Field(description="directory of the tokenizer (or a model holding one)")
+    codes: Path | None = Field(None, description="folder of packed codes in train/ and val/")
+    images: ImagesConfig | None = Field(None, description="images, encoded once before training")
+    tokenizer: Path = Field(description="directory of a tokenizer, or of a model with one")
 
     @model_validator(mode="after")
     def _check_one_source(self) -> DataConfig:
         if (self.codes is None) == (self.images is None):
-            raise ValueError("give either `codes` (packed codes) or `images`, one of the two")
+            raise ValueError(f"codes {self.codes}: expected one of `codes` and `images`")
         return self
 
 
 class OptimizerConfig(Config):
-    """AdamW or Muon; weight decay falls on tensors of two or more dimensions only."""
+    """Settings of AdamW or Muon, which decay only weights of two or more dimensions."""
 
-    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: of the blocks' matrices")
+    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: for blocks' matrices only")
     lr: LearningRate = Field(1e-4, description="peak learning rate (LlamaGen: 1e-4 per 256 images)")
     betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="Adam's moment decays")
     momentum: Rate = Field(0.95, description="Muon's momentum")
     weight_decay: float = Field(0.05, ge=0, le=100, description="decoupled weight decay")
-    clip: GradientNorm = Field(1.0, description="largest norm of the gradient")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    clip: GradientNorm = Field(1.0, description="maximum gradient norm")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of lr after warm-up")
     warmup: StepsFromZero = Field(0, description="steps of linear warm-up")
-    final_lr: Share = Field(0.0, description="end of the cosine, as a share of lr")
-    table_lr: LearningRate = Field(1e-3, description="of product-key value tables (Memory+)")
-    table_clip: GradientNorm = Field(1.0, description="largest norm of the value tables' gradient")
+    final_lr: Share = Field(0.0, description="lr at the end of the cosine, as a share of lr")
+    table_lr: LearningRate = Field(1e-3, description="lr of product-key value tables (Memory+)")
+    table_clip: GradientNorm = Field(1.0, description="maximum gradient norm of the value tables")
 
 
 class RunConfig(Config):
-    """Settings that training a generator and training a tokenizer share."""
+    """Settings common to training a generator and training a tokenizer."""
 
-    out: Path = Field(description="the directory to make")
+    out: Path = Field(description="the directory of the run")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seeds weights, data order and dropout")
     steps: Steps = Field(description="optimizer steps")
     batch_size: BatchSize = Field(256, description="images per step, over all processes")
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: Rate = Field(0.9999, description="decay of the weights' moving average; 0: no average")
     log_every: Steps = Field(20, description="steps between log lines")
-    validate_every: Steps = Field(500, description="steps between held-out losses")
+    validate_every: Steps = Field(500, description="steps between validation losses")
     preview_every: Steps = Field(1000, description="steps between preview images")
     checkpoint_every: Steps = Field(500, description="steps between checkpoints")
     keep_checkpoints: Steps = Field(2, description="newest checkpoints to keep")
-    wandb: bool = Field(False, description="log to Weights & Biases, too (moveimg[wandb])")
+    wandb: bool = Field(False, description="also log to Weights & Biases (moveimg[wandb])")
 
 
 class TrainConfig(RunConfig):
-    """`moveimg train CONFIG`: one generator."""
+    """Settings of `moveimg train CONFIG`, which trains a generator."""
 
     data: DataConfig
     model: ModelConfig
-    init_from: Path | None = Field(None, description="start from this model (and its settings)")
-    train: Literal["all", "memory"] = Field("all", description="memory: bank and routers alone")
-    class_dropout: Share = Field(0.1, description="share of null labels, for guidance")
+    init_from: Path | None = Field(None, description="model to start from; fills settings left out")
+    train: Literal["all", "memory"] = Field("all", description="memory: only bank and routers")
+    class_dropout: Share = Field(0.1, description="share of labels made null, for guidance")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="autocast type; auto: bfloat16 on CUDA from capability 8.0"
+        "auto", description="autocast dtype; auto: bfloat16 on CUDA from capability 8.0"
     )
-    micro_batch: BatchSize | None = Field(None, description="images per forward pass (accumulated)")
+    micro_batch: BatchSize | None = Field(None, description="images per accumulated forward pass")
     distributed: Literal["ddp", "fsdp"] = Field("ddp", description="replicated or sharded weights")
-    activation_checkpointing: bool = Field(False, description="less memory, one more forward pass")
+    activation_checkpointing: bool = Field(False, description="less memory, a second forward pass")
     compile: bool = Field(False, description="torch.compile each block for training")
-    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews, and saved")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews and the model")
     memory_every: StepsFromZero = Field(
-        0, description="steps between records of gates and the bank's gradients; 0: none (not fsdp)"
+        0, description="steps between logs of gates and bank gradients; 0: never (not with fsdp)"
     )
 
     @model_validator(mode="after")
     def _check_memory(self) -> TrainConfig:
         if self.memory_every and self.distributed == "fsdp":
-            raise ValueError("memory_every: the bank of a sharded model is on no device whole")
+            raise ValueError(f"memory_every {self.memory_every}: expected 0 with a bank in shards")
         if self.train == "memory" and self.init_from is None:
-            raise ValueError("train: memory needs `init_from`: there is no trained backbone")
+            raise ValueError("train: memory needs `init_from`, a model with a trained backbone")
         return self
 
 
 class AdversarialConfig(Config):
-    """A PatchGAN that judges reconstructions (VQGAN, arXiv 2012.09841)."""
+    """Settings of the PatchGAN discriminator (VQGAN, arXiv 2012.09841)."""
 
-    weight: float = Field(0.8, gt=0, le=1e6, description="weight of its loss (taming: 0.8)")
-    adaptive: bool = Field(True, description="scale by |other gradients| / |its own|, last layer")
-    start: StepsFromZero = Field(20_000, description="step from which it learns and is used")
+    weight: float = Field(0.8, gt=0, le=1e6, description="weight of the adversarial loss")
+    adaptive: bool = Field(True, description="scale weight by gradient norms (VQGAN, equation 7)")
+    start: StepsFromZero = Field(20_000, description="first step of adversarial training")
     lr: LearningRate = Field(1e-4, description="peak learning rate, under the run's schedule")
-    width: Width = Field(64, description="channels of its first layer")
-    n_layers: int = Field(3, ge=1, le=8, description="halving layers; with 3, a patch is 70 pixels")
+    width: Width = Field(64, description="channels of the first layer")
+    n_layers: int = Field(3, ge=1, le=8, description="strided layers; 3: patches of 70 pixels")
 
 
 class TokenizerTrainConfig(RunConfig):
-    """`moveimg train-tokenizer CONFIG`: one tokenizer, trained without class labels."""
+    """Settings of `moveimg train-tokenizer CONFIG`, which trains a tokenizer without labels."""
 
     images: ImagesConfig
-    tokenizer: dict[str, Any] = Field(description="the tokenizer's own config (see tokenizer/)")
-    init_from: Path | None = Field(None, description="start from this tokenizer (and its settings)")
+    tokenizer: dict[str, Any] = Field(description="settings as in tokenizer/config.py")
+    init_from: Path | None = Field(None, description="tokenizer to start from, with its settings")
     l1_weight: Weight = Field(0.0, description="weight of |x - y|")
     l2_weight: Weight = Field(1.0, description="weight of (x - y)^2")
     perceptual_weight: Weight = Field(0.0, description="weight of LPIPS (LlamaGen, taming: 1)")
-    perceptual_folder: Path | None = Field(None, description="LPIPS's torch.hub folder")
-    adversarial: AdversarialConfig | None = Field(None, description="the discriminator")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type")
+    perceptual_folder: Path | None = Field(None, description="torch.hub folder of LPIPS weights")
+    adversarial: AdversarialConfig | None = Field(None, description="null: no discriminator")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast dtype")
 
 
 class ModelFile(BaseModel):
-    """Any run's YAML, read for its model alone."""
+    """The `model` of a training run's YAML; other keys are ignored."""
 
     model: ModelConfig
 
@@ -178,15 +178,15 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def load_config(path: str | Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
-    """The settings of a YAML file or recipe over its bases, then the `key.path=value` overrides.
+    """Read the settings of a YAML file or recipe, its bases and `key.path=value` overrides.
 
-    Raises FileNotFoundError for a missing file, ValueError for anything wrong in it.
+    Raises FileNotFoundError for a missing file, ValueError for invalid content.
     """
     return validate(cls, override(read_settings(str(path)), overrides), str(path))
 
 
 def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Settings with `key.path=value` overrides, whose values are YAML."""
+    """Return settings with `key.path=value` overrides applied; values are YAML."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not key or not equals:
@@ -199,14 +199,14 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def list_recipes() -> dict[str, str]:
-    """The recipes' names with a line about each: files by their first line, then the forms."""
+    """Map names of recipes to one-line descriptions: bundled models, files, then FORMS."""
     models = {name: f"The bundled model {name}: {recipe}." for name, recipe in MODELS.items()}
     paths = sorted(CONFIGS.glob("*.yaml"))
     return models | {path.stem: path.open().readline()[2:].rstrip() for path in paths} | FORMS
 
 
 def yaml_of(name: str) -> str:
-    """A recipe as YAML: its file, or for a name put together from parts all its settings.
+    """Return a recipe as YAML: the text of its file, or all settings of a composed recipe.
 
     Raises FileNotFoundError for an unknown name.
     """
@@ -221,7 +221,7 @@ def _find_recipe(name: str) -> Path | None:
 
 
 def read_settings(source: str, folder: Path = Path(), depth: int = 0) -> dict[str, Any]:
-    """The settings of a file, its path relative to `folder`, or of a recipe."""
+    """Read the settings, with bases, of a file (relative to `folder`) or of a recipe."""
     path = folder / source
     if not (path.is_file() or source.endswith(SUFFIXES)):
         path = _find_recipe(source) or Path(source)
@@ -229,14 +229,14 @@ def read_settings(source: str, folder: Path = Path(), depth: int = 0) -> dict[st
     data = read_yaml(path) if is_file else _compose(source)
     base = data.pop("base", None) if isinstance(data, dict) else data
     if not isinstance(data, dict) or not isinstance(base, str | None):
-        raise ValueError(f"{path}: expected keys and values, `base` a file or recipe (got {base})")
+        raise ValueError(f"{path}: expected a mapping, `base` a file or recipe (got {base})")
     if depth > 20:
-        raise ValueError(f"{path}: `base` leads back to itself")
+        raise ValueError(f"{path}: `base` includes itself, expected no cycle")
     return data if base is None else _merge(read_settings(base, path.parent, depth + 1), data)
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """Merge `over` into `base` key by key; a new `kind` replaces the group, whose keys differ."""
+    """Merge `over` into `base` by key; a group with another `kind` is replaced as a whole."""
     both = isinstance(base, dict) and isinstance(over, dict)
     if not both or over.get("kind", base.get("kind")) != base.get("kind"):
         return over
@@ -244,7 +244,7 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _compose(name: str) -> dict[str, Any]:
-    """The settings that a name's last part adds to the recipe it names as `base`."""
+    """Return the settings of a composed name: its `base`, and the changes of its last part."""
     if name in MODELS:
         return {"base": MODELS[name]}
     if match := re.fullmatch(r"imagenet-(b|l|xl|xxl|3b)-(256|384)", name):

@@ -1,6 +1,6 @@
-"""Image sources, crops, and packed codes: written by `encode`, read in seeded batches."""
+"""Image sources, crops, and packed codes, which are read in seeded batches."""
 
-# ruff: noqa: F401 (the package's names)
+# ruff: noqa: F401 (re-exports)
 from moveimg.data.codes import MANIFEST, PackedCodes, draw_batch, draw_views, sha256_file
 from moveimg.data.datasets import is_named_source
 from moveimg.data.encode import code_grid, default_batch_size, encode_images, encode_splits

@@ -1,6 +1,6 @@
 """Packed codes: a directory of memory-mapped shards, and batches drawn from it.
 
-manifest.json         what the codes are (`Manifest`); written last, so its presence means done
+manifest.json         the `Manifest`; written last, so without it encoding is unfinished
 codes-00000.npy ...   uint16 [n, crops, T], T = h*w codes in raster order
 labels-00000.npy ...  int32 [n]
 """
@@ -27,7 +27,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Shard(Config):
-    """Two files: the codes and the labels of `n` images."""
+    """The file of codes and the file of labels of `n` images."""
 
     codes: Annotated[str, Field(pattern=r"^codes-\d{5,}\.npy$")]
     labels: Annotated[str, Field(pattern=r"^labels-\d{5,}\.npy$")]
@@ -37,7 +37,7 @@ class Shard(Config):
 
 
 class Skipped(Config):
-    """An image that could not be read, and why."""
+    """An image that could not be read, and the reason."""
 
     path: str
     reason: str
@@ -48,20 +48,20 @@ class EncodeSettings(Config):
 
     tokenizer_fingerprint: str
     codebook_size: int = Field(ge=1, le=2**16)  # codes are uint16 on disk
-    grid: tuple[PositiveInt, PositiveInt]  # h and w of an image's codes
+    grid: tuple[PositiveInt, PositiveInt]  # (h, w) of an image's codes
     image_size: Size  # pixels of a square's side, or (height, width)
     crops: Crops = "center"
-    ranges: tuple[float, ...] = Field((1.0,), min_length=1)  # enlargements before cropping
-    n_crops: PositiveInt  # views of an image, over all ranges
+    ranges: tuple[float, ...] = Field((1.0,), min_length=1)  # crop from size * range pixels
+    n_crops: PositiveInt  # views per image, over all ranges
     class_names: tuple[str, ...] = Field(min_length=1)
     source_digest: Sha256  # see ImageSource.digest
-    dtype: str  # precision of the tokenizer's arithmetic
-    batch_size: PositiveInt = 64  # views per call of the tokenizer, at most
-    shard_size: PositiveInt = 4096  # images a shard is made from
+    dtype: str  # autocast dtype of the tokenizer
+    batch_size: PositiveInt = 64  # maximum views per tokenizer call
+    shard_size: PositiveInt = 4096  # images per shard, unreadable ones included
 
 
 class Manifest(Config):
-    """The content of manifest.json; `source` names the images, `skipped` were unreadable."""
+    """The content of manifest.json; `skipped` lists the images that could not be read."""
 
     format_version: Literal[1] = 1
     source: str
@@ -72,30 +72,30 @@ class Manifest(Config):
 
 
 def load_manifest(path: Path) -> Manifest:
-    """The manifest in a JSON file. Raises ValueError, which names the first fault."""
-    text = read_text(path, 512 * 2**20)  # a skipped image is a line
+    """Read the manifest in a JSON file. Raises ValueError, which names the first bad key."""
+    text = read_text(path, 512 * 2**20)  # larger than usual: it lists every skipped image
     return validate(Manifest, parse_json(text, str(path)), str(path))
 
 
 def write_shard(directory: Path, number: int, codes: np.ndarray, labels: np.ndarray) -> Shard:
-    """Write the shard `number`: codes uint16 [n, crops, T] and labels int32 [n]."""
-    made: dict[str, Any] = {"n": len(codes)}
+    """Write shard `number`: codes uint16 [n, crops, T] and labels int32 [n]."""
+    fields: dict[str, Any] = {"n": len(codes)}
     for kind, array in (("codes", codes), ("labels", labels)):
-        made[kind] = f"{kind}-{number:05d}.npy"
-        with atomic(directory / made[kind]) as temporary:
+        fields[kind] = f"{kind}-{number:05d}.npy"
+        with atomic(directory / fields[kind]) as temporary:
             np.save(temporary, array)
-        made[f"{kind}_sha256"] = sha256_file(directory / made[kind])
-    return Shard(**made)
+        fields[f"{kind}_sha256"] = sha256_file(directory / fields[kind])
+    return Shard(**fields)
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
+    """Return the hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class PackedCodes:
-    """Read access to a packed-codes directory of N images; `labels` is int32 [N].
+    """Packed codes of N images, opened as memory maps; `labels` is int32 [N].
 
     Raises FileNotFoundError for a missing file, ValueError for a malformed one.
     """
@@ -103,7 +103,7 @@ class PackedCodes:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not (self.directory / MANIFEST).is_file():
-            expected = "expected codes of a finished `moveimg encode`"
+            expected = "expected the output of a finished `moveimg encode`"
             raise FileNotFoundError(f"'{directory}' holds no {MANIFEST}: {expected}")
         self.manifest = load_manifest(self.directory / MANIFEST)
         self.settings = settings = self.manifest.settings
@@ -117,16 +117,15 @@ class PackedCodes:
         self.labels = np.concatenate([self._open(s.labels, "int32", (s.n,)) for s in shards])
         self._starts = np.cumsum([0] + [shard.n for shard in shards])
         self._checked: set[int] = set()
-        reach, last = (self.labels.min(), self.labels.max()), len(self.class_names) - 1
-        if reach[0] < 0 or reach[1] > last:
-            found = f"{reach[0]}..{reach[1]}"
-            raise ValueError(f"'{self.directory}' has labels {found}: expected 0..{last}")
+        low, high, last = self.labels.min(), self.labels.max(), len(self.class_names) - 1
+        if low < 0 or high > last:
+            raise ValueError(f"'{directory}' has labels {low}..{high}: expected 0..{last}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def get(self, indices: np.ndarray, crops: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int64 [B, T] and labels int64 [B] of images `indices` [B] in views `crops` [B]."""
+        """Return codes int64 [B, T] and labels int64 [B] of `indices` [B] in views `crops` [B]."""
         codes = np.empty((len(indices), self._codes[0].shape[2]), np.int64)
         shard_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(shard_of):
@@ -139,10 +138,10 @@ class PackedCodes:
         return torch.from_numpy(codes), torch.from_numpy(self.labels[indices].astype(np.int64))
 
     def require_tokenizer(self, fingerprint: str) -> None:
-        """Raise ValueError unless the codes were made by the tokenizer of this fingerprint."""
+        """Raise ValueError unless the tokenizer with this fingerprint made the codes."""
         if fingerprint != (made_by := self.settings.tokenizer_fingerprint):
-            pair = f"tokenizer {made_by[:12]}, not by {fingerprint[:12]}"
-            raise ValueError(f"'{self.directory}' was encoded by {pair}: expected them to match")
+            pair = f"tokenizer {made_by[:12]}: expected {fingerprint[:12]}"
+            raise ValueError(f"'{self.directory}' was encoded by {pair}")
 
     def _open(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         path = self.directory / name
@@ -151,15 +150,15 @@ class PackedCodes:
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"{array.dtype} {array.shape}, expected {dtype} {shape}")
         except FileNotFoundError:
-            raise FileNotFoundError(f"'{path}' is missing: its {MANIFEST} lists it") from None
+            raise FileNotFoundError(f"'{path}' is missing, but {MANIFEST} lists it") from None
         except Exception as error:  # numpy's header parser raises many kinds for broken files
             raise ValueError(f"'{path}' is corrupt or truncated: {str(error)[:200]}") from error
-        return np.asarray(array)  # a plain array over the same map: np.memmap indexes slower
+        return np.asarray(array)  # the same map as a plain array, faster to index than np.memmap
 
 
 @lru_cache(maxsize=4)
 def draw_epoch(n: int, n_views: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of n images in an epoch, a permutation, and the view of each image, int64 [n]."""
+    """Draw the order of n images in an epoch and the view of each image, int64 [n] each."""
     order = np.random.default_rng((seed, epoch, 0)).permutation(n)
     return order, np.random.default_rng((seed, epoch, 1)).integers(n_views, size=n)
 
@@ -167,24 +166,23 @@ def draw_epoch(n: int, n_views: int, seed: int, epoch: int) -> tuple[np.ndarray,
 def draw_views(
     positions: np.ndarray, per_epoch: int, n: int, n_views: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and views, int64 [b], at positions [b] of shuffled epochs of `per_epoch` images."""
-    epochs, places = np.divmod(positions, per_epoch)
+    """Return images and views, int64 [b], at positions [b] of epochs of `per_epoch` images."""
+    epochs, offsets = np.divmod(positions, per_epoch)
     images, views = np.empty((2, len(positions)), np.int64)
     for epoch in np.unique(epochs).tolist():
-        here, (order, choice) = epochs == epoch, draw_epoch(n, n_views, seed, epoch)
-        images[here] = order[places[here]]
-        views[here] = choice[images[here]]
+        rows, (order, view_of) = epochs == epoch, draw_epoch(n, n_views, seed, epoch)
+        images[rows] = order[offsets[rows]]
+        views[rows] = view_of[images[rows]]
     return images, views
 
 
 def draw_batch(
     codes: PackedCodes, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """This rank's slice of a step's batch: codes int64 [b, T], labels and image indices [b].
+    """Return a rank's slice of a step's batch: codes int64 [b, T], labels and image indices [b].
 
-    b = batch_size / world_size; all ranks' slices together are the batch of one process, a function
-    of (seed, step) alone. The last, partial batch of an epoch is dropped; with fewer images than
-    `batch_size`, epochs are concatenated instead.
+    b = batch_size / world_size; the batch of all ranks depends on (seed, step) alone. The last,
+    partial batch of an epoch is dropped; with fewer images than `batch_size`, a batch spans epochs.
     """
     n, local = len(codes), batch_size // world_size
     start = step * batch_size + rank * local

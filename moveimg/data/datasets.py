@@ -1,4 +1,4 @@
-"""Data sets by name: torchvision's classes, and tables of the library `datasets` (Parquet, Hub)."""
+"""Named data sets: torchvision's, and tables of the library `datasets` (Parquet files, the Hub)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from moveimg.errors import describe
 from moveimg.files import atomic
 from moveimg.images import UnreadableImageError, read_image, to_rgb
 
-Arguments = dict[str, dict[str, Any]]  # split -> arguments of torchvision's class
+Arguments = dict[str, dict[str, Any]]  # split -> arguments of a torchvision class
 FLAG: Arguments = {"train": {"train": True}, "test": {"train": False}}
 ONE: Arguments = {"train": {}}
 TWO: Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
 THREE: Arguments = {**TWO, "val": {"split": "val"}}
 COUNTRY: Arguments = {**TWO, "val": {"split": "valid"}}
 PETS: Arguments = {**TWO, "train": {"split": "trainval"}}
-TURN = methodcaller("transpose", Image.Transpose.TRANSPOSE)  # EMNIST is stored column by column
-EMNIST = {split: {"split": "balanced", "transform": TURN, **FLAG[split]} for split in FLAG}
+TRANSPOSE = methodcaller("transpose", Image.Transpose.TRANSPOSE)  # EMNIST stores columns
+EMNIST = {split: {"split": "balanced", "transform": TRANSPOSE, **FLAG[split]} for split in FLAG}
 NETTE: Arguments = {"train": {"split": "train"}, "val": {"split": "val"}}
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
 # torchvision's class, its arguments by split, and the files that it needs below the data root
@@ -66,20 +66,20 @@ SPLIT_OF = {"train": "train", "test": "test", "validation": "val", "val": "val",
 
 
 def is_named_source(source: str | Path) -> bool:
-    """Whether a source is a named data set, or a Hub id `owner/name` that is not a folder."""
+    """Return whether `source` names a data set, or is a Hub id `owner/name` and no local path."""
     text = str(source)
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists()
     return text in ("digits", *DATASETS, *REFUSED) or bool(on_hub and find_spec("datasets"))
 
 
 def find_splits(name: str, data_root: Path | None = None) -> Splits:
-    """The splits of a named data set, which is downloaded when the first of them is opened.
+    """Return the splits of a named data set, which is downloaded when a split is first opened.
 
     Raises ValueError for a set without exactly one label per image. Opening a split raises
     FileNotFoundError where its files are missing and cannot be downloaded.
     """
     if name in REFUSED:
-        raise ValueError(f"the data set {name} lacks classes: expected one label per image")
+        raise ValueError(f"the data set {name} cannot be used: expected one class label per image")
     if name not in DATASETS:
         return find_tables(name)
     root = data_root or Path(os.environ.get("MOVEIMG_DATA") or Path.home() / ".cache/moveimg/data")
@@ -110,16 +110,16 @@ def _open_dataset(name: str, split: str, root: Path) -> Any:
             with atomic(unpacked) as temporary:
                 temporary.write_bytes(gzip.decompress(path.read_bytes()))
     make = partial(getattr(datasets, kind), root=str(root), **splits[split])
-    if "loader" in inspect.signature(make).parameters:  # torchvision's ignores EXIF
+    if "loader" in inspect.signature(make).parameters:  # torchvision's loader ignores EXIF
         make.keywords["loader"] = partial(read_image, identifier=name)
     try:
         with redirect_stdout(sys.stderr):
             try:
                 return make(download=False)
-            except Exception:  # each set has its own way to say that files are missing
+            except Exception:  # data sets raise different exceptions for missing files
                 root.mkdir(parents=True, exist_ok=True)
                 return make(download=True)
-    except Exception as error:  # urllib, torchvision and the sets' own readers raise many kinds
+    except Exception as error:  # urllib, torchvision and readers of files raise many kinds
         raise FileNotFoundError(
             f"the data set {name} cannot be downloaded ({describe(error, 150)}): put {files} into "
             f"'{root}', or name another folder by --data-root or $MOVEIMG_DATA"
@@ -139,7 +139,7 @@ def _read_pixels(dataset: Any, row: int) -> str:
 
 
 def find_tables(source: Path | str) -> Splits:
-    """The splits of a folder of Parquet files, or of a data set `owner/name` of the Hub.
+    """Return the splits of a folder of Parquet files, or of a data set `owner/name` on the Hub.
 
     Raises ValueError if the library `datasets` is not installed, or columns are missing.
     """
@@ -149,8 +149,8 @@ def find_tables(source: Path | str) -> Splits:
 
     try:
         tables = datasets.load_dataset(str(source))
-        features = reversed(tables["train"].features.items())  # the first of a kind wins
-        columns = {type(kind).__name__: name for name, kind in features}
+        features = reversed(tables["train"].features.items())  # so the first of a type wins
+        columns = {type(feature).__name__: name for name, feature in features}
         image, label = columns["Image"], columns["ClassLabel"]
     except Exception as error:  # its loaders raise many kinds for broken files
         reason = describe(error.__cause__ or error, 300)
@@ -170,11 +170,11 @@ def _open_table(source: Path | str, split: str, table: Any, image: str, label: s
 
     labels, classes = np.asarray(table[label][:]), table.features[label].names
     if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < len(classes):
-        reach = f"{labels.min()}..{labels.max()}"
-        raise ValueError(f"'{source}' has labels {reach}: expected 0..{len(classes) - 1}")
-    kind = table.features[image].__class__(decode=False)  # images are read here, as files are
+        extent = f"{labels.min()}..{labels.max()}"
+        raise ValueError(f"'{source}' has labels {extent}: expected 0..{len(classes) - 1}")
+    kind = table.features[image].__class__(decode=False)  # for read_image to decode
     names = [f"{split}/{row:08d}" for row in range(len(table))]
-    data = pc.struct_field(table.data.column(image), "bytes")  # only their lengths are read
+    data = pc.struct_field(table.data.column(image), "bytes")  # for their lengths, without a copy
     content = pc.fill_null(pc.binary_length(data), 0).to_numpy().item
     load = partial(_read_cell, table.cast_column(image, kind), image, names)
     return ImageSource(str(source), classes, names, labels.astype(np.int32), load, content)

@@ -1,6 +1,6 @@
-"""Images -> packed codes, in shards: divided among ranks, and kept if the run is stopped.
+"""Encoding of images to packed codes, in shards that ranks divide and that survive interruptions.
 
-Until the manifest is written, each finished shard has its own, `finished-00000.json`.
+Each finished shard has a manifest, `finished-00000.json`, until manifest.json replaces all of them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def encode_images(
 ) -> Manifest:
     """Encode every view of every image of `source` into the directory `out`.
 
-    Every process of a `torchrun` job has to call this: shards are divided among them. An
-    interrupted run continues after its finished shards, on any number of processes, to the same
-    bytes. Unreadable images are left out and listed in the manifest. `dtype` is the tokenizer's
-    autocast precision, by default its own; `views` are image_size and, with defaults, crops,
-    ranges, batch_size and shard_size of EncodeSettings.
+    All processes of a `torchrun` job must call this function, which divides the shards among them.
+    An interrupted run resumes after its finished shards, on any number of processes, and writes the
+    same bytes. Unreadable images are left out and listed in the manifest. `dtype` is the autocast
+    dtype (default: no autocast); `views` are image_size and, optionally, crops, ranges, batch_size
+    and shard_size of EncodeSettings.
     Raises ValueError if settings contradict each other, `out` holds other files or is in use, or no
     image can be read; OSError if `out` cannot be written.
     """
@@ -87,8 +87,8 @@ def encode_images(
 def _encode_shard(
     number: int, source: ImageSource, settings: EncodeSettings, encode: Any, out: Path, bar: Any
 ) -> None:
-    """Write a shard and its manifest."""
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Encode a shard, and write it and its manifest."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     rows: Any = range(len(source))[number * settings.shard_size :][: settings.shard_size]
     codes: list[torch.Tensor] = []
     labels: list[int] = []
@@ -96,9 +96,9 @@ def _encode_shard(
     for views, more, unreadable in DataLoader(
         rows,
         batch_size=max(1, settings.batch_size // settings.n_crops),
-        num_workers=0 if len(source) < SMALL_SOURCE else max(1, min(8, share)),
+        num_workers=0 if len(source) < SMALL_SOURCE else max(1, min(8, cores)),
         collate_fn=partial(_read_views, source, settings),
-        generator=torch.Generator(),  # else it draws a seed from the global stream
+        generator=torch.Generator(),  # else its seed comes from torch's global random stream
     ):
         codes += encode(views) if views is not None else []
         labels += more
@@ -117,14 +117,14 @@ def _encode_shard(
 def _read_views(
     source: ImageSource, settings: EncodeSettings, rows: list[int]
 ) -> tuple[torch.Tensor | None, list[int], list[Skipped]]:
-    """uint8 views [b * n_crops, 3, H, W] and labels of images, and those left out."""
+    """Return uint8 views [b * n_crops, 3, H, W] and labels of `rows`, and unreadable images."""
     views: list[torch.Tensor] = []
     labels, skipped = [], []
     for row in rows:
         try:
             image, label = source[row]
         except UnreadableImageError as error:
-            # A name that is not UTF-8 must not spoil the manifest.
+            # JSON cannot hold a file name that is not UTF-8
             path = source.identifiers[row].encode("utf-8", "backslashreplace").decode()
             skipped.append(Skipped(path=path, reason=error.args[1]))
             continue
@@ -135,7 +135,7 @@ def _read_views(
 
 
 def _prepare(out: Path, settings: EncodeSettings) -> None:
-    """Make `out`, or raise ValueError if it holds codes of other settings or other files."""
+    """Create `out`. Raises ValueError if it holds codes of other settings, or other files."""
     out.mkdir(parents=True, exist_ok=True)
     stored = [*out.glob(MANIFEST), *out.glob("finished-*.json")]
     names = {path.name.partition("-")[0] for path in out.glob("[!.]*")}
@@ -153,7 +153,7 @@ def _prepare(out: Path, settings: EncodeSettings) -> None:
 
 
 def _find_finished(out: Path, number: int) -> Manifest | None:
-    """The manifest of a finished shard, or None if its files are missing or changed."""
+    """Return the manifest of a finished shard, or None if its files are missing or changed."""
     path = out / f"finished-{number:05d}.json"
     finished = packed.load_manifest(path) if path.exists() else None
     for shard in finished.shards if finished else ():
@@ -167,10 +167,10 @@ def _find_finished(out: Path, number: int) -> Manifest | None:
 
 
 def _write_manifest(out: Path, n_shards: int) -> None:
-    """Write the manifest once every shard is finished, and remove those of the shards."""
+    """Merge the manifests of all shards into manifest.json, and delete them."""
     parts = [part for number in range(n_shards) if (part := _find_finished(out, number))]
     if len(parts) < n_shards:
-        raise ValueError(f"'{out}' lacks {n_shards - len(parts)} shards: run encode again")
+        raise ValueError(f"'{out}' lacks {n_shards - len(parts)} shards: run moveimg encode again")
     skipped = tuple(image for part in parts for image in part.skipped)
     shards = tuple(shard for part in parts for shard in part.shards)
     if not shards:
@@ -190,10 +190,9 @@ def encode_splits(
     data_root: Path | None = None,
     **options: Any,
 ) -> dict[str, Manifest]:
-    """Encode a source's train images into `out`/train, one view of val images into `out`/val.
+    """Encode all views of the train split into `out`/train, and one view of val into `out`/val.
 
-    Prints the classes and the images that cannot be read on stderr. `options` are further arguments
-    of encode_images.
+    Prints the classes and unreadable images on stderr. `options` are arguments of encode_images.
     """
     folder, out = Path(images.source), Path(out)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
@@ -217,14 +216,14 @@ def encode_splits(
 
 
 def code_grid(size: Size, downsample: int) -> tuple[int, int]:
-    """The grid (h, w) of an image's codes. Raises ValueError unless `downsample` divides `size`."""
+    """Return the grid (h, w) of an image's codes. ValueError unless `downsample` divides `size`."""
     height, width = as_pair(size)
     if height % downsample or width % downsample:
-        raise ValueError(f"size is {size}: expected a multiple of the tokenizer's {downsample}")
+        raise ValueError(f"size is {size}: expected a multiple of {downsample}, pixels per code")
     return height // downsample, width // downsample
 
 
 def default_batch_size(size: Size, device: torch.device) -> int:
-    """Views of `size` pixels per call of the tokenizer: few on a CPU, to fit into its caches."""
+    """Return the number of views per tokenizer call: few on a CPU, to fit into its caches."""
     pixels = math.prod(as_pair(size))
     return 64 if device.type != "cpu" else max(1, min(64, 2 * 256**2 // pixels))

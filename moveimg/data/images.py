@@ -1,4 +1,4 @@
-"""Image sources: folders of class subfolders, their splits, and the views cut from an image."""
+"""Image sources (folders with a subfolder per class, the digits), their splits, and crops."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class ImageSource(Dataset):
 
     name: str
     class_names: list[str]
-    identifiers: Sequence[str]  # of files the path relative to the source, in posix form
+    identifiers: Sequence[str]  # of a file: its POSIX path relative to the source
     labels: np.ndarray  # int32 [N], in 0..len(class_names)-1
-    load: Callable[[int], Image.Image]  # row -> RGB image, or UnreadableImageError, which names it
-    content: Callable[[int], Any]  # row -> a value that changes with the image: size and time, ...
+    load: Callable[[int], Image.Image]  # row -> RGB image; raises UnreadableImageError
+    content: Callable[[int], Any]  # row -> a value that changes with the image, as a file's mtime
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,13 +57,13 @@ class ImageSource(Dataset):
         return self.load(index), int(self.labels[index])
 
     def select(self, rows: np.ndarray) -> ImageSource:
-        """A source of only the images `rows`."""
+        """Return a source of the images `rows` alone."""
         names, labels = [self.identifiers[row] for row in rows], self.labels[rows]
         load, content = (partial(_call_at, f, rows) for f in (self.load, self.content))
         return ImageSource(self.name, self.class_names, names, labels, load, content)
 
     def digest(self) -> str:
-        """sha256 over class names, identifiers, labels and `content`, without reading images."""
+        """Return the sha256 of class names, identifiers, labels and `content`; reads no image."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for row, (identifier, label) in enumerate(zip(self.identifiers, self.labels, strict=True)):
             digest.update(repr((identifier, int(label), self.content(row))).encode())
@@ -74,7 +74,7 @@ def _call_at(function: Callable[[int], Any], rows: np.ndarray, index: int) -> An
     return function(int(rows[index]))
 
 
-# A source's own splits (train, val, test), each with the function that opens it
+# name of a split (train, val, test) -> function that opens the split
 Splits = dict[str, Callable[[], ImageSource]]
 
 
@@ -84,13 +84,13 @@ def open_images(
     val_fraction: float | None = None,
     data_root: Path | None = None,
 ) -> ImageSource:
-    """One split of a named data set, of a data set of the Hub or of a folder (docs/encoding.md).
+    """Open a split of a folder, a named data set or a data set on the Hub (docs/encoding.md).
 
-    `val_fraction` is the drawn share of each class of the training images that is `val`; `test` is
-    then the source's own test (or else validation) split. Left out, `val` is the source's own
-    validation or test split, or a fifth of a source that has none.
+    With `val_fraction`, `val` is this share of each class, drawn from the training images, and
+    `test` is the source's test split, or else its validation split. Without it, `val` is the
+    source's validation split, or else its test split, or else a fifth of the training images.
     Raises FileNotFoundError for a missing folder or data set, ValueError for a source without
-    images by class or without this split.
+    classes or without this split.
     """
     splits = _find_splits(source, data_root)
     held_out = next((name for name in ("val", "test") if name in splits), "")
@@ -106,7 +106,7 @@ def open_images(
         fraction = 0.2 if val_fraction is None else val_fraction
         images = images.select(_draw_split(images.labels, split, fraction))
     if not len(images):
-        raise ValueError(f"'{source}' leaves no {split} images with val_fraction {val_fraction}")
+        raise ValueError(f"'{source}' has no {split} images at val_fraction {val_fraction}")
     return replace(images, name=f"{source} ({split})")
 
 
@@ -121,7 +121,7 @@ def _find_splits(source: str | Path, data_root: Path | None) -> Splits:
     if not root.is_dir():
         known = ("digits", *datasets.DATASETS)
         nearest = ", ".join(get_close_matches(str(source), known, cutoff=0.5) or known)
-        raise FileNotFoundError(f"no image folder at '{source}': expected one, or one of {nearest}")
+        raise FileNotFoundError(f"no folder '{source}': expected an image folder or {nearest}")
     if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
         return datasets.find_tables(root)
     return _find_folder_splits(root)
@@ -131,7 +131,7 @@ def _draw_split(labels: np.ndarray, split: str, val_fraction: float) -> np.ndarr
     from sklearn.model_selection import train_test_split
 
     chosen = []
-    for label in np.unique(labels):  # each alone: a new image reshuffles one class
+    for label in np.unique(labels):  # class by class, so that a new image changes one class alone
         rows = np.flatnonzero(labels == label)
         n_val, parts = min(round(len(rows) * val_fraction), len(rows) - 1), (rows, rows[:0])
         if n_val > 0:
@@ -141,7 +141,7 @@ def _draw_split(labels: np.ndarray, split: str, val_fraction: float) -> np.ndarr
 
 
 def digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """scikit-learn's digits: uint8 [N, 8, 8], labels [N] and row numbers [N] of a fixed split."""
+    """Return a split of scikit-learn's digits: uint8 [N, 8, 8], labels [N] and row numbers [N]."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -161,15 +161,15 @@ def _open_digits(split: str) -> ImageSource:
 
 
 def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Sorted paths of image files below `root`, relative to it; other files counted by suffix.
+    """Return sorted paths, relative to `root`, of images below it; and counts of other suffixes.
 
-    Hidden entries and folders of tools (`@eaDir`, `__MACOSX`) are skipped at every depth. Linked
-    folders are followed last, except those already entered and the parents of `root`.
+    Hidden entries and folders of tools (`@eaDir`, `__MACOSX`) are skipped at every depth. Links to
+    folders are followed last, but never into the same folder twice or into a parent of `root`.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
     entered, waiting = {str(parent) for parent in root.resolve().parents}, [str(root)]
-    for top in waiting:  # grows in the loop
+    for top in waiting:  # the loop appends to it
         for folder, subfolders, files in os.walk(top):
             if (real := os.path.realpath(folder)) in entered:
                 subfolders.clear()
@@ -192,10 +192,10 @@ def _is_visible(name: str) -> bool:
 
 
 def find_split_folders(root: Path) -> dict[str, str]:
-    """The split (train, val, test) of each subfolder; empty if no name is that of a split.
+    """Map subfolder names to splits (train, val, test); empty if no subfolder names a split.
 
-    Raises ValueError for split folders beside others or without `train`: a model must not be
-    trained on the classes `train` and `test`.
+    Raises ValueError for split folders among other folders or without `train`, so that a model is
+    never trained on classes named `train` and `test`.
     """
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and _is_visible(path.name))
     splits = [SPLIT_OF.get(SPLIT_ENDING.sub("", name.lower()), "") for name in names]
@@ -210,7 +210,7 @@ def find_split_folders(root: Path) -> dict[str, str]:
 
 
 def _find_folder_splits(root: Path) -> Splits:
-    """The splits of a folder of class subfolders; see `open_images`."""
+    """Return the splits of a folder with a subfolder per class; see `open_images`."""
     if (root / "ILSVRC2012_img_train.tar").is_file():
         _unpack_imagenet(root)
     splits, (paths, others) = find_split_folders(root), walk_images(root)
@@ -220,26 +220,26 @@ def _find_folder_splits(root: Path) -> Splits:
         split, inner = (splits.get(first, ""), rest) if splits else ("train", path)
         folder, slash, _ = inner.partition("/")
         if split and slash:
-            name = normalize("NFC", folder)  # macOS splits `é` in two
+            name = normalize("NFC", folder)  # macOS writes `é` as two characters
             by_class.setdefault(split, {}).setdefault(name, []).append(path)
         else:
             others["image outside the class folders"] += 1
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
-        print_once(f"not read in '{root}': {kinds}")
+        print_once(f"ignored in '{root}': {kinds}")
     if "train" not in by_class:
         raise ValueError(f"'{root}' holds no images by class: expected one subfolder per class")
     for split, group in by_class.items():
         if differing := by_class["train"].keys() ^ group.keys():
             names = list_names(sorted(differing))
             raise ValueError(
-                f"'{root}' has other classes of images in train than in {split}: {names}"
+                f"'{root}': classes in train and {split} differ: {names}, expected equal ones"
             )
     return {split: partial(_open_folder, root, group) for split, group in by_class.items()}
 
 
 def _unpack_imagenet(root: Path) -> None:
-    """Unpack ImageNet's archives of 2012 into train/ and val/ beside them, if missing."""
+    """Unpack the archives of ImageNet 2012 into train/ and val/ next to them, if missing."""
     from torchvision.datasets import imagenet
 
     parsers = {"train": imagenet.parse_train_archive, "val": imagenet.parse_val_archive}
@@ -265,7 +265,7 @@ def _open_folder(root: Path, by_class: dict[str, list[str]]) -> ImageSource:
 
 
 def open_flat_folder(root: Path) -> ImageSource:
-    """All images below a folder, without classes: every label is 0, of the class ''."""
+    """Open all images below a folder without classes: every label is 0, of the class ''."""
     return _open_folder(root, {"": walk_images(root)[0]})
 
 
@@ -282,7 +282,7 @@ def _file_status(root: Path, names: list[str], row: int) -> tuple[int, int]:
 
 
 def imagenet_names(folders: list[str]) -> list[str] | None:
-    """Names of the classes if all `folders` are WordNet ids of ImageNet-1k, else None."""
+    """Return the class names if all `folders` are WordNet ids of ImageNet-1k, else None."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in folders):
         return None
     from timm.data import ImageNetInfo
@@ -293,7 +293,7 @@ def imagenet_names(folders: list[str]) -> list[str] | None:
 
 
 def drop_unreadable(source: ImageSource) -> ImageSource:
-    """The source without unreadable images, which are counted and named on stderr."""
+    """Return `source` without unreadable images, which are counted and named on stderr."""
     readable, unreadable = [], []
     for row in range(len(source)):
         try:
@@ -317,16 +317,16 @@ def report_unreadable(images: Sequence[str], total: int) -> None:
 def crop_views(
     image: Image.Image, size: Size, crops: Crops = "center", ranges: Sequence[float] = (1.0,)
 ) -> list[Image.Image]:
-    """Views of `image` of (height, width) `size`, `count_views(crops, ranges)` of them.
+    """Cut `count_views(crops, ranges)` views of (height, width) `size` from `image`.
 
-    Each range r centre-crops to size * r pixels (rounded down, as in LlamaGen). From that are cut
-    the centre (center), also mirrored (flip), or the corners (top left, top right, bottom left,
-    bottom right) and the centre (five), also of the mirror image (ten).
+    For each range r the image is resized and centre-cropped to size * r pixels (rounded down, as in
+    LlamaGen). Its views are the centre (center), also mirrored (flip), or the corners (top left,
+    top right, bottom left, bottom right) and the centre (five), also mirrored (ten).
     """
     height, width = as_pair(size)
     views: list[Image.Image] = []
     for ratio in ranges:
-        # 1e-9: rounding must not put a product below an integer.
+        # 1e-9: keeps rounding errors from pushing a whole product below its integer
         larger = center_crop(image, (int(height * ratio + 1e-9), int(width * ratio + 1e-9)))
         if crops in ("five", "ten"):
             cut = functional.five_crop if crops == "five" else functional.ten_crop
@@ -338,5 +338,5 @@ def crop_views(
 
 
 def count_views(crops: Crops, ranges: Sequence[float]) -> int:
-    """The number of views that `crop_views` returns."""
+    """Return the number of views that `crop_views` cuts."""
     return VIEWS_PER_RANGE.get(crops, 0) * len(ranges)

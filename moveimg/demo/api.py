@@ -1,4 +1,4 @@
-"""What the page and scripts may ask for, declared once, and the endpoints that answer it."""
+"""The demo's requests, which the page and the HTTP API share, and the endpoints that answer."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ from moveimg.errors import describe, validate
 from moveimg.images import to_tensor
 from moveimg.sampling import MAX_SEED
 
-MAX_IMAGES = 16  # of a row
-MAX_EDITS = 8  # of an edited image
-MAX_UPLOAD = 8 * 2**20  # bytes of a file
-BASE64 = MAX_UPLOAD * 4 // 3 + 200
+MAX_IMAGES = 16  # per request
+MAX_EDITS = 8  # versions of an edited image
+MAX_UPLOAD = 8 * 2**20  # bytes of an image file
+MAX_URI = MAX_UPLOAD * 4 // 3 + 200  # characters of such a file as a data URI
 SETTINGS = SamplingSettings.model_fields
-MODEL = Field("", max_length=200, description="a name from /models; empty: the first one")
+MODEL = Field("", max_length=200, description="a name from /models; empty: the first model")
 
 
 class Score(Config):
-    """An image for a model."""
+    """A request for an image to be scored or reconstructed by a model."""
 
     model: str = MODEL
-    image: str = Field(max_length=BASE64, description="the file as a data URI or base64")
+    image: str = Field(max_length=MAX_URI, description="an image file as a data URI or base64")
 
 
 class Generate(SamplingSettings):
-    """Images of a class; settings left out are those of the model, not the defaults below."""
+    """A request for images of a class; settings left out are the model's, not SamplingSettings'."""
 
     model: str = MODEL
     class_name: Annotated[str, Field(max_length=200)] | int = Field(
-        "", description="an index, a name or part of one; empty: random classes"
+        "", description="an index, a name or a part of a name; empty: random classes"
     )
     seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="image i is drawn with seed + i; empty: a new one"
+        None, ge=0, le=MAX_SEED, description="image i is drawn with seed + i; empty: a random seed"
     )
-    num: int = Field(1, ge=1, le=MAX_IMAGES, description="images")
-    bank: float = Field(1.0, ge=0, le=1, description="what the value bank is multiplied by")
+    num: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images")
+    bank: float = Field(1.0, ge=0, le=1, description="factor on the rows of the value bank")
 
 
 class Edit(Generate, Score):
-    """A part of an image, drawn anew as a class; pixels outside the part stay the image's."""
+    """A request to redraw a part of an image as a class; pixels outside the part are kept."""
 
-    num: int = Field(1, ge=1, le=MAX_EDITS, description="versions")
+    num: int = Field(1, ge=1, le=MAX_EDITS, description="number of versions")
     hole: str = Field(
-        "bottom", max_length=BASE64, pattern=f"^({'|'.join(HALVES)}|data:.*)$",
-        description="the part: top, bottom, left, right (half), or a mask, white in the part, as a "
-        "data URI; it is cropped as the image is",
+        "bottom", max_length=MAX_URI, pattern=f"^({'|'.join(HALVES)}|data:.*)$",
+        description="the part: top, bottom, left or right (half), or a mask, white where the image "
+        "is redrawn, as a data URI; a mask is cropped like the image",
     )  # fmt: skip
     passes: int = Field(
-        0, ge=0, le=20, description="resampling passes: the part sees what comes after it"
+        0, ge=0, le=20, description="resampling passes, which fit the part to later codes"
     )
 
 
 def generate(models: Models, request: Any) -> dict[str, Any]:
-    """Draw images of a class, or a part of an image; settings left out are the model's own."""
+    """Draw images of a class, or redraw a part of an image; default settings are the model's."""
     *_, (_, (images,)) = jobs.draw([jobs.make_row(models, request)], models, listener_check())
     return {"images": images}
 
@@ -75,7 +75,7 @@ def score(models: Models, request: Any) -> dict[str, Any]:
 
 
 def reconstruct(models: Models, request: Any) -> dict[str, Any]:
-    """Send an image through a model's tokenizer and back."""
+    """Encode and decode an image: its codes, the decoded image and the mean squared error."""
     pipeline = models.get(request.model)
     image = pipeline.crop(jobs.read_upload(request.image))
     codes = pipeline.encode([image])
@@ -100,21 +100,21 @@ ENDPOINTS: dict[str, tuple[type[Config], Callable[[Models, Any], Any]]] = {
 
 
 def parse(name: str, body: Any) -> Any:
-    """Return a request to an endpoint; null is left out. Raises ValueError on one line."""
+    """Validate the body of a request to endpoint `name`; null values are left out."""
     if isinstance(body, dict):
         body = {key: value for key, value in body.items() if value is not None}
     return validate(ENDPOINTS[name][0], body, f"/{name}")
 
 
 def make_endpoint(models: Models, name: str) -> Callable[..., Any]:
-    """Return the function of a named endpoint, with a parameter per field of its request."""
+    """Return the function of endpoint `name`, with a parameter per field of the request."""
     kind, answer = ENDPOINTS[name]
     fields = dict(sorted(kind.model_fields.items(), key=lambda field: field[0] in SETTINGS))
 
     def call(*values: Any) -> Any:
         try:
             return answer(models, parse(name, dict(zip(fields, values, strict=True))))
-        except ValueError as error:  # of others, gradio shows no details
+        except ValueError as error:  # gradio hides the message of other errors
             raise gr.Error(describe(error), print_exception=False) from None
 
     position = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -128,7 +128,7 @@ def make_endpoint(models: Models, name: str) -> Callable[..., Any]:
 
 
 def listener_check() -> Callable[[], bool]:
-    """Return a function that says whether the listener of the current event has gone."""
+    """Return a function that returns whether the client of the current event has gone."""
     queue: Any = LocalContext.blocks.get()._queue  # type: ignore[union-attr]
     event = queue.event_ids_to_events.get(LocalContext.event_id.get(None))
     return lambda: event is not None and not event.alive

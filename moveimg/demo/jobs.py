@@ -27,12 +27,12 @@ from moveimg.model.analysis import scale_bank
 from moveimg.pipeline import Pipeline, find_label, resolve
 from moveimg.sampling import UNKNOWN, Likelihood, code_log_probs
 
-STRIP = 4  # images of each of several rows that are compared
+STRIP = 4  # images per row where rows are compared
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model without its weights; `name` is never a path."""
+    """A model's files without the weights; `name` is never a path."""
 
     name: str
     directory: Path
@@ -46,7 +46,7 @@ class ModelInfo:
 
 
 class Models:
-    """The models of one demo, as for Pipeline.from_pretrained; the last one used is in memory."""
+    """The models of a demo, by name; only the last model used is in memory."""
 
     def __init__(self, names_or_paths: list[str], **options: Any) -> None:
         self.options, self.infos = options, dict[str, ModelInfo]()
@@ -57,27 +57,27 @@ class Models:
             base = Path(item).name or path.resolve().name
             names = [base, *(f"{base} ({i})" for i in range(2, len(names_or_paths) + 1))]
             name = next(name for name in names if name not in self.infos)
-            about = read_model_config(path), read_class_names(path), read_sampling(path)
-            self.infos[name] = ModelInfo(name, path, *about)
+            files = read_model_config(path), read_class_names(path), read_sampling(path)
+            self.infos[name] = ModelInfo(name, path, *files)
 
     def describe(self, name: str = "") -> ModelInfo:
-        """Return a model by name, or the first one. Raises ValueError for an unknown name."""
+        """Return the named model's info (default: the first). ValueError for an unknown name."""
         name = name or next(iter(self.infos))
         if name not in self.infos:
             raise ValueError(f"model {name[:60]!r}: expected one of {', '.join(self.infos)}")
         return self.infos[name]
 
     def get(self, name: str = "", bank: float = 1.0) -> Pipeline:
-        """Load a model if it is not in memory; its slots are multiplied by `bank`."""
+        """Return a model, loaded if necessary, with the rows of its bank multiplied by `bank`."""
         info = self.describe(name)
         with self._lock:
             if info.name not in self.loaded:
-                self.loaded.clear()  # first, since both may not fit
+                self.loaded.clear()  # before loading: two models may not fit
                 try:
                     self.loaded[info.name] = Pipeline.from_pretrained(
                         info.directory, **self.options
                     )
-                except (OSError, ValueError) as error:  # names the server's files: for its log
+                except (OSError, ValueError) as error:  # it names files: for the log alone
                     logging.error("%s: %s", info.name, describe(error))
                     raise ValueError(f"model {info.name!r} cannot be loaded: see the log") from None
             pipeline = self.loaded[info.name]
@@ -89,19 +89,19 @@ class Models:
 
 @dataclass(frozen=True)
 class Row:
-    """Images that differ in class and seed alone; image i has seed + i."""
+    """Images to draw that differ in class and seed alone; image i has seed + i."""
 
     model: str
     labels: tuple[int, ...]
     seed: int
     settings: SamplingSettings
-    bank: float  # what every slot of the value memory is multiplied by, 0..1
-    edit: Any = None  # the api.Edit of an edited image
-    title: str = ""  # what the page writes beside the row
+    bank: float  # factor on the rows of the value bank, 0..1
+    edit: Any = None  # the api.Edit request, if an image is edited
+    title: str = ""  # the row's heading on the page
 
 
 def make_row(models: Models, request: Any) -> Row:
-    """Return the row of images that an api.Generate or api.Edit describes, else a ValueError."""
+    """Return the row of images for an api.Generate or api.Edit. Raises ValueError."""
     info = models.describe(request.model)
     if request.class_name == "":
         labels = tuple(secrets.randbelow(info.config.n_classes) for _ in range(request.num))
@@ -115,7 +115,7 @@ def make_row(models: Models, request: Any) -> Row:
 
 
 def vary_guidance(row: Row) -> list[Row]:
-    """Return the row's first images at no guidance and about half, once and twice the row's own."""
+    """Return rows of the first images: no guidance, and about half, equal and double guidance."""
     own = row.settings.cfg_scale if row.settings.cfg_scale > 1.2 else 2.0
     scales = (1.0, round((own + 1) / 2, 2), own, round(2 * own - 1, 2))
     settings = [row.settings.model_copy(update={"cfg_scale": scale}) for scale in scales]
@@ -124,7 +124,7 @@ def vary_guidance(row: Row) -> list[Row]:
 
 
 def vary_bank(row: Row, percent: float) -> list[Row]:
-    """Return the first images of a row with its bank and with a share of it, 0 to 100 percent."""
+    """Return rows of the first images with the whole bank and with a percentage of the bank."""
     few = replace(row, labels=row.labels[:STRIP])
     shares = (1.0, min(max(percent / 100, 0.0), 1.0))
     return [replace(few, bank=share, title=f"bank at {share:.0%}") for share in shares]
@@ -133,9 +133,9 @@ def vary_bank(row: Row, percent: float) -> list[Row]:
 def draw(
     rows: Sequence[Row], models: Models, is_gone: Callable[[], bool]
 ) -> Iterator[tuple[float, list[list[dict[str, Any]]]]]:
-    """Draw rows; yields the share done, and the images of each row begun until `is_gone()`.
+    """Draw rows; yields the share done and the images so far. ValueError once `is_gone()`.
 
-    An image is what draws it again, with `moveimg sample`'s keys, and its data URI as `png`.
+    An image is a dictionary: the settings to draw it again, and `png`, a data URI.
     """
     images: list[list[dict[str, Any]]] = []
     for row in rows:
@@ -148,7 +148,7 @@ def draw(
             half = edit.hole if edit.hole in HALVES else None
             hole = pipeline.hole(half or read_upload(edit.hole))
             if not hole.any():
-                raise ValueError("nothing is masked: paint over what is to be drawn anew")
+                raise ValueError("no code is masked: expected a painted part to redraw")
             known = pipeline.encode([original])[0].masked_fill(hole, UNKNOWN)
             steps += passes * int(hole.sum())
             about |= {"hole": half or "mask", "passes": passes}
@@ -157,7 +157,7 @@ def draw(
             for seed, label in enumerate(row.labels, row.seed)
         ]
         images.append([])
-        due = 0.0  # decoding is at most a third of the time
+        due = 0.0  # when to decode again: decoding takes at most a third of the time
         for done, codes in pipeline.iter_codes(
             row.labels, row.settings, seed=row.seed, known=known, passes=passes
         ):
@@ -176,7 +176,7 @@ def draw(
 def score(
     models: Models, request: Any, is_gone: Callable[[], bool]
 ) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Score an image; yields the share done, and finally the answer of /score (raises as draw)."""
+    """Score an image; yields the share done, and last the answer of /score (errors as in draw)."""
     pipeline = models.get(request.model)
     image = pipeline.crop(read_upload(request.image))
     codes, names = pipeline.encode([image]), pipeline.class_names
@@ -188,7 +188,7 @@ def score(
         log_probs.append(code_log_probs(pipeline.decoder, codes.expand(len(batch), -1), batch))
     likelihood = Likelihood(torch.cat(log_probs).cpu(), image.width * image.height)
     shares, nats = likelihood.total.softmax(0).tolist(), likelihood.nats_per_code
-    best = nats.argsort()[:10].tolist()  # equal priors
+    best = nats.argsort()[:10].tolist()  # all classes have equal priors
     keys = ("index", "name", "probability", "nats_per_code")
     classes = [dict(zip(keys, (i, names[i], shares[i], nats[i].item()), strict=True)) for i in best]
     bits = likelihood.bits_per_pixel[best[0]].item()
@@ -198,12 +198,12 @@ def score(
 
 
 def read_upload(data: str) -> Image.Image:
-    """Return the RGB image in a data URI or in bare base64. Raises ValueError if it is none."""
+    """Return the RGB image in a data URI or in base64. Raises ValueError for other text."""
     if not data:
-        raise ValueError("there is no image: choose a file, or one that was drawn")
+        raise ValueError("no image: expected a file or a drawn image")
     return read_image(io.BytesIO(base64.b64decode(data.split(",", 1)[-1])), "upload")
 
 
 def image_uri(image: Image.Image, about: dict[str, Any]) -> str:
-    """Return a PNG with its settings as a data URI."""
+    """Return a data URI of a PNG that holds the image and `about`."""
     return f"data:image/png;base64,{base64.b64encode(png_bytes(image, about)).decode()}"

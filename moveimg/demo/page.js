@@ -1,4 +1,4 @@
-// Keys and downloads. Everything else is decided on the server.
+// Keys and downloads. All other behaviour is decided on the server.
 () => {
   const isShown = (element) => element.offsetParent !== null;
   const findShown = (selector) => [...document.querySelectorAll(selector)].find(isShown);
@@ -12,17 +12,17 @@
       const isField = target.matches?.(".form input:not([type=checkbox], [type=file])") || target === document.body;
       const isChoosing = target.getAttribute?.("aria-expanded") === "true" && target.value.trim();
       if (isField && !isChoosing) {
-        setTimeout(() => findShown(".go")?.click(), 50); // the field first hands its value over
+        setTimeout(() => findShown(".go")?.click(), 50); // after the field has sent its value
       }
     }
   }, true);
 
-  // Typing into the class replaces its text.
+  // Typing into the field for a class replaces the text there.
   document.addEventListener("focusin", (event) => {
     if (event.target.matches?.(".klass input, #model input")) event.target.select();
   });
 
-  // A link for saving takes the image beside it; pressing a key on it is a click.
+  // A save link gets the address of its tile's image; Enter and space on the link are a click.
   document.addEventListener("click", (event) => {
     const link = event.target.closest?.("a.save");
     if (link) link.href = link.closest(".tile").querySelector("img").src;

@@ -1,4 +1,4 @@
-"""The page: its layout, which button begins which job, and what jobs show (never a file)."""
+"""The demo's page: its layout, the jobs that buttons start, and the HTML of their results."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from moveimg.demo import api, jobs
 from moveimg.demo.jobs import ModelInfo, Models, Row
 from moveimg.errors import describe
 
-# Jobs take turns; gradio shows their place in the queue. Other events do not wait.
+# Jobs run one at a time; gradio shows their place in the queue. Other events do not wait.
 JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": 1}
 DIRECT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 HEADER = "<h1>moveimg</h1><p>A class label in, images out, one discrete code after another.</p>"
 HINT = "Enter draws, Esc stops. The same class, settings and seed give the same image."
 GO: dict[str, Any] = {"variant": "primary", "elem_classes": "go", "min_width": 100}
-SEED = "Image i is drawn with seed + i; empty: a new one each time"
+SEED = "Image i is drawn with seed + i; empty: a random seed"
 
 
 def build_page(models: Models) -> gr.Blocks:
-    """Return the tabs and the named endpoints."""
+    """Build the page with its tabs, and the endpoints of the API."""
     with gr.Blocks(title="moveimg", analytics_enabled=False, fill_width=True) as page:
         for name in api.ENDPOINTS:
             gr.api(api.make_endpoint(models, name), api_name=name, **JOB)
         gr.HTML(HEADER, elem_id="header")
         with gr.Tabs():
             with gr.Tab("Generate"):
-                model, *fields = _generate_tab(models)
+                model, *fields = _build_generate_tab(models)
             with gr.Tab("Edit"):
-                fields += _edit_tab(models, model)
+                fields += _build_edit_tab(models, model)
             with gr.Tab("Likelihood"):
-                _likelihood_tab(models, model)
+                _build_likelihood_tab(models, model)
 
         def show_model(name: str) -> list[Any]:
             info = models.describe(name)
@@ -49,8 +49,8 @@ def build_page(models: Models) -> gr.Blocks:
     return page
 
 
-def _generate_tab(models: Models) -> list[Any]:
-    """Build the main tab; returns the choice of the model and what changes with it."""
+def _build_generate_tab(models: Models) -> list[Any]:
+    """Build the main tab; returns the field for the model and the fields that depend on it."""
     info, last = models.describe(), gr.State(None, time_to_live=3600)
     with gr.Row(elem_id="main"):
         with gr.Column(elem_id="form", elem_classes="form", scale=4, min_width=290):
@@ -65,7 +65,7 @@ def _generate_tab(models: Models) -> list[Any]:
                 )
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 seed = gr.Number(None, label="seed", info=SEED, precision=0, elem_id="seed")
-                settings = {name: _setting(name, info) for name in api.SETTINGS}
+                settings = {name: _setting_field(name, info) for name in api.SETTINGS}
         with gr.Column(elem_id="results", scale=9, min_width=290):
             status = gr.HTML(show_status(HINT), elem_id="status")
             gallery = gr.HTML(elem_id="gallery")
@@ -78,17 +78,17 @@ def _generate_tab(models: Models) -> list[Any]:
                     off = gr.Button("Compare with this bank", size="sm", elem_id="bank-off")
     form = {"model": model, "class_name": klass, "num": num, "seed": seed, **settings}
     outputs = [status, gallery, last]
-    draws = _draws(models, partial(_rows_of, models, "generate", form), *outputs)
-    _job(generate.click, draws, form.values(), outputs, stop)
-    vary_guidance = _draws(models, jobs.vary_guidance, status, gallery)
-    _job(vary.click, vary_guidance, [last], outputs, stop)
-    vary_bank = _draws(models, jobs.vary_bank, status, gallery)
-    _job(off.click, vary_bank, [last, percent], outputs, stop)
+    draw = _make_handler(models, partial(_parse_row, models, "generate", form), *outputs)
+    _start_job_on(generate.click, draw, form.values(), outputs, stop)
+    vary_guidance = _make_handler(models, jobs.vary_guidance, status, gallery)
+    _start_job_on(vary.click, vary_guidance, [last], outputs, stop)
+    vary_bank = _make_handler(models, jobs.vary_bank, status, gallery)
+    _start_job_on(off.click, vary_bank, [last, percent], outputs, stop)
     return [model, klass, *settings.values(), bank]
 
 
-def _edit_tab(models: Models, model: gr.Dropdown) -> list[Any]:
-    """Build the tab; returns what changes with the model."""
+def _build_edit_tab(models: Models, model: gr.Dropdown) -> list[Any]:
+    """Build the tab for edits; returns the fields that depend on the model."""
     info, script = models.describe(), read("upload.js") + read("paint.js")
     gr.HTML(read("edit.html"))
     with gr.Row():
@@ -112,8 +112,8 @@ def _edit_tab(models: Models, model: gr.Dropdown) -> list[Any]:
         "image": gr.Textbox(visible=False), "hole": gr.Textbox(visible=False),
     }  # fmt: skip
     js = "(...values) => [...values.slice(0, -2), ...window.painted()]"
-    draws = _draws(models, partial(_rows_of, models, "edit", form), status, versions)
-    _job(edit.click, draws, form.values(), [status, versions], stop, js=js)
+    draw = _make_handler(models, partial(_parse_row, models, "edit", form), status, versions)
+    _start_job_on(edit.click, draw, form.values(), [status, versions], stop, js=js)
 
     def choose_drawn(event: gr.EventData) -> Any:  # the class of a drawn image
         return event.label
@@ -122,7 +122,7 @@ def _edit_tab(models: Models, model: gr.Dropdown) -> list[Any]:
     return [klass, painter]
 
 
-def _likelihood_tab(models: Models, model: gr.Dropdown) -> None:
+def _build_likelihood_tab(models: Models, model: gr.Dropdown) -> None:
     field, script = read("likelihood.html") + read("upload.html"), read("upload.js")
     upload = gr.HTML(field, elem_id="score-upload", most=api.MAX_UPLOAD, js_on_load=script)
     stop = gr.Button("Stop", elem_id="score-stop", elem_classes="halt")
@@ -137,18 +137,18 @@ def _likelihood_tab(models: Models, model: gr.Dropdown) -> None:
         name, nats = next(iter(best)), answer["classes"][0]["nats_per_code"]
         yield {status: show_status(f"{name}: {nats:.3f} nats per code"), classes: best}
 
-    _job(upload.upload, score, [model], [status, classes], stop)
+    _start_job_on(upload.upload, score, [model], [status, classes], stop)
 
 
-def _rows_of(models: Models, endpoint: str, names: Iterable[str], *values: Any) -> list[Row]:
-    """Return the row that an endpoint draws for a form's values."""
+def _parse_row(models: Models, endpoint: str, names: Iterable[str], *values: Any) -> list[Row]:
+    """Return, as a list, the row that an endpoint draws for the values of a form."""
     return [jobs.make_row(models, api.parse(endpoint, dict(zip(names, values, strict=True))))]
 
 
-def _draws(
+def _make_handler(
     models: Models, make_rows: Callable[..., list[Row]], status: Any, gallery: Any, last: Any = None
 ) -> Callable[..., Any]:
-    """Return the handler that draws the rows of its values; `last` keeps the first of them."""
+    """Return an event handler that draws `make_rows(*values)`; `last` keeps the first row."""
 
     def run(*values: Any) -> Iterator[dict[Any, Any]]:
         if values[0] is None:
@@ -163,16 +163,16 @@ def _draws(
     return run
 
 
-def _job(
+def _start_job_on(
     trigger: Any, handler: Any, inputs: Iterable[Any], outputs: list[Any], stop: Any, **options: Any
 ) -> None:
-    """Let an event begin a job; its errors and place in the queue appear at the first output."""
+    """Make an event start a job, whose errors and place in the queue the first output shows."""
 
     @wraps(handler)
     def run(*values: Any) -> Iterator[Any]:
         try:
             yield from handler(*values)
-        except ValueError as error:  # of others, gradio shows no details
+        except ValueError as error:  # gradio hides the message of other errors
             yield {outputs[0]: show_status(describe(error), "failed")}
 
     options |= {"api_visibility": "private", "show_progress_on": outputs[0], **JOB}
@@ -181,17 +181,17 @@ def _job(
 
 
 def _class_field(info: ModelInfo, name: str) -> gr.Dropdown:
-    """Return the choice of a class, with all synonyms so that any of them can be typed."""
+    """Make the field for a class, with all synonyms so that any synonym can be typed."""
     choices = [(f"{i} · {name}", i) for i, name in enumerate(info.class_names)]
-    about = f"Type part of a name, or an index: {len(choices):,} classes. Empty: random ones."
+    about = f"Type part of a name, or an index: {len(choices):,} classes. Empty: random classes."
     return gr.Dropdown(
         choices, value=0, label="Class", info=about, allow_custom_value=True, elem_id=name,
         elem_classes="klass",
     )  # fmt: skip
 
 
-def _setting(name: str, info: ModelInfo) -> Any:
-    """Return the control of a sampling setting, as it is declared in SamplingSettings."""
+def _setting_field(name: str, info: ModelInfo) -> Any:
+    """Make the field for a sampling setting from its declaration in SamplingSettings."""
     field = api.SETTINGS[name]
     common: dict[str, Any] = {
         "value": getattr(info.sampling, name), "info": field.description,
@@ -209,22 +209,22 @@ def read(name: str) -> str:
 
 
 def text(value: Any) -> str:
-    """Escape for HTML, and for the templates that gradio's components read in what they show."""
+    """Escape a value for HTML and for the template syntax of gradio's components."""
     return re.sub(r"[{}$`]", lambda match: f"&#{ord(match[0])};", escape(str(value)))
 
 
 def show_status(words: str, kind: str = "") -> str:
-    """Return a status line; `kind` is failed or empty."""
+    """Return the HTML of a status line; `kind` is failed or empty."""
     return f'<div class="status {kind}" role="status">{text(words)}</div>'
 
 
 def show_progress(share: float) -> str:
-    """Return the status line of a job of which a share is done."""
+    """Return the HTML of a job's progress, of which `share` is done."""
     return f'<div class="status"><progress value="{share:.3f}"></progress>{share:.0%}</div>'
 
 
 def show_gallery(rows: list[Row], images: list[list[dict[str, Any]]], is_finished: bool) -> str:
-    """Return the rows drawn so far (of jobs.draw); finished images can be saved (page.js)."""
+    """Return the HTML of rows drawn so far (by jobs.draw); finished images have a save link."""
     sections = []
     for row, row_images in zip(rows, images, strict=False):
         tiles = []
@@ -244,7 +244,7 @@ def show_gallery(rows: list[Row], images: list[list[dict[str, Any]]], is_finishe
 
 
 def show_painter(info: ModelInfo) -> str:
-    """Return the field of the Edit tab in which an image is painted over (paint.js)."""
+    """Return the HTML of the field in which a user paints over an image (paint.js)."""
     rows, columns = info.config.grid
     return read("upload.html") + read("paint.html").format(
         rows=rows, columns=columns, height=512 * rows // columns

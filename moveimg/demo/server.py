@@ -19,13 +19,13 @@ from starlette.responses import PlainTextResponse
 from moveimg.demo.api import ENDPOINTS, parse
 from moveimg.demo.jobs import Models
 from moveimg.demo.page import build_page, read
-from moveimg.errors import describe
+from moveimg.errors import describe, shorten
 from moveimg.files import parse_json
 
-QUEUE = 64  # jobs that may wait; half of them of one address or account
-JOBS_OF_A_TAB = 2
-MAX_BODY = 12 * 2**20  # bytes of a request: an upload in base64, and some room
-LOGIN_WAIT = 3.0  # seconds between an address's logins
+QUEUE = 64  # maximum waiting jobs, of one address or account half as many
+JOBS_OF_A_TAB = 2  # maximum jobs of a browser's tab
+MAX_BODY = 12 * 2**20  # bytes of a request, enough for MAX_UPLOAD in base64
+LOGIN_WAIT = 3.0  # minimum seconds between login attempts of an address
 # Gradio's routes that the page needs; none reads or writes a file: images travel inside messages.
 ROUTES = ("call", "queue", "run/predict", "info", "heartbeat", "startup-events", "cancel", "reset",
           "login_check", "theme.css", "app_id", "openapi.json")  # fmt: skip
@@ -33,7 +33,7 @@ CALL = "/gradio_api/call/"
 
 
 class Guard:
-    """ASGI middleware: no route to the disk, bounded bodies, valid calls, few logins.
+    """ASGI middleware that refuses routes to files, large bodies, bad calls and rapid logins.
 
     trust_proxy: whether the last entry of X-Forwarded-For is the visitor's address.
     """
@@ -60,25 +60,26 @@ class Guard:
         await self.app(scope, replay, send)
 
     async def _read(self, scope: dict[str, Any], receive: Any) -> bytes:
-        """Return the body of a request. Raises HTTPException for a request to refuse."""
+        """Read the body of a request. Raises HTTPException if the request is to be refused."""
         path, address, now = scope["path"], scope["client"][0], time.monotonic()
         if path.startswith("/gradio_api") and not path[12:].startswith(ROUTES):
-            raise HTTPException(404, "not found")
+            raise HTTPException(404, f"no route {shorten(path)}: expected a route of the demo")
         body = bytearray()
         async for part in Request(scope, receive).stream():
             body += part
             if len(body) > MAX_BODY:
-                raise HTTPException(413, f"more than {MAX_BODY // 2**20} MB")
+                raise HTTPException(413, f"request: expected at most {MAX_BODY // 2**20} MB")
         if scope["method"] == "POST" and path.rstrip("/") == "/login":
             if now < self.logins.get(address, now):
-                raise HTTPException(429, f"a login was tried: wait {LOGIN_WAIT:.0f} s")
+                raise HTTPException(429, f"login: expected {LOGIN_WAIT:.0f} s between attempts")
             if len(self.logins) > 10_000:
                 self.logins.clear()
             self.logins[address] = now + LOGIN_WAIT
         if scope["method"] == "POST" and path.startswith(CALL):
             name = path.removeprefix(CALL).removeprefix("v2/").strip("/")
             if name not in ENDPOINTS:
-                raise HTTPException(404, f"no endpoint: expected one of {', '.join(ENDPOINTS)}")
+                known = " or ".join(ENDPOINTS)
+                raise HTTPException(404, f"endpoint {shorten(name)}: expected {known}")
             try:
                 await asyncio.to_thread(lambda: parse(name, parse_json(bytes(body), "the request")))
             except ValueError as error:
@@ -89,14 +90,14 @@ class Guard:
 def build_server(
     models: Models, host: str, port: int, auth: list[Any], allow_hosts: list[str], trust_proxy: bool
 ) -> tuple[uvicorn.Server, socket.socket]:
-    """Return a server, and the socket for its `run`; arguments: see `moveimg demo`."""
+    """Build the server; returns it and the socket to run it on. Arguments: see `moveimg demo`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family)
     page = build_page(models)
     page.queue(max_size=QUEUE, api_open=False)
     limit_visitors(page._queue)
     page.state_session_capacity = 200
-    page._queue.pending_messages_per_session.max_size = 200  # results that nobody has read
+    page._queue.pending_messages_per_session.max_size = 200  # unread results
     theme = gr.themes.Base(  # system fonts: nothing is fetched from elsewhere
         primary_hue="indigo", neutral_hue="slate", radius_size="lg",
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
@@ -116,17 +117,17 @@ def build_server(
 
 
 def limit_visitors(queue: Any) -> None:
-    """Let gradio's queue refuse jobs of a tab that has JOBS_OF_A_TAB, or an address with half."""
+    """Make gradio's queue refuse more than JOBS_OF_A_TAB, or half of QUEUE for an address."""
     push = queue.push
 
     async def push_within_limits(body: Any, request: Any, username: str | None) -> Any:
         events = queue.event_ids_to_events.values()
         visitor = username or request.client.host
         own = sum(event.session_hash == body.session_hash for event in events)
-        near = sum((e.username or e.request.client.host) == visitor for e in events)
-        if own >= JOBS_OF_A_TAB or near >= QUEUE // 2:
-            found = f"{own} jobs in this tab and {near} of your address"
-            return False, f"{found} are in the queue: wait for one, or stop it", "queue_full"
+        same_visitor = sum((e.username or e.request.client.host) == visitor for e in events)
+        if own >= JOBS_OF_A_TAB or same_visitor >= QUEUE // 2:
+            queued = f"{own} jobs in this tab and {same_visitor} of your address"
+            return False, f"{queued} are in the queue: wait for one, or stop it", "queue_full"
         return await push(body=body, request=request, username=username)
 
     queue.push = push_within_limits

@@ -1,28 +1,28 @@
-// A field for one image: chosen, dropped, pasted, or drawn in another tab. It goes to the server as a
-// data URI, or to paint.js, which replaces `take`.
-const most = Number(props.most);
-let take = (data) => trigger("upload", { data });
-const complain = (problem) => { element.querySelector(".upload span").dataset.problem = problem; };
-const send = (file) => {
+// A field for one image: chosen, dropped, pasted, or drawn in another tab. The image goes to the server
+// as a data URI, or to paint.js, which replaces `useImage`.
+const maxBytes = Number(props.most);
+let useImage = (data) => trigger("upload", { data });
+const showProblem = (problem) => { element.querySelector(".upload span").dataset.problem = problem; };
+const readFile = (file) => {
   if (!file) return;
-  if (file.size > most) {
-    complain(`the file is larger than ${Math.floor(most / 2 ** 20)} MB`);
+  if (file.size > maxBytes) {
+    showProblem(`the file is larger than ${Math.floor(maxBytes / 2 ** 20)} MB`);
     return;
   }
   const reader = new FileReader();
-  reader.onload = () => { complain(""); take(reader.result); };
-  reader.onerror = () => complain("the file cannot be read");
+  reader.onload = () => { showProblem(""); useImage(reader.result); };
+  reader.onerror = () => showProblem("the file cannot be read");
   reader.readAsDataURL(file);
 };
 element.addEventListener("change", (event) => {
   if (event.target.type !== "file") return;
-  send(event.target.files[0]);
+  readFile(event.target.files[0]);
   event.target.value = "";
 });
 element.addEventListener("click", (event) => {
   const button = event.target.closest(".drawn button");
   if (!button) return;
-  take(button.firstChild.src);
+  useImage(button.firstChild.src);
   trigger("select", { label: Number(button.dataset.label) });
 });
 element.addEventListener("dragover", (event) => { event.preventDefault(); element.classList.add("over"); });
@@ -30,18 +30,18 @@ element.addEventListener("dragleave", () => element.classList.remove("over"));
 element.addEventListener("drop", (event) => {
   event.preventDefault();
   element.classList.remove("over");
-  send(event.dataTransfer.files[0]);
+  readFile(event.dataTransfer.files[0]);
 });
 document.addEventListener("paste", (event) => {
-  if (element.offsetParent !== null && event.clipboardData.files[0]) send(event.clipboardData.files[0]);
+  if (element.offsetParent !== null && event.clipboardData.files[0]) readFile(event.clipboardData.files[0]);
 });
-// Whenever the field comes into view, it offers the finished images of the page.
+// Whenever the field comes into view, it shows the finished images of the page as choices.
 new IntersectionObserver(() => {
   const images = [...document.querySelectorAll(":is(#gallery, #versions) .tile:has(.save) img")];
   element.querySelector(".drawn").replaceChildren(...images.map((image) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.ariaLabel = `take ${image.alt}`;
+    button.ariaLabel = `use ${image.alt}`;
     button.dataset.label = parseInt(image.closest(".tile").querySelector(".save").download, 10);
     button.append(image.cloneNode());
     return button;

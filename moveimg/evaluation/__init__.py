@@ -1,1 +1,1 @@
-"""Images -> features -> statistics -> metrics. Only `run` uses a Pipeline."""
+"""Evaluation: images -> features -> statistics -> metrics. Only `run` uses a Pipeline."""

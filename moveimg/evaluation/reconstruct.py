@@ -1,4 +1,4 @@
-"""Reconstruction metrics of a tokenizer: errors, rFID and usage of the codebook."""
+"""Reconstruction metrics of a tokenizer: pixel errors, rFID and codebook usage."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def reconstruct(
     extractor: Extractor | None,
     reference: Reference | None,
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Encode and decode the centre (H, W) `size` pixels of every readable image of a source.
+    """Reconstruct centre crops of (H, W) `size` of all readable images, and measure the errors.
 
-    rFID is left out without an extractor; its reference is by default the images themselves.
-    Returns the figures and a grid of ten images, spread over the source, and reconstructions:
+    Without an extractor there is no rFID; its default reference are the images themselves.
+    Returns the metrics below, and a grid of ten images with their reconstructions.
 
         images              number of images
         mse                 mean squared error, pixels in [-1, 1]
         psnr                10 log10(2^2 / mse), in dB, of the mean error over all images
         ssim                structural similarity, a mean over images; None below 11 x 11 pixels
-        usage, perplexity   share of the codebook that occurred; exp of the codes' entropy
-        rfid, rfid_space, rfid_reference    Fréchet distance between reconstructions and reference
+        usage, perplexity   share of codes that occur; exp of the codes' entropy
+        rfid, rfid_space, rfid_reference    Fréchet distance, feature space, name of the reference
 
     Raises ValueError for reconstructions that are not finite.
     """
@@ -65,8 +65,8 @@ def reconstruct(
             bar.update(len(views))
     mse = torch.cat(errors).double().mean().item()
     if not math.isfinite(mse):
-        raise ValueError(f"{source.name}: reconstructions are not finite")
-    figures: dict[str, Any] = {
+        raise ValueError(f"{source.name}: mean squared error {mse}, expected a finite one")
+    results: dict[str, Any] = {
         "images": len(source),
         "mse": mse,
         "psnr": 10 * math.log10(4 / mse) if mse else math.inf,
@@ -76,7 +76,7 @@ def reconstruct(
     }
     if extractor is not None and reference is not None:
         ours = statistics_of(np.concatenate(features))
-        figures["rfid"] = frechet_distance(ours, reference.statistics["fid"])
-        figures |= {"rfid_space": extractor.space, "rfid_reference": reference.name}
+        results["rfid"] = frechet_distance(ours, reference.statistics["fid"])
+        results |= {"rfid_space": extractor.space, "rfid_reference": reference.name}
     pairs = torch.cat(shown, dim=1)  # [2, 10, 3, H, W]
-    return figures, labelled_grid([*map(to_pil, pairs)], ["image", "decoded"])
+    return results, labelled_grid([*map(to_pil, pairs)], ["image", "decoded"])

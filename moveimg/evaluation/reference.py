@@ -1,4 +1,4 @@
-"""References: statistics and features of real images, from an .npz, a folder or by name."""
+"""References: statistics and features of real images, of an .npz, a folder or a data set."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # ADM's names
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics and features of real images."""
+    """Statistics and features of the real images that samples are compared with."""
 
     name: str
-    digest: str  # sha256 of the file; of a folder, of its pixels
+    digest: str  # sha256 of the .npz, or else of the pixels
     statistics: dict[str, Statistics]  # of `fid` and, with Inception, `sfid`
-    features: np.ndarray | None  # float32 [M, D] of its images; None without images
+    features: np.ndarray | None  # float32 [M, D]; None if the file has no images
 
 
 def open_reference(name: str, size: tuple[int, int], extractor: Extractor) -> Reference:
-    """A reference for samples of (H, W) `size` by path or name; FileNotFoundError or ValueError.
+    """Open the reference of samples of (H, W) `size`. Raises FileNotFoundError or ValueError.
 
-    It is a data set (its training images; NAME:val or NAME:test another split, NAME:val:0.1 a tenth
-    held out of the training images) or a folder, both cropped to `size`; an .npz of ADM's layout
-    (mu, sigma, mu_s, sigma_s, arr_0) or with images alone; or one of PUBLISHED. `extractor`
-    computes what the file lacks; statistics of a file count with Inception alone.
+    `name` is a data set (its training images; NAME:val or NAME:test for another split, NAME:val:0.1
+    for a tenth held out of the training images) or a folder, both cropped to `size`; an .npz of
+    ADM's layout (mu, sigma, mu_s, sigma_s, arr_0) or of images alone; or a key of PUBLISHED.
+    Statistics in a file are used with Inception only, else `extractor` computes them from images.
     """
     path = locate(name)
     if path is None:
@@ -51,24 +51,24 @@ def open_reference(name: str, size: tuple[int, int], extractor: Extractor) -> Re
     with sets.open_npz(path) as archive:
         entries = {entry.removesuffix(".npy") for entry in archive.namelist()}
         roles = [role for role in KEYS if entries & {*KEYS[role]} and extractor.space == INCEPTION]
-        alone = bool(roles) and "arr_0" not in entries
-        for role in ["fid", *roles] if alone else roles:
+        no_images = bool(roles) and "arr_0" not in entries
+        for role in ["fid", *roles] if no_images else roles:
             mu, sigma = (sets.read_array(archive, key).astype(np.float64) for key in KEYS[role])
             if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.isfinite(mu @ sigma @ mu):
                 shapes = f"{list(mu.shape)} and {list(sigma.shape)}"
                 raise ValueError(f"{KEYS[role]} are {shapes}: expected finite [D] and [D, D]")
             statistics[role] = mu, sigma
-    if alone:
+    if no_images:
         return Reference(name, sha256_file(path), statistics, None)
     images = sets.open_set(path)
     if images.size != size:
-        raise ValueError(f"samples are {size}, the reference {name} {images.size}")
+        raise ValueError(f"samples are {size}: expected {images.size} as the reference {name}")
     computed = make_reference(images, extractor)
     return Reference(name, sha256_file(path), computed.statistics | statistics, computed.features)
 
 
 def make_reference(images: sets.ImageSet, extractor: Extractor) -> Reference:
-    """A reference computed from a set of real images."""
+    """Compute a reference from a set of real images."""
     digest, _ = sets.scan_image_set(images)
     features = extract(images, digest, extractor)
     statistics = {role: statistics_of(features[role]) for role in KEYS if role in features}
@@ -76,7 +76,7 @@ def make_reference(images: sets.ImageSet, extractor: Extractor) -> Reference:
 
 
 def locate(name: str) -> Path | None:
-    """The file or folder of a reference, ADM's downloaded; None for a data set's name."""
+    """Return a reference's path, ADM's files downloaded; None for the name of a data set."""
     if is_named_source(name.split(":")[0]):
         return None
     if url := PUBLISHED.get(name):

@@ -1,8 +1,8 @@
-"""`moveimg evaluate`: sample sets drawn and scored, and tables of their results.
+"""`moveimg evaluate`: draw and score sample sets, and make tables of the results.
 
-A set has the same bytes on one process or many, stopped or not: image i has class and seed by its
-index, and images are drawn in fixed batches by index, so the shape of every matrix product follows
-from the plan alone. Each batch is written to a file; the processes of torchrun share the batches.
+A set has the same bytes on any number of processes, interrupted or not: index i determines class
+and seed of image i, and images are drawn in fixed batches by index, so that plan.json determines
+the shape of every matrix product. Ranks divide the batches, and each batch is written to a file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from moveimg.progress import progress_bar
 from moveimg.sampling import MAX_SEED
 from moveimg.tables import markdown_table
 
-REFERENCES = {"digits": "digits", "fashion": "fashion-mnist"}  # of the bundled models
+REFERENCES = {"digits": "digits", "fashion": "fashion-mnist"}  # of bundled models
 SHOWN: tuple[str, ...] = ("fid", "sfid", "inception_score_adm", "inception_score_shuffled")
 SHOWN += ("precision", "recall", "kid", "accuracy")
 
@@ -46,9 +46,9 @@ SHOWN += ("precision", "recall", "kid", "accuracy")
 def open_extractor(
     reference: str | None, classifier: Path | None, inception: Path | None, device: torch.device
 ) -> Extractor:
-    """The extractor of a file, or else the bundled one of a data set, or else Inception."""
+    """Load the classifier of a file, or else of a bundled model's data set, or else Inception."""
     if reference is not None:
-        locate(reference)
+        locate(reference)  # refuses an unknown reference before Inception is downloaded
     if classifier is inception is None:
         for model, source in REFERENCES.items():
             if source == (reference or "").split(":")[0]:
@@ -63,7 +63,7 @@ def open_extractor(
 def make_plan(
     pipeline: Pipeline, num: int, seed: int, batch_size: int, resize: int | None, **changes: Any
 ) -> dict[str, Any]:
-    """Everything that determines the bytes of a set of `num` images, the content of plan.json."""
+    """Return the content of plan.json: every setting that determines the bytes of a sample set."""
     if not 0 <= seed <= MAX_SEED - num + 1:
         raise ValueError(f"seed {seed}: expected a whole number in 0..{MAX_SEED - num + 1}")
     directory = resolve(pipeline.name)
@@ -84,14 +84,14 @@ def make_plan(
 
 
 def class_labels(indices: Sequence[int], n_classes: int) -> np.ndarray:
-    """Classes int64 of images by index: each run of n_classes images holds each once, shuffled."""
+    """Return int64 classes by image index; each n_classes indices in a row have all classes."""
     rounds = {i // n_classes for i in indices}
     orders = {n: np.random.default_rng((0, n)).permutation(n_classes) for n in rounds}
     return np.array([orders[i // n_classes][i % n_classes] for i in indices], np.int64)
 
 
 def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path | None:
-    """Draw the images of `plan` that `folder` lacks; samples.npz there, None on ranks but 0."""
+    """Draw the missing images of `plan`; returns the path of samples.npz, None on ranks > 0."""
     target, batch_size = folder / "samples.npz", plan["batch_size"]
     starts = range(0, plan["num"], batch_size)
     files = {start: folder / f"parts/part-{start:09d}.npy" for start in starts}
@@ -101,7 +101,7 @@ def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path |
         if not path.is_file():
             write_json(path, plan)
         elif read_json(path) != plan:
-            raise ValueError(f"{path}: of another model or settings: choose another --out")
+            raise ValueError(f"{path} has another model or settings: expected another --out")
 
     with all_ranks() as ranks:
         ranks.run_first(write_plan)
@@ -124,15 +124,15 @@ def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path |
 
 
 def _draw(pipeline: Pipeline, plan: dict[str, Any], start: int) -> np.ndarray:
-    """Images uint8 [b, H, W, 3] of the batch that begins at index `start`."""
+    """Draw the batch of images uint8 [b, H, W, 3] that begins at index `start`."""
     size, side = plan["batch_size"], plan["resize"]
     labels = class_labels(range(start, min(start + size, plan["num"])), plan["n_classes"]).tolist()
     settings = SamplingSettings.model_validate(plan["sampling"])
     codes = pipeline.sample_codes(labels, settings, seed=plan["seed"] + start, batch_size=size)
-    # as LlamaGen resizes 384 to 256: bicubic, not antialiased, and clipped afterwards
+    # resized as LlamaGen resizes 384 to 256: bicubic, no antialiasing, clipped afterwards
     images = pipeline.tokenizer.decode(codes, pipeline.generator.config.grid, clip=False)
     if not torch.isfinite(images).all():
-        raise ValueError(f"decoded images {start}.. are not finite")
+        raise ValueError(f"images from index {start} on: expected finite pixels")
     if side is not None and images.shape[-2:] != (side, side):
         images = F.interpolate(images.float(), (side, side), mode="bicubic")
     return to_uint8(images)
@@ -141,7 +141,7 @@ def _draw(pipeline: Pipeline, plan: dict[str, Any], start: int) -> np.ndarray:
 def evaluate_model(
     pipeline: Pipeline, plan: dict[str, Any], reference: str, extractor: Extractor, out: Path | None
 ) -> dict[str, Any] | None:
-    """Draw a model's samples and score them in `out`; the results, None on ranks but 0."""
+    """Draw and score a model's samples in `out`; returns the results, None on ranks > 0."""
     name, side = Path(pipeline.name).name, plan["resize"]
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     folder = out or Path("evaluation") / f"{name}-{digest[:8]}"
@@ -166,9 +166,9 @@ def score(
     about: dict[str, Any],
     out: Path | None,
 ) -> dict[str, Any]:
-    """Score a sample set: `about` and its metrics, written to results.json in `out`.
+    """Score a sample set; returns results that begin with `about`, and writes out/results.json.
 
-    The set's labels are rows of `class_names`, by default the classifier's own.
+    The set's labels index `class_names`, by default the classifier's classes.
     """
     digest, duplicates = scan_image_set(images)
     features = extractors.extract(images, digest, extractor)
@@ -186,16 +186,16 @@ def score(
     if (known := extractor.class_names) is not None and images.labels is not None:
         names = class_names or known
         if {*names} <= {*known} and images.labels.max() < len(names):
-            wanted = np.array([known.index(name) for name in names])[images.labels]
-            numbers["accuracy"] = float((features["logits"].argmax(1) == wanted).mean())
+            requested = np.array([known.index(name) for name in names])[images.labels]
+            numbers["accuracy"] = float((features["logits"].argmax(1) == requested).mean())
         else:
-            warnings.append("no accuracy: the extractor does not know the samples' classes")
+            warnings.append("no accuracy: the classifier lacks some of the samples' classes")
     if count <= width:
         warnings.append(f"{count} images for {width} features: the covariance is singular")
     elif count < 50_000 and "sfid" in features:
         warnings.append(f"{count} images: published FIDs use 50,000 and are lower")
     if duplicates:
-        warnings.append(f"{duplicates} of {count} images equal an earlier one: a seed used twice?")
+        warnings.append(f"{duplicates} of {count} images equal an earlier one: is a seed reused?")
     compared = None if real.features is None else len(real.features)
     results = {
         **about,
@@ -217,7 +217,7 @@ def score(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a results.json."""
+    """Read a results.json. Raises ValueError if `moveimg evaluate` did not write the file."""
     results = read_json(path)
     try:
         _row(results)
@@ -227,7 +227,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table with a row for each result; columns without any value are left out."""
+    """Return a Markdown table with a row per result, without empty columns."""
     rows = [_row(result) for result in results]
     columns = ("name", "images", *SHOWN, "settings", "reference", "feature space")
     return markdown_table(rows, [c for c in columns if any(row.get(c) for row in rows)])
@@ -237,7 +237,7 @@ def _row(result: dict[str, Any]) -> dict[str, str]:
     row = {"name": result["name"], "images": f"{result['samples']['count']:,}"}
     numbers = {key: result["metrics"].get(key) for key in SHOWN}
     row |= {key: f"{value:.4g}" for key, value in numbers.items() if value is not None}
-    if plan := result.get("plan"):  # the guidance scale, and settings other than the defaults
+    if plan := result.get("plan"):  # the guidance scale, and settings that are not defaults
         default = SamplingSettings().model_dump() | {"cfg_scale": None}
         changed = {k: v for k, v in plan["sampling"].items() if v != default.get(k)}
         row["settings"] = ", ".join(f"{k} {v}".removesuffix(".0") for k, v in changed.items())

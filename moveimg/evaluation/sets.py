@@ -29,7 +29,7 @@ class ImageSet:
 
 
 def scan_image_set(images: ImageSet) -> tuple[str, int]:
-    """The sha256 over shape and pixels, and the number of images that equal an earlier one."""
+    """Return the sha256 of shape and pixels, and the number of images equal to an earlier one."""
     digest = hashlib.sha256(repr((images.count, *images.size)).encode())
     seen: set[bytes] = set()
     with progress_bar(images.count, f"read {images.name}", "image") as bar:
@@ -41,7 +41,7 @@ def scan_image_set(images: ImageSet) -> tuple[str, int]:
 
 
 def source_images(source: ImageSource, size: tuple[int, int] | None = None) -> ImageSet:
-    """A source's centre crops of (H, W) `size` as a set; without `size`, images of one size."""
+    """Return a set of a source's images, centre-cropped to (H, W) `size`, or else uncropped."""
     height, width = size or source.load(0).size[::-1]
 
     def load(row: int) -> np.ndarray:
@@ -74,13 +74,13 @@ def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_array(archive: zipfile.ZipFile, entry: str) -> np.ndarray:
-    """An array of an opened .npz."""
+    """Read an array of an opened .npz."""
     with archive.open(f"{entry}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def open_set(path: Path) -> ImageSet:
-    """The set in an .npz with `arr_0` (and labels in `arr_1`), or of all images below a folder."""
+    """Open an .npz with `arr_0` (labels: `arr_1`), or all images below a folder, as a set."""
     if path.is_dir():
         return replace(source_images(open_flat_folder(path)), labels=None)
     labels = None

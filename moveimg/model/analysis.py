@@ -1,4 +1,4 @@
-"""What value memories do: gates, the memory's share of the values, and the bank's gradients.
+"""Statistics of value memories: gates, the memory's share of the values, the bank's gradients.
 
 B batch   S positions (without the class token's)   H heads   G gates: g_0, then slots
 """
@@ -17,18 +17,18 @@ from torch.nn import functional as F
 from moveimg.model.memory import ValueBank, mixers_by_layer, record_mixing
 from moveimg.model.transformer import Transformer
 
-# A gate below the first counts as closed, one above the second as fully open.
+# A gate below NEAR_ZERO counts as closed, a gate above NEAR_TWO as fully open.
 NEAR_ZERO, NEAR_TWO = 0.1, 1.9
 Batches = list[tuple[Tensor, Tensor]]  # codes [B, T] and labels [B]
 
 
 @dataclass(frozen=True)
 class BankMap:
-    """What one layer mixes into its values at each position, float64 on the CPU.
+    """Gates and norms of the values that one layer mixes per position, float64 on the CPU.
 
     Attributes:
         gates: [B, S, H, G]; the first is g_0 where the layer is `gated`.
-        gated: whether the layer has a gate of its own values.
+        gated: whether the layer has a gate g_0 for the standard values V.
         kept, memory: norms over all heads of g_0 V and of sum_i g_i M_i, [B, S].
     """
 
@@ -44,20 +44,20 @@ class BankMap:
 
     @property
     def g_0(self) -> Tensor:
-        """The gate of the layer's own values, heads averaged, [B, S]; 1 where there is none."""
+        """The mean over heads of g_0, the gate of V, [B, S]; 1 in a layer without g_0."""
         return self.gates[..., 0].mean(2) if self.gated else torch.ones_like(self.kept)
 
     @property
     def slots(self) -> Tensor:
-        """The mean gate of the slots, [B, S]."""
+        """The mean over heads and slots of the slots' gates, [B, S]."""
         return self.gates[..., int(self.gated) :].mean((2, 3))
 
 
 @torch.no_grad()
 def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, BankMap]:
-    """The map of every layer (from 0) with memory, of codes int64 [B, T] with labels [B].
+    """The BankMap of each layer with memory, by layer index from 0, in one pass over codes [B, T].
 
-    Position s belongs to code s; the last code is never read, so S = T - 1.
+    Position s is the input code s; the last code is only predicted, so S = T - 1.
     Raises ValueError for a model without value memory.
     """
     maps: dict[int, BankMap] = {}
@@ -82,16 +82,16 @@ def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, An
 
     gates                                   names of the G gates
     mean, spread, near_zero, near_two       per head and gate, [H, G]; shares below 0.1, above 1.9
-    memory_share                            mean norm of sum_i g_i M_i over its sum with g_0 V's
+    memory_share                            |sum_i g_i M_i| / (|g_0 V| + |sum_i g_i M_i|), by norms
     """
     sums: dict[int, Any] = defaultdict(int)  # over images and positions, [4, H, G]
-    norms: dict[int, Any] = defaultdict(int)  # likewise, [2]
+    norms: dict[int, Any] = defaultdict(int)  # sums over images and positions, [2]
     for batch in batches:
-        for layer, found in bank_maps(model, *batch).items():
-            g = found.gates
+        for layer, bank_map in bank_maps(model, *batch).items():
+            g = bank_map.gates
             each = torch.stack([g, g.square(), (g < NEAR_ZERO).double(), (g > NEAR_TWO).double()])
             sums[layer] += each.sum((1, 2))
-            norms[layer] += torch.stack([found.kept.sum(), found.memory.sum()])
+            norms[layer] += torch.stack([bank_map.kept.sum(), bank_map.memory.sum()])
     count = sum(len(labels) for _, labels in batches) * (model.config.seq_len - 1)
     report = {}
     for layer, mixer in mixers_by_layer(model).items():
@@ -110,7 +110,7 @@ def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, An
 
 
 class ScaledRows(nn.Module):
-    """A memory whose rows are multiplied by `share`; gates still apply to the layers' values."""
+    """A memory whose rows are multiplied by `share`; the gates stay unchanged."""
 
     def __init__(self, memory: Any, share: float) -> None:
         super().__init__()
@@ -122,14 +122,14 @@ class ScaledRows(nn.Module):
         return None if rows is None else rows * self.share
 
     def neighbours(self, *args: Any) -> Tensor:
-        found: Tensor = self.memory.neighbours(*args)
-        return found
+        codes: Tensor = self.memory.neighbours(*args)
+        return codes
 
 
 def scale_bank(model: Transformer, share: float) -> Transformer:
-    """The same model with every slot times `share`. It shares all weights with `model`."""
+    """A copy of `model` whose memory rows are multiplied by `share`; all weights are shared."""
     scaled = copy.copy(model)
-    scaled._modules = dict(model._modules)  # else the new memory below would become `model`'s, too
+    scaled._modules = dict(model._modules)  # else `model` would get the scaled memory, too
     scaled.memory = ScaledRows(model.memory, share)
     return scaled
 
@@ -137,15 +137,15 @@ def scale_bank(model: Transformer, share: float) -> Transformer:
 def gradient_sources(model: Transformer, codes: Tensor, labels: Tensor) -> dict[str, Any]:
     """The gradient of the cross-entropy with respect to the memory's rows, by layer.
 
-    Each layer gets rows of its own (equal in value), so their gradient is that layer's part alone:
-    what a local table there would get. A shared bank gets the sum over layers.
+    Each layer reads a separate copy of the rows, whose gradient is that layer's contribution: the
+    gradient of a table used by this layer alone. The bank's gradient is the sum over layers.
 
     bank           norm of the gradient of the whole bank
-    by_layer       norm of each layer's part
-    cosines        between the parts of every two layers, [L, L]
-    alignment      norm of the sum of the parts over the sum of their norms; 1: all pull one way
+    by_layer       norm of each layer's contribution
+    cosines        cosine similarity of the contributions of each pair of layers, [L, L]
+    alignment      |sum of contributions| / sum of their norms; 1: all have the same direction
     rows_updated   share of the rows with a gradient in this batch
-    reads_per_row  times that an updated row was read, by all layers
+    reads_per_row  mean reads of an updated row, over all layers
     """
     leaves: list[Tensor] = []
 
@@ -168,7 +168,7 @@ def gradient_sources(model: Transformer, codes: Tensor, labels: Tensor) -> dict[
     total = torch.zeros(count, memory.slots * memory.value_width, device=codes.device).double()
     parts: dict[int, Tensor] = {}
     for (layer, mixer), gradient in zip(mixers.items(), gradients, strict=True):
-        by_slot = gradient[:, 1:].transpose(2, 3).flatten(2)  # in the order of the bank's columns
+        by_slot = gradient[:, 1:].transpose(2, 3).flatten(2)  # columns ordered as in the bank
         part = torch.zeros_like(total).index_add_(0, rows, by_slot.flatten(0, 1).double())
         total += part
         width, slots = memory.value_width, mixer.slots

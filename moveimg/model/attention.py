@@ -1,4 +1,4 @@
-"""Causal self-attention: multi-head (MHA) and multi-head latent (MLA), 2D rotary positions, caches.
+"""Causal self-attention, multi-head (MHA) and latent (MLA), with 2D rotary positions and KV cache.
 
     B batch   S positions in this call   L positions of a cache   T codes   D width   H heads
     K width of a head   C width of MLA's latent (kv_rank)   R width of its rotary key (rope_dim)
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from moveimg.config.model import MHAConfig, MLAConfig, ModelConfig
 from moveimg.model.memory import Mixer, PassThrough, Rows
 
-Index = int | Tensor  # of the next entry of a cache; see LayerCache
+Index = int | Tensor  # index of the next cache entry; see LayerCache
 
 
 def rope_2d(
@@ -27,8 +27,9 @@ def rope_2d(
 ) -> Tensor:
     """Rotation table [1 + T, dim / 2, 2] (cosine, sine) of a head's `dim` rotary dimensions.
 
-    The first half of the pairs turns by the code's row, the second by its column, with frequencies
-    base^(-2i / (dim / 2)) (LlamaGen, arXiv 2406.06525). The class token's entries are zero.
+    The angles of the first half of the pairs follow from the code's row, those of the second half
+    from its column, with frequencies base^(-2i / (dim / 2)) (LlamaGen, arXiv 2406.06525). As in
+    LlamaGen, the class token's cosines and sines are all zero.
     """
     half = dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).to(dtype) / half)
@@ -47,7 +48,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     rope = rope[:, None].to(wide)  # [S, 1, K / 2, 2]
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager and not any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
-        # One kernel instead of eight, a quarter of a small training step; compilers fuse the other
+        # one kernel, not eight (a quarter of a small training step); compilers fuse the else branch
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     else:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
@@ -56,10 +57,10 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """Tensors of one layer, [..., L, width] each, with an entry per position; values are mixed.
+    """The KV cache of one layer: tensors [..., L, width]; values are cached after mixing memory in.
 
-    With an int as index the cache grows: attention sees the entries written so far. With a tensor
-    [1] it is static: shapes stay the same at every step, and a mask hides later entries.
+    An int index means a growing cache: attention reads the entries written so far. A tensor index
+    [1] means a static cache: all steps have the same shapes, and a mask hides unwritten entries.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -78,18 +79,18 @@ class LayerCache:
         return entries
 
     def mask(self, index: Index) -> Tensor | None:
-        """Which entries of a static cache are written, bool [1, L]; None for a growing one."""
+        """The mask of a static cache's written entries, bool [1, L]; None for a growing cache."""
         if not isinstance(index, Tensor):
             return None
         return torch.arange(self.tensors[0].shape[-2], device=index.device)[None] <= index
 
     def numel_per_token(self) -> int:
-        """Numbers kept per position of one sequence."""
+        """Cached elements per position of one sequence."""
         return sum(t.numel() // (t.shape[0] * t.shape[-2]) for t in self.tensors)
 
 
 class MultiHeadAttention(nn.Module):
-    """Softmax attention over K-wide heads; the mixer of site `value` adds value memory to V."""
+    """Multi-head attention; the mixer of site `value` mixes value memory into V."""
 
     def __init__(self, config: ModelConfig, spec: MHAConfig, mixers: dict[str, Mixer]) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class MultiHeadAttention(nn.Module):
         return config.head_dim
 
     def own_flops(self, context: float) -> float:
-        """Scores and weighted sums over `context` positions, without the projections."""
+        """FLOPs per token of scores and weighted sums over `context` positions."""
         return 4 * context * self.config.width
 
     def make_cache(self, batch: int, length: int, like: Tensor) -> LayerCache:
@@ -122,7 +123,7 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """x, rows [B, S, H, M, K], rope [S, K / 2, 2] -> [B, S, D].
 
-        With a cache, S is 1, or the S positions are the first ones.
+        With a cache, S is 1 (decoding step), or the S positions are the first positions (prefill).
         """
         heads, mask = self.config.n_head, None
         qk, v = self.wqkv(x).unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), dim=2)
@@ -139,17 +140,17 @@ class MultiHeadAttention(nn.Module):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Attention with keys and values unfolded from a latent (DeepSeek-V2, arXiv 2405.04434).
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
     All heads share one latent, c = norm(x W_DKV), and one rotary key k_R = rope(x W_KR): the score
     of head h is (q_h . W_UK_h c + q_R,h . k_R) / sqrt(K + R). MoVE is mixed into c, in H chunks,
     after its norm and before the up-projection (arXiv 2601.22887); the cache holds mix(c) and k_R.
 
-    Teacher forcing unfolds keys and values. Decoding does not: W_UK is absorbed into the query, and
-    W_UV is applied to the weighted sum of latents, the same sum in another order.
+    Teacher forcing up-projects keys and values. Decoding does not: W_UK is absorbed into the query,
+    and W_UV is applied to the weighted sum of latents, which gives the same result.
     """
 
-    unpacked = ("wkv_up",)  # decoding multiplies queries and sums by its halves
+    unpacked = ("wkv_up",)  # decoding reads W_UK and W_UV from this weight
 
     def __init__(self, config: ModelConfig, spec: MLAConfig, mixers: dict[str, Mixer]) -> None:
         super().__init__()
@@ -177,23 +178,23 @@ class MultiHeadLatentAttention(nn.Module):
 
     @staticmethod
     def rope_dim(config: ModelConfig) -> int:
-        """Width of the rotary part of a query, and of the one rotary key."""
+        """Width of a query's rotary part and of the rotary key that all heads share."""
         return config.attention.rope_dim  # type: ignore[union-attr]
 
     def own_flops(self, context: float) -> float:
-        """Scores and weighted sums over `context` positions, heads unfolded."""
+        """FLOPs per token of scores and weighted sums over `context` up-projected positions."""
         return 2 * context * (2 * self.config.width + self.config.n_head * self.spec.rope_dim)
 
     def decoding_flops(self, context: float) -> float:
-        """The same in the latent, as decoding computes it."""
+        """FLOPs per decoded token of scores and weighted sums over `context` latents."""
         heads, rank = self.config.n_head, self.spec.kv_rank
         values = self.value_mixer.value_width or heads * rank
         return 2 * context * (heads * (rank + self.spec.rope_dim) + values)
 
     def make_cache(self, batch: int, length: int, like: Tensor) -> LayerCache:
-        """A cache of latent and rotary key [B, length, C + R].
+        """A cache of latents and rotary keys [B, length, C + R].
 
-        A layer with memory at its values (LaVE) also caches its mixed values [B, H, length, K].
+        A layer whose values are mixed with memory (LaVE) also caches them, [B, H, length, K].
         """
         joint = like.new_zeros(batch, length, self.spec.kv_rank + self.spec.rope_dim)
         if not self.value_mixer.value_width:
@@ -204,7 +205,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, x: Tensor, rows: Rows, rope: Tensor, cache: LayerCache | None = None, index: Index = 0
     ) -> Tensor:
-        """As MultiHeadAttention.forward; rope [S, R / 2, 2], rows in chunks of C / H or K."""
+        """x, rows [B, S, H, M, C / H or K], rope [S, R / 2, 2] -> [B, S, D]; S as in MHA."""
         heads, spec = self.config.n_head, self.spec
         q = self.wq(x).unflatten(-1, (heads, -1))  # [B, S, H, K + R]
         q, q_rope = q.split([self.config.head_dim, spec.rope_dim], dim=-1)
@@ -238,7 +239,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbed(
         self, q: Tensor, q_rope: Tensor, mask: Tensor | None, joint: Tensor, *values: Tensor
     ) -> Tensor:
-        """q [B, 1, H, K], q_rope [B, 1, H, R] and the cache's entries -> [B, 1, H, K]."""
+        """Attention over cached latents: q [B, 1, H, K], q_rope [B, 1, H, R] -> [B, 1, H, K]."""
         up_k, up_v = self._up()
         q = torch.cat([torch.einsum("bshk,hkc->bshc", q, up_k), q_rope], dim=-1)
         scores = torch.einsum("bshc,blc->bhsl", q, joint)

@@ -1,6 +1,6 @@
-"""What a model and its training cost, from the config alone: parameters, FLOPs, bytes.
+"""The cost of a model and of its training, from the config alone: parameters, FLOPs, bytes.
 
-FLOPs count a multiply and an add as two, in matrix products only, as torch's FlopCounterMode does.
+A multiply-add is two FLOPs; only matrix products count, as in torch's FlopCounterMode.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from moveimg.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one model; bytes are those of the cache's and the bank's number type."""
+    """The cost of one model; bytes are in the dtype given to `model_cost`."""
 
     parameters: int
-    active: int  # used per code: a row of each table, the chosen experts, the rows found by keys
+    active: int  # parameters used per token: one row per table, chosen experts, looked-up rows
     backbone: int  # blocks, norms and head
     embeddings: int  # label and code tables
-    router: int  # gates' W_G
+    router: int  # W_G of the gates
     bank: int  # value memory
     flops_per_token: float  # of a forward pass, averaged over the T positions of an image
-    flops_per_image: float  # generating T codes with the cache; guidance doubles it
-    cache_bytes_per_token: int  # kept per position while generating, all layers
-    bank_bytes_per_token: int  # of value memory gathered per position, once for all layers
-    table_bytes_per_token: int  # read per position, by all layers, of rows found by product keys
+    flops_per_image: float  # of generating T codes with the cache; guidance doubles them
+    cache_bytes_per_token: int  # of the KV cache, all layers
+    bank_bytes_per_token: int  # of value memory rows, gathered once for all layers
+    table_bytes_per_token: int  # of rows looked up by product keys, all layers
 
 
 @cache
@@ -63,7 +63,7 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
 
 
 def count_parameters(model: Transformer) -> dict[str, int]:
-    """The number of parameters by part (see Cost)."""
+    """The number of parameters in the backbone, embeddings, routers and bank."""
     counts = {"backbone": 0, "embeddings": 0, "router": 0, "bank": 0}
     parts = {"memory": "bank", "label_embedding": "embeddings", "code_embedding": "embeddings"}
     for name, parameter in model.named_parameters():
@@ -73,14 +73,14 @@ def count_parameters(model: Transformer) -> dict[str, int]:
 
 
 def active_parameters(model: Transformer) -> int:
-    """Parameters used per code (see Cost.active).
+    """Parameters used per token (see Cost.active).
 
-    A module that uses only some of its own returns their number from a method `active_own()`.
+    A module that uses only a part of its parameters returns their number from `active_own()`.
     """
 
     def active(module: nn.Module) -> int:
         if module in (model.label_embedding, getattr(model.memory, "class_bank", None)):
-            return 0  # no code reads them
+            return 0  # only the class token reads these tables
         if isinstance(module, nn.Embedding):
             return module.embedding_dim
         own = sum(p.numel() for p in module.parameters(recurse=False))
@@ -92,8 +92,8 @@ def active_parameters(model: Transformer) -> int:
 def token_flops(module: nn.Module, context: float, decoding: bool = False) -> float:
     """FLOPs per token through `module` when attention sees `context` positions on average.
 
-    A linear layer takes 2 FLOPs per weight. A module with other products returns their FLOPs from a
-    method `own_flops(context)`, or, where cached decoding differs, `decoding_flops(context)`.
+    A linear layer takes 2 FLOPs per weight. A module with other matrix products counts these in
+    `own_flops(context)`, and in `decoding_flops(context)` if decoding with a cache differs.
     """
 
     def own(module: nn.Module) -> float:
@@ -105,7 +105,7 @@ def token_flops(module: nn.Module, context: float, decoding: bool = False) -> fl
     return sum(own(m) for m in module.modules())
 
 
-PEAK_FLOPS = {  # dense bfloat16, of the data sheet
+PEAK_FLOPS = {  # dense bfloat16 FLOPs per second, from the data sheets
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
@@ -113,11 +113,11 @@ IMAGENET_CLASSES, IMAGENET_IMAGES, IMAGENET_VIEWS = 1000, 1_281_167, 20
 
 
 def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[str, Any]:
-    """The estimated budget of a run on `gpus` devices, as plain data; nothing is run.
+    """The estimated memory, hours and disk space of a training on `gpus` devices, as plain data.
 
-    Sizes are bytes per device, without CUDA's own (about 1 GB): `state` holds float32 weights,
-    gradients, Adam's moments and the average. `checkpoints` and ImageNet's `codes` are bytes on
-    disk. Raises ValueError for an unknown GPU, or a batch that `gpus` cannot share.
+    Memory is in bytes per device, without CUDA's context (about 1 GB); `state` is float32 weights,
+    gradients, Adam's moments and the EMA. `checkpoints` and ImageNet's `codes` are bytes on disk.
+    Raises ValueError for an unknown GPU, or a batch that does not divide among `gpus`.
     """
     if gpu not in PEAK_FLOPS:
         raise ValueError(f"gpu {gpu!r}: expected one of {', '.join(PEAK_FLOPS)}")
@@ -136,10 +136,10 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
     kept = sum(by_block)
     if recompute:
         kept = config.model.n_layer * 4 * config.model.width + max(by_block)
-    kept += 2 * cost.bank_bytes_per_token  # rows and their gradient
+    kept += 2 * cost.bank_bytes_per_token  # the gathered rows and their gradient
     size, width = config.model.codebook_size, config.model.width
-    # of the loss: a chunk's float32 logits and their log-softmax, the head in bfloat16 and its
-    # gradient in float32, the gradient of the head's input
+    # The loss keeps a chunk's float32 logits and log-softmax, the head's weight in bfloat16 and its
+    # gradient in float32, and the gradient of the head's input.
     logits = min(max(transformer.CHUNK, size), tokens * size)
     activations = tokens * (kept + 4 * width) + 8 * logits + 6 * size * width
     flops = (3 + recompute) * cost.flops_per_token * length * config.batch_size
@@ -150,15 +150,15 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
         "state": state,
         "activations": activations,
         "flops_per_step": flops,
-        "hours": (2 * hours, 4 * hours),  # at a half and at a quarter of the peak
-        # those kept, the best, the one being written, and the model
-        "checkpoints": total * (16 * (config.keep_checkpoints + 2) + 4),
+        "hours": (2 * hours, 4 * hours),  # at 50 % and at 25 % of the peak FLOPs
+        # keep_checkpoints and the one being written; the exported and the best model
+        "checkpoints": total * (16 * (config.keep_checkpoints + 1) + 2 * 4),
         "codes": IMAGENET_IMAGES * (IMAGENET_VIEWS * length * 2 + 4) if imagenet else 0,
     }
 
 
 def block_activations(config: ModelConfig, block: nn.Module) -> int:
-    """Bytes per token that a block of MHA and SwiGLU keeps for its backward pass in bfloat16."""
+    """Bytes per token of activations that a block of MHA and SwiGLU saves, in bfloat16."""
     ffn: Any = block.ffn
     hidden = swiglu_hidden(config.width, SwiGLUConfig())
     if isinstance(ffn, SwiGLU):

@@ -1,4 +1,4 @@
-"""The feed-forward layers by kind."""
+"""The table of feed-forward classes by `ffn.kind`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Models prepared for sampling: packed and quantized matrices on a CPU, a compiled step on CUDA.
+"""Models prepared for sampling: prepacked or int8 weights on a CPU, a compiled step on CUDA.
 
-On a CPU, reading the weights takes most of a decoding step. They are laid out once for products of
-a few rows: float32 by oneDNN; bfloat16 as half precision by FBGEMM, where the processor has no
-bfloat16 instructions; and optionally 8 bits by FBGEMM. A module lists matrices that it reads in
-another way in `unpacked`: they stay linear layers.
+On a CPU, reading the weights takes most of a decoding step, so weights are prepacked for products
+with a few rows: float32 by oneDNN; bfloat16 as float16 by FBGEMM, if the processor has no bfloat16
+instructions; int8 by FBGEMM on request. Linear layers whose `weight` a module reads directly are
+listed in its attribute `unpacked` and stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,35 +21,34 @@ from moveimg.device import has_bfloat16
 from moveimg.model.transformer import Cache, Transformer
 from moveimg.rng import Dropout
 
-ROWS = 16  # rows that oneDNN's layout is made for; it serves other numbers, too
-INT8_LIMIT = 63  # of a weight: AVX2's 16-bit sums hold two products of 7 by 8 bits
+ROWS = 16  # oneDNN packs for inputs of this many rows; other numbers work, too
+INT8_LIMIT = 63  # largest int8 weight: AVX2 adds two 7-bit by 8-bit products in 16 bits
 
 
 def decoding_model(
     model: Transformer, quantize: str | None = None, compile: bool = False
 ) -> Transformer:
-    """A model that decodes as `model` (in eval mode) does, but faster; not for training.
+    """`model` (in eval mode) prepared for fast decoding; not for training.
 
-    On a CPU, a copy that shares embeddings and memory with `model`; bfloat16 is computed in float32
-    where the processor has no bfloat16 instructions. On other devices and in float64 `model`
-    itself. quantize: None, or "int8", which changes the logits (docs/performance.md). compile: one
-    compiled step over a static cache, for CUDA.
-
-    Raises ValueError where `quantize` is unknown, the device is not a CPU, or `compile` is set too.
+    On a CPU, returns a copy that shares embeddings and memory with `model`; a bfloat16 model
+    computes in float32 if the processor has no bfloat16 instructions. On other devices and in
+    float64, returns `model`. quantize: None, or "int8", which changes the logits
+    (docs/performance.md). compile: one compiled decoding step over a static cache, for CUDA.
+    Raises ValueError for an unknown `quantize`, or `quantize` on another device or with `compile`.
     """
     weight = model.head.weight
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize {quantize!r}: expected int8")
     if quantize and (compile or weight.device.type != "cpu"):
         where = "compile" if compile else weight.device.type
-        raise ValueError(f"quantize {quantize} with {where}: expected a CPU, without compile")
+        raise ValueError(f"quantize {quantize} with {where}: expected a CPU and no compile")
     if compile:
         return StaticDecoder(model, mode="reduce-overhead", fullgraph=True)
     return _pack(model, quantize) if quantize or packable(weight) else model
 
 
 def _pack(model: Transformer, quantize: str | None) -> Transformer:
-    """A copy of `model` with matrices in the layout for this processor."""
+    """A copy of `model` with prepacked linear layers, and no dropout."""
     dtype = model.head.weight.dtype
     emulated = dtype == torch.bfloat16 and not has_bfloat16()
     fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
@@ -71,7 +70,7 @@ def _pack(model: Transformer, quantize: str | None) -> Transformer:
 
 
 def packable(weight: Tensor) -> bool:
-    """Whether oneDNN has a layout for matrices of this type and device."""
+    """Whether oneDNN can prepack matrices of this dtype and device."""
     known = weight.dtype in (torch.float32, torch.bfloat16)
     return weight.device.type == "cpu" and known and torch.backends.mkldnn.is_available()
 
@@ -89,7 +88,7 @@ class PackedLinear(nn.Module):
 
 
 class FastRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight [..., D] by way of the length of x, in float32."""
+    """RMSNorm in float32, x / sqrt(mean(x^2) + eps) * weight [..., D], by the vector norm of x."""
 
     def __init__(self, norm: nn.RMSNorm) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ class FastRMSNorm(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """x [..., in] float32 -> x W^T + b [..., out] float32, W (once bfloat16) in half precision."""
+    """x [..., in] -> x W^T + b [..., out], both float32, with a bfloat16 W stored as float16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class HalfLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x [..., in] -> x W^T + b [..., out]; W has 8 bits and a scale per output, x one per call."""
+    """x [..., in] -> x W^T + b [..., out] in int8, with a scale per row of W and one for x."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -133,11 +132,11 @@ class Int8Linear(nn.Module):
 
 
 class StaticDecoder(Transformer):
-    """`model` in eval mode, decoding by one step whose shapes are the same at every position.
+    """`model` in eval mode with a decoding step of the same shapes at every position.
 
     As in gpt-fast, the step is compiled once and replayed as a CUDA graph. Batches are padded to a
-    power of two, so that few graphs are needed. `compiler` has arguments of torch.compile; without
-    any, the step runs eagerly.
+    power of two, so that few graphs are needed. `compiler`: arguments of torch.compile; without
+    arguments, the step runs eagerly.
     """
 
     def __init__(self, model: Transformer, **compiler: Any) -> None:
@@ -150,7 +149,7 @@ class StaticDecoder(Transformer):
 
     @torch.inference_mode()
     def make_cache(self, batch: int) -> Cache:
-        """A static cache; CUDA graphs hold addresses, so ended decodings' tensors serve again."""
+        """A static cache, in reused tensors: CUDA graphs keep the addresses of their inputs."""
         size = 1 << (batch - 1).bit_length()
         idle = self._idle[size]
         buffers = idle.pop() if idle else Cache(self, size, static=True)
@@ -178,7 +177,7 @@ class StaticDecoder(Transformer):
         if not self._compiled:
             return self._step_function(codes, cache)
         torch.compiler.cudagraph_mark_step_begin()
-        return self._step_function(codes, cache).clone()  # the next replay overwrites it
+        return self._step_function(codes, cache).clone()  # the next replay overwrites its output
 
 
 def _pad(inputs: Tensor, size: int) -> Tensor:

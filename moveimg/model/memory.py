@@ -4,14 +4,14 @@
 
 The transformer owns one memory and gathers its rows once per forward pass, [B, S, H, M, K], for
 all layers. Each attention layer holds a mixer made by the memory: `v = mixer(x, v, rows)`. A memory
-lists the `sites` where it can be mixed in, best first; the attention offers some of them. MHA has
-its values; MLA also its compressed latent, where v [B, S, H, K] is the latent in H chunks.
+lists the `sites` where it can be mixed in, preferred first, and uses the first that the attention
+has: "value" in MHA and MLA; "latent" in MLA, where v [B, S, H, K] is the latent in H chunks.
 
 MoVE (arXiv 2601.22887): M_t = E[w_t], gates g = 2 sigmoid(x W_G) in (0, 2), and for head h
-V = g_0 V + sum_i g_i M_i. W_G starts at zero, where every gate is 1. LaVE is the same sum with
-one slot of its own for each chosen layer and, by default, no g_0. Options of MoVE: similar codes
-share a row, M_t = E[r(w_t)]; and rows of pairs of codes, M_t = E[w_t] + P[hash(w_t, w_u)], with
-w_u the code to the left or above (compare Engram, arXiv 2601.07372).
+V = g_0 V + sum_i g_i M_i. W_G is initialised to zero, so that every gate is 1. LaVE is the same sum
+with a separate slot for each chosen layer and, by default, without g_0. Options of MoVE: similar
+codes share a row, M_t = E[r(w_t)]; and rows for pairs of codes, M_t = E[w_t] + P[hash(w_t, w_u)],
+where w_u is the code to the left or above (compare Engram, arXiv 2601.07372).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moveimg.config.model import (
     NoMemoryConfig,
     pick_layers,
 )
-from moveimg.model.bank import QuantizedRows
+from moveimg.model.bank_storage import QuantizedRows
 
 Rows = Tensor | None
 
@@ -49,8 +49,8 @@ class GatedMixer(nn.Module):
     """v -> g_0 * v + sum_i g_i * rows_i per head, with gates 2 sigmoid(x W_G).
 
     Args:
-        config: the transformer's config; gates are computed from its hidden state, for H heads.
-        spec: the memory's settings: gate_standard (whether v has a gate g_0), and the gates' start.
+        config: the transformer's config.
+        spec: the memory's settings: gate_standard (whether v has a gate g_0), the gates' init.
         value_width: H * K, the width of v and of a row.
         slots: the slots of the gathered rows that this layer reads.
     """
@@ -65,7 +65,7 @@ class GatedMixer(nn.Module):
         self.router = nn.Linear(config.width, n_gates, bias=any(spec.gate_bias))
 
     def init_weights(self) -> None:
-        """W_G = 0 and no bias: every gate starts at 1 (the paper), unless the settings differ."""
+        """Initialise W_G and its bias by the settings; the default W_G = 0 gives gates of 1."""
         nn.init.normal_(self.router.weight, std=self.spec.router_std)
         if self.router.bias is not None:
             bias = self.router.bias.view(self.n_head, -1)
@@ -73,11 +73,11 @@ class GatedMixer(nn.Module):
             nn.init.constant_(bias[:, : int(self.gate_standard)], self.spec.gate_bias[0])
 
     def own_flops(self, context: float) -> float:
-        """The weighted sum of M rows of `value_width`."""
+        """FLOPs per token of the weighted sum of M rows of `value_width`."""
         return 2.0 * len(self.slots) * self.value_width
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """x [B, S, D] -> g_0 [B, S, H, 1] (None where ungated) and g_1.. [B, S, H, M]."""
+        """x [B, S, D] -> g_0 [B, S, H, 1] (None without gate_standard), g_1.. [B, S, H, M]."""
         gates = 2 * torch.sigmoid(self.router(x).unflatten(-1, (self.n_head, -1)))
         return (gates[..., :1], gates[..., 1:]) if self.gate_standard else (None, gates)
 
@@ -89,7 +89,7 @@ class GatedMixer(nn.Module):
         """x [B, S, D], v [B, S, H, K], rows [B, S, H, all slots, K] -> v [B, S, H, K]."""
         assert rows is not None
         g_0, g_i = self.gates(x)
-        # Not a matrix product, which takes twice as long at one position.
+        # a matrix product would take twice as long at one position
         memory = (g_i[..., None] * self.own_rows(rows).to(g_i.dtype)).sum(dim=-2).to(v.dtype)
         return memory + v if g_0 is None else torch.addcmul(memory, g_0.to(v.dtype), v)
 
@@ -98,7 +98,7 @@ Mixer = PassThrough | GatedMixer
 
 
 class NoMemory(nn.Module):
-    """The memory of the standard transformer: no table and no rows."""
+    """The memory of the standard transformer, without table and rows."""
 
     sites = ("value",)
     context: str | None = None
@@ -116,16 +116,16 @@ class NoMemory(nn.Module):
 
 
 class ValueBank(nn.Module):
-    """A table of `slots` value vectors per code and, optionally, as many per class.
+    """A table of `slots` value vectors per code and, with `class_rows`, per class.
 
     Row c of the table belongs to code c, or row `row_of_code[c]` where codes share rows.
 
     Args:
         config: the transformer's config.
         spec: the memory's settings; without `class_rows`, rows of the class token are zero.
-        reads: for each layer, the slots it reads, or None.
+        reads: the slots that each layer reads; None for a layer without memory.
         slots: value vectors of `value_width` per code.
-        value_width: H * K, the width of the values mixed into.
+        value_width: H * K, the width of v.
     """
 
     sites: tuple[str, ...]
@@ -154,25 +154,25 @@ class ValueBank(nn.Module):
         self.class_bank = nn.Embedding(config.n_classes + 1, width) if spec.class_rows else None
 
     def init_weights(self) -> None:
-        """Rows of pairs start at zero, so that unseen pairs add nothing."""
+        """Initialise the rows of pairs to zero, so that unseen pairs add nothing."""
         if self.context_bank is not None:
             nn.init.zeros_(self.context_bank.weight)
 
     def mixer(self, layer: int) -> Mixer:
-        """The mixer of a layer, which reads the layer's slots."""
+        """A new mixer for `layer` (from 0)."""
         slots = self.reads[layer]
         if slots is None:
             return PassThrough()
         return GatedMixer(self.config, self.spec, self.value_width, slots)
 
     def row_indices(self, codes: Tensor) -> Tensor:
-        """The row of each code, int64 of any shape."""
+        """The bank's row index of each code, int64 of any shape."""
         return codes if self.row_of_code is None else self.row_of_code[codes]
 
     def neighbours(self, codes: Tensor, indices: Tensor) -> Tensor:
-        """The code to the left of grid indices [S], or above them, int64 [B, S]; V where none is.
+        """The codes to the left of (or above) grid indices [S], int64 [B, S]; V outside the grid.
 
-        codes [B, N] are those of the indices 0..N-1.
+        codes [B, N] are the codes at grid indices 0..N-1.
         """
         width = self.config.grid[1]
         step = 1 if self.context == "left" else width
@@ -185,9 +185,9 @@ class ValueBank(nn.Module):
     ) -> Tensor:
         """Gather the rows of all layers, [B, S or 1 + S, H, slots, K].
 
-        labels [B] for the position of the class token, codes [B, S] for those after it, with their
-        `neighbours` where the memory reads pairs; labels or codes may be None. Under autocast the
-        rows are cast here, once for all layers, and the layers' gradients add up in that type.
+        labels [B] give the row of the class token, codes [B, S] the rows of the positions after it;
+        either may be None. `neighbours` [B, S] is needed if the memory reads pairs. Under autocast
+        the rows are cast once for all layers, so the layers' gradients add up in autocast's dtype.
         """
         rows = [] if codes is None else [self.bank(self.row_indices(codes))]
         if codes is not None and self.context_bank is not None:
@@ -210,19 +210,19 @@ class ValueBank(nn.Module):
         return heads.transpose(2, 3).contiguous()  # once, so that no layer has to
 
     def check_rows(self, source: str) -> None:
-        """Raise ValueError where a code's row is not one of the bank's."""
+        """Raise ValueError if `row_of_code` has an index outside the bank."""
         if self.row_of_code is not None:
             first, last = self.row_of_code.aminmax()
             if first < 0 or last >= self.n_rows:
                 raise ValueError(
-                    f"{source}: memory.row_of_code has rows {first}..{last}: "
+                    f"{source}: memory.row_of_code has row indices {first}..{last}: "
                     f"expected 0..{self.n_rows - 1}"
                 )
 
     def share_rows(self, codebook: Tensor) -> None:
-        """Map codes to rows by k-means over the tokenizer's codebook [V, width], where rows < V."""
+        """If rows < V, assign codes to rows by k-means over the tokenizer's codebook [V, width]."""
         if self.row_of_code is not None:
-            from sklearn.cluster import KMeans  # half a second of a start
+            from sklearn.cluster import KMeans  # importing it takes half a second
 
             means = KMeans(self.n_rows, n_init=1, random_state=0)
             clusters = means.fit(codebook.double().cpu().numpy()).labels_
@@ -230,7 +230,7 @@ class ValueBank(nn.Module):
 
 
 def hash_pairs(codes: Tensor, neighbours: Tensor, codebook_size: int) -> Tensor:
-    """A hash in 0..2^32-1 of each pair of a code and its neighbour, int64 (murmur3's finalizer)."""
+    """The hash in 0..2^32-1 of each (code, neighbour) pair, int64 (murmur3's finalizer)."""
     h = (codes * (codebook_size + 1) + neighbours) & 0xFFFFFFFF
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         h = ((h ^ (h >> 15)) * factor) & 0xFFFFFFFF
@@ -238,9 +238,9 @@ def hash_pairs(codes: Tensor, neighbours: Tensor, codebook_size: int) -> Tensor:
 
 
 class LaVE(ValueBank):
-    """A table for each chosen layer; all are slots of one bank, gathered together.
+    """One table per chosen layer, stored as the slots of one bank and gathered together.
 
-    On MLA it is added to the values after their up-projection (inferred; the paper is silent).
+    In MLA, rows are mixed into the up-projected values; the paper does not specify it.
     """
 
     sites = ("value",)
@@ -254,9 +254,9 @@ class LaVE(ValueBank):
 
 
 class MoVE(ValueBank):
-    """One global bank of M slots per code; every layer mixes all of them.
+    """One global bank of M slots per code; every layer mixes all slots.
 
-    On MLA it is mixed into the compressed latent, before the up-projection (the paper).
+    In MLA, rows are mixed into the compressed latent, before the up-projection (the paper).
     """
 
     sites = ("latent", "value")
@@ -270,7 +270,7 @@ MEMORIES: dict[str, Any] = {"none": NoMemory, "lave": LaVE, "move": MoVE}
 
 
 def mixers_by_layer(model: nn.Module) -> dict[int, GatedMixer]:
-    """The mixer of each layer that has value memory, by layer index (from 0)."""
+    """The mixers of the layers that have value memory, by layer index (from 0)."""
     blocks: Any = enumerate(model.layers)  # type: ignore[arg-type]
     modules = ((layer, module) for layer, block in blocks for module in block.modules())
     return {layer: module for layer, module in modules if isinstance(module, GatedMixer)}
@@ -278,10 +278,10 @@ def mixers_by_layer(model: nn.Module) -> dict[int, GatedMixer]:
 
 @contextmanager
 def record_mixing(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
-    """Call `record(layer, g_0, g_i, values, rows)` for each layer with memory, at every pass.
+    """Call `record(layer, g_0, g_i, values, rows)` for each layer with memory in a forward pass.
 
-    Without the class token's position: the gates of the standard values [B, S, H, 1] (or None) and
-    of the slots [B, S, H, M], the ungated values [B, S, H, K], the slots' rows [B, S, H, M, K].
+    g_0 [B, S, H, 1] (or None) gates the standard values, g_i [B, S, H, M] the slots; `values`
+    [B, S, H, K] are ungated, rows [B, S, H, M, K]. The class token's position is left out.
     """
 
     def make_hook(layer: int) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""A mixture of SwiGLU experts, chosen per token.
+"""Mixture of experts: SwiGLU experts, chosen per token.
 
 N tokens   D width   F hidden width of an expert   E experts   k experts per token
 """
@@ -17,17 +17,17 @@ from moveimg.model.swiglu import FeedForward, SwiGLU
 
 
 class MoE(FeedForward):
-    """out = shared(x) + sum_{i in top k} p_i expert_i(x), SwiGLU experts.
+    """out = shared_expert(x) + sum_{i in top k} p_i expert_i(x), with SwiGLU experts.
 
     p = softmax(x W_r), scaled to sum to 1 over the chosen k (Mixtral, arXiv 2401.04088); shared
-    expert as in DeepSeekMoE (arXiv 2401.06066). No expert has a capacity and no token is dropped,
-    so experts are chosen per token, as cached decoding requires.
+    expert as in DeepSeekMoE (arXiv 2401.06066). Experts have no capacity limit, so a token's output
+    does not depend on other tokens, as decoding with a cache requires.
 
-    In train mode a forward pass keeps `load` and the load-balancing loss in `auxiliary`: E * sum_e
-    load_e * mean probability_e (arXiv 2101.03961, equation 4), times its weight; 1 when balanced.
+    A forward pass in train mode sets `load`, and `auxiliary` to the load-balancing loss: `balance`
+    times E * sum_e load_e * mean probability_e (arXiv 2101.03961, eq. 4), which is 1 if balanced.
     """
 
-    unpacked = ("expert_router",)  # keeps its number type in a model prepared for inference
+    unpacked = ("expert_router",)  # forward reads its weight directly
 
     def __init__(self, config: ModelConfig, spec: MoEConfig) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class MoE(FeedForward):
         self.shared_expert = SwiGLU(config, SwiGLUConfig(hidden=spec.shared_hidden))
 
     def init_weights(self) -> None:
-        """N(0, 0.02), as every matrix of the recipe."""
+        """Draw the experts' weights from N(0, 0.02), like the other matrices."""
         nn.init.normal_(self.w_in, std=0.02)
         nn.init.normal_(self.w_out, std=0.02)
 
     def own_flops(self, context: float) -> float:
-        """The k chosen experts and their weighted sum, without the padding of blocks."""
+        """FLOPs per token of the k chosen experts and their weighted sum, without padding."""
         return 2.0 * (self.active_own() + self.spec.top_k * self.width)
 
     def active_own(self) -> int:
@@ -54,7 +54,7 @@ class MoE(FeedForward):
         tokens, n_experts = x.flatten(0, -2), self.spec.n_experts  # [N, D]
         router = self.expert_router.weight
         wide = torch.promote_types(router.dtype, torch.float32)
-        # in bfloat16 two nearly equal experts would change places
+        # bfloat16 rounding would swap experts of nearly equal probability
         with torch.autocast(x.device.type, enabled=False):
             probabilities = F.linear(tokens.to(wide), router.to(wide)).softmax(dim=-1)  # [N, E]
         weights, chosen = probabilities.topk(self.spec.top_k, dim=-1)  # [N, k]
@@ -63,22 +63,22 @@ class MoE(FeedForward):
             self.load = F.one_hot(chosen, n_experts).float().mean(dim=(0, 1))
             balance = n_experts * (self.load * probabilities.mean(dim=0)).sum()
             self.auxiliary = self.spec.balance * balance
-        shared_out = self.shared_expert(x)  # its dtype is autocast's, to which tokens are cast
+        shared_out = self.shared_expert(x)  # under autocast, in the dtype for the routed experts
         routed = self._experts(tokens.to(shared_out.dtype), chosen)  # [N, k, D]
         mixed = torch.einsum("nk,nkd->nd", weights.to(routed.dtype), routed)
         return shared_out + mixed.view_as(x)
 
     def _experts(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """tokens [N, D] through their experts chosen [N, k] -> [N, k, D].
+        """The outputs [N, k, D] of the experts `chosen` [N, k] for tokens [N, D].
 
-        Rows are sorted by expert, and each expert's are padded to whole blocks, so that a block is
-        one matrix product with one expert's weights. All shapes follow from N.
+        Rows are sorted by expert and padded so that each block of rows has one expert: a block is
+        one matrix product. All shapes depend on N alone.
         """
         n, k = chosen.shape
         size, count = block_shape(n * k, self.spec.n_experts)
         place, owner = sort_by_expert(chosen.flatten(), self.spec.n_experts, size, count)
         source = torch.arange(n, device=place.device).repeat_interleave(k)
-        # padding rows repeat token 0; their results are not read
+        # padding rows are copies of token 0; their outputs are not read
         source = place.new_zeros(count * size).scatter(0, place, source)
         rows = tokens[source].unflatten(0, (count, size))  # [blocks, size, D]
         w_in, w_out = self.w_in.to(tokens.dtype), self.w_out.to(tokens.dtype)
@@ -88,9 +88,9 @@ class MoE(FeedForward):
 
 
 def block_shape(rows: int, n_experts: int) -> tuple[int, int]:
-    """Rows per block, and the number of blocks that `rows` rows of E experts need at most.
+    """Rows per block, and the largest number of blocks that `rows` rows of E experts can need.
 
-    A larger block pads more rows (up to E (size - 1) in all); a smaller one reads an expert's
+    Larger blocks add more padding (up to E (size - 1) rows); smaller blocks read each expert's
     weights more often.
     """
     fair = max(rows / (4 * n_experts), math.sqrt(8 * rows / n_experts), 1)
@@ -99,19 +99,18 @@ def block_shape(rows: int, n_experts: int) -> tuple[int, int]:
 
 
 def sort_by_expert(experts: Tensor, n_experts: int, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """The place of each row when rows are sorted by expert, in `count` blocks of `size` rows.
+    """Sort rows by their expert, `experts` [R], into `count` blocks of `size` rows.
 
-    `experts` [R] is the expert of each row. Returns the places [R] in 0..count * size - 1, and the
-    one expert of each block [count].
+    Returns each row's position [R] in 0..count * size - 1, and each block's expert [count].
     """
     n = torch.zeros(n_experts, dtype=experts.dtype, device=experts.device)
     n = n.scatter_add(0, experts, torch.ones_like(experts))
     padded = (n + size - 1) // size  # blocks of each expert
-    first = (padded.cumsum(0) - padded) * size  # its first place
+    first = (padded.cumsum(0) - padded) * size  # each expert's first position
     order = experts.argsort(stable=True)
     ordered = experts[order]
     rank = torch.arange(len(experts), device=experts.device) - (n.cumsum(0) - n)[ordered]
     place = torch.zeros_like(experts).scatter(0, order, first[ordered] + rank)
     block = torch.arange(count, device=experts.device)
     owner = torch.searchsorted(padded.cumsum(0), block, right=True)
-    return place, owner.clamp(max=n_experts - 1)  # the owner of an unused block does not matter
+    return place, owner.clamp(max=n_experts - 1)  # an unused block may have any expert

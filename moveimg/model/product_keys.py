@@ -1,4 +1,4 @@
-"""Feed-forward layers that read a few rows of large tables, found by product keys.
+"""Feed-forward layers that look up a few rows of large tables by product keys.
 
 B batch   S positions   D width   h look-ups per token   n keys of a half   k rows per look-up
 Q width of a query   W width of a value
@@ -18,11 +18,11 @@ from moveimg.model.swiglu import FeedForward
 
 
 class ProductKeys(nn.Module):
-    """x -> for each of h look-ups the k best of n^2 rows and their softmax weights.
+    """Look up the k best of n^2 rows, h times per token, with softmax weights.
 
-    Scoring n^2 rows costs 2 n: the halves of a query are scored against n keys each, the score of
-    row (i, j) is the sum of score i and score j, and the k best rows lie among the k best of each
-    half (arXiv 1907.05242).
+    Each half of a query is scored against n keys, and the score of row (i, j) is score i + score j:
+    2 n products score n^2 rows, and the k best rows lie among the k best keys of each half
+    (arXiv 1907.05242).
     """
 
     def __init__(self, config: ModelConfig, spec: ProductKeyLookup) -> None:
@@ -33,7 +33,7 @@ class ProductKeys(nn.Module):
         self.keys = nn.Parameter(torch.empty(spec.key_heads, 2, spec.n_keys, half))
 
     def init_weights(self) -> None:
-        """Memory+'s code: keys U(-1/sqrt(Q), 1/sqrt(Q)), queries Xavier-uniform; zero biases."""
+        """Initialise as Memory+: keys U(-1/sqrt(Q), 1/sqrt(Q)), query Xavier-uniform, bias 0."""
         bound = self.spec.key_width**-0.5
         nn.init.uniform_(self.keys, -bound, bound)
         # nn.init.xavier_uniform_ would compute on the meta device (see moveimg.device.shapes_only)
@@ -42,7 +42,7 @@ class ProductKeys(nn.Module):
         nn.init.zeros_(self.query.bias)
 
     def own_flops(self, context: float) -> float:
-        """Scores of both halves."""
+        """FLOPs per token of scoring the keys of both halves."""
         return 2.0 * self.spec.key_heads * self.spec.n_keys * self.spec.key_width
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class ProductKeys(nn.Module):
 
 
 class Table(nn.Module):
-    """Rows of width W; forward is a weighted sum of some. They start as N(0, std)."""
+    """A table of rows of width W, initialised as N(0, std); forward sums weighted rows."""
 
     def __init__(self, rows: int, width: int, std: float | None = None) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Table(nn.Module):
         nn.init.normal_(self.weight, std=self.std)
 
     def active_own(self) -> int:
-        """0: the layers count the rows that they read."""
+        """0, because TableLayer.active_own counts the rows that a layer reads."""
         return 0
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ class Table(nn.Module):
 
 
 class ValueTable(Table):
-    """The values of a product-key memory, which have a learning rate and a clip of their own."""
+    """A table of values, which the optimizer gives the learning rate table_lr and table_clip."""
 
 
 class TableLayer(FeedForward):
-    """A feed-forward that looks rows up by product keys, and reads `row_width` numbers of each."""
+    """A feed-forward layer that looks up rows of `row_width` elements by product keys."""
 
     lookup: Any
 
@@ -94,18 +94,18 @@ class TableLayer(FeedForward):
         self.spec, self.lookup, self.row_width = spec, lookup, row_width
 
     def active_own(self) -> int:
-        """Numbers of the tables read per token."""
+        """Table elements read per token."""
         return self.spec.key_heads * self.spec.top_k * self.row_width
 
     def own_flops(self, context: float) -> float:
-        """A multiply and an add per number read."""
+        """FLOPs per token: a multiply-add per table element read."""
         return 2.0 * self.active_own()
 
 
 class ProductKeyMemory(TableLayer):
     """Memory+ (arXiv 2412.09764): out = W_o(m * silu(W_g x)), m the weighted sum of values.
 
-    Query, keys and both matrices belong to the layer; the values are one table for all layers.
+    Each layer has a query, keys, W_g and W_o; all layers share one table of values.
     """
 
     def __init__(self, config: ModelConfig, spec: ProductKeyConfig) -> None:
@@ -115,14 +115,14 @@ class ProductKeyMemory(TableLayer):
         self.out = nn.Linear(width, config.width)
 
     def init_weights(self) -> None:
-        """Memory+'s code: both matrices N(0, D^(-1/2)); zero biases."""
+        """Initialise as Memory+: W_g and W_o N(0, D^(-1/2)), biases zero."""
         for linear in (self.gate, self.out):
             nn.init.normal_(linear.weight, std=self.out.out_features**-0.5)
             nn.init.zeros_(linear.bias)
 
     @staticmethod
     def shared(config: ModelConfig, spec: ProductKeyConfig) -> ValueTable:  # type: ignore[override]
-        """The values, [n^2, W]."""
+        """The table of values [n^2, W]."""
         return ValueTable(spec.n_keys**2, spec.value_width or config.width)
 
     def forward(self, x: Tensor, shared: Any = None) -> Tensor:
@@ -130,10 +130,10 @@ class ProductKeyMemory(TableLayer):
 
 
 class PEER(TableLayer):
-    """sum_i s_i gelu(u_i . x) v_i over the rows of all look-ups: experts of a single neuron.
+    """sum_i s_i gelu(u_i . x) v_i over the rows of all look-ups: experts of one neuron each.
 
-    Differs from the paper (arXiv 2407.04153) in two points: each look-up has its own keys, where
-    the paper's look-ups share one set, and queries are not batch-normalised.
+    Unlike in the paper (arXiv 2407.04153), each look-up has separate keys, and queries are not
+    batch-normalised.
     """
 
     def __init__(self, config: ModelConfig, spec: PEERConfig) -> None:

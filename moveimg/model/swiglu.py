@@ -18,8 +18,8 @@ class FeedForward(nn.Module):
 
     Attributes:
         auxiliary: a loss of the last forward pass in train mode, to be added to the cross-entropy.
-        load: each expert's share of the choices in that pass, [E].
-        delay: layers after which the output of `remember` is added to the stream; None without it.
+        load: the share of routing choices of each expert in that pass, [E].
+        delay: layers after which the output of `remember` enters the stream; None: no `remember`.
     """
 
     auxiliary: Tensor | None = None
@@ -28,11 +28,11 @@ class FeedForward(nn.Module):
 
     @staticmethod
     def shared(config: ModelConfig, spec: SlotConfig) -> nn.Module | None:
-        """The module that all layers of this kind share; the transformer owns it."""
+        """The module that all layers of this kind share, owned by the transformer, or None."""
         return None
 
     def train(self, mode: bool = True) -> Self:
-        """As in nn.Module; also drops the last auxiliary loss, whose graph cannot be copied."""
+        """Set the mode, and drop the auxiliary loss, whose graph would make a deepcopy fail."""
         self.auxiliary = None
         return super().train(mode)
 
@@ -40,12 +40,12 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
     def remember(self, x: Tensor) -> Tensor:
-        """What the stream x [B, S, D] after this block adds to a later one, [B, S, D]."""
+        """The output [B, S, D], for stream x after this block, that a later layer adds."""
         raise NotImplementedError
 
 
 class SwiGLU(FeedForward):
-    """w2(silu(w1 x) * w3 x) (arXiv 2002.05202), no biases."""
+    """w2(silu(w1 x) * w3 x) (arXiv 2002.05202), without biases."""
 
     def __init__(self, config: ModelConfig, spec: SwiGLUConfig) -> None:
         super().__init__()

@@ -22,14 +22,13 @@ from moveimg.model.memory import MEMORIES, Mixer, Rows
 from moveimg.model.swiglu import FeedForward
 from moveimg.rng import Dropout, rewound
 
-CHUNK = 2**24  # logits computed at a time by the loss (64 MiB in float32), but at least one row
+CHUNK = 2**24  # logits that the loss computes at a time (64 MiB in float32), at least one row
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each after an RMS norm and added to the residual stream.
 
-    `ffn` holds the settings of this layer's feed-forward, `mixers` its value memory, by the site in
-    attention where it is mixed in.
+    ffn: settings of this layer's feed-forward. mixers: value memory mixers by site in attention.
     """
 
     def __init__(self, config: ModelConfig, ffn: SlotConfig, mixers: dict[str, Mixer]) -> None:
@@ -46,18 +45,18 @@ class Block(nn.Module):
         self, x: Tensor, rows: Rows, rope: Tensor, shared: nn.Module | None,
         cache: LayerCache | None = None, index: Index = 0,
     ) -> Tensor:  # fmt: skip
-        """x [B, S, D] -> [B, S, D]; `shared` is the module that the feed-forwards share."""
+        """x [B, S, D] -> [B, S, D]; `shared` is the transformer's shared_ffn."""
         attended = self.attention(self.attention_norm(x), rows, rope, cache, index)
         x = x + self.resid_dropout(attended)
         return x + self.ffn_dropout(self.ffn(self.ffn_norm(x), shared))
 
 
 class Cache:
-    """The state of a decoding: the cache of each layer, rotations, and the position.
+    """The state of decoding one batch: layer caches, rotation table and position.
 
     Attributes:
-        position: of the next decoding step, 0..T-1.
-        index: the same for the layers' caches; a tensor [1] for static caches (see LayerCache).
+        position: position of the next decoding step, 0..T-1.
+        index: the same position as the layer caches need it: a tensor [1] if static, else an int.
     """
 
     def __init__(self, model: Transformer, batch: int, static: bool = False) -> None:
@@ -72,9 +71,9 @@ class Cache:
             self.codes = torch.zeros(batch, length, dtype=torch.int64, device=like.device)
 
     def advance(self, positions: int) -> None:
-        """Go to a later position."""
+        """Advance the position by `positions`."""
         self.position += positions
-        self.index += positions  # in place where it is a tensor
+        self.index += positions  # in place if it is a tensor
 
     def rope_at_index(self, length: int) -> Tensor:
         """The rotations of the current position, or of the first `length`: [length, pairs, 2]."""
@@ -86,16 +85,16 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """logits = generator(codes, labels): the distribution of every code given those before it.
+    """logits = generator(codes, labels): the distribution of each code given all codes before it.
 
-    The class token stands before the first code, so T inputs (label, codes 0..T-2) predict
-    T codes. Train and eval mode differ in dropout alone.
+    The class token precedes the first code, so T inputs (label, codes 0..T-2) predict T codes.
+    Train and eval mode differ in dropout alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # training: keep each block's input, recompute its activations
+        self.checkpointing = False  # recompute each block's activations in the backward pass
         sites = ATTENTIONS[config.attention.kind].sites(config)
         memory, ffn = MEMORIES[config.memory.kind], FEEDFORWARDS[config.ffn.kind]
         site = next(site for site in memory.sites if site in sites)
@@ -114,7 +113,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """LlamaGen's start: matrices and tables N(0, 0.02), the head zero; routers zero (MoVE).
+        """Initialise as LlamaGen: matrices and tables N(0, 0.02), head zero; routers zero (MoVE).
 
         Modules with other initial values set them in `init_weights`.
         """
@@ -136,7 +135,7 @@ class Transformer(nn.Module):
     def auxiliary_loss(self) -> Tensor:
         """The sum of the layers' auxiliary losses in the last forward pass in train mode, a scalar.
 
-        Each is returned once, so that no graph stays in the model.
+        Clears the layers' losses, so that no graph stays in the model.
         """
         total = torch.zeros((), device=self.norm.weight.device)
         for ffn in self.feedforwards():
@@ -145,7 +144,7 @@ class Transformer(nn.Module):
         return total
 
     def expert_load(self) -> Tensor | None:
-        """Each expert's share of the choices in the last pass in train mode, [MoE layers, E]."""
+        """Each expert's share of routing choices in the last training pass, [MoE layers, E]."""
         loads = [ffn.load for ffn in self.feedforwards() if ffn.load is not None]
         return torch.stack(loads) if loads else None
 
@@ -168,9 +167,9 @@ class Transformer(nn.Module):
         `logits[:, t]` predicts `codes[:, t]` from the label and `codes[:, :t]`; the last code
         is not read. Raises ValueError for other shapes.
 
-        With `loss`: (mean cross-entropy in nats per code, share of codes that are the likeliest),
-        scalars, without all logits in memory at once. This is not a method of its own because
-        DDP and FSDP2 gather weights and gradients around `forward` alone.
+        With `loss`, returns two scalars instead, without all logits in memory at once: the mean
+        cross-entropy in nats per code, and the top-1 accuracy. It is an option of `forward` because
+        DDP and FSDP2 synchronize weights and gradients around `forward` alone.
         """
         if codes.shape != (len(labels), self.config.seq_len):
             raise ValueError(
@@ -182,13 +181,13 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     def hidden(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """The normed residual stream before the output head, [B, T, D]."""
+        """The normalised residual stream before the output head, [B, T, D]."""
         before = codes[:, :-1]
         x = torch.cat([self.label_embedding(labels)[:, None], self.code_embedding(before)], dim=1)
         return self._blocks(x, self._rows(labels, before), self.rope()[: x.shape[1]])
 
     def logits(self, x: Tensor) -> Tensor:
-        """Normed stream [B, S, D] -> logits [B, S, V], float32 (float64 in a float64 model)."""
+        """Normalised stream [B, S, D] -> logits [B, S, V], float32 (float64 in a float64 model)."""
         out = self.head(x)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
@@ -228,7 +227,7 @@ class Transformer(nn.Module):
         return logits
 
     def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
-        """`decode` without the check and without advancing the cache: tensor operations alone."""
+        """`decode` without position check and advance: tensor operations, for torch.compile."""
         codes, neighbours = codes[:, None], None
         if cache.codes is not None:
             index = torch.as_tensor(cache.index, device=codes.device).view(1) - 1
@@ -238,7 +237,7 @@ class Transformer(nn.Module):
         return self._step(self.code_embedding(codes), rows, cache)
 
     def _rows(self, labels: Tensor, codes: Tensor | None) -> Rows:
-        """The memory's rows of the class token and of codes [B, S] from the first."""
+        """The memory's rows for the class token and the first S codes [B, S]."""
         neighbours = None
         if codes is not None and self.memory.context is not None:
             indices = torch.arange(codes.shape[1], device=codes.device)
@@ -251,7 +250,7 @@ class Transformer(nn.Module):
 
     def _blocks(self, x: Tensor, rows: Rows, rope: Tensor, cache: Cache | None = None) -> Tensor:
         x = self.token_dropout(x)
-        remembered: dict[int, Any] = {}  # by the layer after which it enters the stream
+        remembered: dict[int, Any] = {}  # by the layer after which the output enters the stream
         for layer, block in enumerate(self.layers):
             if cache is not None:
                 x = block(x, rows, rope, self.shared_ffn, cache.layers[layer], cache.index)
@@ -270,17 +269,17 @@ class Transformer(nn.Module):
 
 
 def _checkpoint_contexts(block: Any) -> tuple[Any, Any]:
-    """The contexts in which `checkpoint` computes a block, and computes it again when going back.
+    """The contexts of a checkpointed block's forward pass and of its recomputation.
 
-    The second pass draws the masks of the first. Its auxiliary loss is dropped, because its graph
-    would keep the recomputed activations until the next step.
+    The recomputation draws the same dropout masks. Its auxiliary loss is dropped, because the
+    loss's graph would keep the recomputed activations until the next step.
     """
     generator = block.resid_dropout.generator
     state = None if generator is None else generator.get_state()
 
     @contextmanager
     def recomputing() -> Iterator[None]:
-        try:  # recomputing ends early, by an exception
+        try:  # torch ends the recomputation early by an exception
             with nullcontext() if generator is None or state is None else rewound(generator, state):
                 yield
         finally:
@@ -293,13 +292,13 @@ def _checkpoint_contexts(block: Any) -> tuple[Any, Any]:
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats of the logits x W^T, and how often the target is likeliest.
+    """Mean cross-entropy in nats of the logits x W^T, and the top-1 accuracy.
 
     x [N, D], weight [V, D], targets int64 [N]. Logits, the largest tensor of a training step, are
     computed for CHUNK / V rows at a time, together with the gradients of x and W, so the head still
-    costs three matrix products. Products use autocast's type where autocast is on; softmax, loss
-    and the sum of W's gradient use float32 (float64 for float64). The accuracy has no gradient, the
-    loss no second derivative.
+    costs three matrix products. Under autocast, products use its dtype; softmax, loss and the sum
+    of W's gradient use float32 (float64 for float64). The accuracy has no gradient, the loss no
+    second derivative.
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)

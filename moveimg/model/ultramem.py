@@ -1,15 +1,15 @@
-"""UltraMem (arXiv 2411.12364): values found by Tucker-decomposed query-key retrieval.
+"""UltraMem (arXiv 2411.12364): values looked up by Tucker-decomposed query-key retrieval.
 
     B batch   S positions   D width   h look-ups per token   n keys of a half   k cells per look-up
     r scores per key   G cores   E virtual tables per physical table   W width of a value
 
 A look-up scores n keys for rows and n for columns, r scores each: S_row, S_col [r, n]. The score of
 cell (i, j) is S_row[:, i]^T C S_col[:, j] with a learned core C [r, r], the sum of G cores. The k
-best cells are sought among the k best rows and columns by C's rank-1 approximation. Core g weighs
+best cells are searched among the k best rows and columns by C's rank-1 approximation. Core g weighs
 segment g of a cell's value. Cells are spread over E virtual tables, which share one physical table
 and have an output projection each. Scores are not normalised by a softmax.
 
-Not as in the paper: queries come without a causal convolution, and every look-up has its own.
+Unlike in the paper, queries have no causal convolution, and each look-up has a separate query.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from moveimg.config.model import ModelConfig, UltraMemConfig
 from moveimg.model.product_keys import TableLayer, ValueTable
 from moveimg.model.swiglu import SwiGLU
 
-CANDIDATES = 128  # rows and columns at most, so that their grid stays small (the paper)
+CANDIDATES = 128  # most candidate rows, and columns, per look-up (the paper)
 
 
 class UltraMem(TableLayer):
     """A SwiGLU, and a memory whose output enters the stream `delay` layers later.
 
-    In train mode `remember` keeps penalty * mean_i max(0, sigma_i - margin)^2 in `auxiliary`, over
-    all singular values of C but the first, for the rank-1 approximation to hold.
+    In train mode `remember` sets `auxiliary` to penalty * mean_i max(0, sigma_i - margin)^2 over
+    the singular values sigma_2.. of C, which keeps C near its rank-1 approximation.
     """
 
     def __init__(self, config: ModelConfig, spec: UltraMemConfig) -> None:
@@ -43,16 +43,16 @@ class UltraMem(TableLayer):
         self.memory_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.values = ValueTable(cells // spec.expansion, width, std=0.02)
         self.out = nn.Linear(spec.expansion * width, config.width, bias=False)
-        # cell -> cell * step mod n^2, a permutation that spreads neighbours over the tables
+        # cell * step mod n^2 is a permutation that spreads neighbouring cells over the tables
         start = int(cells * 0.618) or 1
         self.step = next(s for s in range(start, 2 * cells) if math.gcd(s, cells) == 1)
 
     def init_weights(self) -> None:
-        """The authors' code: output N(0, (E W)^(-1/2))."""
+        """Initialise the output projection as N(0, (E W)^(-1/2)) (the authors' code)."""
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
 
     def own_flops(self, context: float) -> float:
-        """The weighted sums of values in E tables."""
+        """FLOPs per token of the weighted sums of values in E tables."""
         return 2.0 * self.active_own() * self.settings.expansion
 
     def forward(self, x: Tensor, shared: Any = None) -> Tensor:
@@ -72,7 +72,7 @@ class UltraMem(TableLayer):
 
 
 class TuckerKeys(nn.Module):
-    """x -> for each of h look-ups the k best of n^2 cells, and each core's scores of them."""
+    """Look up the k best of n^2 cells, h times per token, with a score per core."""
 
     def __init__(self, config: ModelConfig, spec: UltraMemConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class TuckerKeys(nn.Module):
         self.core = nn.Parameter(torch.empty(spec.cores, heads, spec.rank, spec.rank))
 
     def init_weights(self) -> None:
-        """The authors': N(0, c^(-1/2)) with c = Q / 2, norms c^(-0.4), cores uniform in 0..1."""
+        """Initialise as the authors' code: N(0, c^(-1/2)), c = key_width / 2; norms c^(-0.4)."""
         half = self.keys.shape[-1]
         for weight in (self.query.weight, self.keys):
             nn.init.normal_(weight, std=half**-0.5)
@@ -93,7 +93,7 @@ class TuckerKeys(nn.Module):
         nn.init.uniform_(self.core)
 
     def own_flops(self, context: float) -> float:
-        """Scores of all keys, their coarse sums over r, and the scores of candidate cells."""
+        """FLOPs per token of all keys' scores, their rank-1 sums, and candidate cells' scores."""
         rows = min(self.spec.top_k, CANDIDATES)
         grid = self.core[:, :, 0].numel() * rows * (self.spec.rank + rows)
         return 2.0 * (self.keys.numel() + self.keys[..., 0].numel() + grid)
@@ -118,10 +118,10 @@ class TuckerKeys(nn.Module):
 
 
 def leading_vectors(core: Tensor) -> tuple[Tensor, Tensor]:
-    """The leading left and right singular vectors of core [h, r, r], two of [h, r].
+    """The leading left and right singular vectors [h, r] of core [h, r, r].
 
-    The left one's entry of largest size is positive. By squaring C C^T seven times, which, unlike a
-    decomposition, a CUDA graph can hold; equal first singular values have no leading vector.
+    The largest entry of the left vector is positive. C C^T is squared seven times, because a CUDA
+    graph cannot hold an SVD; the vectors are undefined if the first singular values are equal.
     """
     core = core.to(torch.promote_types(core.dtype, torch.float32))
     power = core @ core.mT

@@ -1,1 +1,1 @@
-"""Public weights and other models as model directories: converted, downloaded, shared."""
+"""Model directories: conversion of public weights and models, downloads, uploads to the Hub."""

@@ -1,4 +1,4 @@
-"""LlamaGen's class-conditional generators (arXiv 2406.06525): the same tensors, renamed."""
+"""Conversion of LlamaGen's class-conditional generators (arXiv 2406.06525): tensors are renamed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from moveimg.errors import validate
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer, swiglu_hidden
 
-# LlamaGen's names -> ours; the rest of a name is the same.
+# parts of LlamaGen's parameter names -> parts of ours
 RENAMED = {
     "cls_embedding.embedding_table.": "label_embedding.",
     "tok_embeddings.": "code_embedding.",
     ".feed_forward.": ".ffn.",
     "output.": "head.",
 }
-# The guidance of LlamaGen's published figures; temperature 1, all codes.
+# guidance scales of LlamaGen's published FIDs, at temperature 1 without top-k
 PUBLISHED_CFG = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
-NAMED = {(size["n_layer"], size["width"]): name for name, size in SIZES.items()}
+SIZE_NAMES = {(size["n_layer"], size["width"]): name for name, size in SIZES.items()}
 
 
 def convert_llamagen(
     gpt: Path | None, vq_file: Path, out: Path, image_size: int | None, n_head: int | None
 ) -> ModelConfig | None:
-    """Write a model directory and return the generator's config; without `gpt`, a tokenizer's."""
+    """Write a model directory, without `gpt` a tokenizer's; returns the generator's config."""
     with atomic_directory(out) as temporary:
         tokenizer = vq.load_llamagen_vq(vq_file)
         if gpt is None:
@@ -40,12 +40,12 @@ def convert_llamagen(
             counts = f"{gpt} has {config.codebook_size} codes, {vq_file} {tokenizer.codebook_size}"
             raise ValueError(f"{counts}: expected the generator's own tokenizer")
         names = [str(label) for label in range(config.n_classes)]
-        if config.n_classes == 1000:  # ImageNet, in WordNet-id order
+        if config.n_classes == 1000:  # ImageNet's, in the order of WordNet ids
             from timm.data import ImageNetInfo
 
-            info = ImageNetInfo()  # reads every subset's lists
+            info = ImageNetInfo()  # slow to make: it reads many lists
             names = [info.index_to_description(label) for label in range(1000)]
-        cfg_scale = PUBLISHED_CFG.get(NAMED.get((config.n_layer, config.width), ""), 1.0)
+        cfg_scale = PUBLISHED_CFG.get(SIZE_NAMES.get((config.n_layer, config.width), ""), 1.0)
         settings = SamplingSettings(cfg_scale=cfg_scale)
         about = {"source": "LlamaGen", "files": {"gpt": gpt.name, "vq": vq_file.name}}
         save_model(temporary, ModelParts(generator, tokenizer, names, settings), about)
@@ -55,18 +55,18 @@ def convert_llamagen(
 def load_llamagen(
     file: str | Path, downsample: int = 16, image_size: int | None = None, n_head: int | None = None
 ) -> Transformer:
-    """A LlamaGen generator, in eval mode, in the number type it is stored in.
+    """Load a LlamaGen generator in eval mode and in its stored dtype.
 
-    `downsample` is the tokenizer's pixels of a side per code. `image_size` may be left out where a
-    published file's name has it (c2i_B_256.pt), `n_head` where a named size has the weights' layers
-    and width. Raises FileNotFoundError or ValueError.
+    `downsample` is the tokenizer's number of pixels per code along a side. `image_size` may be left
+    out if the file's name has it (c2i_B_256.pt), `n_head` if layers and width are those of a named
+    size. Raises FileNotFoundError or ValueError.
     """
     weights = {}
     for key, value in vq.read_weights(file).items():
         for theirs, ours in RENAMED.items():
             key = key.replace(theirs, ours)
         weights[key] = value
-    weights.pop("freqs_cis", None)  # rotations, which some tools store
+    weights.pop("freqs_cis", None)  # the rotations of RoPE, which some tools store
     named = re.fullmatch(r"c2i_\w+_(\d{3})", Path(file).stem)
     image_size = image_size or (int(named[1]) if named else 0)
     if not image_size or image_size % downsample:
@@ -79,12 +79,12 @@ def load_llamagen(
     except (KeyError, ValueError) as error:  # a tensor is missing, or has other dimensions
         raise ValueError(f"{file}: not a class-conditional LlamaGen generator ({error})") from None
     n_layer = len({m[1] for key in weights if (m := re.match(r"layers\.(\d+)\.", key))})
-    if n_head is None and (n_layer, width) not in NAMED:
-        raise ValueError(f"{file}: {n_layer} layers of width {width}: no named size: give --heads")
+    if n_head is None and (n_layer, width) not in SIZE_NAMES:
+        raise ValueError(f"{file}: {n_layer} layers, width {width}: no named size, needs --heads")
     derived = hidden == swiglu_hidden(width, SwiGLUConfig())
     settings = {
         "n_layer": n_layer,
-        "n_head": n_head or SIZES[NAMED[n_layer, width]]["n_head"],
+        "n_head": n_head or SIZES[SIZE_NAMES[n_layer, width]]["n_head"],
         "width": width,
         "codebook_size": codebook_size,
         "n_classes": n_labels - 1,  # the last row is the null label

@@ -1,4 +1,4 @@
-"""Publishing on the Hugging Face Hub: models with their cards, Spaces with the demo."""
+"""Publication on the Hugging Face Hub: models with their cards, Spaces with the demo."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moveimg.model import model_cost
 from moveimg.pretrained.hub import MODEL_FILES, REPO
 
 TEMPLATES = Path(__file__).parent / "templates"
-TASK = "unconditional-image-generation"  # the Hub's name for images of classes, too
-PUBLIC = ("source", "step", "val")  # of config.json's `about`: other notes name folders
+TASK = "unconditional-image-generation"  # the Hub's term, also for class-conditional models
+PUBLIC = ("source", "step", "val")  # keys of `about` in config.json; other keys hold paths
 
 
 def write_model(directory: Path, out: Path, repo_id: str, **metadata: Any) -> None:
-    """Write what the Hub gets of a model: its files, its README.md or a model_card, diffusers'."""
+    """Write a model's repository: its files, its README.md or else a card, diffusers' files."""
     own = directory / "README.md"
     card = read_text(own) if own.is_file() else model_card(directory, repo_id, **metadata)
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -35,13 +35,13 @@ def write_model(directory: Path, out: Path, repo_id: str, **metadata: Any) -> No
 
 
 def write_diffusers(out: Path) -> None:
-    """Write the files by which diffusers finds its pipeline of a model directory."""
+    """Write the files that let diffusers load a model directory as a pipeline."""
     shutil.copyfile(TEMPLATES / "pipeline.py.txt", out / "pipeline.py")
     write_json(out / "model_index.json", {"_class_name": ["pipeline", "MoveimgPipeline"]})
 
 
 def write_space(model: str, out: Path, name: str) -> None:
-    """Write a Gradio Space with the web demo of a model; a local directory is copied into it."""
+    """Write a Gradio Space with a model's web demo; a local model is copied into the Space."""
     out.mkdir(parents=True, exist_ok=True)
     if (Path(model) / "config.json").is_file():
         write_model(Path(model), out / "model", name)
@@ -55,7 +55,7 @@ def write_space(model: str, out: Path, name: str) -> None:
 
 
 def upload(folder: Path, repo_id: str, private: bool = False, space: bool = False) -> str:
-    """Upload a folder as a model or a Space; the repository's address. Raises OSError."""
+    """Upload a folder as a model or a Space; returns the URL. Raises OSError."""
     from huggingface_hub import HfApi
 
     kind, sdk = ("space", "gradio") if space else ("model", None)
@@ -70,7 +70,7 @@ def upload(folder: Path, repo_id: str, private: bool = False, space: bool = Fals
 def model_card(
     directory: Path, repo_id: str, results: dict[str, Any] | None = None, **metadata: Any
 ) -> str:
-    """The Markdown card of a model directory, with the Hub's metadata (license, datasets, ...)."""
+    """Return the card of a model directory in Markdown, with metadata (license, datasets, ...)."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     description, name = read_description(directory), repo_id.rsplit("/", 1)[-1]

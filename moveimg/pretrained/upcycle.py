@@ -1,7 +1,7 @@
-"""Models converted: a dense one with a zero-initialised value memory, a bank in fewer bits.
+"""Conversions of models: add a zero-initialised value memory, or quantize a bank.
 
-With a zero bank and zero routers every gate is 2 sigmoid(0) = 1 and every row 0, so V stays
-1 * V + 0: the logits do not change in any bit, and training can continue from there.
+With a zero bank and zero routers every gate is 2 sigmoid(0) = 1 and every row 0, so V becomes
+1 * V + 0: the logits stay the same to the bit, and training can continue from these weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from moveimg.config import ModelConfig
 from moveimg.errors import validate
 from moveimg.files import atomic_directory
 from moveimg.model import Transformer, ValueBank
-from moveimg.model.bank import QuantizedRows
+from moveimg.model.bank_storage import QuantizedRows
 
 
 def convert_upcycle(source: Path, memory: dict[str, Any], out: Path) -> ModelConfig:
-    """Write the dense model directory `source` as one with a memory; errors as of upcycle."""
+    """Write the dense model of `source` with a memory to `out`; for errors see upcycle."""
     with atomic_directory(out) as temporary:
         parts = load_model(source)
         model = upcycle(parts.generator, memory)
@@ -33,17 +33,16 @@ def convert_upcycle(source: Path, memory: dict[str, Any], out: Path) -> ModelCon
 
 
 def convert_quantize_bank(source: Path, bits: int, out: Path) -> ModelConfig:
-    """Write the model directory `source` with its bank's rows in 8 or 4 bits.
+    """Write the model of `source` with the rows of its bank in 8 or 4 bits to `out`.
 
-    Raises FileExistsError where `out` is there already, ValueError for a model without MoVE's bank
-    of floating-point rows.
+    Raises FileExistsError if `out` exists, ValueError for a model without a MoVE bank of floats.
     """
     with atomic_directory(out) as temporary:
         parts = load_model(source)
         old = parts.generator
         spec = old.config.memory
         if spec.kind != "move" or spec.bits is not None:
-            raise ValueError(f"{source}: memory {spec}: expected a bank of kind move without bits")
+            raise ValueError(f"{source}: memory {spec}: expected kind move without bits")
         memory: Any = spec.model_copy(update={"bits": bits})
         model = Transformer(old.config.model_copy(update={"memory": memory})).eval()
         rows = QuantizedRows.of(old.memory.bank.weight, spec.slots, bits)
@@ -55,9 +54,9 @@ def convert_quantize_bank(source: Path, bits: int, out: Path) -> ModelConfig:
 
 
 def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
-    """A transformer with a zero memory, `{"kind": "move", "slots": 6}`, and a dense one's weights.
+    """Return `dense` with a zero `memory`, for example `{"kind": "move", "slots": 6}`.
 
-    Raises ValueError if the model has a memory already, or for settings that are not valid.
+    Raises ValueError if the model has a memory already, or for invalid settings.
     """
     config = validate(ModelConfig, dense.config.model_dump() | {"memory": memory}, "upcycle")
     kinds = dense.config.memory.kind, config.memory.kind

@@ -1,7 +1,7 @@
-"""Checkpoints of a run, such as training/checkpoints/step-0000500/, complete or not there at all.
+"""Checkpoints of a run, such as training/checkpoints/step-0000500/, which appear atomically.
 
-.metadata and *.distcp hold weights, average and optimizer (torch.distributed.checkpoint, for any
-number of processes), extra.pt the task's other state, checkpoint.json step and held-out scalars.
+.metadata and *.distcp hold weights, EMA and optimizer (torch.distributed.checkpoint, for any number
+of processes), extra.pt the task's other state, checkpoint.json the step and held-out scalars.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Index(BaseModel):
     step: int = Field(ge=0, le=10**12)
     seconds: float = 0.0
     held_out: dict[str, float] = {}
-    best: float | None = None  # the least first value of held_out so far
+    best: float | None = None  # smallest first value of held_out in the run
 
 
 class IndexFile(BaseModel):
@@ -80,10 +80,10 @@ class Checkpoints:
     def save(
         self, step: int, state: dict[str, Any], extra: dict[str, Any], about: dict[str, Any]
     ) -> None:
-        """Copy the state of torch's get_*_state_dict, and write it in the background.
+        """Copy `state` (of torch's get_*_state_dict), and write a checkpoint in the background.
 
-        `extra` is plain data and tensors, the same in all processes; `about` is that of Index.
-        Raises OSError if this or the last one cannot be written.
+        `extra` is plain data and tensors, the same in all processes; `about` has fields of Index.
+        Raises OSError if this or the previous checkpoint cannot be written.
         """
         self.wait()
         final = self.directory / f"step-{step:07d}"
@@ -91,7 +91,7 @@ class Checkpoints:
 
         def begin() -> None:
             temporary.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()  # into a file, torch.save would not say that the disk is full
+            buffer = io.BytesIO()  # torch.save to a file would hide that the disk is full
             torch.save(extra, buffer)
             (temporary / EXTRA).write_bytes(buffer.getbuffer())
 
@@ -101,7 +101,7 @@ class Checkpoints:
         self.pending = self.writer.submit(self._seal, written, temporary, final, index)
 
     def wait(self) -> None:
-        """Wait until the current checkpoint, if any, is written. Raises OSError if it is not."""
+        """Wait until the pending checkpoint, if any, is written. Raises OSError if this fails."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -115,7 +115,7 @@ class Checkpoints:
         if not self.world.main:
             return
         write_json(temporary / INDEX, index)
-        for path in temporary.iterdir():  # after a power failure a complete name has its content
+        for path in temporary.iterdir():  # so that a power failure leaves no renamed, empty files
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
@@ -124,7 +124,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint; None if there is none. Removes what a killed run has left."""
+        """The newest complete checkpoint, or None. Removes partial checkpoints of a killed run."""
         if self.world.main:
             for path in self.directory.glob(".step-*.partial"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -132,14 +132,14 @@ class Checkpoints:
         return next(reversed(self.complete()), None)
 
     def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], Index]:
-        """Fill `state` from a checkpoint; return its other contents. ValueError if damaged."""
+        """Fill `state` from a checkpoint; return (extra, Index). ValueError if damaged."""
         reader, planner = RestrictedReader(path), RestrictedPlanner()
         try:
             dcp.load(state, storage_reader=reader, planner=planner, **self.options)
             # Optimizers keep their step counts on the CPU; the task moves its tensors itself.
             extra = torch.load(path / EXTRA, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
-            raise ValueError(f"{path}: holds more than tensors and plain data; refused") from None
+            raise ValueError(f"{path}: expected only tensors and plain data") from None
         except (dcp.CheckpointException, Exception) as error:  # of many kinds
             raise ValueError(
                 f"{path}: damaged, or of another model ({reason(error)}); delete it to continue "
@@ -169,7 +169,7 @@ class RestrictedReader(dcp.FileSystemReader):
 
 
 class RestrictedPlanner(dcp.DefaultLoadPlanner):
-    """Reads the values of a checkpoint that are no tensors (rates, counts) by weights_only."""
+    """Reads the non-tensor values of a checkpoint with weights_only=True."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         path = self.mappings[read_item.dest_index.fqn]

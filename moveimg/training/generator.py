@@ -1,4 +1,4 @@
-"""Training a generator on packed codes, by the cross-entropy of each code given earlier ones."""
+"""Training a generator on packed codes, by the cross-entropy of each code given earlier codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from moveimg.training.loop import Task, fit
 from moveimg.training.parallel import Parallelism, choose_parallelism
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS = 10, 6
-# Settings that a run chooses itself: no shape depends on them but that of the label tables.
+# Settings that may differ from those of init_from; n_classes sizes only the label tables.
 FREE = {"token_dropout", "resid_dropout", "ffn_dropout", "n_classes"}
 # Tables with one row per class; the last row is the null label's.
 LABEL_TABLES = ("label_embedding.weight", "memory.class_bank.weight")
@@ -84,9 +84,9 @@ class GeneratorTask(Task):
         return {"loss": loss, "accuracy": accuracy}
 
     def record(self, step: int) -> dict[str, Any]:
-        """Every memory_every steps: the bank's gradient by layer, and the layers' mean gates.
+        """Every memory_every steps: statistics of the bank's gradient, and each layer's mean gates.
 
-        Those of the step's first micro-batch, without dropout (see gradient_sources).
+        Computed on the step's first micro-batch, without dropout (see gradient_sources).
         """
         every = self.config.memory_every
         if not every or step % every or not isinstance(self.model.memory, ValueBank):
@@ -127,9 +127,9 @@ def train_generator(
 ) -> dict:
     """Train a generator into a model directory at config.out; return the held-out scalars.
 
-    `restart` deletes an earlier run first, with the codes that it made. Raises ValueError or
-    FileNotFoundError for codes, a tokenizer or an init_from that are missing or do not belong
-    together, or for a batch that the processes cannot share.
+    `restart` first deletes an earlier run and its codes. Raises FileNotFoundError for missing
+    codes, tokenizer or init_from, ValueError if they do not belong together, or for a batch size
+    that does not divide among the processes.
     """
     world = World(device=world) if isinstance(world, torch.device) else world
     parallel = choose_parallelism(config, world)
@@ -157,10 +157,10 @@ def train_generator(
 
 
 def initial_model(config: TrainConfig, codes: PackedCodes, fingerprint: str) -> Transformer:
-    """The model at step 0; with `train: memory`, all but the memory is frozen.
+    """The model at step 0; with `train: memory`, only bank and routers are trainable.
 
-    `fingerprint` is that of the codes' tokenizer. Raises ValueError where settings of the codes or
-    of the model at config.init_from differ, or there is no memory to train.
+    `fingerprint` is the fingerprint of the codes' tokenizer. Raises ValueError if config.model
+    contradicts the codes or config.init_from, or if there is no memory to train.
     """
     needed: dict[str, Any] = {"codebook_size": codes.codebook_size, "grid": tuple(codes.grid)}
     needed["n_classes"] = len(codes.class_names)
@@ -178,13 +178,13 @@ def initial_model(config: TrainConfig, codes: PackedCodes, fingerprint: str) -> 
     theirs = vq.load(directory / "tokenizer").fingerprint
     if theirs != fingerprint:
         raise ValueError(
-            f"{directory} was trained on codes of tokenizer {theirs[:12]}, not of the data's "
-            f"{fingerprint[:12]}: the same code would mean something else"
+            f"{directory} was trained on codes of tokenizer {theirs[:12]}: expected "
+            f"{fingerprint[:12]}, the tokenizer of the data"
         )
     model = start_from(directory, settings, codes.class_names)
     if config.train == "memory":
         same_classes = len(read_class_names(directory)) == len(codes.class_names)
-        if model.config.memory.kind == "none" or not same_classes:
+        if not isinstance(model.memory, ValueBank) or not same_classes:
             raise ValueError(
                 f"train: memory, but {directory} has none (give it one by `moveimg convert "
                 "upcycle`), or other classes, whose label table must learn: expected train: all"
@@ -196,9 +196,9 @@ def initial_model(config: TrainConfig, codes: PackedCodes, fingerprint: str) -> 
 def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> Transformer:
     """A model of `config` with the weights of a model directory.
 
-    Settings that `config` leaves out are adopted; ValueError names both values of others that
-    differ. For another number of classes, the label table is drawn from N(0, 0.02), except the null
-    label's row, and a message says so.
+    Settings that `config` leaves out are adopted; raises ValueError for a setting that differs. For
+    another number of classes, prints a message and draws the label tables from N(0, 0.02), except
+    the null label's row.
     """
     source = load_generator(directory)
     left_out = ModelConfig.model_fields.keys() - config.model_fields_set - FREE
@@ -233,8 +233,8 @@ def freeze_backbone(model: Transformer) -> None:
 def break_symmetry(model: Transformer) -> None:
     """Draw the gates of a zero-initialised value memory from N(0, 0.02), except those for g_0.
 
-    With zero bank and routers all slots of a code would get equal gradients at every step. While
-    the bank is zero, the logits do not change.
+    With zero bank and routers, all slots of a code would get equal gradients at every step. The
+    logits do not change, because the bank is zero.
     """
     if not isinstance(model.memory, ValueBank) or model.memory.bank.weight.any():
         return

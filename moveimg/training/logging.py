@@ -1,4 +1,4 @@
-"""What a run writes into training/: its settings, held-out scores, previews, TensorBoard, wandb."""
+"""The logs of a run in training/: settings, held-out scores, previews, TensorBoard, wandb."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moveimg.files import parse_json, read_json, read_text, read_yaml, write_jso
 from moveimg.images import save_png
 from moveimg.progress import progress_bar
 
-# Settings that may differ when a run continues: no result depends on them, but for rounding.
+# Settings that may differ when a run continues: they change results by rounding at most.
 MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint_every", "wandb",
               "memory_every", "keep_checkpoints", "distributed", "activation_checkpointing",
               "compile")  # fmt: skip
@@ -37,21 +37,20 @@ class Measurement(BaseModel):
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The lines of a file; none without the file. ValueError for other content."""
+    """The parsed lines of a metrics or records file; [] if it is missing. ValueError if damaged."""
     lines = read_text(path).splitlines() if path.is_file() else []
     return [validate(Measurement, parse_json(line, str(path)), str(path)) for line in lines]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file as plain data."""
+    """The lines of a metrics or records file as dictionaries (see read_measurements)."""
     return [line.model_dump(exclude_unset=True) for line in read_measurements(path)]
 
 
 def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, str]) -> None:
-    """Write training/config.yaml and data.json, after a comparison with those of an earlier start.
+    """Write config.yaml and data.json into `logs`; ValueError for a run of other settings or data.
 
-    `identity` has digests of the data by name. Raises ValueError for a directory with a run of
-    other settings or data; more steps are the same run where the learning rate is constant.
+    `identity` has digests of the data by name. With a constant learning rate, `steps` may grow.
     """
     described, data = logs / "config.yaml", logs / "data.json"
     if described.is_file():
@@ -65,15 +64,15 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
                 "choose another `out` (and `init_from`), or start over with --restart"
             )
         if data.is_file() and read_json(data) != identity:
-            raise ValueError(f"{data}: of a run on other data; start over with --restart")
+            raise ValueError(f"{data}: the run used other data; start over with --restart")
     write_text(described, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     write_json(data, identity)
 
 
 def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings in which a run's config.yaml differs from `config`, by dotted key: before and now.
+    """Settings in which a run's config.yaml differs from `config`: {dotted key: (before, now)}.
 
-    A key that is newer than the run had its default then; one that later versions dropped is none.
+    Keys that the file lacks have their defaults; keys that no longer exist are ignored.
     """
     stored = read_yaml(described)
     if isinstance(stored, dict):
@@ -104,7 +103,7 @@ class RunLogger:
     """Writes the logs of a run, on rank 0 only."""
 
     def __init__(self, logs: Path, config: RunConfig, step: int, main: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of a start
+        from torch.utils.tensorboard import SummaryWriter  # importing it takes a second
 
         self.logs, self.main, self.wandb = logs, main, None
         if main and config.wandb:
@@ -156,7 +155,7 @@ class RunLogger:
             self.message(", ".join(f"{key} {value:.5g}" for key, value in line.items()))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Add a line to a file, dropping lines of steps after the last checkpoint."""
+        """Add a line to a file, and drop lines of the same or later steps (a resumed run's)."""
         path = self.logs / name
         kept = [one for one in read_records(path) if one["step"] < line["step"]]
         write_text(path, "".join(json.dumps(one) + "\n" for one in [*kept, line]))

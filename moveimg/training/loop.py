@@ -53,7 +53,7 @@ class Task(Protocol):
         """Held-out scalars; the model with the smallest first one is the best."""
 
     def record(self, step: int) -> dict[str, Any]:
-        """Plain data on the model after a step, for records.jsonl; empty for none."""
+        """Plain data on the model after a step, for a line of records.jsonl; {} writes no line."""
         return {}
 
     def preview(self, model: Any) -> Image.Image:
@@ -81,10 +81,10 @@ def fit(
     """Train `task` up to config.steps steps in config.out, from its newest checkpoint if any.
 
     SIGTERM and SIGINT (Ctrl-C) end the run after the current step, with a checkpoint and exit code
-    143 or 130. `restart` deletes an earlier run; `data` has digests of the data, for a run
-    continues on the same data only. Returns the last held-out scalars, and `seconds` of training.
+    143 or 130. `restart` deletes an earlier run; `data` has digests of the data, which must be
+    equal for a run to continue. Returns the last held-out scalars, and `seconds` of training.
     Raises ValueError for a directory in use or of another run, a damaged checkpoint or a loss that
-    is not finite; OSError where a file cannot be written.
+    is not finite; OSError if a file cannot be written.
     """
     with lock(config.out, "a training"):
         run = Run(task, config, parallel)
@@ -94,7 +94,7 @@ def fit(
                 scalars = run.advance()
                 logger.bar.update()
                 run.report(scalars, logger)
-                often = run.device.type == "cpu" or run.world.size == 1  # else it waits for GPUs
+                often = run.device.type == "cpu" or run.world.size == 1  # `any` would sync GPUs
                 if (often or run.step % 10 == 0) and run.world.any(bool(asked)):
                     run.require_finite()
                     run.save(gather_full_model(run.averaged))
@@ -123,12 +123,12 @@ class Run:
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints, self.world)
         self.step, self.seconds = 0, 0.0
         self.held_out: dict[str, float] = {}
-        self.best: float | None = None  # the least first value of held_out so far
+        self.best: float | None = None  # smallest first value of held_out in the run
         self.saved: int | None = None
         self.recent: deque[Tensor] = deque(maxlen=config.log_every)  # losses
 
     def advance(self) -> dict[str, Tensor]:
-        """Do one optimizer step; return its scalars, on the device."""
+        """Do one optimizer step; return the scalars to log, as tensors."""
         begun = time.perf_counter()
         config, task, mine = self.config, self.task, self.parallel.mine
         task.model.train()
@@ -154,7 +154,7 @@ class Run:
         if self.ema is not None:
             self.ema.update(task.model, step=self.step)
         means = {key: torch.stack([x[key].float() for x in scalars]).mean() for key in scalars[0]}
-        # after a gradient that is not finite the weights are not, too: no checkpoint may follow
+        # a non-finite gradient damages the weights: NaN here prevents the next checkpoint
         self.recent.append(torch.where(norm.isfinite(), means["loss"], torch.nan))
         self.seconds += time.perf_counter() - begun
         return {**means, "grad_norm": norm, "lr": torch.tensor(rate)}
@@ -169,7 +169,7 @@ class Run:
             return
         begun = time.perf_counter()
         self.require_finite()
-        self.seconds += time.perf_counter() - begun  # the device's queued steps end here
+        self.seconds += time.perf_counter() - begun  # require_finite waited for queued GPU work
         if "log" in due:
             values = self.world.mean(torch.stack([value.float() for value in scalars.values()]))
             means = dict(zip(scalars, values.tolist(), strict=True))
@@ -193,7 +193,7 @@ class Run:
         self.saved = self.step
         self.export(model, self.config.out)
         index = {"seconds": self.seconds, "held_out": self.held_out, "best": self.best}
-        # After the model, so that a run with its last checkpoint always has its model.
+        # after the export, so that a run with its last checkpoint always has its model
         self.checkpoints.save(self.step, self.state(), self.task.extra_state(), index)
 
     def export(self, model: nn.Module, directory: Path) -> None:
@@ -255,7 +255,7 @@ class Run:
 
 @contextmanager
 def catch_stop() -> Iterator[list[int]]:
-    """A list that receives SIGTERM and SIGINT; a SIGINT after another raises KeyboardInterrupt."""
+    """Collect SIGTERM and SIGINT in the yielded list; a further SIGINT raises KeyboardInterrupt."""
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:

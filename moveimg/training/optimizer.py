@@ -16,11 +16,11 @@ from moveimg.model import ValueTable
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """The optimizers of a model; each trainable parameter is in one of them.
+    """One AdamW, or Muon and AdamW, over the trainable parameters of a model.
 
     AdamW with weight decay on tensors of two or more dimensions only (LlamaGen); product-key value
-    tables have their own rate, table_lr. With kind muon, the blocks' linear weights except routers
-    go to Muon, its updates scaled to AdamW's size (arXiv 2502.16982).
+    tables have the learning rate table_lr. With kind muon, Muon updates the blocks' linear weights
+    except routers, scaled to the size of AdamW's updates (arXiv 2502.16982).
     """
     tables = [p for m in model.modules() if isinstance(m, ValueTable) for p in m.parameters()]
     matrices = [
@@ -48,9 +48,9 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
 
 
 def clip_gradients(optimizers: Sequence[Optimizer], config: OptimizerConfig) -> Tensor:
-    """Clip the gradients of value tables and those of all other parameters, each by its norm.
+    """Clip the gradients of value tables and of all other parameters, each group by its norm.
 
-    Returns the norm [] of the others, or that of the tables if it is not finite.
+    Returns the norm [] of the other parameters, or of the tables if that norm is not finite.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     norms = []
@@ -62,7 +62,7 @@ def clip_gradients(optimizers: Sequence[Optimizer], config: OptimizerConfig) -> 
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step: a linear warm-up, then constant, or half a cosine to lr * final_lr."""
+    """The learning rate of a step: linear warm-up, then constant, or cosine to lr * final_lr."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":

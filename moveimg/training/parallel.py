@@ -1,6 +1,6 @@
-"""How a training is divided among processes: micro-batches, DDP and FSDP2.
+"""Distribution of a training over processes: micro-batches, DDP and FSDP2.
 
-A step's batch is cut into the same micro-batches however many processes there are.
+A step's batch is cut into the same micro-batches for any number of processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moveimg.model import Transformer
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Processes, micro-batches and the form of the weights in a training."""
+    """The processes, micro-batches, sharding and dtype of a training."""
 
     world: World = field(default_factory=World)
     parts: int = 1  # micro-batches per step, over all processes
@@ -42,12 +42,12 @@ class Parallelism:
 
 
 def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
-    """The Parallelism of a generator's run. Raises ValueError for a batch that cannot be cut so."""
+    """The Parallelism of a generator's training. ValueError for a batch that does not divide."""
     size, micro = config.batch_size, config.micro_batch or config.batch_size
     if size % (micro * world.size):
         raise ValueError(
-            f"micro_batch {micro} of batch_size {size}: expected a divisor that gives a multiple "
-            f"of {world.size} micro-batches, as many for each process"
+            f"micro_batch {micro} of batch_size {size}: expected an equal number of micro-batches "
+            f"per process, in all a multiple of {world.size} micro-batches"
         )
     if config.distributed == "fsdp" and config.optimizer.kind == "muon":
         raise ValueError("optimizer.kind muon needs whole matrices: expected `distributed: ddp`")
@@ -64,7 +64,7 @@ def micro_batch_seed(seed: int, step: int, part: int) -> int:
 
 
 def parallelize(model: nn.Module, average: nn.Module | None, parallel: Parallelism) -> nn.Module:
-    """Wrap or shard `model`, and shard its average; return the module that a step calls.
+    """Wrap or shard `model`, and shard its EMA; return the module whose forward a step calls.
 
     FSDP2 works in place, a unit per block and one for the tables and the head: the optimizer
     updates float32 shards, forward passes gather them in parallel.dtype.
@@ -74,7 +74,7 @@ def parallelize(model: nn.Module, average: nn.Module | None, parallel: Paralleli
         if parallel.compiled:
             from torch._dynamo import config as limits
 
-            # LaVE's layers need a graph each, and torch's limit is 8 of the same code
+            # LaVE needs a graph per layer, and torch's limit is 8 graphs of the same code
             limits.recompile_limit = max(limits.recompile_limit, len(model.layers) + 8)
             for block in model.layers:
                 block.compile()
@@ -98,7 +98,7 @@ def parallelize(model: nn.Module, average: nn.Module | None, parallel: Paralleli
 
 @contextmanager
 def sync_gradients(called: nn.Module, last: bool) -> Iterator[None]:
-    """Around a micro-batch's passes: processes exchange gradients in the last one only."""
+    """Let the processes reduce gradients only in a step's last micro-batch."""
     if isinstance(called, FSDPModule):
         called.set_requires_gradient_sync(last)
     if isinstance(called, DistributedDataParallel) and not last:
@@ -109,7 +109,7 @@ def sync_gradients(called: nn.Module, last: bool) -> Iterator[None]:
 
 
 def gather_full_model(model: nn.Module) -> nn.Module:
-    """The model in eval mode with all its weights, a copy if it is sharded; on every process."""
+    """The model in eval mode, or an unsharded copy of a sharded model, on every process."""
     if not isinstance(model, FSDPModule):
         return model.eval()
     assert isinstance(model, Transformer)

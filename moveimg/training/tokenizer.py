@@ -42,8 +42,8 @@ def load_perceptual_loss(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS (arXiv 1801.03924) by torch-fidelity: two [B, 3, H, W] in [-1, 1] -> scalar.
 
-    Its weights are in `checkpoints/` of a torch.hub folder (None: torch's own), or downloaded into
-    it. Raises FileNotFoundError without a file or network, ValueError for a damaged file.
+    The weights are in `checkpoints/` of a torch.hub folder (None: torch's default), or downloaded
+    into it. Raises FileNotFoundError without a file or network, ValueError for a damaged file.
     """
     from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
 
@@ -55,7 +55,7 @@ def load_perceptual_loss(
     torch.hub.set_dir(str(hub))
     try:
         model: nn.Module = SampleSimilarityLPIPS("lpips").to(device)
-    except Exception as error:  # a damaged pickle can end in any
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(f"{hub}: damaged weights of LPIPS ({error!r:.200})") from None
     finally:
         torch.hub.set_dir(before)
@@ -74,7 +74,7 @@ class RandomViews(Dataset):
         return to_tensor([crop_views(self.image(index), cut.size, cut.crops, cut.ranges)[view]])[0]
 
     def image(self, index: int) -> Image.Image:
-        """An image, or in place of an unreadable one the next that can be read."""
+        """The image at `index`, or the next readable image if it is unreadable."""
         n = len(self.source)
         for other in (*range(index, n), *range(index)):
             try:
@@ -85,10 +85,10 @@ class RandomViews(Dataset):
 
 
 class Adversary:
-    """taming's PatchGAN with an optimizer of its own (VQGAN, arXiv 2012.09841, section 3.1).
+    """taming's PatchGAN with a separate optimizer (VQGAN, arXiv 2012.09841, section 3.1).
 
-    With several processes its gradients are averaged, and its BatchNorms see a process's own
-    images (as in LlamaGen and taming).
+    Gradients are averaged over processes; BatchNorm statistics are per process (as in LlamaGen and
+    taming).
     """
 
     def __init__(
@@ -97,9 +97,11 @@ class Adversary:
         from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 
         self.config, self.run, size = config, run, min(as_pair(run.images.size))
-        # the two 4 x 4 convolutions at the end remove one position each
+        # PatchGAN's last two 4 x 4 convolutions remove one position each
         if size < (least := 3 * 2**config.n_layers):
-            raise ValueError(f"images.size {size}: n_layers {config.n_layers} needs {least}")
+            raise ValueError(
+                f"images.size {size}: expected at least {least} for n_layers {config.n_layers}"
+            )
         made: nn.Module = NLayerDiscriminator(3, ndf=config.width, n_layers=config.n_layers)
         self.discriminator = made.apply(weights_init).to(device)
         betas = run.optimizer.betas
@@ -108,7 +110,7 @@ class Adversary:
     def train_step(self, step: int, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Train the discriminator on images and reconstructions [B, C, H, W]; scalars to log."""
         run, judge = self.run.optimizer, self.discriminator.requires_grad_(True)
-        for group in self.optimizer.param_groups:  # the run's schedule, scaled to its own rate
+        for group in self.optimizer.param_groups:  # the run's schedule, scaled to config.lr
             group["lr"] = self.config.lr * learning_rate(run, step, self.run.steps) / run.lr
         real, fake = judge(images), judge(reconstruction.detach())
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge, arXiv 1705.02894
@@ -130,7 +132,7 @@ class Adversary:
         decoder's last weight. The adaptive weight (VQGAN, eq. 7), of the images of all processes,
         is |d losses / d L| / (|d adversarial / d L| + 1e-4), at most 1e4.
         """
-        self.discriminator.requires_grad_(False)  # the gradient goes to the pixels alone
+        self.discriminator.requires_grad_(False)  # only the reconstruction needs a gradient
         adversarial = -self.discriminator(reconstruction).mean()
         weight = torch.tensor(self.config.weight, device=adversarial.device)
         if self.config.adaptive:
@@ -143,7 +145,7 @@ class Adversary:
 
 
 class TokenizerTask(Task):
-    """loss = reconstruction (l1, l2, LPIPS) + quantizer's own + adversarial (VQGAN, eq. 6)."""
+    """loss = reconstruction (l1, l2, LPIPS) + quantizer + adversarial (VQGAN, eq. 6)."""
 
     def __init__(
         self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Parallelism
@@ -243,7 +245,7 @@ class TokenizerTask(Task):
 
 
 def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The sum of the losses that have a weight, each times it."""
+    """The weighted sum of the losses that have a weight."""
     return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
 
 
@@ -276,7 +278,7 @@ def train_tokenizer(
 ) -> dict:
     """Train a tokenizer into the directory config.out; returns the held-out scalars.
 
-    `world` is the processes, or the device of the only one; `restart` deletes an earlier run first.
+    `world`: the processes, or the device of a single process. `restart` deletes an earlier run.
     Raises ValueError or FileNotFoundError for missing images or weights, or sizes that do not fit.
     """
     world = World(device=world) if isinstance(world, torch.device) else world

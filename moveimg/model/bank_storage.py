@@ -1,8 +1,8 @@
-"""Rows of a value bank that are not held in memory as numbers of 16 or 32 bits.
+"""Value banks in compressed or offloaded storage: 8 or 4 bits, on disk, or in pinned CPU memory.
 
     V rows   M slots   W width of a slot
 
-Each class takes the place of the bank's nn.Embedding: codes [...] -> rows [..., M W].
+Each class replaces the bank's nn.Embedding: codes [...] -> rows [..., M W].
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class QuantizedRows(nn.Module):
-    """Rows in 8 or 4 bits with a scale per row and slot, dequantised when they are gathered.
+    """Rows in 8 or 4 bits with a scale per row and slot, dequantised when gathered.
 
-    A number x of a slot whose largest magnitude is m becomes round(x / s) with s = m / 127, or
-    m / 7 for 4 bits (two numbers per byte, the first in the low bits). Raises ValueError for other
-    bits, or an odd width with 4.
+    An element x of a slot with largest magnitude m is stored as round(x / s), where s = m / 127, or
+    m / 7 for 4 bits (two elements per byte, the first in the low bits). Raises ValueError for
+    another number of bits, or for 4 bits and an odd width.
     """
 
     packed: Tensor  # int8 [V, M, W], or uint8 [V, M, W / 2]
@@ -32,7 +32,7 @@ class QuantizedRows(nn.Module):
     def __init__(self, rows: int, slots: int, width: int, bits: int) -> None:
         super().__init__()
         if bits not in (4, 8) or width % (8 // bits):
-            raise ValueError(f"a bank of {bits} bits and width {width}: expected 8, or 4 and even")
+            raise ValueError(f"bank of {bits} bits and width {width}: expected 8, or 4 and even")
         self.bits, self.embedding_dim = bits, slots * width
         dtype, per_byte = (torch.int8, 1) if bits == 8 else (torch.uint8, 2)
         self.register_buffer("packed", torch.zeros(rows, slots, width // per_byte, dtype=dtype))
@@ -41,7 +41,7 @@ class QuantizedRows(nn.Module):
     @classmethod
     @torch.no_grad()
     def of(cls, weight: Tensor, slots: int, bits: int) -> QuantizedRows:
-        """The rows of a bank's weight [V, M W], rounded."""
+        """Quantize a bank's weight [V, M W]."""
         table = cls(len(weight), slots, weight.shape[1] // slots, bits).to(weight.device)
         for part, packed, scale in zip(
             weight.split(256), table.packed.split(256), table.scale.split(256), strict=True
@@ -57,7 +57,7 @@ class QuantizedRows(nn.Module):
         return table
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes int64 [...] -> rows [..., M W] in the scales' type."""
+        """Codes int64 [...] -> rows [..., M W] in the scales' dtype."""
         whole = self.packed[codes]
         if self.bits == 4:
             pairs = torch.stack([whole & 15, whole >> 4], dim=-1)
@@ -66,9 +66,9 @@ class QuantizedRows(nn.Module):
 
 
 class DiskRows(nn.Module):
-    """Rows read from a safetensors file at every use; no page of the file stays mapped.
+    """Rows read from a safetensors file when gathered; pages that were read are released.
 
-    Raises ValueError where the file holds no such tensor of floating-point rows.
+    Raises ValueError if the file has no matrix `name` of floating-point rows.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -78,7 +78,7 @@ class DiskRows(nn.Module):
             entry: dict[str, Any] = json.loads(file.read(start - 8)).get(name, {})
             self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if entry.get("dtype") not in DTYPES or len(entry["shape"]) != 2:
-            raise ValueError(f"{path}: expected rows '{name}' of {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: no matrix '{name}': expected one of {', '.join(DTYPES)}")
         shape, begin = entry["shape"], start + entry["data_offsets"][0]
         count = shape[0] * shape[1]
         dtype = DTYPES[entry["dtype"]]
@@ -88,16 +88,16 @@ class DiskRows(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Codes int64 [...] -> rows [..., M W] on the codes' device."""
         rows = self.rows[codes.cpu()]
-        if hasattr(self.pages, "madvise"):  # else the pages that were read would stay in memory
+        if hasattr(self.pages, "madvise"):  # without it, pages that were read stay in memory
             self.pages.madvise(mmap.MADV_DONTNEED)
         return rows.to(codes.device)
 
     def __deepcopy__(self, memo: object) -> DiskRows:
-        return self  # nothing of it ever changes
+        return self  # the rows are read-only
 
 
 class PinnedRows(nn.Module):
-    """Rows in pinned memory of the CPU, copied to the device of the codes at every use."""
+    """Rows in pinned CPU memory, copied to the codes' device when gathered."""
 
     __deepcopy__ = DiskRows.__deepcopy__
 
@@ -114,9 +114,9 @@ class PinnedRows(nn.Module):
 
 
 def place_rows(kind: str, path: Path, name: str, weight: Tensor, slots: int) -> nn.Module:
-    """The rows `name` of a safetensors file, `weight`, in the form `kind`.
+    """A module that stores a bank's `weight`, the tensor `name` of a safetensors file, as `kind`.
 
-    int8 and int4 round them, disk reads them from the file, cpu keeps them beside the CPU.
+    int8 and int4 quantize the rows, disk reads rows from the file, cpu keeps them in pinned memory.
     Raises ValueError for another kind.
     """
     if kind in ("int8", "int4"):
