@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
-from moveimg.dist import World
+from moveimg.config import RunConfig, TrainConfig
+from moveimg.dist import World, processes
 from moveimg.rng import set_generator
 from moveimg.training.generator import train_generator
+from moveimg.training.loop import Run
 from moveimg.training.parallel import (
     Parallelism,
     choose_parallelism,
     micro_batch_seed,
     parallelize,
 )
-from moveimg.training.tokenizer import train_tokenizer
+from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
 from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, lively, random_inputs, tiny_config
 from tests.test_tokenizer_training import JUDGE, make_config, smooth_images
 from tests.test_training import CPU, die_at_step_5, newest_state, same_end, train_config
-from tests.tools.processes import launch
+from tools.kill import SERVER
 
 SIZE = {"n_layer": 2, "n_head": 2, "width": 16}
 EXPERTS = SIZE | {
@@ -53,6 +60,56 @@ TOKENIZERS: dict[str, dict] = {
     "judged, parted": {"adversarial": JUDGE | {"start": 2}, "steps": 6},
 }
 STILL = {f"{place}_dropout": 0.0 for place in ("token", "resid", "ffn")}
+
+
+# A run, and the step at which the last process, and it alone, gets SIGTERM.
+Job = tuple[RunConfig, int | None]
+
+
+def launch(n: int, jobs: list[Job], folder: Path) -> None:
+    """Do jobs in `n` processes, as torchrun would start them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    logs = [folder / f"log-{rank}" for rank in range(n)]
+    running = []
+    for rank, log in enumerate(logs):
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        running.append(SERVER.Process(target=work, args=(jobs, shared | own, log)))
+        running[-1].start()
+    for process in running:
+        process.join()
+    assert not any(p.exitcode for p in running), "\n".join(log.read_text() for log in logs)
+
+
+def work(jobs: list[Job], environment: dict[str, str], log: Path) -> None:
+    """Do the jobs as one process of torchrun; after a step of a tokenizer all weights agree."""
+    os.environ |= environment
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    advance = Run.advance
+    with processes("cpu") as world:
+        for config, stop_at in jobs:
+
+            def dying(run: Run, stop_at: int | None = stop_at) -> dict:
+                scalars = advance(run)
+                if isinstance(task := run.task, TokenizerTask):
+                    judge = task.adversary and task.adversary.discriminator
+                    for model in filter(None, (task.model, judge)):
+                        weights = parameters_to_vector(model.parameters()).detach().double()
+                        assert torch.equal(world.mean(weights), weights)
+                if run.step == stop_at and world.rank == world.size - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return scalars
+
+            Run.advance = dying  # type: ignore[method-assign]
+            train = train_generator if isinstance(config, TrainConfig) else train_tokenizer
+            try:
+                train(config, world)  # type: ignore[arg-type]
+            except SystemExit as stop:
+                assert stop.code == 143 and stop_at, stop.code
 
 
 @pytest.fixture(scope="module")

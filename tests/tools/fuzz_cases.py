@@ -257,18 +257,7 @@ def try_image(rng: Random, folder: Path, material: Path) -> None:
     assert len(packed) + len(packed.manifest.skipped) >= 4
 
 
-def try_checkpoint(rng: Random, folder: Path, material: Path) -> None:
-    """A run whose files are damaged or forged; then continued."""
-    shutil.copytree(material / "run", folder / "run")
-    path = next((folder / "run/training/checkpoints").glob("step-*"))
-    damage_file(path / rng.choice(["checkpoint.json", ".metadata", "extra.pt", "__0_0.distcp",
-                                   "../../config.yaml", "../../data.json"]), rng)  # fmt: skip
-    config = load_config(material / "run.yaml", TrainConfig)
-    result = train_generator(config.model_copy(update={"out": folder / "run"}), CPU)
-    assert math.isfinite(result["loss"])
-
-
 KINDS: dict[str, Callable[[Random, Path, Path], None]] = {
     "configs": try_config, "models": try_model, "codes": try_codes, "sample sets": try_set,
-    "images": try_image, "checkpoints": try_checkpoint,
+    "images": try_image,
 }  # fmt: skip
