@@ -180,7 +180,7 @@ class Pipeline:
     def edit(
         self, image: Image.Image, classes: Classes, *, hole: Area, **options: Any
     ) -> list[Image.Image]:
-        """Versions of an image with the area `hole` drawn anew, for its own class or another.
+        """Versions of an image with the area `hole` redrawn, for its own class or another.
 
         Pixels outside the hole are the image's own, blended over the seam. `hole` has the forms of
         complete's `keep`; for the other arguments see complete.

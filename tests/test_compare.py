@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -167,8 +168,16 @@ def test_failed_training_does_not_lose_the_others(configs, out, trained):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell stands in for a training")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_end_of_a_comparison_ends_its_trainings(configs, out, monkeypatch, number):
+@pytest.mark.parametrize("number, delay", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (15, 0.5)])
+def test_end_of_a_comparison_ends_its_trainings(configs, out, monkeypatch, number, delay):
+    start = subprocess.Popen
+
+    def start_slowly(*args, **options):  # the end comes before the process is known
+        process = start(*args, **options)
+        time.sleep(delay)
+        return process
+
+    monkeypatch.setattr(module.subprocess, "Popen", start_slowly)
     waits = "trap 'echo stopped; kill $!; exit 143' TERM; echo up; sleep 60 & wait"
     commands = lambda *_: [["sh", "-c", waits], ["false"]]  # noqa: E731
     monkeypatch.setattr(module.ComparedRun, "commands", commands)

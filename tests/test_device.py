@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -25,6 +26,23 @@ def test_every_rank_has_its_own_gpu(name, several, has_cuda, expected, monkeypat
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: has_cuda)
     assert device.own_device(name) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_stays_with_the_process():
+    script = """if True:  # in a process of its own, which the setting changes
+        import torch
+        from moveimg.device import keep_memory
+        keep_memory()
+        for _ in range(4):
+            tensors = [torch.ones(8 * 2**20) for _ in range(8)]
+            del tensors
+        status = open("/proc/self/status").read()
+        peak, now = (int(status.split(key)[1].split()[0]) for key in ("VmHWM:", "VmRSS:"))
+        print((peak - now) // 1024)
+    """
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+    assert int(output) < 16  # of 256 MiB
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])

@@ -102,7 +102,7 @@ class Quantizer(nn.Module):
         if self.idle_steps is None:
             self.idle_steps = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
         dead = (self.idle_steps >= limit).nonzero().flatten()[: len(vectors)]
-        if self.awaits_data:  # repeats, if any, are told apart by the noise
+        if self.awaits_data:  # noise makes repeated vectors differ
             shuffled = [self._shuffle(vectors) for _ in range(0, len(weight), len(vectors))]
             noise = vectors.new_empty(weight.shape).normal_(generator=self.generator)
             weight.copy_(torch.cat(shuffled)[: len(weight)] + 0.01 * vectors.std() * noise)

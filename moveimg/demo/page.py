@@ -98,7 +98,7 @@ def _build_edit_tab(models: Models, model: gr.Dropdown) -> list[Any]:
             )
             klass = _class_field(info, "edit-class")
             with gr.Row(elem_classes="press"):
-                edit = gr.Button("Draw anew", elem_id="edit", **GO)
+                edit = gr.Button("Redraw", elem_id="edit", **GO)
                 stop = gr.Button("Stop", elem_id="edit-stop", elem_classes="halt", min_width=100)
             num = gr.Slider(1, api.MAX_EDITS, 4, step=1, label="Versions", elem_id="edit-num")
             seed = gr.Number(None, label="seed", info=SEED, precision=0, elem_id="edit-seed")

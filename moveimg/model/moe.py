@@ -20,8 +20,8 @@ class MoE(FeedForward):
     """out = shared_expert(x) + sum_{i in top k} p_i expert_i(x), with SwiGLU experts.
 
     p = softmax(x W_r), scaled to sum to 1 over the chosen k (Mixtral, arXiv 2401.04088); shared
-    expert as in DeepSeekMoE (arXiv 2401.06066). Experts have no capacity limit, so a token's output
-    does not depend on other tokens, as decoding with a cache requires.
+    expert as in DeepSeekMoE (arXiv 2401.06066). Experts have no capacity limit: the output
+    at a position does not depend on other tokens, as cached decoding requires.
 
     A forward pass in train mode sets `load`, and `auxiliary` to the load-balancing loss: `balance`
     times E * sum_e load_e * mean probability_e (arXiv 2101.03961, eq. 4), which is 1 if balanced.
