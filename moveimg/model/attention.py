@@ -66,23 +66,20 @@ class LayerCache:
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
 
-    def update(self, index: Index, *new: Tensor) -> list[Tensor]:
-        """Write S entries [..., S, width] from `index` on; return all entries to attend to."""
-        length, entries = new[0].shape[-2], []
-        for tensor, values in zip(self.tensors, new, strict=True):
-            if isinstance(index, Tensor):
-                where = index if length == 1 else index + torch.arange(length, device=index.device)
-                entries.append(tensor.index_copy_(-2, where, values.to(tensor.dtype)))
-            else:
-                tensor[..., index : index + length, :] = values
-                entries.append(tensor[..., : index + length, :])
-        return entries
+    def update(self, index: Index, *new: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Write S entries [..., S, width] from `index` on; return all entries and their mask.
 
-    def mask(self, index: Index) -> Tensor | None:
-        """The mask of a static cache's written entries, bool [1, L]; None for a growing cache."""
+        The mask, bool [1, L], hides unwritten entries of a static cache; a growing cache has none.
+        """
+        length = new[0].shape[-2]
+        pairs = zip(self.tensors, new, strict=True)
         if not isinstance(index, Tensor):
-            return None
-        return torch.arange(self.tensors[0].shape[-2], device=index.device)[None] <= index
+            for cached, entry in pairs:
+                cached[..., index : index + length, :] = entry
+            return [cached[..., : index + length, :] for cached in self.tensors], None
+        where = index if length == 1 else index + torch.arange(length, device=index.device)
+        entries = [cached.index_copy_(-2, where, entry.to(cached.dtype)) for cached, entry in pairs]
+        return entries, torch.arange(entries[0].shape[-2], device=index.device)[None] <= index
 
     def numel_per_token(self) -> int:
         """Cached elements per position of one sequence."""
@@ -132,9 +129,9 @@ class MultiHeadAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, S, K]
         causal = x.shape[1] > 1
         if cache is not None:
-            entries = cache.update(index, k, v)
+            entries, written = cache.update(index, k, v)
             if not causal:
-                (k, v), mask = entries, cache.mask(index)  # [B, H, L, K]
+                (k, v), mask = entries, written  # [B, H, L, K]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
@@ -227,9 +224,9 @@ class MultiHeadLatentAttention(nn.Module):
             v = self.value_mixer(x, v, rows).transpose(1, 2)
         if cache is not None:
             joint, mixed = torch.cat([latent, key[:, :, 0]], dim=-1), self.value_mixer.value_width
-            entries = cache.update(index, joint, *([v] if mixed else []))
+            entries, mask = cache.update(index, joint, *([v] if mixed else []))
             if not unfold:
-                out = self._absorbed(q, q_rope, cache.mask(index), *entries)
+                out = self._absorbed(q, q_rope, mask, *entries)
         return self.wo(out.flatten(-2))
 
     def _up(self) -> tuple[Tensor, ...]:

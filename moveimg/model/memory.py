@@ -81,16 +81,13 @@ class GatedMixer(nn.Module):
         gates = 2 * torch.sigmoid(self.router(x).unflatten(-1, (self.n_head, -1)))
         return (gates[..., :1], gates[..., 1:]) if self.gate_standard else (None, gates)
 
-    def own_rows(self, rows: Tensor) -> Tensor:
-        """The rows of this layer's slots, [B, S, H, M, K]."""
-        return rows[..., self.slots.start : self.slots.stop, :]
-
     def forward(self, x: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """x [B, S, D], v [B, S, H, K], rows [B, S, H, all slots, K] -> v [B, S, H, K]."""
         assert rows is not None
         g_0, g_i = self.gates(x)
+        own = rows[..., self.slots.start : self.slots.stop, :].to(g_i.dtype)
         # a matrix product would take twice as long at one position
-        memory = (g_i[..., None] * self.own_rows(rows).to(g_i.dtype)).sum(dim=-2).to(v.dtype)
+        memory = (g_i[..., None] * own).sum(dim=-2).to(v.dtype)
         return memory + v if g_0 is None else torch.addcmul(memory, g_0.to(v.dtype), v)
 
 
@@ -287,7 +284,8 @@ def record_mixing(model: nn.Module, record: Callable[..., None]) -> Iterator[Non
     def make_hook(layer: int) -> Callable[..., None]:
         def hook(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, v, rows = (part[:, 1:] for part in args)
-            record(layer, *mixer.gates(x), v, mixer.own_rows(rows))
+            own = rows[..., mixer.slots.start : mixer.slots.stop, :]
+            record(layer, *mixer.gates(x), v, own)
 
         return hook
 

@@ -55,6 +55,7 @@ class Cache:
     """The state of decoding one batch: layer caches, rotation table and position.
 
     Attributes:
+        length: T, the number of positions.
         position: position of the next decoding step, 0..T-1.
         index: the same position as the layer caches need it: a tensor [1] if static, else an int.
     """
@@ -62,26 +63,13 @@ class Cache:
     def __init__(self, model: Transformer, batch: int, static: bool = False) -> None:
         length = model.config.seq_len  # the class token and every code but the last
         like = model.norm.weight  # the residual stream has its dtype and device
-        self.batch, self.position = batch, 0
+        self.batch, self.length, self.position = batch, length, 0
         self.index: Index = torch.zeros(1, dtype=torch.int64, device=like.device) if static else 0
         self.layers = [layer.make_cache(batch, length, like) for layer in model.attentions()]
         self.rope = model.rope()[:length]
         self.codes: Tensor | None = None  # drawn so far, for a memory that reads pairs of them
         if model.memory.context is not None:
             self.codes = torch.zeros(batch, length, dtype=torch.int64, device=like.device)
-
-    def advance(self, positions: int) -> None:
-        """Advance the position by `positions`."""
-        self.position += positions
-        self.index += positions  # in place if it is a tensor
-
-    def rope_at_index(self, length: int) -> Tensor:
-        """The rotations of the current position, or of the first `length`: [length, pairs, 2]."""
-        if length > 1:
-            return self.rope[:length]
-        if isinstance(self.index, Tensor):
-            return self.rope.index_select(0, self.index)
-        return self.rope[self.index : self.index + 1]
 
 
 class Transformer(nn.Module):
@@ -184,7 +172,7 @@ class Transformer(nn.Module):
         """The normalised residual stream before the output head, [B, T, D]."""
         before = codes[:, :-1]
         x = torch.cat([self.label_embedding(labels)[:, None], self.code_embedding(before)], dim=1)
-        return self._blocks(x, self._rows(labels, before), self.rope()[: x.shape[1]])
+        return self._blocks(x, self._rows(labels, before))
 
     def logits(self, x: Tensor) -> Tensor:
         """Normalised stream [B, S, D] -> logits [B, S, V], float32 (float64 in a float64 model)."""
@@ -205,36 +193,36 @@ class Transformer(nn.Module):
         x = self.label_embedding(labels)[:, None]
         if codes is not None:
             x = torch.cat([x, self.code_embedding(codes)], dim=1)
-        if cache.position or cache.batch != len(x) or x.shape[1] > self.config.seq_len:
+        if cache.position or cache.batch != len(x) or x.shape[1] > cache.length:
             raise ValueError(
                 f"start of {len(x)} x {x.shape[1]} positions at position {cache.position} of a "
-                f"cache for {cache.batch} x {self.config.seq_len}: expected an empty one that fits"
+                f"cache for {cache.batch} x {cache.length}: expected an empty one that fits"
             )
         if codes is not None and cache.codes is not None:
             cache.codes[:, : codes.shape[1]] = codes
-        logits = self._step(x, self._rows(labels, codes), cache)
-        cache.advance(x.shape[1])
-        return logits
+        last = self._blocks(x, self._rows(labels, codes), cache)[:, -1:]
+        cache.position += x.shape[1]
+        cache.index += x.shape[1]  # in place if it is a tensor
+        return self.logits(last)[:, 0]
 
     def decode(self, codes: Tensor, cache: Cache) -> Tensor:
         """Next decoding step: the codes just drawn [B] -> logits of the next ones [B, V]."""
-        if not 0 < cache.position < self.config.seq_len:
-            raise ValueError(
-                f"decode at position {cache.position}: expected 1..{self.config.seq_len - 1}"
-            )
+        if not 0 < cache.position < cache.length:
+            raise ValueError(f"decode at position {cache.position}: expected 1..{cache.length - 1}")
         logits = self.decoding_step(codes, cache)
-        cache.advance(1)
+        cache.position += 1
+        cache.index += 1
         return logits
 
     def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
-        """`decode` without position check and advance: tensor operations, for torch.compile."""
+        """`decode` without check and increment of the position: for torch.compile."""
         codes, neighbours = codes[:, None], None
         if cache.codes is not None:
             index = torch.as_tensor(cache.index, device=codes.device).view(1) - 1
             cache.codes.index_copy_(1, index, codes)
             neighbours = self.memory.neighbours(cache.codes, index)
         rows = self.memory.rows(None, codes, neighbours)
-        return self._step(self.code_embedding(codes), rows, cache)
+        return self.logits(self._blocks(self.code_embedding(codes), rows, cache))[:, 0]
 
     def _rows(self, labels: Tensor, codes: Tensor | None) -> Rows:
         """The memory's rows for the class token and the first S codes [B, S]."""
@@ -244,11 +232,15 @@ class Transformer(nn.Module):
             neighbours = self.memory.neighbours(codes, indices)
         return self.memory.rows(labels, codes, neighbours)
 
-    def _step(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
-        x = self._blocks(x, rows, cache.rope_at_index(x.shape[1]), cache)
-        return self.logits(x[:, -1:])[:, 0]
-
-    def _blocks(self, x: Tensor, rows: Rows, rope: Tensor, cache: Cache | None = None) -> Tensor:
+    def _blocks(self, x: Tensor, rows: Rows, cache: Cache | None = None) -> Tensor:
+        """The normalised stream [B, S, D] after all blocks, from the embeddings x [B, S, D]."""
+        length = x.shape[1]
+        if cache is None:
+            rope = self.rope()[:length]
+        elif length == 1 and isinstance(cache.index, Tensor):
+            rope = cache.rope.index_select(0, cache.index)
+        else:
+            rope = cache.rope[cache.position : cache.position + length]
         x = self.token_dropout(x)
         remembered: dict[int, Any] = {}  # by the layer after which the output enters the stream
         for layer, block in enumerate(self.layers):
