@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from moveimg.data import count_views, crop_views, open_images
-from moveimg.data.images import digits_arrays
+from moveimg.data.sources import digits_arrays
 from moveimg.images import (
     UnreadableImageError,
     center_crop,

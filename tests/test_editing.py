@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moveimg.config import SamplingSettings
 from moveimg.data import open_images
-from moveimg.data.images import DIGITS
+from moveimg.data.sources import DIGITS
 from moveimg.editing import blend, resample
 from moveimg.model.inference import StaticDecoder
 from moveimg.pipeline import Pipeline

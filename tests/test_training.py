@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moveimg.checkpoint import BUNDLED, load_model, load_tokenizer, read_about
 from moveimg.config import OptimizerConfig, TokenizerTrainConfig, TrainConfig
-from moveimg.data import images as data
+from moveimg.data import sources as data
 from moveimg.data.encode import encode_splits
 from moveimg.errors import validate
 from moveimg.model import ValueTable

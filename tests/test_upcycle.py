@@ -7,7 +7,7 @@ import torch
 
 from moveimg.checkpoint import ModelParts, load_generator, load_model, load_tokenizer, save_model
 from moveimg.config import SamplingSettings
-from moveimg.data.images import DIGITS as CLASS_NAMES
+from moveimg.data.sources import DIGITS as CLASS_NAMES
 from moveimg.model import Transformer
 from moveimg.pretrained.upcycle import convert_upcycle, upcycle
 from moveimg.sampling import image_rngs, sample_codes

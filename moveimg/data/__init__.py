@@ -6,11 +6,10 @@ from moveimg.data.datasets import is_named_source
 from moveimg.data.encode import code_grid, default_batch_size, encode_images, encode_splits
 from moveimg.data.images import (
     ImageSource,
-    Split,
     count_views,
     crop_views,
     drop_unreadable,
     find_split_folders,
     open_flat_folder,
-    open_images,
 )
+from moveimg.data.sources import Split, open_images

@@ -19,7 +19,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from moveimg.config import ImagesConfig, Size, as_pair
 from moveimg.data import codes as packed
 from moveimg.data.codes import MANIFEST, EncodeSettings, Manifest, PackedCodes, Shard, Skipped
-from moveimg.data.images import ImageSource, count_views, crop_views, open_images, report_unreadable
+from moveimg.data.images import ImageSource, count_views, crop_views, report_unreadable
+from moveimg.data.sources import open_images
 from moveimg.dist import all_ranks, print_rank0
 from moveimg.errors import list_names, shorten, validate
 from moveimg.files import lock, write_text
