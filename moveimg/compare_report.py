@@ -35,8 +35,10 @@ def write_report(
         if not done:
             continue
         outcomes = [run.outcome() for run in done]
-        cost = asdict(model_cost(done[0].config.model))
-        result = {"name": name, **cost, "runs": outcomes, **summarize(outcomes)}
+        config = done[0].config.model
+        result = {"name": name, **asdict(model_cost(config)), "runs": outcomes}
+        result |= config.model_dump(mode="json", include={"attention", "memory", "ffn"})
+        result |= summarize(outcomes)
         baseline = results[0]["runs"] if results else outcomes
         results.append(result | {"difference": difference(outcomes, baseline)})
     if not results:

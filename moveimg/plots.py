@@ -43,7 +43,7 @@ def plot_comparison(rows: Sequence[dict[str, Any]], out: Path) -> None:
     }
     _plot_curves(rows, style, out)
     _plot_costs(rows, style, out)
-    if len(banks := [row for row in rows if row["name"].startswith("MoVE x")]) > 1:
+    if len(banks := _pick_densities(rows)) > 1:
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         axes = figure.add_subplot()
         stds = [row["loss"]["std"] or 0 for row in banks]
@@ -56,6 +56,16 @@ def plot_comparison(rows: Sequence[dict[str, Any]], out: Path) -> None:
         save_figure(figure, out / "saturation.png")
     if recorded := [row for row in rows if row["runs"][0].get("records")]:
         _plot_records(recorded, style, out)
+
+
+def _pick_densities(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row with MoVE, and the rows that differ from it in the number of slots alone."""
+
+    def settings(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["attention"], row["ffn"], {**row["memory"], "slots": None}
+
+    moves = [row for row in rows if row["memory"]["kind"] == "move"]
+    return [row for row in moves if settings(row) == settings(moves[0])]
 
 
 def _plot_curves(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path) -> None:

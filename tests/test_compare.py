@@ -120,8 +120,13 @@ def test_report_holds_every_row(configs, out, trained, monkeypatch):
         line = next(line for line in table.splitlines() if line.startswith(f"| {row['name']} |"))
         assert f"{row['active']:,}" in line and f"{row['flops_per_token'] / 1e6:.3f}" in line
     monkeypatch.undo()
-    plots.plot_comparison(report["rows"], out)
+    _, move, _ = rows = report["rows"]
+    plots.plot_comparison(rows, out)
     assert all(Image.open(out / f"{name}.png").width > 300 for name in ("curves", "costs"))
+    assert not (out / "saturation.png").exists()
+    other = {"name": "dense bank", "bank": 10**6, "memory": move["memory"] | {"slots": 4}}
+    plots.plot_comparison([*rows, move | other], out)
+    assert (out / "saturation.png").exists()
 
 
 def test_finished_runs_are_read_and_known_ones_need_no_folder(configs, tmp_path, out, trained):
