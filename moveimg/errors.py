@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:  # importing pydantic would dominate the time of `moveimg --help`
-    from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
@@ -33,8 +32,6 @@ def validate(kind: type[T] | TypeAdapter[T], data: Any, origin: str) -> T:
 
     Raises ValueError: one line with `origin`, the key and the value.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     adapter: TypeAdapter[T] = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
     try:
         return adapter.validate_python(data)
