@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny models with lively weights, one thread a worker."""
+"""Fixtures and helpers of the tests: tiny models with random weights, a demo, packed digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moveimg.checkpoint import ModelParts, save_model
 from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.model import Transformer
 
-# Tiny settings of every kind for each of the three slots ...
+# Tiny settings of every kind of the three slots.
 ATTENTIONS = {"mha": {"kind": "mha"}, "mla": {"kind": "mla", "kv_rank": 12, "rope_dim": 4}}
 MEMORIES = {
     "none": {"kind": "none"},
@@ -33,7 +33,7 @@ FEEDFORWARDS = {
     "peer": {"kind": "peer", **PRODUCT_KEYS},
     "ultramem": {"kind": "ultramem", **PRODUCT_KEYS, "value_width": 6, "delay": 0},
 }
-# ... and what else a kind can be asked for, tried with every attention there is.
+# Further settings of the kinds, tested with every attention.
 MORE_MEMORIES = {
     "lave-x2-gated": {"kind": "lave", "layers": "all", "gate_standard": True},
     "lave-listed": {"kind": "lave", "layers": [0], "class_rows": True},
@@ -69,7 +69,7 @@ VARIANTS = {
     for f in FEEDFORWARDS
     if m in MEMORIES or f == "swiglu"
 } | MORE
-# For what takes long: each pair of attention and memory once, their feed-forwards in turn.
+# For slow tests: each pair of attention and memory once, with the feed-forwards in turn.
 PAIRS = [(a, m) for a in ATTENTIONS for m in MEMORIES]
 PAIRED = [f"{a}-{m}-{f}" for (a, m), f in zip(PAIRS, cycle(FEEDFORWARDS), strict=False)]
 VARIED = [*PAIRED, *MORE]
@@ -85,7 +85,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder with some packed digits and their tokenizer, made once a worker."""
+    """A folder with some packed digits and their tokenizer, made once per worker."""
     from tests.test_training import encode_tiny_digits
 
     folder = tmp_path_factory.mktemp("digits")
@@ -113,7 +113,7 @@ def serving(models, auth=(), allow_hosts=(), trust_proxy=False):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A running demo with two models, one of them with names of ImageNet's kind."""
+    """A running demo with two models, one of them with class names like ImageNet's."""
     from starlette.routing import Mount
 
     from moveimg.checkpoint import BUNDLED
@@ -134,7 +134,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def slow_model(server, monkeypatch):
-    """Decoding takes its time, so that there is time to stop it; a list of the decoded codes."""
+    """Slow down decoding, so that a test can stop it; returns the list of decoded codes."""
     generator, steps = type(server.models.get("digits").generator), []
     decode = generator.decode
 
@@ -148,7 +148,7 @@ def slow_model(server, monkeypatch):
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """A config of two layers and 3 x 4 codes; the grid is not square, so mix-ups show."""
+    """A config of two layers and 3 x 4 codes, not a square, so that swapped sides show."""
     settings = {
         "n_layer": 2,
         "n_head": 2,
@@ -160,7 +160,9 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig.model_validate(settings | changes)
 
 
-def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+def random_model(
+    config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Transformer:
     """A model whose every weight matters: the initial zeros (head, routers) are replaced."""
     torch.manual_seed(seed)
     model = Transformer(config).to(dtype).eval()
@@ -174,8 +176,8 @@ def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float6
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
-    """The lively model of a variant."""
-    return lively(tiny_config(**VARIANTS[name], **changes), dtype=dtype)
+    """The model of a variant, with random weights."""
+    return random_model(tiny_config(**VARIANTS[name], **changes), dtype=dtype)
 
 
 def tiny_tokenizer(codebook_size: int = 11) -> vq.AutoencoderTokenizer:
@@ -190,7 +192,9 @@ def tiny_tokenizer(codebook_size: int = 11) -> vq.AutoencoderTokenizer:
 def tiny_parts(generator: Transformer | None = None, **sampling) -> ModelParts:
     """A model with its tokenizer and class names; by default with a memory of two slots."""
     if generator is None:
-        generator = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+        generator = random_model(
+            tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32
+        )
     return ModelParts(generator, tiny_tokenizer(), NAMES, SamplingSettings(**sampling))
 
 

@@ -110,7 +110,7 @@ def test_a_fifth_of_every_class_is_held_out(tmp_path):
     train, val = (open_images(tmp_path, split) for split in ("train", "val"))
     assert train.class_names == ["ant", "bee", "cat", "one"]
     assert np.bincount(train.labels).tolist() == [4, 2, 8, 1]
-    # The same rows for ever: a changed split would validate on images that were trained on.
+    # The split must never change: another one would validate on images that were trained on.
     assert list(val.identifiers) == ["ant/2.png", "cat/2.png", "cat/8.png"]
     paths = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")]
     assert sorted([*train.identifiers, *val.identifiers]) == sorted(paths)

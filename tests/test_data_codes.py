@@ -33,7 +33,7 @@ def pack(directory, codes, labels, shard_size):
 
 
 def packed_numbers(directory, n, shard_size=4):
-    """Codes that tell image and crop: code = image * 2 + crop, T = 3."""
+    """Codes that identify image and crop: code = image * 2 + crop, T = 3."""
     codes = np.arange(n * 2).reshape(n, 2, 1).repeat(3, 2)
     return pack(directory, codes, np.arange(n) % 3, shard_size)
 
@@ -137,6 +137,6 @@ def test_ranks_partition_the_global_batch(numbers, n, world_size, local, seed, s
     for one, several in zip(whole, zip(*parts, strict=True), strict=True):
         assert np.array_equal(one, np.concatenate(several))
     assert codes.shape == (world_size * local, 3)
-    # codes tell image and crop, so they must agree with indices and labels
+    # codes identify image and crop, so they must agree with indices and labels
     assert np.array_equal(codes[:, 0].numpy() // 2, indices)
     assert labels.tolist() == (indices % 3).tolist()

@@ -1,4 +1,4 @@
-"""The demo as its visitors meet it, in Debian's chromium; skipped where it is not installed."""
+"""The demo's page in Debian's chromium; skipped where it is not installed."""
 
 from __future__ import annotations
 

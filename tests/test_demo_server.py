@@ -1,4 +1,4 @@
-"""The demo as programs meet it: its command, its guard, the gradio client and plain HTTP."""
+"""The demo's command, its guard, and its API by the gradio client and by plain HTTP."""
 
 from __future__ import annotations
 

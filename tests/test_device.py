@@ -1,4 +1,4 @@
-"""Devices, number types, memory of a process, and the leaves files and locks."""
+"""Devices, dtypes, the memory of a process, atomic directories and locks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moveimg import device, files
     ("name", "several", "has_cuda", "expected"),
     [
         (None, True, True, "cuda:3"),
-        ("cuda:0", True, True, "cuda:3"),  # else all ranks would be there
+        ("cuda:0", True, True, "cuda:3"),  # else all ranks would share it
         ("cpu", True, True, "cpu"),
         ("cuda", True, False, "cuda"),  # refused later
         ("cuda:1", False, True, "cuda:1"),
@@ -85,7 +85,7 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path):
             pass
         process.kill()
     leftover.touch()
-    with files.lock(out, "a"), files.lock(out, "a"):  # a process may enter its own again
+    with files.lock(out, "a"), files.lock(out, "a"):  # a process may take its own lock twice
         pass
     assert list(tmp_path.iterdir()) == []
 

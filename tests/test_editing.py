@@ -18,7 +18,15 @@ from moveimg.editing import blend, resample
 from moveimg.model.inference import StaticDecoder
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import UNKNOWN, code_log_probs, guidance_scales, image_rngs, sample_codes
-from tests.conftest import CPU, VARIED, lively, random_inputs, tiny_config, tiny_model, tiny_parts
+from tests.conftest import (
+    CPU,
+    VARIED,
+    random_inputs,
+    random_model,
+    tiny_config,
+    tiny_model,
+    tiny_parts,
+)
 from tests.test_cli import run
 from tests.test_pipeline import pixels
 from tests.test_sampling import recompute
@@ -50,7 +58,7 @@ def test_a_prefix_gives_the_logits_and_cache_of_single_steps(name):
 
 @pytest.mark.parametrize("positions", [[], [0, 1, 2], [4, 9], [11], range(12)])
 def test_known_codes_are_kept_and_the_others_drawn_given_them(positions):
-    model = lively(tiny_config())
+    model = random_model(tiny_config())
     labels, known = torch.tensor([1, 0]), torch.full((2, 12), UNKNOWN)
     known[:, list(positions)] = random_inputs(model.config, 2)[0][:, list(positions)]
     known[0, :6] = 3  # images may differ in what is known
@@ -106,7 +114,7 @@ def test_the_seam_is_blended():
 def test_filters_narrow_the_drawn_codes_and_not_the_kept_ones():
     """Two holes and top-2 of 3 codes, against the distribution by enumeration."""
     config = tiny_config(codebook_size=3, grid=(1, 4))
-    model, label, n = lively(config, seed=13), torch.tensor([1]), 1000
+    model, label, n = random_model(config, seed=13), torch.tensor([1]), 1000
     settings = SamplingSettings(top_k=2)
     hole = torch.tensor([True, False, True, False])
     fixed = torch.tensor([[0, 2, 0, 1]])
@@ -130,7 +138,7 @@ def test_filters_narrow_the_drawn_codes_and_not_the_kept_ones():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_likelihoods_are_of_the_distribution_that_sampling_draws_from(scale):
-    model, settings = lively(tiny_config()), SamplingSettings(cfg_scale=scale)
+    model, settings = random_model(tiny_config()), SamplingSettings(cfg_scale=scale)
     codes, labels = random_inputs(model.config)
     with torch.inference_mode():
         with_class, without = model(codes, labels), model(codes, 0 * labels + model.null_label)

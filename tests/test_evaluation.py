@@ -81,7 +81,7 @@ def test_a_scan_counts_duplicates_and_hashes_shape_and_order():
     assert duplicates == 1 and digest not in {other for other, _ in rest}
 
 
-def test_labels_are_balanced_mixed_and_of_the_index_alone():
+def test_labels_are_balanced_shuffled_and_follow_from_the_index():
     labels = class_labels(range(55), 10)
     assert np.ptp(np.bincount(labels)) == 1
     assert (class_labels([54, 3, 0], 10) == labels[[54, 3, 0]]).all()
@@ -211,7 +211,7 @@ def test_a_bad_npz_is_refused_in_one_line(tmp_path, arrays, value, inception):
     assert "\n" not in str(caught.value)
 
 
-def test_classes_meet_by_name(inception, classifier):
+def test_classes_are_matched_by_name(inception, classifier):
     """Labels count the classes of the model, whose order need not be the extractor's."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     real = open_reference("digits", (32, 32), classifier)

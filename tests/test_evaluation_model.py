@@ -1,4 +1,4 @@
-"""Samples of a model drawn, stopped and gone on with; scored; references and extractors made."""
+"""Sample sets: interrupted, resumed, divided among processes and scored; new extractors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moveimg.dist import World
 from moveimg.evaluation import run as evaluation
 from moveimg.evaluation.run import make_plan, sample_set
 from moveimg.pipeline import Pipeline
-from tests.conftest import lively, tiny_config
+from tests.conftest import random_model, tiny_config
 from tests.test_cli import refused, run
 from tests.test_pipeline import tiny_tokenizer
 
@@ -30,8 +30,8 @@ def in_its_own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """Images of 3 x 3 codes: what is tested here is who draws which of them when."""
-    generator = lively(tiny_config(grid=[3, 3]), dtype=torch.float32)
+    """A model of 3 x 3 codes: these tests are about which process draws which image."""
+    generator = random_model(tiny_config(grid=[3, 3]), dtype=torch.float32)
     parts = ModelParts(generator, tiny_tokenizer(), list("abcde"), SamplingSettings(top_k=9))
     save_model(directory := tmp_path_factory.mktemp("model"), parts, {})
     return Pipeline.from_pretrained(directory, device="cpu")
@@ -46,7 +46,7 @@ def metrics_of(folder):
 
 
 class Rank(World):
-    """A process whose others have run before it."""
+    """A process of a job whose other processes have ended."""
 
     def wait(self):
         pass
@@ -72,7 +72,7 @@ def test_stopped_sets_and_three_processes_give_the_same_bytes(pipeline, tmp_path
         path = sample(pipeline, tmp_path / "set")
         assert drawn == [0, 3, 6, 6, 9] and path.read_bytes() == whole
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["plan.json", "samples.npz"]
-    for rank in (2, 1, 0):  # the first one last: it joins what all have drawn
+    for rank in (2, 1, 0):  # rank 0 last: it joins the parts of all ranks
         monkeypatch.setattr(evaluation, "all_ranks", lambda r=rank: nullcontext(Rank(r, 3)))
         path = sample(pipeline, tmp_path / "shared")
         assert (path is None) == (rank > 0)
@@ -117,7 +117,7 @@ def test_a_bundled_model_is_scored_without_any_download(tmp_path):
     assert metrics_of(tmp_path / "o") == data["metrics"]
 
 
-def test_an_extractor_of_ones_own_and_samples_of_another_program(tmp_path, monkeypatch):
+def test_a_new_extractor_and_samples_of_another_program(tmp_path, monkeypatch):
     monkeypatch.setattr("moveimg.evaluation.extractors.STEPS", 2)
     run("evaluate", "digits", "--make-extractor", "e.safetensors", "--size", 16)
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)

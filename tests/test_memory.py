@@ -18,7 +18,7 @@ from moveimg.model.analysis import bank_maps, gather_gates, gradient_sources, sc
 from moveimg.model.bank_storage import QuantizedRows
 from moveimg.pipeline import Pipeline
 from moveimg.pretrained.upcycle import convert_quantize_bank
-from tests.conftest import CPU, lively, random_inputs, tiny_config, tiny_model, tiny_parts
+from tests.conftest import CPU, random_inputs, random_model, tiny_config, tiny_model, tiny_parts
 
 MOVE, MLA_MOVE = "mha-move-3-class-rows-swiglu", "mla-move-3-class-rows-moe"
 LAVE = "mla-lave-x1-swiglu"
@@ -66,7 +66,9 @@ def test_rounded_banks_change_logits_a_little_and_can_be_written(tmp_path):
 
 
 def test_similar_codes_share_a_row_and_the_map_is_kept(tmp_path):
-    model = lively(tiny_config(memory={"kind": "move", "slots": 2, "rows": 3}), dtype=torch.float32)
+    model = random_model(
+        tiny_config(memory={"kind": "move", "slots": 2, "rows": 3}), dtype=torch.float32
+    )
     groups = torch.arange(11) % 3
     model.memory.share_rows(torch.eye(3)[groups] + 0.01 * torch.randn(11, 3))
     rows = model.memory.row_of_code
@@ -122,7 +124,7 @@ def test_edited_banks_change_their_rows_alone_and_can_be_saved(tmp_path):
     with pytest.raises(ValueError, match="fashion"):
         pipe.blend(Pipeline.from_pretrained("fashion", device="cpu"), 0.5)
     with pytest.raises(ValueError, match="none"):
-        erase_rows(lively(tiny_config()), [0])
+        erase_rows(random_model(tiny_config()), [0])
 
 
 def pipeline(name):

@@ -17,7 +17,15 @@ from moveimg.model.attention import ATTENTIONS
 from moveimg.model.feedforward import FEEDFORWARDS
 from moveimg.model.memory import MEMORIES
 from tests import conftest, reference
-from tests.conftest import PAIRED, VARIANTS, VARIED, lively, random_inputs, tiny_config, tiny_model
+from tests.conftest import (
+    PAIRED,
+    VARIANTS,
+    VARIED,
+    random_inputs,
+    random_model,
+    tiny_config,
+    tiny_model,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NO_DROPOUT = {"token_dropout": 0.0, "resid_dropout": 0.0, "ffn_dropout": 0.0}
@@ -112,7 +120,7 @@ def loss_and_gradients(model, codes, labels, chunked):
 @pytest.mark.parametrize("chunk", [1, 50, 2**24])
 def test_the_chunked_loss_has_the_value_and_gradients_of_the_plain_one(chunk, monkeypatch):
     monkeypatch.setattr("moveimg.model.transformer.CHUNK", chunk)
-    model = lively(tiny_config(memory={"kind": "move", "slots": 2})).train()
+    model = random_model(tiny_config(memory={"kind": "move", "slots": 2})).train()
     inputs = random_inputs(model.config)
     expected, got = (loss_and_gradients(model, *inputs, chunked) for chunked in (False, True))
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-9)
@@ -121,7 +129,7 @@ def test_the_chunked_loss_has_the_value_and_gradients_of_the_plain_one(chunk, mo
 
 
 def test_autocast_casts_the_rows_once_and_keeps_float32_gradients():
-    model = lively(tiny_config(memory={"kind": "move", "slots": 3}), dtype=torch.float32)
+    model = random_model(tiny_config(memory={"kind": "move", "slots": 3}), dtype=torch.float32)
     codes, labels = random_inputs(model.config)
     model(codes, labels, loss=True)[0].backward()
     exact = model.memory.bank.weight.grad.clone()

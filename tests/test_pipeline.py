@@ -18,7 +18,7 @@ from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import image_rngs, sample_codes
-from tests.conftest import MORE, NAMES, lively, tiny_model, tiny_parts, tiny_tokenizer
+from tests.conftest import MORE, NAMES, random_model, tiny_model, tiny_parts, tiny_tokenizer
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_the_decoder_follows_the_generator(pipeline):
     with torch.no_grad():  # weights changed in place
         pipeline.generator.head.weight.neg_()
     assert not torch.equal(before, pipeline.sample_codes([0, 1], settings))
-    pipeline.generator = lively(pipeline.generator.config, seed=5)
+    pipeline.generator = random_model(pipeline.generator.config, seed=5)
     expected = sample_codes(pipeline.generator, torch.tensor([0, 1]), settings, image_rngs([0, 1]))
     assert torch.equal(pipeline.sample_codes([0, 1], settings), expected)
 

@@ -27,7 +27,7 @@ from moveimg.files import write_json
 from moveimg.model import Transformer
 from moveimg.pipeline import Pipeline, resolve
 from moveimg.pretrained import hub, llamagen, share
-from tests.conftest import NAMES, lively, random_inputs, tiny_config
+from tests.conftest import NAMES, random_inputs, random_model, tiny_config
 from tests.reference import reference_logits
 from tests.test_cli import run
 
@@ -49,7 +49,7 @@ def rename(weights):
 
 
 def write(folder, container=None, name="gpt.pt", **changes):
-    weights = rename(lively(CONFIG, dtype=torch.float32).state_dict()) | changes
+    weights = rename(random_model(CONFIG, dtype=torch.float32).state_dict()) | changes
     weights = {key: value for key, value in weights.items() if value is not None}
     file = folder / name
     if file.suffix == ".safetensors":
@@ -78,7 +78,7 @@ def vq_file(tmp_path_factory):
 
 @pytest.mark.parametrize("container", ["model", "module", None])
 def test_logits_equal_the_reference(tmp_path, container):
-    plain = lively(CONFIG, dtype=torch.float32)
+    plain = random_model(CONFIG, dtype=torch.float32)
     names = {name.removeprefix("layers.0.") for name in rename(plain.state_dict())}
     assert names >= {f"{name}.weight" for name in LAYER}
     model = load(write(tmp_path, container)).double()
@@ -97,7 +97,7 @@ def test_named_sizes_need_no_heads_and_published_files_no_image_size(tmp_path, s
     expected = ModelConfig.model_validate({"size": size, "grid": [24, 24]})
     with torch.device("meta"):
         state = Transformer(expected).state_dict()
-    # one number behind every tensor: real sizes, a small file
+    # expanded from one number: real sizes in a small file
     one = torch.zeros(1).bfloat16()
     weights = {key: one.expand(value.shape) for key, value in rename(state).items()}
     file = tmp_path / f"c2i_{size}_384.pt"

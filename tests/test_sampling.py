@@ -22,7 +22,7 @@ from moveimg.model import decoding_model
 from moveimg.model.inference import StaticDecoder, packable
 from moveimg.sampling import draw, guidance_scales, image_rngs, keep_top, sample_codes
 from tests import conftest
-from tests.conftest import PAIRED, VARIED, lively, random_inputs, tiny_config, tiny_model
+from tests.conftest import PAIRED, VARIED, random_inputs, random_model, tiny_config, tiny_model
 
 SETTINGS = SamplingSettings(cfg_scale=2.0, temperature=0.9, top_k=8, top_p=0.95)
 MOVE = "mha-move-3-class-rows-swiglu"
@@ -71,7 +71,7 @@ def test_sampling_equals_recomputing_every_step_in_any_batch(name):
 # label 5 is the null label
 @pytest.mark.parametrize(("scale", "labels"), [(1.0, [2]), (0.0, [5]), (2.0, [2, 5])])
 def test_guidance_makes_only_the_passes_it_needs(scale, labels, monkeypatch):
-    model, asked = lively(tiny_config()), []
+    model, asked = random_model(tiny_config()), []
     start, chosen = model.start, SETTINGS.model_copy(update={"cfg_scale": scale})
     spy = lambda given, *rest: asked.append(given.tolist()) or start(given, *rest)  # noqa: E731
     monkeypatch.setattr(model, "start", spy)
@@ -82,7 +82,11 @@ def test_guidance_makes_only_the_passes_it_needs(scale, labels, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"cfg_schedule": "linear", "cfg_start": 0.25}])
 @pytest.mark.parametrize("scales", [[0.0, 1.0, 1.5, 4.0], [2.0] * 4, [1.0] * 4, [0.0] * 4])
 def test_a_guidance_scale_per_image_equals_each_image_with_that_scale(scales, options):
-    model, labels, rngs = lively(tiny_config()), torch.tensor([0, 1, 2, 3]), image_rngs(range(4))
+    model, labels, rngs = (
+        random_model(tiny_config()),
+        torch.tensor([0, 1, 2, 3]),
+        image_rngs(range(4)),
+    )
     chosen = SETTINGS.model_copy(update=options)
     together = sample_codes(model, labels, chosen, rngs, cfg_scale=torch.tensor(scales))
     for i, scale in enumerate(scales):
@@ -144,7 +148,7 @@ def test_draws_invert_the_distribution_and_never_return_an_excluded_code(logits,
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"2 .*1 labels"):
-        sample_codes(lively(tiny_config()), torch.tensor([0]), SETTINGS, image_rngs([0, 1]))
+        sample_codes(random_model(tiny_config()), torch.tensor([0]), SETTINGS, image_rngs([0, 1]))
     for bad in ({"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"cfg_scale": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SamplingSettings(**bad)
@@ -153,7 +157,7 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("damaged", ["head", "memory.bank"])  # the first logits do not show it
 def test_weights_that_are_not_finite_are_refused(damaged, temperature):
-    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    model = random_model(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
     with torch.no_grad():
         model.get_submodule(damaged).weight.fill_(math.nan)
     with pytest.raises(ValueError, match="not finite"):
@@ -228,7 +232,7 @@ def test_the_static_step_compiles_to_one_graph_for_all_positions():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 def test_compile_gives_the_codes_of_the_plain_path():
     torch._dynamo.reset()
-    model = lively(tiny_config(n_layer=1, grid=[2, 2], memory={"kind": "move", "slots": 2}))
+    model = random_model(tiny_config(n_layer=1, grid=[2, 2], memory={"kind": "move", "slots": 2}))
     assert torch.equal(sample(decoding_model(model, compile=True), [0, 4]), sample(model, [0, 4]))
 
 

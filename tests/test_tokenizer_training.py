@@ -68,7 +68,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)  # of the classifier: slow
     with torch.device("meta"):
         shapes = vgg16().state_dict()
-    torch.manual_seed(0)  # one number behind each tensor of the classifier: a small file
+    torch.manual_seed(0)  # the classifier is expanded from one number: a small file
     vgg = {
         name: torch.zeros(1).expand(w.shape) if "classifier" in name else torch.randn(w.shape) / 20
         for name, w in shapes.items()

@@ -23,7 +23,7 @@ from moveimg.training.generator import GeneratorTask, train_generator
 from moveimg.training.loop import Run
 from moveimg.training.optimizer import clip_gradients, learning_rate, make_optimizers
 from moveimg.training.tokenizer import train_tokenizer
-from tests.conftest import FEEDFORWARDS, lively, tiny_config
+from tests.conftest import FEEDFORWARDS, random_model, tiny_config
 
 CPU = torch.device("cpu")
 TOKENIZER = {
@@ -45,7 +45,7 @@ def tokenizer_config(out, **changes) -> TokenizerTrainConfig:
 
 @contextmanager
 def few_digits():
-    """The set `digits` is some of its scans, of every class: a tenth of the time."""
+    """Let the data set `digits` have few images of each class, which takes a tenth of the time."""
     everything = data.digits_arrays
     with pytest.MonkeyPatch.context() as patch:
         some = lambda split: tuple(part[: FEW[split]] for part in everything(split))  # noqa: E731
@@ -113,8 +113,8 @@ def test_a_run_makes_a_model_that_has_learned(digits, tmp_path, monkeypatch):
     every = {"validate_every": 20, "preview_every": 20, "checkpoint_every": 40}
     config, state = train_config(digits, tmp_path, steps=40, **every), torch.get_rng_state()
     result = train_generator(config, CPU)
-    assert torch.equal(state, torch.get_rng_state())  # it draws from generators of its own
-    assert result["loss"] < math.log(16)  # better than not looking
+    assert torch.equal(state, torch.get_rng_state())  # training has its own generators
+    assert result["loss"] < math.log(16)  # better than a uniform distribution
     lines = [json.loads(s) for s in (tmp_path / "training/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40] and lines[1]["loss"] < lines[0]["loss"]
     assert (tmp_path / "training/preview-000020.png").is_file()
@@ -189,8 +189,8 @@ def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, m
 
 
 def test_a_table_gradient_that_is_not_finite_shows_at_its_own_step():
-    """Value tables are clipped apart: the norm that is watched must tell of them, too."""
-    model = lively(tiny_config(ffn=FEEDFORWARDS["product_key"]), dtype=torch.float32)
+    """Value tables are clipped separately: the norm that is checked must include them."""
+    model = random_model(tiny_config(ffn=FEEDFORWARDS["product_key"]), dtype=torch.float32)
     optimizers = make_optimizers(model, OptimizerConfig())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -211,7 +211,7 @@ def test_learning_rates():
 
 
 def test_weight_decay_falls_on_matrices_and_tables_alone():
-    model = lively(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
+    model = random_model(tiny_config(memory={"kind": "move", "slots": 2}), dtype=torch.float32)
     (optimizer,) = make_optimizers(model, OptimizerConfig(weight_decay=0.05))
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
     for name, parameter in model.named_parameters():

@@ -30,7 +30,7 @@ LAST = "training/checkpoints/step-0000006"
 
 @pytest.fixture(scope="module")
 def whole(digits, tmp_path_factory):
-    """A run of 6 steps that nothing happened to."""
+    """An uninterrupted run of 6 steps."""
     config = train_config(digits, tmp_path_factory.mktemp("runs") / "whole", steps=6)
     train_generator(config, CPU)
     return config
@@ -62,7 +62,7 @@ CUT, BOMB = b"", pickle.dumps(Bomb(), protocol=2)
 
 
 def put_in_values(path, data: bytes) -> None:
-    """Let .metadata say that every value of a checkpoint that is no tensor is `data`."""
+    """Make `data` the stored value of everything in a checkpoint that is not a tensor."""
     metadata = dcp.FileSystemReader(path).read_metadata()
     file = path / "__0_0.distcp"
     start = file.stat().st_size
@@ -142,7 +142,7 @@ def test_more_steps_continue_to_the_bits_of_a_longer_run(digits, whole, tmp_path
         train_generator(whole.model_copy(update={"steps": 8}), CPU)
 
 
-def test_restart_makes_a_run_and_its_codes_anew(digits, tmp_path):
+def test_restart_repeats_a_run_and_its_encoding(digits, tmp_path):
     def config(size, lr):
         data = {"images": {"source": "digits", "size": size}, "tokenizer": digits / "tokenizer"}
         return train_config(digits, tmp_path, data=data, steps=1, optimizer={"lr": lr})
@@ -185,7 +185,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_rates_are_logged_and_those_of_the_schedule(whole):
+def test_logged_learning_rates_are_those_of_the_schedule(whole):
     events = EventAccumulator(str(whole.out / "training")).Reload()
     rates = {"images_per_second", "grad_norm", "lr", "accuracy", "loss"}
     assert {f"train/{key}" for key in rates} | {"val/loss"} <= set(events.Tags()["scalars"])

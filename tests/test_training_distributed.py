@@ -1,4 +1,4 @@
-"""Several processes train what one does, and read each other's checkpoints."""
+"""Two processes train to the weights of one process, and continue each other's runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from moveimg.training.parallel import (
     parallelize,
 )
 from moveimg.training.tokenizer import TokenizerTask, train_tokenizer
-from tests.conftest import MEMORIES, PRODUCT_KEYS, VARIANTS, lively, random_inputs, tiny_config
+from tests.conftest import (
+    MEMORIES,
+    PRODUCT_KEYS,
+    VARIANTS,
+    random_inputs,
+    random_model,
+    tiny_config,
+)
 from tests.test_tokenizer_training import JUDGE, make_config, smooth_images
 from tests.test_training import CPU, die_at_step_5, newest_state, same_end, train_config
 from tools.kill import SERVER
@@ -34,7 +41,7 @@ EXPERTS = SIZE | {
     "memory": {"kind": "move", "slots": 2},
     "ffn": {"kind": "moe", "n_experts": 4, "hidden": 8, "shared_hidden": 8},
 }
-# what FSDP2 has most to do with: tables in the blocks and outside, a latent, recomputing
+# what is hardest for FSDP2: tables in the blocks and outside, a latent, recomputing
 RICH = SIZE | {
     "attention": {"kind": "mla", "kv_rank": 8, "rope_dim": 4},
     "memory": MEMORIES["move-3-class-rows"],
@@ -52,14 +59,14 @@ JOBS: dict[str, dict] = {
     "memory": {"train": "memory", "dtype": "bfloat16", "steps": 2},
     "muon": {"distributed": "ddp", "optimizer": {"kind": "muon", "lr": 3e-3}, "steps": 2},
 }
-# the first two do nothing that depends on how a batch is cut
+# the first two do not depend on how a batch is divided
 TOKENIZERS: dict[str, dict] = {
     "vq": {"quantizer": {"kind": "vq", "init_from_data": False, "reseed_after": 0}, "steps": 3},
-    "ibq": {"quantizer": {"kind": "ibq"}, "steps": 3},  # its sharp choices enlarge what is rounded
+    "ibq": {"quantizer": {"kind": "ibq"}, "steps": 3},  # its hard choices amplify rounding
     "judged": {"adversarial": JUDGE | {"start": 2}, "steps": 6},
     "judged, parted": {"adversarial": JUDGE | {"start": 2}, "steps": 6},
 }
-STILL = {f"{place}_dropout": 0.0 for place in ("token", "resid", "ffn")}
+NO_DROPOUT = {f"{place}_dropout": 0.0 for place in ("token", "resid", "ffn")}
 
 
 # A run, and the step at which the last process, and it alone, gets SIGTERM.
@@ -67,7 +74,7 @@ Job = tuple[RunConfig, int | None]
 
 
 def launch(n: int, jobs: list[Job], folder: Path) -> None:
-    """Do jobs in `n` processes, as torchrun would start them."""
+    """Run jobs in `n` processes, as torchrun would start them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     logs = [folder / f"log-{rank}" for rank in range(n)]
@@ -83,7 +90,7 @@ def launch(n: int, jobs: list[Job], folder: Path) -> None:
 
 
 def work(jobs: list[Job], environment: dict[str, str], log: Path) -> None:
-    """Do the jobs as one process of torchrun; after a step of a tokenizer all weights agree."""
+    """Run the jobs as one process of torchrun; checks that tokenizers have equal weights."""
     os.environ |= environment
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -202,17 +209,17 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, settings, size, mess
 
 
 def test_gradients_of_micro_batches_add_up(digits, tmp_path):
-    options = {"model": SIZE | STILL, "class_dropout": 0.0, "steps": 2}
+    options = {"model": SIZE | NO_DROPOUT, "class_dropout": 0.0, "steps": 2}
     for name, micro in (("whole", 16), ("cut", 2)):
         train_generator(train_config(digits, tmp_path / name, micro_batch=micro, **options), CPU)
     assert_close(tmp_path / "whole", tmp_path / "cut")
-    # each with random numbers of its own: the CPU's generator looks at 32 bits
+    # each part has its own seed, of which the CPU's generator uses 32 bits
     seeds = [micro_batch_seed(0, step, part) for step in range(50) for part in range(8)]
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == 400
 
 
 def gradients(config, parallel):
-    model = lively(config).train()
+    model = random_model(config).train()
     parallelize(model, None, parallel)
     set_generator(model, torch.Generator().manual_seed(1))
     loss, _ = model(*random_inputs(config), loss=True)
@@ -230,7 +237,7 @@ def test_recomputed_and_compiled_blocks_give_the_same_gradients(monkeypatch, nam
     torch._dynamo.reset()
     compile, graphs = torch.compile, {"backend": "aot_eager", "fullgraph": True}
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, **graphs))
-    config = tiny_config(**VARIANTS[name], **STILL)
+    config = tiny_config(**VARIANTS[name], **NO_DROPOUT)
     modes = (Parallelism(), Parallelism(compiled=True, checkpointing=True))
     torch.testing.assert_close(*(gradients(config, m) for m in modes), rtol=1e-9, atol=1e-12)
     torch._dynamo.reset()

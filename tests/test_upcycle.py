@@ -13,7 +13,15 @@ from moveimg.pretrained.upcycle import convert_upcycle, upcycle
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import break_symmetry, start_from, train_generator
 from tests import conftest
-from tests.conftest import CPU, VARIANTS, lively, random_inputs, tiny_config, tiny_model, tiny_parts
+from tests.conftest import (
+    CPU,
+    VARIANTS,
+    random_inputs,
+    random_model,
+    tiny_config,
+    tiny_model,
+    tiny_parts,
+)
 from tests.test_training import newest_state, train_config
 
 MOVE = {"kind": "move", "slots": 3}
@@ -38,7 +46,7 @@ def assert_same_logits(a, b):
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_do_not_change_in_any_bit(memory, dtype):
-    dense = lively(tiny_config(width=64, n_head=4), dtype=dtype)
+    dense = random_model(tiny_config(width=64, n_head=4), dtype=dtype)
     model = upcycle(dense, memory)
     assert_same_logits(model, dense)
     break_symmetry(model)  # as training starts
@@ -56,7 +64,7 @@ def test_every_dense_variant_can_be_upcycled(name):
 
 def test_slots_of_a_zero_memory_learn_apart():
     codes, labels = random_inputs(tiny_config(), batch=8)
-    model = upcycle(lively(tiny_config()), MOVE)
+    model = upcycle(random_model(tiny_config()), MOVE)
     break_symmetry(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(5):
@@ -68,7 +76,7 @@ def test_slots_of_a_zero_memory_learn_apart():
 
 
 def test_convert_upcycle_makes_a_model_directory(tmp_path):
-    dense = lively(tiny_config(), dtype=torch.float32)
+    dense = random_model(tiny_config(), dtype=torch.float32)
     save_model(tmp_path / "dense", tiny_parts(dense, top_k=3), {"step": 7})
     convert_upcycle(tmp_path / "dense", SHARED, tmp_path / "out")
     loaded = load_model(tmp_path / "out")
@@ -89,8 +97,10 @@ def test_convert_upcycle_makes_a_model_directory(tmp_path):
 
 
 def save_start(tokenizer, folder, names=CLASS_NAMES, **changes):
-    """A lively model for the digits' codes, as a directory."""
-    model = lively(tiny_config(**DIGITS | {"n_classes": len(names)} | changes), dtype=torch.float32)
+    """A model with random weights for the digits' codes, as a directory."""
+    model = random_model(
+        tiny_config(**DIGITS | {"n_classes": len(names)} | changes), dtype=torch.float32
+    )
     save_model(folder, ModelParts(model, tokenizer, list(names), SamplingSettings()), {})
     return model
 
