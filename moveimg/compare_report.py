@@ -127,7 +127,7 @@ def questions_table(report: dict[str, Any]) -> str:
     return markdown_table([
         {
             "question": found["question"],
-            "nats per code": _signed(found),
+            "nats per code": format_difference(found),
             "seeds": found["seeds"],
             "significant": "yes" if found["significant"] else "no",
         }
@@ -147,7 +147,7 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "row": result["name"],
         "seeds": len(result["runs"]),
         "nats per code": spread("loss", ".4f"),
-        "to the first (95 %)": _signed(result["difference"]),
+        "to the first (95 %)": format_difference(result["difference"]),
         "FID": spread("fid", ".4f"),
         "recognised": spread("accuracy", ".1%"),
         "parameters": f"{result['parameters']:,}",
@@ -159,7 +159,8 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _signed(found: dict[str, Any]) -> str:
+def format_difference(found: dict[str, Any]) -> str:
+    """A result of `difference` as text: `-0.1095 ± 0.0226`; empty without common seeds."""
     if found["mean"] is None:
         return ""
     half = "" if found["interval"] is None else f" ± {found['interval']:.4f}"

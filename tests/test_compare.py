@@ -23,7 +23,13 @@ from PIL import Image
 from moveimg import compare as module
 from moveimg import plots
 from moveimg.compare import compare, list_runs, load_study, run_all
-from moveimg.compare_report import answer, difference, questions_table, results_table
+from moveimg.compare_report import (
+    answer,
+    difference,
+    format_difference,
+    questions_table,
+    results_table,
+)
 from moveimg.files import write_json, write_text
 from tests.conftest import CPU
 
@@ -242,8 +248,15 @@ def test_differences_are_paired_by_seed():
     assert not answer([("b", "a")] * 50, rows)[0]["significant"]
 
 
-def test_the_document_shows_the_numbers_of_its_json():
+OPTIONS = ("shared rows", "context left", "context above", "gates to memory", "gates to context")
+
+
+def test_documents_show_the_numbers_of_the_json():
     docs = Path(__file__).parents[1] / "docs"
     report = json.loads((docs / "comparison.json").read_text())
     text = (docs / "comparison.md").read_text()
     assert results_table(report) in text and questions_table(report) in text
+    runs = {row["name"]: row["runs"] for row in report["rows"]}
+    for name in (*OPTIONS, "UltraMem"):
+        line = format_difference(difference(runs[name], runs["MoVE x1"]))
+        assert f"| {line} |" in (docs / "memory.md").read_text(), name

@@ -193,15 +193,19 @@ def test_a_password_is_asked_for_and_unknown_hosts_are_refused(server):
             assert visitor.get("/config", headers={"host": host}).status_code == status, host
 
 
-def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm():
+def test_the_command_serves_behind_a_proxy_setting_and_ends_at_sigterm_under_an_open_page():
     process = subprocess.Popen(
         [sys.executable, "apps/demo.py", "--port", "0"], text=True, cwd=ROOT,
-        env=os.environ | {"http_proxy": "http://127.0.0.1:9"}, stdout=subprocess.PIPE,
+        env=os.environ | {"http_proxy": "http://127.0.0.1:9"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     url = process.stdout.readline().split()[-1]
-    assert httpx.get(url, trust_env=False, timeout=60).status_code == 200
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as visitor:
+        assert visitor.get("/").status_code == 200
+        with visitor.stream("GET", "/gradio_api/heartbeat/page"):
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=20)
+    assert process.returncode == 0 and "Traceback" not in said
 
 
 def test_the_command_names_what_it_cannot_serve(tmp_path, monkeypatch):

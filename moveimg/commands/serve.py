@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,10 @@ def demo(
     models.get()
     shown = f"[{host}]" if ":" in host else host
     print(f"moveimg demo: http://{shown}:{listener.getsockname()[1]}", flush=True)
-    with suppress(KeyboardInterrupt, SystemExit):
-        server.run([listener])
-    os._exit(0)  # at once, since a thread may be in the middle of a matrix product
+    # at once: a thread may be in the middle of a matrix product, and open pages wait for messages
+    end: Any = lambda *_: os._exit(0)  # noqa: E731
+    server.handle_exit = end  # the handler of signals
+    server.run([listener])
 
 
 @command
