@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from moveimg.files import atomic
 
-LOSS = "held-out loss (nats per code)"
+LOSS = "loss (nats per code)"
 COSTS = {
     "parameters": "parameters",
     "flops_per_token": "FLOPs per token (forward; training takes 3 times)",
@@ -84,7 +84,7 @@ def _plot_curves(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Pat
     if min(ends) < max(ends):  # the high losses of the first steps would hide the others
         margin = 0.1 * (max(ends) - min(ends))
         axes.set_ylim(min(ends) - margin, max(ends) + margin)
-    axes.set(xlabel="step", ylabel=LOSS)
+    axes.set(xlabel="step", ylabel=f"held-out {LOSS}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
     save_figure(figure, out / "curves.png")
