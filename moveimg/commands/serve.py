@@ -52,8 +52,7 @@ def demo(
     shown = f"[{host}]" if ":" in host else host
     print(f"moveimg demo: http://{shown}:{listener.getsockname()[1]}", flush=True)
     # at once: a thread may be in the middle of a matrix product, and open pages wait for messages
-    end: Any = lambda *_: os._exit(0)  # noqa: E731
-    server.handle_exit = end  # the handler of signals
+    server.handle_exit = lambda *_: os._exit(0)  # type: ignore[method-assign]
     server.run([listener])
 
 
