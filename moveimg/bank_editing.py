@@ -35,26 +35,27 @@ def blend_banks(model: Transformer, other: Transformer, share: float) -> Transfo
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share {share}: expected 0..1")
-    edited, theirs = copy_bank(model), copy_bank(other)
-    shapes = [tuple(m.memory.bank.weight.shape) for m in (edited, theirs)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"banks {shapes[0]} and {shapes[1]}: expected equal shapes")
+    edited: Any = copy_bank(model)
+    own, theirs = edited.memory.bank.weight, require_bank(other).bank.weight
+    if own.shape != theirs.shape:
+        raise ValueError(f"banks {[*own.shape]} and {[*theirs.shape]}: expected equal shapes")
     with torch.no_grad():
-        own: Any = edited.memory.bank.weight
-        own.lerp_(theirs.memory.bank.weight.to(own), share)
+        own.lerp_(theirs.to(own), share)
     return edited
 
 
 def copy_bank(model: Transformer) -> Transformer:
-    """A copy of `model` with a copied memory; all other weights are shared.
+    """A copy of `model` with a copied memory; all other weights are shared. See require_bank."""
+    edited = copy.copy(model)
+    edited._modules = {**model._modules, "memory": copy.deepcopy(require_bank(model))}
+    return edited
 
-    Raises ValueError for a model without a bank of floating-point rows in memory.
-    """
+
+def require_bank(model: Transformer) -> ValueBank:
+    """The model's memory; ValueError unless it has a bank of floating-point rows in memory."""
     memory = model.memory
     if not isinstance(memory, ValueBank) or not isinstance(memory.bank, nn.Embedding):
         raise ValueError(
             f"memory of kind {model.config.memory.kind}: expected a bank of floating-point rows"
         )
-    edited = copy.copy(model)
-    edited._modules = {**model._modules, "memory": copy.deepcopy(memory)}
-    return edited
+    return memory

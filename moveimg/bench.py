@@ -12,7 +12,7 @@ import torch
 from moveimg.config import ModelConfig, SamplingSettings, TrainConfig
 from moveimg.device import hardware, peak_memory
 from moveimg.dist import World
-from moveimg.model import Transformer, decoding_model
+from moveimg.model import Transformer, prepare_for_sampling
 from moveimg.progress import progress_bar
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import GeneratorTask, freeze_backbone
@@ -30,7 +30,7 @@ def bench_sample(
     quantize: str | None = None,
 ) -> Figures:
     """Measure drawing the codes of `batch_size` images."""
-    device, fast = model.head.weight.device, decoding_model(model, quantize)
+    device, fast = model.head.weight.device, prepare_for_sampling(model, quantize)
     labels = torch.arange(batch_size, device=device) % model.config.n_classes
     work = {"images": batch_size, "codes": batch_size * model.config.seq_len}
     rngs = image_rngs(range(batch_size))
@@ -79,7 +79,7 @@ def bench_train(config: TrainConfig, repeats: int, device: torch.device) -> Figu
 def bench_rounds(
     configs: dict[str, TrainConfig], rounds: int, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a training step and of sampling 8 images, of each config in each of the rounds.
+    """Seconds of a training step and of sampling 8 images (fastest of 3), per config and round.
 
     Weights are random. The configs alternate, so that a slow moment of the machine falls on all.
     """

@@ -16,7 +16,7 @@ from moveimg.device import shapes_only
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic, read_json, write_json
 from moveimg.model import Transformer, ValueBank
-from moveimg.model.bank_storage import place_rows
+from moveimg.model.bank_storage import make_bank_storage
 
 BUNDLED = Path(__file__).parent / "bundled"
 BANKS = ("memory.bank.weight", "memory.context_bank.weight")
@@ -35,7 +35,7 @@ class ModelDescription(BaseModel):
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The loaded content of a model directory."""
+    """The loaded content of a model directory; `about` says how the model was made."""
 
     generator: Transformer
     tokenizer: vq.AutoencoderTokenizer
@@ -44,20 +44,29 @@ class ModelParts:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def save_model(directory: str | Path, parts: ModelParts, about: dict[str, Any]) -> None:
-    """Write a model directory, each file atomically; `about` says how the model was made."""
+def save_model(directory: str | Path, parts: ModelParts) -> None:
+    """Write a model directory, each file atomically.
+
+    Raises ValueError for a generator that was loaded with the option `bank`.
+    """
+    weights = parts.generator.state_dict()
+    with shapes_only():
+        expected = Transformer(parts.generator.config).state_dict()
+    if weights.keys() != expected.keys():
+        raise ValueError("a model loaded with `bank` cannot be saved: expected one without it")
     directory, fingerprint = Path(directory), parts.tokenizer.fingerprint
     path = directory / "config.json"
     stored = read_json(path) if path.is_file() else None
     if not isinstance(stored, dict) or stored.get("tokenizer") != fingerprint:
         vq.save(parts.tokenizer, directory / "tokenizer")
-    weights = parts.generator.state_dict().items()
+    stored_weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     with atomic(directory / "model.safetensors") as temporary:
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights}, temporary)
+        save_file(stored_weights, temporary)
     write_json(directory / "classes.json", parts.class_names)
     write_json(directory / "sampling.json", parts.sampling.model_dump())
     config = parts.generator.config.model_dump(mode="json")
-    write_json(path, {"format": 1, "tokenizer": fingerprint, "model": config, "about": about})
+    contents = {"format": 1, "tokenizer": fingerprint, "model": config, "about": parts.about}
+    write_json(path, contents)
 
 
 def load_model(
@@ -66,7 +75,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     bank: str | None = None,
 ) -> ModelParts:
-    """Read a model directory; `dtype` is the generator's, `bank` as of load_generator.
+    """Read a model directory; `dtype` is the generator's; for `bank` see load_generator.
 
     The tokenizer has float32 at least: its precision shows in FID. Raises FileNotFoundError for a
     missing file, ValueError for a damaged file or files that contradict each other.
@@ -94,7 +103,7 @@ def load_model(
 
 
 def read_description(directory: str | Path) -> ModelDescription:
-    """The config.json of a model directory; ValueError if a setting of the weights is missing."""
+    """The config.json of a model directory; ValueError if a setting in REQUIRED is missing."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: expected a model directory, with config.json")
@@ -132,10 +141,10 @@ def load_generator(
     dtype: torch.dtype = torch.float32,
     bank: str | None = None,
 ) -> Transformer:
-    """The generator of a model directory, in eval mode (errors as of load_model).
+    """The generator of a model directory, in eval mode (for errors see load_model).
 
     bank: int8 or int4 rounds the rows of the value bank, disk reads them from the file when they
-    are used, cpu keeps them in pinned memory of the CPU. Such a model cannot be trained.
+    are used, cpu keeps them in CPU memory. Such a model cannot be trained.
     """
     path = Path(directory) / "model.safetensors"
     with shapes_only():
@@ -150,7 +159,8 @@ def load_generator(
     if isinstance(memory, ValueBank):
         memory.check_rows(str(path))
     for name, rows in tables.items():
-        setattr(memory, name.split(".")[1], place_rows(str(bank), path, name, rows, memory.slots))
+        storage = make_bank_storage(str(bank), path, name, rows, memory.slots)
+        setattr(memory, name.split(".")[1], storage)
     return generator.to(device).eval()
 
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, model_validator
 
 from moveimg.bench import bench_rounds
-from moveimg.checkpoint import load_generator, read_about
+from moveimg.checkpoint import load_generator, load_tokenizer, read_about
 from moveimg.compare_report import write_report
 from moveimg.config import TrainConfig, load_config
 from moveimg.config.model import Config
@@ -39,13 +39,13 @@ from moveimg.progress import progress_bar
 from moveimg.training.logging import (
     MAY_CHANGE,
     changed_settings,
-    differing,
+    find_differences,
     flatten_settings,
     read_measurements,
     read_records,
 )
 
-# Keys in which rows may differ: the model's slots, size, and settings that follow from the codes.
+# Keys in which rows may differ: attention, memory, ffn, size, and settings that follow from codes.
 COMPARED = ("out", "seed", "memory_every", "model.attention", "model.memory", "model.ffn",
             "model.n_layer", "model.n_head", "model.width", "model.codebook_size",
             "model.n_classes", "model.grid")  # fmt: skip
@@ -91,6 +91,7 @@ class ComparedRun:
     name: str
     row: StudyRow
     config: TrainConfig
+    key: str  # of comparison.json: see settings_key
     test: TestSet | None
     known: dict[str, Any] | None = None  # the outcome, if comparison.json has it
 
@@ -100,7 +101,7 @@ class ComparedRun:
     def finished(self) -> bool:
         """Whether the directory holds the model of this run's last step, and its measurement."""
         out = self.config.out
-        if not (out / "config.json").is_file() or not read_measurements(metrics_of(out)):
+        if not (out / "config.json").is_file() or not read_measurements(metrics_path(out)):
             return False
         return read_about(out).get("step") == self.config.steps
 
@@ -127,11 +128,11 @@ class ComparedRun:
         if self.known is not None:
             return self.known
         out = self.config.out
-        lines = read_measurements(metrics_of(out))
+        lines = read_measurements(metrics_path(out))
         test = read_json(out / "test.json") if self.test is not None else {}
         return {
             "seed": self.config.seed,
-            "settings": settings_key(self.config),
+            "settings": self.key,
             "val_loss": lines[-1].loss,
             "loss": lines[-1].loss,
             **test,
@@ -142,7 +143,7 @@ class ComparedRun:
         }
 
 
-def metrics_of(out: Path) -> Path:
+def metrics_path(out: Path) -> Path:
     """The metrics.jsonl of a run's directory."""
     return out / "training" / "metrics.jsonl"
 
@@ -184,16 +185,17 @@ def compare(
 ) -> str:
     """Train every row with every seed in out/ROW-seedN; write and return the table.
 
-    out/ receives the report of moveimg.compare_report and logs/, anew whenever a run is done. Runs
-    in its comparison.json of the same settings are not repeated, even where their folders are gone.
+    out/ receives logs/, the report of moveimg.compare_report after each run, and plots at the end.
+    Runs that its comparison.json holds with equal settings are not repeated, even if their folders
+    were deleted.
 
     Args:
         overrides: settings for all rows, as `key.path=value`.
-        jobs: trainings at the same time, each with its share of the CPU cores.
-        rounds: alternating rounds in which speed is measured first; 0: none.
+        jobs: runs trained in parallel; they divide the CPU cores.
+        rounds: rounds of speed measurement before training; 0: none.
 
     Raises ValueError if rows differ in other keys than COMPARED and `vary`, if a run's folder holds
-    another run, or, after all other runs are done, for failed runs.
+    another run, for test codes of another tokenizer, or, after all other runs, for failed runs.
     """
     runs, failures = list_runs(study, out, overrides), []
     settings = flatten_settings(runs[0].config, (*COMPARED, *study.vary))
@@ -202,17 +204,21 @@ def compare(
         configs = {run.name: run.config for run in reversed(runs)}  # of a row's first seed
         write_json(out / "speed.json", bench_rounds(configs, rounds, device))
     missing = [run for run in runs if not run.scored()]
+    if study.test is not None and missing:
+        codes = PackedCodes(study.test.codes)
+        for path in {run.config.data.tokenizer for run in missing}:
+            codes.require_tokenizer(load_tokenizer(path, torch.device("cpu")).fingerprint)
     jobs_done = run_all(missing, overrides, device, jobs, out / "logs")
     with progress_bar(len(missing), "compare", "run") as bar, closing(jobs_done):
         for run, failure in jobs_done:
             bar.update()
             if failure is None and run.finished():
                 write_test_scores(run, device)
-                write_report(list(runs), study.questions, out, about)
+                write_report(runs, study.questions, out, about, plot=False)
             else:
                 failures.append(f"{run}: {failure or 'ended without the model of its last step'}")
                 bar.write(f"failed: {failures[-1]}", file=sys.stderr)
-    table = write_report(list(runs), study.questions, out, about)
+    table = write_report(runs, study.questions, out, about)
     if failures:
         raise ValueError("; ".join(failures))
     return table
@@ -227,17 +233,20 @@ def list_runs(study: Study, out: Path, overrides: Sequence[str]) -> list[Compare
         config = load_config(row.config, TrainConfig, [*overrides, *own])
         settings = flatten_settings(config, (*COMPARED, *study.vary))
         first = first or settings
-        for key, values in differing(first, settings).items():
+        for key, values in find_differences(first, settings).items():
             raise ValueError(
                 f"{key} is {values[0]} in the first row, {values[1]} in {name}: expected "
-                f"differences in the model's slots and size only (or --vary {key})"
+                f"differences in attention, memory, ffn and size only (or --vary {key})"
             )
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         for seed in row.seeds or study.seeds:
             chosen = {"seed": seed, "out": out / f"{slug}-seed{seed}"}
             own_config = config.model_copy(update=chosen)
-            outcome = known.get((settings_key(own_config), seed))
-            runs.append(ComparedRun(name, row, own_config, study.test, outcome))
+            key = settings_key(own_config, study.vary)
+            outcome = known.get((key, seed))
+            if study.test is not None and "fid" not in (outcome or {}):
+                outcome = None  # of a study without a test set
+            runs.append(ComparedRun(name, row, own_config, key, study.test, outcome))
     for run in runs:
         path = run.config.out / "training" / "config.yaml"
         for key, (before, now) in (
@@ -250,9 +259,13 @@ def list_runs(study: Study, out: Path, overrides: Sequence[str]) -> list[Compare
     return runs
 
 
-def settings_key(config: TrainConfig) -> str:
-    """A digest of the settings that an outcome depends on, without the seed and the data."""
-    settings = flatten_settings(config, (*MAY_CHANGE, "seed", "data", "init_from"))
+def settings_key(config: TrainConfig, vary: Sequence[str] = ()) -> str:
+    """A digest of the settings that an outcome depends on.
+
+    Without the seed and, unless rows vary in them, the paths in `data` and `init_from`.
+    """
+    paths = {"data", "init_from"} - {key.partition(".")[0] for key in vary}
+    settings = flatten_settings(config, (*MAY_CHANGE, "seed", *sorted(paths)))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -292,7 +305,7 @@ def run_all(
                                            env=environment, start_new_session=True,
                                            preexec_fn=die_with_parent())  # fmt: skip
             running.add(process)
-            if stopped.is_set():  # since the process was started, and without it in `running`
+            if stopped.is_set():  # before the process was in `running`
                 process.terminate()
             if process.wait():
                 lines = ["killed", *log.read_text(errors="replace").splitlines()]
@@ -315,15 +328,10 @@ def run_all(
 
 @torch.inference_mode()
 def write_test_scores(run: ComparedRun, device: torch.device, batch_size: int = 100) -> None:
-    """Write test.json: the loss on the test codes, FID and the share of samples recognised.
-
-    Raises ValueError for codes of another tokenizer.
-    """
+    """Write test.json: the loss on the test codes, FID and the share of samples recognised."""
     if run.test is None or run.scored():
         return
     model, codes = load_generator(run.config.out, device), PackedCodes(run.test.codes)
-    fingerprint = read_json(run.config.out / "config.json")["tokenizer"]
-    codes.require_tokenizer(fingerprint)
     total = 0.0
     for indices in torch.arange(len(codes)).split(batch_size):
         batch, labels = codes.get(indices.numpy(), 0 * indices.numpy())

@@ -22,12 +22,16 @@ SCORES = ("loss", "val_loss", "fid", "accuracy")
 
 
 def write_report(
-    runs: Sequence[Any], questions: Sequence[tuple[str, str]], out: Path, about: dict[str, Any]
+    runs: Sequence[Any],
+    questions: Sequence[tuple[str, str]],
+    out: Path,
+    about: dict[str, Any],
+    plot: bool = True,
 ) -> str:
     """Write the report of the runs that are finished and scored; return the table.
 
-    `runs` are moveimg.compare.ComparedRun. Differences are to the first row, for each row over the
-    seeds that both have.
+    `runs` are moveimg.compare.ComparedRun. Each row is compared with the first over their common
+    seeds; while the first has no finished run, these columns are empty.
     """
     results: list[dict[str, Any]] = []
     for name in dict.fromkeys(run.name for run in runs):
@@ -39,26 +43,26 @@ def write_report(
         result = {"name": name, **asdict(model_cost(config)), "runs": outcomes}
         result |= config.model_dump(mode="json", include={"attention", "memory", "ffn"})
         result |= summarize(outcomes)
-        baseline = results[0]["runs"] if results else outcomes
+        baseline = [run.outcome() for run in runs if run.name == runs[0].name and run.scored()]
         results.append(result | {"difference": difference(outcomes, baseline)})
     if not results:
         return ""
     speed = out / "speed.json"
     times = read_json(speed) if speed.is_file() else {}
     for result in results:
-        result["relative_seconds"] = relative_seconds(times, result["name"], results[0]["name"])
-    answers = answer(questions, results)
-    report = {**about, "rows": results, "questions": answers}
+        result["relative_seconds"] = relative_seconds(times, result["name"], runs[0].name)
+    report = {**about, "rows": results, "questions": compare_pairs(questions, results)}
     write_json(out / "comparison.json", report)
     table = results_table(report)
     write_text(out / "table.md", table + "\n")
     write_text(out / "questions.md", questions_table(report) + "\n")
-    plots.plot_comparison(results, out)
+    if plot:
+        plots.plot_comparison(results, out)
     return table
 
 
 def summarize(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation (of the sample, n - 1) of each score over seeds; speed and memory."""
+    """Mean and sample standard deviation of each score over seeds; speed and memory."""
     summary: dict[str, Any] = {
         "steps_per_second": statistics.median(run["steps_per_second"] for run in outcomes),
         "peak_memory": max(run["peak_memory"] for run in outcomes),
@@ -89,19 +93,20 @@ def difference(
     return {"mean": mean, "interval": half, "seeds": len(paired), "level": level}
 
 
-def answer(
-    questions: Sequence[tuple[str, str]], results: Sequence[dict[str, Any]]
+def compare_pairs(
+    pairs: Sequence[tuple[str, str]], results: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The loss difference of each pair of finished rows, at a joint level of 95 % (Bonferroni)."""
     by_name = {result["name"]: result["runs"] for result in results}
-    level = 1 - 0.05 / max(1, len(questions))
-    answers = []
-    for a, b in questions:
+    level = 1 - 0.05 / max(1, len(pairs))
+    tests = []
+    for a, b in pairs:
         if a in by_name and b in by_name:
-            found = difference(by_name[a], by_name[b], level)
-            significant = found["interval"] is not None and abs(found["mean"]) > found["interval"]
-            answers.append({"question": f"{a} - {b}", **found, "significant": significant})
-    return answers
+            result = difference(by_name[a], by_name[b], level)
+            half = result["interval"]
+            significant = half is not None and abs(result["mean"]) > half
+            tests.append({"question": f"{a} - {b}", **result, "significant": significant})
+    return tests
 
 
 def relative_seconds(times: dict[str, Any], name: str, baseline: str) -> dict[str, float] | None:
@@ -121,22 +126,22 @@ def results_table(report: dict[str, Any]) -> str:
 
 
 def questions_table(report: dict[str, Any]) -> str:
-    """The Markdown table of a report's questions; empty while none can be answered."""
+    """The Markdown table of a report's tested pairs; empty while none is finished."""
     if not report["questions"]:
         return ""
     return markdown_table([
         {
-            "question": found["question"],
-            "nats per code": format_difference(found),
-            "seeds": found["seeds"],
-            "significant": "yes" if found["significant"] else "no",
+            "question": test["question"],
+            "nats per code": format_difference(test),
+            "seeds": test["seeds"],
+            "significant": "yes" if test["significant"] else "no",
         }
-        for found in report["questions"]
+        for test in report["questions"]
     ])  # fmt: skip
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    def spread(key: str, form: str) -> str:
+    def mean_and_std(key: str, form: str) -> str:
         if key not in result:
             return ""
         mean, std = result[key]["mean"], result[key]["std"]
@@ -146,10 +151,10 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "row": result["name"],
         "seeds": len(result["runs"]),
-        "nats per code": spread("loss", ".4f"),
-        "to the first (95 %)": format_difference(result["difference"]),
-        "FID": spread("fid", ".4f"),
-        "recognised": spread("accuracy", ".1%"),
+        "nats per code": mean_and_std("loss", ".4f"),
+        "to the first row (95 %)": format_difference(result["difference"]),
+        "FID": mean_and_std("fid", ".4f"),
+        "recognised": mean_and_std("accuracy", ".1%"),
         "parameters": f"{result['parameters']:,}",
         "active": f"{result['active']:,}",
         "MFLOPs per token": f"{result['flops_per_token'] / 1e6:.3f}",
@@ -159,9 +164,9 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def format_difference(found: dict[str, Any]) -> str:
+def format_difference(difference: dict[str, Any]) -> str:
     """A result of `difference` as text: `-0.1095 ± 0.0226`; empty without common seeds."""
-    if found["mean"] is None:
+    if difference["mean"] is None:
         return ""
-    half = "" if found["interval"] is None else f" ± {found['interval']:.4f}"
-    return f"{found['mean']:+.4f}{half}"
+    half = "" if difference["interval"] is None else f" ± {difference['interval']:.4f}"
+    return f"{difference['mean']:+.4f}{half}"

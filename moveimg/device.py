@@ -31,8 +31,8 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def own_device(name: str | None) -> str | None:
-    """Return the device of a --device option: under torchrun, the GPU of this process."""
+def resolve_device(name: str | None) -> str | None:
+    """Return the name of this rank's device: the --device option, or its GPU under torchrun."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     kind = (name or "auto").partition(":")[0]
     if several and kind in ("auto", "cuda") and torch.cuda.is_available():
@@ -87,7 +87,7 @@ def _call_glibc(function: str, *arguments: int) -> None:
 
 
 def has_bfloat16() -> bool:
-    """Return whether the CPU has instructions for products of bfloat16 matrices."""
+    """Return whether oneDNN supports products of bfloat16 matrices on this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

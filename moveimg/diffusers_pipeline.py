@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
-from moveimg.checkpoint import ModelParts, save_model
+from moveimg.checkpoint import save_model
 from moveimg.pipeline import Classes, Pipeline
 from moveimg.pretrained.share import write_diffusers
 from moveimg.sampling import MAX_SEED, image_rngs, iter_codes
@@ -64,7 +64,7 @@ class MoveimgPipeline(DiffusionPipeline):
         ]
         labels = torch.tensor(indices, device=pipeline.device)
         codes = labels.new_zeros(len(labels), pipeline.generator.config.seq_len)
-        drawn = iter_codes(pipeline.decoder, labels, settings, image_rngs(seeds))
+        drawn = iter_codes(pipeline.prepared_generator, labels, settings, image_rngs(seeds))
         for step, column in enumerate(self.progress_bar(drawn)):
             codes[:, step] = column
             if callback_on_step_end is not None:
@@ -89,7 +89,5 @@ class MoveimgPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the model directory, with the files that let diffusers load it."""
-        model = self.moveimg
-        parts = ModelParts(model.generator, model.tokenizer, model.class_names, model.sampling)
-        save_model(save_directory, parts, model.about)
+        save_model(save_directory, self.moveimg.parts)
         write_diffusers(Path(save_directory))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from moveimg.device import own_device, pick_device
+from moveimg.device import pick_device, resolve_device
 
 TIMEOUT = timedelta(days=7)  # ranks wait for a rank that downloads or has more work
 
@@ -53,7 +53,7 @@ class World:
         """Block until every process has called this method."""
         self.any(False)
 
-    def run_first(self, action: Callable[[], object]) -> None:
+    def run_on_rank0(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 while other ranks wait; all raise its ValueError or OSError."""
         error: Exception | None = None
         if self.main:
@@ -68,7 +68,7 @@ class World:
             raise error or ValueError(message[0])
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
+    def rank0_first(self) -> Iterator[None]:
         """Run the block on rank 0 first, so that other ranks find the files that it downloads."""
         if not self.main:
             self.wait()
@@ -85,7 +85,7 @@ def processes(device: str | None) -> Iterator[World]:
         yield World(device=pick_device(device))
         return
     try:
-        chosen = pick_device(own_device(device))
+        chosen = pick_device(resolve_device(device))
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -109,7 +109,7 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over processes with the local gradient, which DDP averages."""
+    """Return a tensor's mean over processes; its gradient stays local, for DDP to average."""
     if not dist.is_initialized():
         return tensor
     average = reduce_sum(tensor) / dist.get_world_size()

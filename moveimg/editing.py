@@ -33,7 +33,7 @@ Area = str | int | Sequence[int] | Image.Image | np.ndarray
 def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     """The pixels of an area (see Pipeline.complete) of an image of `size` (H, W), bool [H, W].
 
-    Of a mask, the area is the pixels above half of the maximum; it is cropped like the image.
+    The area of a mask is its pixels above half its maximum, after the image's crop.
     Raises ValueError for an area of another form, or outside the image.
     """
     height, width = size
@@ -65,7 +65,7 @@ def area_pixels(area: Area, size: tuple[int, int], downsample: int) -> Tensor:
     return inside
 
 
-def blend(original: Tensor, decoded: Tensor, hole: Tensor, downsample: int) -> Tensor:
+def composite(original: Tensor, decoded: Tensor, hole: Tensor, downsample: int) -> Tensor:
     """Images [B, 3, H, W] with `decoded` pixels in the hole (bool [h, w]), `original` outside.
 
     The pixels are blended over a quarter of a code's side on each side of the seam.
@@ -90,9 +90,9 @@ def resample(
 
     Yields each block's positions and the codes [B, T] after it. A block of up to 4 codes is drawn
     again given the codes before it, and accepted with probability
-    min(1, p(codes after | new block) / p(codes after | old block)). Many passes sample the hole
-    from the distribution proportional to the product over all codes of q, from which drawn codes
-    come (guidance, temperature, top-k, top-p), and for kept codes p (guidance and temperature).
+    min(1, q(codes after | new block) / q(codes after | old block)), where q is the sampling
+    distribution: guidance, temperature and, for drawn codes only, top-k and top-p. With many
+    passes, the hole's distribution converges to the normalised product of q over all codes.
     Raises ValueError for temperature 0.
     """
     if settings.temperature == 0:
@@ -112,7 +112,8 @@ def resample(
         known[:, block] = UNKNOWN
         proposal = sample_codes(generator, labels, settings, rng, known)
         proposed = log_probs(proposal)
-        uniforms = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in rng])
+        draws = [torch.rand((), generator=g, dtype=torch.float64, device=g.device) for g in rng]
+        uniforms = torch.stack(draws)
         ratio = (proposed - current)[:, block.stop :].sum(dim=1)
         accept = (uniforms.to(ratio.device).log() < ratio)[:, None]
         codes = torch.where(accept, proposal, codes)

@@ -73,10 +73,10 @@ class ImageList(list[Image.Image]):
 
     def _repr_png_(self) -> bytes | None:
         rows = [self[i : i + 8] for i in range(0, len(self), 8)]
-        return png_bytes(labelled_grid(rows, [""] * len(rows)), {}) if rows else None
+        return encode_png(draw_grid(rows, [""] * len(rows)), {}) if rows else None
 
 
-def labelled_grid(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -> Image.Image:
+def draw_grid(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -> Image.Image:
     """Draw rows of images of one size, each row with a name at the left; enlarges small images."""
     scale = max(1, 64 // max(rows[0][0].size))
     width, height = (scale * pixels for pixels in rows[0][0].size)
@@ -94,7 +94,7 @@ def labelled_grid(rows: Sequence[Sequence[Image.Image]], names: Sequence[str]) -
     return grid
 
 
-def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
+def encode_png(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
     """Encode a PNG with `settings` as JSON in the text chunk `moveimg`."""
     about, buffer = PngInfo(), io.BytesIO()
     about.add_text("moveimg", json.dumps(dict(settings)))
@@ -103,9 +103,9 @@ def png_bytes(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
-    """Write an image as a PNG with `settings`, atomically (see png_bytes)."""
+    """Write an image as a PNG with `settings`, atomically (see encode_png)."""
     with atomic(path) as temporary:
-        temporary.write_bytes(png_bytes(image, settings))
+        temporary.write_bytes(encode_png(image, settings))
 
 
 class UnreadableImageError(ValueError):

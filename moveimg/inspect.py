@@ -8,15 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from moveimg import plots
-from moveimg.data import PackedCodes
+from moveimg.data import PackedCodes, evenly_spaced
 from moveimg.files import write_json
 from moveimg.images import save_png
 from moveimg.model import MoE, Transformer, ValueBank
-from moveimg.model.analysis import Batches, bank_maps, gather_gates, gradient_sources
+from moveimg.model.analysis import (
+    Batches,
+    compute_bank_maps,
+    compute_gate_stats,
+    compute_gradient_sources,
+)
 from moveimg.pipeline import Pipeline
 
 
@@ -38,7 +44,7 @@ def inspect_model(
     code that does not occur.
     """
     model = pipeline.generator
-    batches = read_codes(pipeline, codes_folder, num, batch_size, seed)
+    batches = load_batches(pipeline, codes_folder, num, batch_size, seed)
     report: dict[str, Any] = {
         "model": model.config.model_dump(mode="json"),
         "codes": "its own samples" if codes_folder is None else str(codes_folder),
@@ -46,9 +52,9 @@ def inspect_model(
         "experts": expert_loads(model, batches),
     }
     if isinstance(model.memory, ValueBank):
-        report["layers"] = gather_gates(model, batches)
+        report["layers"] = compute_gate_stats(model, batches)
         if isinstance(model.memory.bank, nn.Embedding):  # a quantized bank has no gradient
-            report["gradients"] = gradient_sources(model, *batches[0])
+            report["gradients"] = compute_gradient_sources(model, *batches[0])
         plots.plot_gates(report["layers"], out)
         if row is not None:
             report["row"] = describe_row(pipeline, row, batches, out)
@@ -61,10 +67,10 @@ def inspect_model(
     return report
 
 
-def read_codes(
+def load_batches(
     pipeline: Pipeline, folder: Path | None, num: int, batch_size: int, seed: int
 ) -> Batches:
-    """Batches of codes and labels on the pipeline's device, spread over the folder's images."""
+    """Batches (codes, labels): evenly spaced packed codes, or samples of the model."""
     if folder is None:
         classes = [i % len(pipeline.class_names) for i in range(num)]
         settings = pipeline.settings()
@@ -73,7 +79,7 @@ def read_codes(
     else:
         packed = PackedCodes(folder / "val" if (folder / "val").is_dir() else folder)
         packed.require_tokenizer(pipeline.tokenizer.fingerprint)
-        picked = torch.linspace(0, len(packed) - 1, min(num, len(packed))).long().numpy()
+        picked = np.array(evenly_spaced(len(packed), num))
         codes, labels = packed.get(picked, 0 * picked)
     codes, labels = codes.to(pipeline.device), labels.to(pipeline.device)
     return list(zip(codes.split(batch_size), labels.split(batch_size), strict=True))
@@ -111,7 +117,7 @@ def describe_row(
         with_rows, without = (m(codes, labels)[:, 1:][at].log_softmax(-1) for m in (model, bare))
         divergence += (with_rows.exp() * (with_rows - without)).sum().item()
         changes += (with_rows.exp() - without.exp()).sum(0)
-        for layer, bank_map in bank_maps(model, codes, labels).items():
+        for layer, bank_map in compute_bank_maps(model, codes, labels).items():
             means = torch.stack([bank_map.g_0[at.cpu()], bank_map.slots[at.cpu()]])
             gates.setdefault(layer + 1, []).append(means.sum(1))
     if not count:
@@ -136,7 +142,7 @@ def describe_row(
 
 @torch.no_grad()
 def expert_loads(model: Transformer, batches: Batches) -> dict[int, list[float]]:
-    """Each expert's share of the choices, of every layer with experts."""
+    """Each expert's share of the routed tokens, by MoE layer."""
     experts = {i: ffn for i, ffn in enumerate(model.feedforwards(), 1) if isinstance(ffn, MoE)}
     loads: dict[int, list[Any]] = {i: [] for i in experts}
     for ffn in experts.values():
@@ -147,4 +153,4 @@ def expert_loads(model: Transformer, batches: Batches) -> dict[int, list[float]]
             loads[i].append(ffn.load)
     for ffn in experts.values():
         ffn.training, ffn.auxiliary = False, None
-    return {i: torch.stack(found).mean(0).tolist() for i, found in loads.items()}
+    return {i: torch.stack(of_layer).mean(0).tolist() for i, of_layer in loads.items()}

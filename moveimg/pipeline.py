@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from moveimg.checkpoint import ModelParts, load_model, save_model
 from moveimg.class_names import find_label, search_names
 from moveimg.config import SamplingSettings
 from moveimg.device import pick_device, pick_dtype
-from moveimg.editing import Area, area_pixels, blend, resample
+from moveimg.editing import Area, area_pixels, composite, resample
 from moveimg.errors import shorten, validate
 from moveimg.files import atomic_directory
 from moveimg.images import ImageList, center_crop, to_pil, to_rgb, to_tensor
-from moveimg.model import Transformer, decoding_model
+from moveimg.model import Transformer, prepare_for_sampling
 from moveimg.pretrained.hub import resolve
 from moveimg.sampling import UNKNOWN, Likelihood, image_rngs
 
@@ -86,7 +87,7 @@ class Pipeline:
         parts = load_model(resolve(name_or_path), where, pick_dtype(dtype, where), bank)
         pipeline = cls(parts, where, quantize, compile, str(name_or_path))
         if quantize is not None or compile:
-            _ = pipeline.decoder  # fail now if it cannot be quantized or compiled
+            _ = pipeline.prepared_generator  # fail now if the options do not fit
         return pipeline
 
     def __repr__(self) -> str:
@@ -104,15 +105,21 @@ class Pipeline:
         return f"<p>{html.escape(repr(self))}</p><p>Classes: {html.escape(text)}</p>"
 
     @property
-    def decoder(self) -> Transformer:
+    def prepared_generator(self) -> Transformer:
         """The generator prepared for sampling, and prepared again after a change of its weights."""
         weights = [p for p in self.generator.parameters() if not p.is_inference()]
         state = tuple((p.data_ptr(), p.dtype, p._version) for p in weights)
         key = (self.generator, self.quantize, self.compile, state)
         if self._prepared is None or self._prepared[0] != key:
-            options: dict[str, Any] = {"compile": True} if self.compile else {}
-            self._prepared = (key, decoding_model(self.generator, self.quantize, **options))
+            fast = prepare_for_sampling(self.generator, self.quantize, self.compile)
+            self._prepared = key, fast
         return self._prepared[1]
+
+    @property
+    def parts(self) -> ModelParts:
+        """What a model directory holds: generator, tokenizer, class names, settings, notes."""
+        own = self.generator, self.tokenizer, self.class_names, self.sampling, self.about
+        return ModelParts(*own)
 
     def without_rows(self, codes: Sequence[int]) -> Pipeline:
         """A copy whose bank holds zeros in the rows of `codes` (see moveimg.bank_editing)."""
@@ -126,16 +133,16 @@ class Pipeline:
 
     def with_generator(self, generator: Transformer) -> Pipeline:
         """A copy with another generator."""
-        parts = ModelParts(generator, self.tokenizer, self.class_names, self.sampling, self.about)
+        parts = replace(self.parts, generator=generator)
         return Pipeline(parts, self.device, self.quantize, self.compile, self.name)
 
     def save(self, directory: str | Path) -> None:
-        """Write a model directory, atomically. Raises FileExistsError if it exists."""
-        parts = ModelParts(
-            self.generator, self.tokenizer, self.class_names, self.sampling, self.about
-        )
+        """Write a model directory, atomically.
+
+        Raises FileExistsError if it exists, ValueError for a model loaded with `bank`.
+        """
         with atomic_directory(Path(directory)) as temporary:
-            save_model(temporary, parts, self.about)
+            save_model(temporary, self.parts)
 
     def label(self, name_or_index: str | int) -> int:
         """The label of a class by index, name, synonym or unambiguous part of a name."""
@@ -175,19 +182,20 @@ class Pipeline:
             options: num=1, seed=0 and fields of SamplingSettings, as for sample, and passes=0:
                 resampling passes, where kept codes come after drawn ones (see moveimg.editing).
         """
-        return self.decode(self._redraw(image, classes, self.hole(keep, kept=True), **options))
+        drawn = self.code_mask(keep, invert=True)
+        return self.decode(self._redraw(image, classes, drawn, **options))
 
     def edit(
         self, image: Image.Image, classes: Classes, *, hole: Area, **options: Any
     ) -> list[Image.Image]:
         """Versions of an image with the area `hole` redrawn, for its own class or another.
 
-        Pixels outside the hole are the image's own, blended over the seam. `hole` has the forms of
+        Pixels outside the hole are the image's, blended across the seam. `hole` has the forms of
         complete's `keep`; for the other arguments see complete.
         """
-        drawn = self.hole(hole)
-        codes = self._redraw(image, classes, drawn, **options)
-        return self.decode_partial(codes, codes.shape[1], drawn, image)
+        mask = self.code_mask(hole)
+        codes = self._redraw(image, classes, mask, **options)
+        return self.decode_partial(codes, codes.shape[1], mask, image)
 
     def _redraw(self, image: Image.Image, classes: Classes, hole: Tensor, **options: Any) -> Tensor:
         labels = self._labels(classes, options.pop("num", 1))
@@ -203,9 +211,8 @@ class Pipeline:
         if len(labels) not in (1, len(codes)):
             raise ValueError(f"{len(labels)} classes for {len(codes)} images: expected 1 or equal")
         pairs = codes.split(batch_size), labels.expand(len(codes)).split(batch_size)
-        log_probs = [
-            sampling.code_log_probs(self.decoder, *pair) for pair in zip(*pairs, strict=True)
-        ]
+        model = self.prepared_generator
+        log_probs = [sampling.code_log_probs(model, *pair) for pair in zip(*pairs, strict=True)]
         return Likelihood(torch.cat(log_probs), math.prod(self.image_size))
 
     def classify(
@@ -216,10 +223,13 @@ class Pipeline:
         By Bayes' rule with equal priors: p(class | codes) = p(codes | class) / sum over classes.
         """
         codes = self.encode(images, batch_size=batch_size)
-        scores = sampling.class_log_likelihoods(self.decoder, codes, batch_size)
+        scores = sampling.class_log_likelihoods(self.prepared_generator, codes, batch_size)
         best = scores.softmax(dim=1).topk(min(top_k, len(self.class_names)), dim=1)
         return [
-            [(self.class_names[label], share) for label, share in zip(*row, strict=True)]
+            [
+                (self.class_names[label], probability)
+                for label, probability in zip(*row, strict=True)
+            ]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
@@ -236,9 +246,9 @@ class Pipeline:
         return center_crop(to_rgb(image), self.image_size)
 
     def encode(self, images: Images, *, batch_size: int = 32) -> Tensor:
-        """Codes int64 [B, T] of images, which are cropped first; codes are returned unchanged."""
+        """Codes int64 [B, T], on the device, of images, which are cropped first, or of codes."""
         if isinstance(images, Tensor):
-            return images
+            return images.to(self.device)
         images = [images] if isinstance(images, Image.Image) else images
         cropped = [self.crop(image) for image in images]
         if not cropped or batch_size < 1:
@@ -250,9 +260,9 @@ class Pipeline:
             encode = self.tokenizer.encode
             return torch.cat([encode(to_tensor(batch).to(self.device)) for batch in batches])
 
-    def hole(self, area: Area, kept: bool = False) -> Tensor:
+    def code_mask(self, area: Area, invert: bool = False) -> Tensor:
         """The codes that overlap an area or, with `kept`, its outside: bool [T]."""
-        pixels = area_pixels(area, self.image_size, self.tokenizer.downsample) ^ kept
+        pixels = area_pixels(area, self.image_size, self.tokenizer.downsample) ^ invert
         codes = max_pool2d(pixels[None].float(), self.tokenizer.downsample)
         return codes.bool().flatten().to(self.device)
 
@@ -263,7 +273,8 @@ class Pipeline:
         *,
         seed: int = 0,
         batch_size: int = 32,
-        **known: Any,
+        known: Tensor | None = None,
+        passes: int = 0,
     ) -> Tensor:
         """Codes int64 [B, T] of classes, on the pipeline's device (arguments: see iter_codes)."""
         labels, drawn = self._labels(classes), []
@@ -271,8 +282,12 @@ class Pipeline:
             raise ValueError(f"batch_size {batch_size}: expected at least 1")
         image_rngs([seed, seed + len(labels) - 1])  # refuse a bad seed before the first batch
         for first in range(0, len(labels), batch_size):
-            batch = labels[first : first + batch_size]
-            *_, (_, codes) = self.iter_codes(batch, settings, seed=seed + first, **known)
+            part = slice(first, first + batch_size)
+            kept = known[part] if known is not None and known.ndim == 2 else known
+            drawing = self.iter_codes(
+                labels[part], settings, seed=seed + first, known=kept, passes=passes
+            )
+            *_, (_, codes) = drawing
             drawn.append(codes)
         return torch.cat(drawn)
 
@@ -285,10 +300,11 @@ class Pipeline:
         known: Tensor | None = None,
         passes: int = 0,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Draw an image per class in one batch; yields (number of codes, codes [B, T]) per code.
+        """Draw an image per class in one batch; yields (codes drawn, codes [B, T]) after each code.
 
+        The codes are the same tensor each time, and codes not yet drawn are 0 in it.
         known: int64 [T] or [B, T], codes to keep, and -1 for codes to draw. passes: resampling
-        passes over the drawn codes (with `known` [T]; see moveimg.editing), counted beyond T.
+        passes over the drawn codes (with `known` [T]; see moveimg.editing), counted after T.
         """
         labels, done = self._labels(classes), self.generator.config.seq_len
         codes = torch.zeros(len(labels), done, dtype=torch.int64, device=self.device)
@@ -297,12 +313,13 @@ class Pipeline:
             known = known.expand(len(labels), -1)
             codes = known.clamp(min=0)
         rngs = image_rngs(range(seed, seed + len(labels)))
-        drawing = sampling.iter_codes(self.decoder, labels, settings, rngs, known)
+        model = self.prepared_generator
+        drawing = sampling.iter_codes(model, labels, settings, rngs, known)
         for position, drawn in enumerate(drawing):
             codes[:, position] = drawn
             yield position + 1, codes
         for _ in range(passes if known is not None else 0):
-            for block, changed in resample(self.decoder, labels, codes, hole, settings, rngs):
+            for block, changed in resample(model, labels, codes, hole, settings, rngs):
                 done, codes = done + block.stop - block.start, changed
                 yield done, codes
 
@@ -329,7 +346,7 @@ class Pipeline:
         images = pad(images, (0, 0, 0, (height - rows) * pixels))
         if hole is not None and original is not None:
             outside = to_tensor([self.crop(original)]).to(images).expand_as(images)
-            images = blend(outside, images, hole.view(height, width), pixels)
+            images = composite(outside, images, hole.view(height, width), pixels)
         grey = images.new_ones(height * width) if hole is None else hole.to(images)
         grey[:done] = 0
         mask = interpolate(grey.view(1, 1, height, width), scale_factor=pixels).bool()

@@ -14,10 +14,11 @@ from moveimg.files import atomic
 
 LOSS = "loss (nats per code)"
 COSTS = {
-    "parameters": "parameters",
-    "flops_per_token": "FLOPs per token (forward; training takes 3 times)",
-    "seconds": "seconds of a training step, over those of the first row",
+    "parameters": "million parameters",
+    "flops_per_token": "MFLOPs per token (forward; training takes 3 times)",
+    "seconds": "seconds per training step, relative to the first row",
 }
+MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.", (0, (5, 1)))  # one each for 10 colours
 STATISTICS = {
     "mean": "mean gate",
     "spread": "standard deviation",
@@ -33,17 +34,18 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_comparison(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write curves.png, costs.png, and saturation.png and memory.png where there is a bank.
+    """Write curves.png, costs.png; saturation.png for several slot counts, memory.png for records.
 
     `rows` are those of comparison.json. A band is one standard deviation over seeds.
     """
-    colors = matplotlib.colormaps["tab20"]
-    style = {
-        row["name"]: {"label": row["name"], "color": colors(i % 20)} for i, row in enumerate(rows)
-    }
+    style = {}
+    for i, row in enumerate(rows):
+        color, group = matplotlib.colormaps["tab10"](i % 10), i // 10 % len(MARKERS)
+        look = {"color": color, "marker": MARKERS[group], "linestyle": LINES[group]}
+        style[row["name"]] = {"label": row["name"], "markersize": 4, **look}
     _plot_curves(rows, style, out)
     _plot_costs(rows, style, out)
-    if len(banks := _pick_densities(rows)) > 1:
+    if len(banks := _pick_slot_counts(rows)) > 1:
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         axes = figure.add_subplot()
         stds = [row["loss"]["std"] or 0 for row in banks]
@@ -58,7 +60,7 @@ def plot_comparison(rows: Sequence[dict[str, Any]], out: Path) -> None:
         _plot_records(recorded, style, out)
 
 
-def _pick_densities(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pick_slot_counts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first row with MoVE, and the rows that differ from it in the number of slots alone."""
 
     def settings(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -71,14 +73,14 @@ def _pick_densities(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _plot_curves(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path) -> None:
     figure, ends = Figure(figsize=(9, 6), layout="constrained"), []
     axes = figure.add_subplot()
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row["val_loss"]["mean"]):  # as their lines end
         runs = [dict(map(tuple, run["curve"])) for run in row["runs"]]
         steps = sorted(set.intersection(*map(set, runs)))
         losses = np.array([[run[step] for step in steps] for run in runs])
-        mean, spread = losses.mean(axis=0), losses.std(axis=0, ddof=int(len(runs) > 1))
+        mean, std = losses.mean(axis=0), losses.std(axis=0, ddof=int(len(runs) > 1))
         axes.plot(steps, mean, **style[row["name"]])
         axes.fill_between(
-            steps, mean - spread, mean + spread, color=style[row["name"]]["color"], alpha=0.2
+            steps, mean - std, mean + std, color=style[row["name"]]["color"], alpha=0.1
         )
         ends += list(mean[len(mean) // 4 :])
     if min(ends) < max(ends):  # the high losses of the first steps would hide the others
@@ -95,10 +97,11 @@ def _plot_costs(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path
     panels = figure.subplots(1, len(COSTS), sharey=True)
     for panel, (key, label) in zip(panels, COSTS.items(), strict=True):
         for row in rows:
-            cost = (row["relative_seconds"] or {}).get("step") if key == "seconds" else row[key]
+            relative = (row["relative_seconds"] or {}).get("step")
+            cost = relative if key == "seconds" else row[key] / 1e6
             if cost is not None:
-                panel.errorbar(cost, row["loss"]["mean"], yerr=row["loss"]["std"] or 0, fmt="o",
-                               capsize=3, **style[row["name"]])  # fmt: skip
+                panel.errorbar(cost, row["loss"]["mean"], yerr=row["loss"]["std"] or 0,
+                               capsize=3, **style[row["name"]] | {"linestyle": ""})  # fmt: skip
         panel.set(xlabel=label, ylabel=LOSS)
         panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
@@ -108,19 +111,21 @@ def _plot_costs(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path
 
 
 def _plot_records(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path) -> None:
-    """Alignment of the layers' gradients, the bank's gradient, and mean gates over training."""
+    """Alignment of the layers' gradients, the bank's gradient, mean gates; means over seeds."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
     for row in rows:
-        records = row["runs"][0]["records"]
-        steps = [record["step"] for record in records]
+        # records of each step, one per seed
+        by_step = list(zip(*(run["records"] for run in row["runs"]), strict=False))
+        steps = [records[0]["step"] for records in by_step]
         series = {
-            "alignment of the layers' gradients": [r["alignment"] for r in records],
-            "norm of the bank's gradient": [r["bank"] for r in records],
-            "mean g_0": [np.mean(list(r["g_0"].values())) for r in records],
-            "mean gate of the slots": [np.mean(list(r["slots"].values())) for r in records],
+            "alignment of the layers' gradients": lambda r: r["alignment"],
+            "norm of the bank's gradient": lambda r: r["bank"],
+            "mean g_0": lambda r: np.mean(list(r["g_0"].values())),
+            "mean gate of the slots": lambda r: np.mean(list(r["slots"].values())),
         }
-        for axes, (title, values) in zip(panels, series.items(), strict=True):
+        for axes, (title, read) in zip(panels, series.items(), strict=True):
+            values = [np.mean([read(record) for record in records]) for records in by_step]
             axes.plot(steps, values, **style[row["name"]])
             axes.set(title=title, xlabel="step")
             axes.grid(alpha=0.3)
@@ -130,7 +135,7 @@ def _plot_records(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Pa
 
 
 def plot_gates(layers: dict[int, Any], out: Path) -> None:
-    """Write gates.png: mean, deviation and extremes of each gate over layers, heads averaged."""
+    """Write gates.png: mean, std and saturated shares of each gate by layer, means over heads."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
     for axes, (key, title) in zip(panels, STATISTICS.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Random generators of a training run, independent of torch's global one and other threads."""
+"""Random generators for dropout and initial weights, separate from torch's global generator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Dropout(nn.Dropout):
     generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or torch.compiler.is_compiling() or self.generator is None:
+        drawing = self.training and self.p and self.generator is not None
+        if not drawing or torch.compiler.is_compiling():
             return super().forward(x)
         keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
         return x * keep.div_(1 - self.p)
@@ -32,7 +33,7 @@ def set_generator(model: nn.Module, generator: torch.Generator) -> None:
 
 
 @contextmanager
-def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
+def rewind(generator: torch.Generator, state: Tensor) -> Iterator[None]:
     """Set the generator to `state` inside the block, and restore its old state afterwards."""
     before = generator.get_state()
     generator.set_state(state)
@@ -42,7 +43,7 @@ def rewound(generator: torch.Generator, state: Tensor) -> Iterator[None]:
         generator.set_state(before)
 
 
-class InitialValues(TorchFunctionMode):
+class SeededInit(TorchFunctionMode):
     """Draw this thread's initial weights inside the block from a generator seeded with `seed`."""
 
     DRAWS = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)

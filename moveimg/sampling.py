@@ -39,13 +39,15 @@ def sample_codes(
     known: Tensor | None = None,
     cfg_scale: Tensor | None = None,
 ) -> Tensor:
-    """Draw the codes of one image per label: int64 [B, T]. The same arguments give the same bits.
+    """Draw the codes of one image per label: int64 [B, T].
+
+    Random generators in equal states give equal codes.
 
     Args:
         labels: int64 [B] in 0..C, where C is the null label.
         rng: one CPU random generator per image (see image_rngs).
-        known: int64 [B, T], codes to keep, and UNKNOWN where a code is drawn given the codes before
-            it; where all known codes come first, that is exact sampling given them.
+        known: int64 [B, T], codes to keep, and UNKNOWN for codes to draw. If all kept codes come
+            before the drawn codes, this samples exactly from p(drawn | kept).
         cfg_scale: [B], a guidance scale per image in place of that of `settings`.
     """
     codes = iter_codes(generator, labels, settings, rng, known, cfg_scale)
@@ -80,11 +82,11 @@ def iter_codes(
     cache = generator.make_cache(len(labels))
     prefix = [known[:, :first].repeat(1 + guided, 1)] if first else []
     with torch.autocast(labels.device.type, enabled=False):
-        logits = generator.start(labels, cache, *prefix)
+        logits = generator.prefill(labels, cache, *prefix)
     scales = scales.to(logits)
     for position in range(first, length):
         codes = known[:, position]
-        # Only at the first and last position, since it waits for the device; NaN stays in the cache
+        # checked at two positions alone: the check waits for the device, and NaN persists
         if position in (first, last) and not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: expected undamaged weights")
         if position in missing:
@@ -96,7 +98,7 @@ def iter_codes(
         yield codes
         if position < last:  # autocast around each step: the caller's code runs in between
             with torch.autocast(labels.device.type, enabled=False):
-                logits = generator.decode(codes.repeat(1 + guided), cache)
+                logits = generator.step(codes.repeat(1 + guided), cache)
 
 
 def guidance_scales(
@@ -214,12 +216,13 @@ def code_log_probs(
     labels: Tensor,
     scales: Tensor | None = None,
     temperature: float = 1.0,
-    narrow: Callable[[Tensor], Tensor] = lambda logits: logits,
+    filter_logits: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> Tensor:
     """log p(code | label, codes before it) in nats, float64 [B, T].
 
     Labels int64 [B] are in 0..C, where C is the null label. `scales` [T, 1, 1] are guidance scales
-    (see guidance_scales; None: 1); `narrow` filters the guided logits [B, T, V].
+    (see guidance_scales; None: 1). `filter_logits` gets the guided logits [B, T, V], after the
+    temperature.
     """
     scales = torch.ones(1, 1, 1) if scales is None else scales
     labels, guided = guided_labels(generator, labels, scales)
@@ -228,7 +231,7 @@ def code_log_probs(
     if guided:
         conditional, unconditional = logits.chunk(2)
         logits = guide(conditional, unconditional, scales[..., 0].to(logits))
-    log_probs = narrow(logits / temperature).log_softmax(dim=-1)
+    log_probs = filter_logits(logits / temperature).log_softmax(dim=-1)
     return log_probs.gather(-1, codes[..., None])[..., 0].double()
 
 

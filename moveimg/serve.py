@@ -34,7 +34,7 @@ from moveimg.errors import describe, shorten, validate
 APP = "moveimg"
 IMAGES = "/v1/images/generations"
 MAX_BODY = 64 * 1024  # bytes
-ATTEMPTS = 3  # maximum replicas that a request is sent to, after each has died
+ATTEMPTS = 3  # replicas tried per request: the next one if a replica dies
 
 
 class ImageRequest(BaseModel):
@@ -83,7 +83,7 @@ class Generator:
         limit_arenas()
         torch.set_num_threads(threads)
         self.pipeline, self.name = Pipeline.from_pretrained(model, device=device, dtype=dtype), name
-        _ = self.pipeline.decoder  # prepares the weights before the first request
+        _ = self.pipeline.prepared_generator  # prepares the weights before the first request
         self.size = "{1}x{0}".format(*self.pipeline.image_size)
         self.batch_size, self.thread = batch_size, ThreadPoolExecutor(1)
         self.idle = asyncio.Event()
@@ -171,7 +171,7 @@ class Generator:
         """Draw orders whose settings differ in cfg_scale alone; yields {order: event}."""
         import torch
 
-        from moveimg.images import png_bytes
+        from moveimg.images import encode_png
         from moveimg.sampling import image_rngs, iter_codes
 
         pipeline, rows = self.pipeline, [(order, i) for order in orders for i in range(order.n)]
@@ -179,7 +179,7 @@ class Generator:
         rngs = image_rngs([order.seed + i for order, i in rows])
         scales = torch.tensor([o.settings.cfg_scale for o, _ in rows], dtype=torch.float64)
         codes = labels.new_zeros(len(rows), pipeline.generator.config.seq_len)
-        drawn = iter_codes(pipeline.decoder, labels, settings, rngs, cfg_scale=scales)
+        drawn = iter_codes(pipeline.prepared_generator, labels, settings, rngs, cfg_scale=scales)
         for position, new in enumerate(drawn, 1):
             codes[:, position - 1] = new
             if all(order.done for order in orders):
@@ -191,7 +191,7 @@ class Generator:
                 # decoded one by one: pixels must not depend on the batch
                 image = pipeline.decode_partial(codes[row : row + 1], position)[0]
                 about = {"class": order.label, "seed": order.seed + i}
-                png = png_bytes(image, about | order.settings.model_dump())
+                png = encode_png(image, about | order.settings.model_dump())
                 event: dict[str, Any] = {"type": "image_generation.completed"}
                 if not complete:
                     event["type"] = "image_generation.partial_image"
@@ -241,7 +241,7 @@ class Front:
             async def replay(bodies: list[Any] = bodies) -> Any:
                 return bodies.pop() if bodies else await receive()
 
-            async def forward(message: Any) -> None:
+            async def relay(message: Any) -> None:
                 nonlocal sent, text, seen, status, complete
                 status = message.get("status", status)
                 seen, complete = seen + 1, not message.get("more_body", "status" in message)
@@ -251,7 +251,7 @@ class Front:
                     sent = seen
                     await send(message)
 
-            await self.app(dict(scope), replay, forward)
+            await self.app(dict(scope), replay, relay)
             if complete:
                 break
         if not sent:

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -134,16 +135,16 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def slow_model(server, monkeypatch):
-    """Slow down decoding, so that a test can stop it; returns the list of decoded codes."""
+    """Slow down decoding steps, so that a test can stop them; returns the list of their codes."""
     generator, steps = type(server.models.get("digits").generator), []
-    decode = generator.decode
+    step = generator.step
 
-    def decode_slowly(self, codes, cache):
+    def step_slowly(self, codes, cache):
         time.sleep(0.05)
         steps.append(codes)
-        return decode(self, codes, cache)
+        return step(self, codes, cache)
 
-    monkeypatch.setattr(generator, "decode", decode_slowly)
+    monkeypatch.setattr(generator, "step", step_slowly)
     return steps
 
 
@@ -202,7 +203,7 @@ def tiny_parts(generator: Transformer | None = None, **sampling) -> ModelParts:
 def directory(tmp_path):
     """A model directory."""
     about = {"step": 30, "val": {"loss": 1.23456, "accuracy": 0.5}, "run": {"out": "/home/anna/x"}}
-    save_model(tmp_path / "model", tiny_parts(cfg_scale=1.5, top_k=9), about)
+    save_model(tmp_path / "model", replace(tiny_parts(cfg_scale=1.5, top_k=9), about=about))
     return tmp_path / "model"
 
 
@@ -218,6 +219,6 @@ def random_inputs(config: ModelConfig, batch: int = 3, seed: int = 0):
 def decode_all(model, codes, labels):
     """Logits [B, T, V] by cached decoding."""
     cache = model.make_cache(len(labels))
-    steps = [model.start(labels, cache)]
-    steps += [model.decode(codes[:, t], cache) for t in range(codes.shape[1] - 1)]
+    steps = [model.prefill(labels, cache)]
+    steps += [model.step(codes[:, t], cache) for t in range(codes.shape[1] - 1)]
     return torch.stack(steps, dim=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from moveimg import compare as module
 from moveimg import plots
 from moveimg.compare import compare, list_runs, load_study, run_all
 from moveimg.compare_report import (
-    answer,
+    compare_pairs,
     difference,
     format_difference,
     questions_table,
@@ -156,6 +157,17 @@ def test_finished_runs_are_read_and_known_ones_need_no_folder(configs, tmp_path,
     assert not trained
 
 
+def test_known_runs_are_scored_again_for_a_test_set_and_differ_by_varied_keys(configs, out):
+    study = load_study(configs[:1], "0", ["init_from"])
+    (run,) = list_runs(study, out, [])
+    (other,) = list_runs(study, out, ["init_from=elsewhere"])
+    assert run.key != other.key
+    write_json(out / "comparison.json", {"rows": [{"runs": [{"settings": run.key, "seed": 0}]}]})
+    assert list_runs(study, out, [])[0].scored()
+    test = module.TestSet(codes="codes", reference="digits")
+    assert not list_runs(study.model_copy(update={"test": test}), out, [])[0].scored()
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [("optimizer: {lr: 1e-3}\n", "optimizer.lr"), ("model: {norm_eps: 1e-6}\n", "model.norm_eps")],
@@ -243,9 +255,9 @@ def test_differences_are_paired_by_seed():
         found = difference(outcomes(0.0, 2.0, 4.0, 9.0), first, level)
         assert found["interval"] == pytest.approx(t / math.sqrt(3), rel=1e-4)
     rows = [{"name": "a", "runs": first}, {"name": "b", "runs": outcomes(0.0, 1.1, 2.0)}]
-    (asked,) = answer([("b", "a")], rows)
+    (asked,) = compare_pairs([("b", "a")], rows)
     assert asked["level"] == 0.95 and asked["significant"]
-    assert not answer([("b", "a")] * 50, rows)[0]["significant"]
+    assert not compare_pairs([("b", "a")] * 50, rows)[0]["significant"]
 
 
 OPTIONS = ("shared rows", "context left", "context above", "gates to memory", "gates to context")
@@ -257,6 +269,10 @@ def test_documents_show_the_numbers_of_the_json():
     text = (docs / "comparison.md").read_text()
     assert results_table(report) in text and questions_table(report) in text
     runs = {row["name"]: row["runs"] for row in report["rows"]}
+    shown = re.findall(r"^\| (.+) - (.+) \| (\S+ ± \S+) \|$", text, re.MULTILINE)
+    assert len(shown) > 10
+    for a, b, numbers in shown:
+        assert format_difference(difference(runs[a], runs[b])) == numbers, (a, b)
     for name in (*OPTIONS, "UltraMem"):
         line = format_difference(difference(runs[name], runs["MoVE x1"]))
         assert f"| {line} |" in (docs / "memory.md").read_text(), name

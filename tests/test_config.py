@@ -13,9 +13,9 @@ from moveimg.compare import list_runs, load_study
 from moveimg.config import (
     TokenizerTrainConfig,
     TrainConfig,
+    format_recipe,
     list_recipes,
     load_config,
-    yaml_of,
 )
 from moveimg.model import Transformer
 
@@ -133,7 +133,7 @@ def test_names_put_recipes_together(tmp_path):
     assert large.model.attention.kv_rank == 800 and large.model.memory.slots == 96
     small = load_config("imagenet-l-256-standard", TrainConfig)
     assert small.distributed == "ddp" and small.model.memory.kind == "none"
-    (tmp_path / "printed.yaml").write_text(yaml_of("imagenet-l-256-mla-move-x2"))
+    (tmp_path / "printed.yaml").write_text(format_recipe("imagenet-l-256-mla-move-x2"))
     printed = load_config(tmp_path / "printed.yaml", TrainConfig)
     assert printed == load_config("imagenet-l-256-mla-move-x2", TrainConfig)
 
@@ -141,7 +141,7 @@ def test_names_put_recipes_together(tmp_path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_builds(path):
     assert list_recipes()[path.stem].endswith(".")  # one whole sentence
-    assert yaml_of(path.stem) == path.read_text(encoding="utf-8")
+    assert format_recipe(path.stem) == path.read_text(encoding="utf-8")
     with torch.device("meta"):
         if "tokenizer" in (yaml.safe_load(path.read_text()) or {}):
             settings = {"kind": "vq"} | load_config(path, TokenizerTrainConfig).tokenizer

@@ -14,7 +14,7 @@ from moveimg.config import ModelConfig, TrainConfig, load_config
 from moveimg.model import GatedMixer, MoE, Transformer, model_cost, token_flops, train_budget
 from moveimg.model.attention import MultiHeadLatentAttention
 from moveimg.model.cost import active_parameters, block_activations, count_parameters
-from moveimg.model.moe import block_shape
+from moveimg.model.moe import choose_block_shape
 from moveimg.model.product_keys import PEER, ProductKeyMemory
 from moveimg.model.ultramem import UltraMem
 from moveimg.training.generator import GeneratorTask
@@ -40,15 +40,15 @@ def countable(model, context, tokens, **options):
         if isinstance(module, GatedMixer):
             total -= tokens * module.own_flops(0)  # products by elements
         elif isinstance(module, ProductKeyMemory):
-            total -= tokens * 2 * module.active_own()  # a weighted sum by embedding_bag
+            total -= tokens * 2 * module.own_active()  # a weighted sum by embedding_bag
         elif isinstance(module, PEER):
-            total -= tokens * module.active_own()  # the same for v, half of the numbers read
+            total -= tokens * module.own_active()  # the same for v, half of the numbers read
         elif isinstance(module, MoE):  # rows pad the experts' blocks
             rows = tokens * module.spec.top_k
-            size, count = block_shape(rows, module.spec.n_experts)
+            size, count = choose_block_shape(rows, module.spec.n_experts)
             total += (size * count - rows) * 6 * module.width * module.spec.hidden
         elif isinstance(module, UltraMem):
-            total += 2 * module.lookup.core[0].numel() * (8 * module.settings.rank + 1)
+            total += 2 * module.lookup.core[0].numel() * (8 * module.spec.rank + 1)
     return total
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from moveimg.data import count_views, crop_views, open_images
-from moveimg.data.sources import digits_arrays
+from moveimg.data.sources import load_digit_arrays
 from moveimg.images import (
     UnreadableImageError,
     center_crop,
@@ -90,7 +90,7 @@ def test_tensors_and_images_round_trip():
 
 
 def test_digits_split_is_fixed_and_disjoint():
-    train, (images, labels, val) = digits_arrays("train")[2], digits_arrays("val")
+    train, (images, labels, val) = load_digit_arrays("train")[2], load_digit_arrays("val")
     assert np.array_equal(np.sort(np.concatenate([train, val])), np.arange(1797))
     # A changed split would put val images into what published models were trained on.
     assert val[:6].tolist() == [21, 24, 28, 34, 35, 37]

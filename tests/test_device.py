@@ -25,7 +25,7 @@ def test_every_rank_has_its_own_gpu(name, several, has_cuda, expected, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "8" if several else "1")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: has_cuda)
-    assert device.own_device(name) == expected
+    assert device.resolve_device(name) == expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")

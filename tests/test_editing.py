@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from moveimg.config import SamplingSettings
 from moveimg.data import open_images
 from moveimg.data.sources import DIGITS
-from moveimg.editing import blend, resample
-from moveimg.model.inference import StaticDecoder
+from moveimg.editing import composite, resample
+from moveimg.model.inference import StaticTransformer
 from moveimg.pipeline import Pipeline
 from moveimg.sampling import UNKNOWN, code_log_probs, guidance_scales, image_rngs, sample_codes
 from tests.conftest import (
@@ -47,12 +47,12 @@ def test_a_prefix_gives_the_logits_and_cache_of_single_steps(name):
     model = tiny_model(name)
     codes, labels = random_inputs(model.config, 2)
     wanted = model(codes, labels)
-    for decoder in (model, StaticDecoder(model)):
+    for decoder in (model, StaticTransformer(model)):
         for length in (0, 1, 5):
             cache = decoder.make_cache(2)
-            logits = decoder.start(labels, cache, codes[:, :length])
+            logits = decoder.prefill(labels, cache, codes[:, :length])
             torch.testing.assert_close(logits, wanted[:, length])
-            logits = decoder.decode(codes[:, length], cache)
+            logits = decoder.step(codes[:, length], cache)
             torch.testing.assert_close(logits, wanted[:, length + 1])
 
 
@@ -65,6 +65,16 @@ def test_known_codes_are_kept_and_the_others_drawn_given_them(positions):
     codes = sample_codes(model, labels, GUIDED, image_rngs([3, 4]), known)
     for i, label in enumerate(labels.tolist()):
         assert torch.equal(codes[i], recompute(model, label, GUIDED, 3 + i, known[i]))
+
+
+def test_known_codes_of_each_image_follow_it_into_its_batch(pipeline):
+    known = torch.full((3, 12), UNKNOWN)
+    known[:, :2] = torch.arange(6).view(3, 2)
+    codes = [
+        pipeline.sample_codes([0, 1, 2], pipeline.settings(), known=known, batch_size=size)
+        for size in (2, 3)
+    ]
+    assert torch.equal(*codes) and torch.equal(codes[0][:, :2], known[:, :2])
 
 
 def test_a_completion_is_between_reconstruction_and_sample(pipeline):
@@ -81,16 +91,16 @@ def test_the_areas(pipeline):
     mask[:4] = 1
     image = Image.fromarray((255 * mask).astype(np.uint8))
     for area in ("top", 1, (0, 0, 16, 4), mask, image):
-        assert torch.equal(pipeline.hole(area), top), area
-        assert torch.equal(pipeline.hole(area, kept=True), ~top), area
-    assert pipeline.hole((1, 1, 2, 2)).nonzero().tolist() == [[0]]  # a pixel takes its whole code
+        assert torch.equal(pipeline.code_mask(area), top), area
+        assert torch.equal(pipeline.code_mask(area, invert=True), ~top), area
+    assert pipeline.code_mask((1, 1, 2, 2)).nonzero().tolist() == [[0]]  # its code
     # a code is kept where all its pixels are
-    assert pipeline.hole((1, 1, 16, 12), kept=True).sum() == 3 + 4 - 1
-    assert torch.equal(pipeline.hole("left"), ~pipeline.hole("right"))
+    assert pipeline.code_mask((1, 1, 16, 12), invert=True).sum() == 3 + 4 - 1
+    assert torch.equal(pipeline.code_mask("left"), ~pipeline.code_mask("right"))
 
 
 def test_an_edit_grows_into_what_edit_returns_with_the_pixels_outside_the_hole(pipeline):
-    hole = pipeline.hole("bottom")
+    hole = pipeline.code_mask("bottom")
     known = pipeline.encode([IMAGE])[0].masked_fill(hole, UNKNOWN)
     steps = pipeline.iter_codes([2, 2], pipeline.settings(), seed=4, known=known, passes=2)
     *_, (done, codes) = steps
@@ -106,7 +116,7 @@ def test_an_edit_grows_into_what_edit_returns_with_the_pixels_outside_the_hole(p
 def test_the_seam_is_blended():
     original, decoded = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
     hole = torch.tensor([[False, False], [False, True]])
-    row = blend(original, decoded, hole, 8)[0, 0, 12]
+    row = composite(original, decoded, hole, 8)[0, 0, 12]
     assert row[:5].eq(0).all() and row[-3:].eq(1).all()
     assert row.diff().ge(0).all() and row.unique().numel() > 3
 
@@ -125,7 +135,7 @@ def test_filters_narrow_the_drawn_codes_and_not_the_kept_ones():
 
     every = fixed.repeat(9, 1)
     every[:, hole] = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    target = code_log_probs(model, every, label.expand(9), narrow=narrow).sum(1).softmax(0)
+    target = code_log_probs(model, every, label.expand(9), filter_logits=narrow).sum(1).softmax(0)
     known = fixed.masked_fill(hole, UNKNOWN).expand(n, -1)
     rngs = image_rngs(range(n))
     codes = sample_codes(model, label.expand(n), settings, rngs, known)
@@ -162,14 +172,14 @@ def test_classes_follow_bayes_rule(pipeline):
 @pytest.mark.parametrize(
     ("method", "options", "value"),
     [
-        ("hole", {"area": "middle"}, "middle"),
-        ("hole", {"area": 99}, "99"),
-        ("hole", {"area": -1}, "-1"),
-        ("hole", {"area": (0, 0, 3)}, "0, 0, 3"),
-        ("hole", {"area": (4, 0, 2, 2)}, "4, 0, 2, 2"),
-        ("hole", {"area": np.zeros((2, 2, 3))}, "2, 2, 3"),
-        ("hole", {"area": np.array([[np.nan, 1.0]])}, "mask"),
-        ("hole", {"area": 3.5}, "3.5"),
+        ("code_mask", {"area": "middle"}, "middle"),
+        ("code_mask", {"area": 99}, "99"),
+        ("code_mask", {"area": -1}, "-1"),
+        ("code_mask", {"area": (0, 0, 3)}, "0, 0, 3"),
+        ("code_mask", {"area": (4, 0, 2, 2)}, "4, 0, 2, 2"),
+        ("code_mask", {"area": np.zeros((2, 2, 3))}, "2, 2, 3"),
+        ("code_mask", {"area": np.array([[np.nan, 1.0]])}, "mask"),
+        ("code_mask", {"area": 3.5}, "3.5"),
         ("edit", EDIT | {"temperature": 0.0}, "temperature 0"),
         ("classify", {"images": IMAGE, "batch_size": 0}, "batches of 0"),
         ("log_likelihood", {"images": IMAGE, "classes": [0, 1]}, "2 classes for 1"),

@@ -33,7 +33,7 @@ def pipeline(tmp_path_factory):
     """A model of 3 x 3 codes: these tests are about which process draws which image."""
     generator = random_model(tiny_config(grid=[3, 3]), dtype=torch.float32)
     parts = ModelParts(generator, tiny_tokenizer(), list("abcde"), SamplingSettings(top_k=9))
-    save_model(directory := tmp_path_factory.mktemp("model"), parts, {})
+    save_model(directory := tmp_path_factory.mktemp("model"), parts)
     return Pipeline.from_pretrained(directory, device="cpu")
 
 
@@ -41,7 +41,7 @@ def sample(pipeline, folder, num=11, seed=3, batch_size=3, resize=None):
     return sample_set(pipeline, make_plan(pipeline, num, seed, batch_size, resize), folder)
 
 
-def metrics_of(folder):
+def metrics_path(folder):
     return json.loads((folder / "results.json").read_text())["metrics"]
 
 
@@ -51,7 +51,7 @@ class Rank(World):
     def wait(self):
         pass
 
-    def run_first(self, action):
+    def run_on_rank0(self, action):
         return action() if self.rank == 0 else None
 
 
@@ -114,7 +114,7 @@ def test_a_bundled_model_is_scored_without_any_download(tmp_path):
     assert table.output.count("| digits | 20 |") == 2
     # the same samples as those of any program, whose labels are the model's classes
     run("evaluate", "digits", "--samples", "out/samples.npz", "--reference", "digits", "--out", "o")
-    assert metrics_of(tmp_path / "o") == data["metrics"]
+    assert metrics_path(tmp_path / "o") == data["metrics"]
 
 
 def test_a_new_extractor_and_samples_of_another_program(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_new_extractor_and_samples_of_another_program(tmp_path, monkeypatch):
     samples, metrics = ["evaluate", "--samples", "samples.npz", "--out", "out", "--extractor"], []
     for name in ("same", "other"):
         run(*samples, "e.safetensors", "--reference", f"{name}.npz")
-        metrics.append(metrics_of(tmp_path / "out"))
+        metrics.append(metrics_path(tmp_path / "out"))
     assert abs(metrics[0]["fid"]) < 1e-6 < metrics[1]["fid"] and metrics[0]["precision"] == 1
     (tmp_path / "cut").write_bytes((tmp_path / "e.safetensors").read_bytes()[:1000])
     assert "cut" in refused(*samples, "cut", "--reference", "digits")

@@ -14,7 +14,12 @@ from moveimg.bank_editing import erase_rows
 from moveimg.checkpoint import BUNDLED, load_generator, save_model
 from moveimg.inspect import describe_row, inspect_model
 from moveimg.model import Transformer, mixers_by_layer
-from moveimg.model.analysis import bank_maps, gather_gates, gradient_sources, scale_bank
+from moveimg.model.analysis import (
+    compute_bank_maps,
+    compute_gate_stats,
+    compute_gradient_sources,
+    scale_bank,
+)
 from moveimg.model.bank_storage import QuantizedRows
 from moveimg.pipeline import Pipeline
 from moveimg.pretrained.upcycle import convert_quantize_bank
@@ -28,7 +33,7 @@ LAVE = "mla-lave-x1-swiglu"
 def test_quantized_rows_are_within_their_rounding(bits):
     weight, codes = torch.randn(300, 6 * 32), torch.randint(300, (3, 5))
     weight[7] = 0
-    rows = QuantizedRows.of(weight, 6, bits)
+    rows = QuantizedRows.quantize(weight, 6, bits)
     error = (rows(codes) - weight[codes]).unflatten(-1, (6, 32)).abs()
     assert (error <= 0.501 * rows.scale[codes]).all()
     assert error.max() > 0 and not rows(torch.tensor([7])).any()
@@ -38,7 +43,7 @@ def test_quantized_rows_are_within_their_rounding(bits):
 
 
 @pytest.mark.parametrize("bank", ["disk", "cpu"])
-def test_a_bank_that_is_not_held_gives_the_same_codes_and_logits(bank):
+def test_a_bank_that_is_not_held_gives_the_same_codes_and_logits(bank, tmp_path):
     held, other = (Pipeline.from_pretrained("digits", device="cpu", bank=b) for b in (None, bank))
     codes, labels = random_inputs(held.generator.config)
     with torch.inference_mode():
@@ -46,6 +51,9 @@ def test_a_bank_that_is_not_held_gives_the_same_codes_and_logits(bank):
     assert not any("bank" in name for name, _ in other.generator.named_parameters())
     drawn = [pipe.sample_codes([1, 8], pipe.settings(), seed=3) for pipe in (held, other)]
     assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="bank"):  # its file would lack the bank
+        other.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @torch.inference_mode()
@@ -70,14 +78,13 @@ def test_similar_codes_share_a_row_and_the_map_is_kept(tmp_path):
         tiny_config(memory={"kind": "move", "slots": 2, "rows": 3}), dtype=torch.float32
     )
     groups = torch.arange(11) % 3
-    model.memory.share_rows(torch.eye(3)[groups] + 0.01 * torch.randn(11, 3))
+    model.memory.cluster_codes(torch.eye(3)[groups] + 0.01 * torch.randn(11, 3))
     rows = model.memory.row_of_code
     assert torch.equal(rows[:, None] == rows, groups[:, None] == groups)
     codes, labels = random_inputs(model.config)
-    assert torch.equal(
-        model.memory.bank(rows[codes]), model.memory.rows(None, codes).transpose(2, 3).flatten(2)
-    )
-    save_model(tmp_path, tiny_parts(model), {})
+    gathered = model.memory.gather_rows(None, codes).transpose(2, 3).flatten(2)
+    assert torch.equal(model.memory.bank(rows[codes]), gathered)
+    save_model(tmp_path, tiny_parts(model))
     assert torch.equal(load_generator(tmp_path)(codes, labels), model(codes, labels))
     weights = load_file(tmp_path / "model.safetensors")
     for wrong in (-1, 3):
@@ -144,8 +151,8 @@ def test_gate_statistics_equal_plain_sums(name):
         model(codes, labels)
     for handle in handles:
         handle.remove()
-    found = gather_gates(model, [(codes[:2], labels[:2]), (codes[2:], labels[2:])])
-    maps = bank_maps(model, codes, labels)
+    found = compute_gate_stats(model, [(codes[:2], labels[:2]), (codes[2:], labels[2:])])
+    maps = compute_bank_maps(model, codes, labels)
     assert found.keys() == {layer + 1 for layer in seen} == ({2} if name == LAVE else {1, 2})
     for layer, ((x, v, _), mixed) in seen.items():
         mixer, stats = mixers[layer], found[layer + 1]
@@ -170,7 +177,7 @@ def test_gate_statistics_equal_plain_sums(name):
 def test_gradients_by_layer_add_up_to_the_banks_own(name):
     model = tiny_model(name)
     codes, labels = random_inputs(model.config, batch=4)
-    found = gradient_sources(model, codes, labels)
+    found = compute_gradient_sources(model, codes, labels)
     loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
     (whole,) = torch.autograd.grad(loss, [model.memory.bank.weight])
     assert found["bank"] == pytest.approx(whole.norm().item())

@@ -119,7 +119,7 @@ def loss_and_gradients(model, codes, labels, chunked):
 
 @pytest.mark.parametrize("chunk", [1, 50, 2**24])
 def test_the_chunked_loss_has_the_value_and_gradients_of_the_plain_one(chunk, monkeypatch):
-    monkeypatch.setattr("moveimg.model.transformer.CHUNK", chunk)
+    monkeypatch.setattr("moveimg.model.loss.CHUNK", chunk)
     model = random_model(tiny_config(memory={"kind": "move", "slots": 2})).train()
     inputs = random_inputs(model.config)
     expected, got = (loss_and_gradients(model, *inputs, chunked) for chunked in (False, True))
@@ -135,7 +135,7 @@ def test_autocast_casts_the_rows_once_and_keeps_float32_gradients():
     exact = model.memory.bank.weight.grad.clone()
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.memory.rows(labels, codes).dtype == torch.bfloat16
+        assert model.memory.gather_rows(labels, codes).dtype == torch.bfloat16
         model(codes, labels, loss=True)[0].backward()
     rounded = model.memory.bank.weight.grad
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.1 * exact.norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,9 +98,9 @@ def test_partial_images_end_with_the_sampled_ones(pipeline):
     assert (first[4:] == 128).all() and not (first[:4] == 128).all()  # rows to come are grey
 
 
-def test_the_decoder_follows_the_generator(pipeline):
+def test_the_prepared_generator_follows_the_generator(pipeline):
     settings = SamplingSettings(temperature=0.0)
-    assert pipeline.decoder is pipeline.decoder
+    assert pipeline.prepared_generator is pipeline.prepared_generator
     before = pipeline.sample_codes([0, 1], settings)
     with torch.no_grad():  # weights changed in place
         pipeline.generator.head.weight.neg_()
@@ -131,7 +132,7 @@ def test_the_package_shows_its_pipeline(pipeline, directory):
 @pytest.mark.parametrize("name", MORE)
 def test_a_model_directory_round_trips(name, tmp_path):
     parts = tiny_parts(tiny_model(name, torch.float32), top_p=0.5)
-    save_model(tmp_path, parts, {"note": 1})
+    save_model(tmp_path, replace(parts, about={"note": 1}))
     loaded = load_model(tmp_path)
     assert loaded.generator.config == parts.generator.config and not loaded.generator.training
     assert (loaded.class_names, loaded.sampling) == (NAMES, parts.sampling)
@@ -195,7 +196,7 @@ def test_another_tokenizer_is_refused_and_replaced_by_saving(directory):
     parts = load_model(directory)
     torch.manual_seed(1)
     other = vq.AutoencoderTokenizer(parts.tokenizer.config).freeze()
-    save_model(directory, ModelParts(parts.generator, other, NAMES, parts.sampling), {})
+    save_model(directory, ModelParts(parts.generator, other, NAMES, parts.sampling))
     assert load_model(directory).tokenizer.fingerprint == other.fingerprint
     vq.save(tiny_tokenizer(), directory / "tokenizer")
     with pytest.raises(ValueError, match=other.fingerprint[:12]):

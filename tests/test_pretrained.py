@@ -108,8 +108,8 @@ def test_named_sizes_need_no_heads_and_published_files_no_image_size(tmp_path, s
 @pytest.mark.parametrize(
     ("changes", "arguments", "value"),
     [
-        ({"norm.weight": None}, {}, "'norm.weight' is nothing, expected [16]"),
-        ({"extra.weight": torch.zeros(1)}, {}, "'extra.weight' is [1], expected nothing"),
+        ({"norm.weight": None}, {}, "'norm.weight' is absent, expected [16]"),
+        ({"extra.weight": torch.zeros(1)}, {}, "'extra.weight' is [1], expected absent"),
         ({"output.weight": torch.zeros(3, 16)}, {}, "is [3, 16], expected [11, 16]"),
         ({"norm.weight": torch.zeros(16, dtype=torch.int)}, {}, "torch.int32"),
         ({"norm.weight": torch.full((16,), torch.nan)}, {}, "NaN"),

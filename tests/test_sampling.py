@@ -18,15 +18,15 @@ from torch._dynamo.utils import counters
 
 from moveimg import sampling
 from moveimg.config import SamplingSettings
-from moveimg.model import decoding_model
-from moveimg.model.inference import StaticDecoder, packable
+from moveimg.model import prepare_for_sampling
+from moveimg.model.inference import StaticTransformer, can_pack
 from moveimg.sampling import draw, guidance_scales, image_rngs, keep_top, sample_codes
 from tests import conftest
 from tests.conftest import PAIRED, VARIED, random_inputs, random_model, tiny_config, tiny_model
 
 SETTINGS = SamplingSettings(cfg_scale=2.0, temperature=0.9, top_k=8, top_p=0.95)
 MOVE = "mha-move-3-class-rows-swiglu"
-needs_onednn = pytest.mark.skipif(not packable(torch.zeros(2, 2)), reason="torch without oneDNN")
+needs_onednn = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="torch without oneDNN")
 decoded = torch.inference_mode()(conftest.decode_all)
 
 
@@ -72,9 +72,9 @@ def test_sampling_equals_recomputing_every_step_in_any_batch(name):
 @pytest.mark.parametrize(("scale", "labels"), [(1.0, [2]), (0.0, [5]), (2.0, [2, 5])])
 def test_guidance_makes_only_the_passes_it_needs(scale, labels, monkeypatch):
     model, asked = random_model(tiny_config()), []
-    start, chosen = model.start, SETTINGS.model_copy(update={"cfg_scale": scale})
-    spy = lambda given, *rest: asked.append(given.tolist()) or start(given, *rest)  # noqa: E731
-    monkeypatch.setattr(model, "start", spy)
+    prefill, chosen = model.prefill, SETTINGS.model_copy(update={"cfg_scale": scale})
+    spy = lambda given, *rest: asked.append(given.tolist()) or prefill(given, *rest)  # noqa: E731
+    monkeypatch.setattr(model, "prefill", spy)
     assert torch.equal(sample(model, [2], chosen)[0], recompute(model, 2, chosen, 0))
     assert asked == [labels]
 
@@ -168,8 +168,8 @@ def test_weights_that_are_not_finite_are_refused(damaged, temperature):
 @pytest.mark.parametrize(
     ("prepare", "dtype", "tolerance"),
     [
-        pytest.param(decoding_model, torch.float32, 2e-5, marks=needs_onednn, id="packed"),
-        pytest.param(StaticDecoder, torch.float64, 1e-11, id="static"),
+        pytest.param(prepare_for_sampling, torch.float32, 2e-5, marks=needs_onednn, id="packed"),
+        pytest.param(StaticTransformer, torch.float64, 1e-11, id="static"),
     ],
 )
 def test_prepared_models_give_the_same_logits(prepare, dtype, tolerance, name):
@@ -180,7 +180,7 @@ def test_prepared_models_give_the_same_logits(prepare, dtype, tolerance, name):
         codes, labels = random_inputs(model.config, seed=seed)
         logits, expected = decoded(fast, codes, labels), decoded(model, codes, labels)
         torch.testing.assert_close(logits, expected, atol=tolerance, rtol=10 * tolerance)
-    if prepare is decoding_model:  # all positions at once
+    if prepare is prepare_for_sampling:  # all positions at once
         with torch.inference_mode():
             torch.testing.assert_close(fast(codes, labels), expected, atol=2e-5, rtol=1e-4)
 
@@ -194,7 +194,7 @@ def test_bfloat16_stays_within_its_rounding(native, monkeypatch):
     codes, labels = random_inputs(rounded.config)
     exact = decoded(copy.deepcopy(rounded).double(), codes, labels)  # the same weights
     plain = (decoded(rounded, codes, labels) - exact).abs().max()
-    fast = (decoded(decoding_model(rounded), codes, labels) - exact).abs().max()
+    fast = (decoded(prepare_for_sampling(rounded), codes, labels) - exact).abs().max()
     assert fast <= 1.5 * plain
     assert rounded.head.weight.dtype == torch.bfloat16  # the model itself is unchanged
 
@@ -206,23 +206,23 @@ def test_int8_is_near(dtype):
     with torch.no_grad():
         model.head.weight[3] = 0  # a row without a scale of its own
     codes, labels = random_inputs(model.config)
-    logits = decoded(decoding_model(model, "int8"), codes, labels)
+    logits = decoded(prepare_for_sampling(model, "int8"), codes, labels)
     exact = decoded(copy.deepcopy(model).double(), codes, labels)
     assert 1e-4 < (logits - exact).norm() / exact.norm() < 0.1  # rounded, but not wrong
     assert not logits[..., 3].any()
     with pytest.raises(ValueError, match="int4"):
-        decoding_model(model, "int4")
+        prepare_for_sampling(model, "int4")
     with pytest.raises(ValueError, match="int8 with meta"):
-        decoding_model(model.to("meta"), "int8")
+        prepare_for_sampling(model.to("meta"), "int8")
     with pytest.raises(ValueError, match="int8 with compile"):
-        decoding_model(model, "int8", compile=True)
+        prepare_for_sampling(model, "int8", compile=True)
 
 
 def test_the_static_step_compiles_to_one_graph_for_all_positions():
     torch._dynamo.reset()
     counters.clear()
     model = tiny_model("mla-q-move-moe-listed")
-    static = StaticDecoder(model, backend="aot_eager", fullgraph=True)
+    static = StaticTransformer(model, backend="aot_eager", fullgraph=True)
     for seed, batch in enumerate((3, 4)):  # both padded to four rows
         codes, labels = random_inputs(model.config, batch=batch, seed=seed)
         torch.testing.assert_close(decoded(static, codes, labels), decoded(model, codes, labels))
@@ -233,12 +233,13 @@ def test_the_static_step_compiles_to_one_graph_for_all_positions():
 def test_compile_gives_the_codes_of_the_plain_path():
     torch._dynamo.reset()
     model = random_model(tiny_config(n_layer=1, grid=[2, 2], memory={"kind": "move", "slots": 2}))
-    assert torch.equal(sample(decoding_model(model, compile=True), [0, 4]), sample(model, [0, 4]))
+    compiled = prepare_for_sampling(model, compile=True)
+    assert torch.equal(sample(compiled, [0, 4]), sample(model, [0, 4]))
 
 
 def test_concurrent_and_abandoned_decodings_do_not_disturb_each_other():
     model, labels = tiny_model(MOVE), torch.tensor([0, 4, 2])
-    static = StaticDecoder(model)
+    static = StaticTransformer(model)
     runs = [
         sampling.iter_codes(static, labels, SETTINGS, image_rngs(range(seed, seed + 3)))
         for seed in (0, 50, 9)

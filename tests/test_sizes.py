@@ -30,7 +30,7 @@ def test_images_of_24_by_16_pixels(tmp_path, monkeypatch):
     assert {Image.open(p).size for p in (tmp_path / "samples").glob("0*.png")} == {(16, 24)}
     pipeline = Pipeline.from_pretrained("gpt", device="cpu")
     whole = pipeline.complete(Image.new("RGB", (90, 70), "red"), 0, keep="left")[0]
-    assert whole.size == (16, 24) and pipeline.hole("left").sum() == 12
+    assert whole.size == (16, 24) and pipeline.code_mask("left").sum() == 12
     options = ("--tokenizer", "vq", "--size", "24x16", "--no-rfid")
     figures = json.loads(run("reconstruct", "photos", *options).stdout)
     assert figures["images"] == 2 and np.isfinite(figures["mse"])

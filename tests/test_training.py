@@ -46,10 +46,10 @@ def tokenizer_config(out, **changes) -> TokenizerTrainConfig:
 @contextmanager
 def few_digits():
     """Let the data set `digits` have few images of each class, which takes a tenth of the time."""
-    everything = data.digits_arrays
+    everything = data.load_digit_arrays
     with pytest.MonkeyPatch.context() as patch:
         some = lambda split: tuple(part[: FEW[split]] for part in everything(split))  # noqa: E731
-        patch.setattr(data, "digits_arrays", some)
+        patch.setattr(data, "load_digit_arrays", some)
         yield
 
 
@@ -183,7 +183,7 @@ def test_no_checkpoint_follows_a_gradient_that_is_not_finite(digits, tmp_path, m
 
     monkeypatch.setattr(GeneratorTask, "loss", spoilt)
     every = {"log_every": 50, "checkpoint_every": 50 if stop else 2}
-    with pytest.raises(ValueError, match=r"nan at step 1"):
+    with pytest.raises(ValueError, match=r"at step 1 "):
         train_generator(train_config(digits, tmp_path, **every), CPU)
     assert not list((tmp_path / "training").glob("checkpoints/step-*"))
 

@@ -79,8 +79,8 @@ def put_in_values(path, data: bytes) -> None:
     [
         ("training/data.json", b'{"tokenizer": "another"}', "data.json"),
         ("training/config.yaml", b"steps: [", "config.yaml"),
-        ("training/metrics.jsonl", b'{"step": "x"}', "metrics.jsonl"),
-        ("training/metrics.jsonl", b'{"step": 1', "metrics.jsonl"),
+        ("training/metrics.jsonl", b'{"step": "x"}\n', "metrics.jsonl"),
+        ("training/metrics.jsonl", b'{"step": 1\n', "metrics.jsonl"),
         (f"{LAST}/checkpoint.json", b'{"checkpoint": {"step": "two"}}', "step"),
         (f"{LAST}/checkpoint.json", b"[]", "checkpoint.json"),
         (f"{LAST}/checkpoint.json", CUT, "checkpoint.json"),
@@ -150,7 +150,7 @@ def test_restart_repeats_a_run_and_its_encoding(digits, tmp_path):
     with few_digits():
         train_generator(config(32, 3e-3), CPU)
         assert load_generator(tmp_path).config.n_classes == 10
-        with pytest.raises(ValueError, match=r"image_size is 32 there, 16 asked"):
+        with pytest.raises(ValueError, match=r"image_size was 32, now 16"):
             train_generator(config(16, 3e-3), CPU)
         with pytest.raises(ValueError, match=r"optimizer\.lr 0\.003, now 1e-05"):
             train_generator(config(32, 1e-5), CPU)

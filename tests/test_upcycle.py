@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from moveimg.checkpoint import ModelParts, load_generator, load_model, load_toke
 from moveimg.config import SamplingSettings
 from moveimg.data.sources import DIGITS as CLASS_NAMES
 from moveimg.model import Transformer
-from moveimg.pretrained.upcycle import convert_upcycle, upcycle
+from moveimg.pretrained.upcycle import convert_quantize_bank, convert_upcycle, upcycle
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.generator import break_symmetry, start_from, train_generator
 from tests import conftest
@@ -77,14 +79,14 @@ def test_slots_of_a_zero_memory_learn_apart():
 
 def test_convert_upcycle_makes_a_model_directory(tmp_path):
     dense = random_model(tiny_config(), dtype=torch.float32)
-    save_model(tmp_path / "dense", tiny_parts(dense, top_k=3), {"step": 7})
+    save_model(tmp_path / "dense", replace(tiny_parts(dense, top_k=3), about={"step": 7}))
     convert_upcycle(tmp_path / "dense", SHARED, tmp_path / "out")
     loaded = load_model(tmp_path / "out")
     assert loaded.class_names == conftest.NAMES and loaded.sampling.top_k == 3
     assert loaded.about == {"source": "upcycled", "from": "dense", "before": {"step": 7}}
     assert_same_logits(loaded.generator, dense)
     expected = Transformer(loaded.generator.config).memory
-    expected.share_rows(conftest.tiny_tokenizer().quantize.codebook())
+    expected.cluster_codes(conftest.tiny_tokenizer().quantize.codebook())
     assert torch.equal(loaded.generator.memory.row_of_code, expected.row_of_code)
     for source, settings, value in (
         ("dense", {"kind": "none"}, "none"),
@@ -101,7 +103,7 @@ def save_start(tokenizer, folder, names=CLASS_NAMES, **changes):
     model = random_model(
         tiny_config(**DIGITS | {"n_classes": len(names)} | changes), dtype=torch.float32
     )
-    save_model(folder, ModelParts(model, tokenizer, list(names), SamplingSettings()), {})
+    save_model(folder, ModelParts(model, tokenizer, list(names), SamplingSettings()))
     return model
 
 
@@ -117,6 +119,15 @@ def test_what_learns(digits, tmp_path, memory, train):
         assert torch.equal(value, before[name]) != (name in learning), name
     moments = [key for key in newest_state(tmp_path / "out") if key.endswith(".exp_avg")]
     assert len(moments) == len(learning)
+
+
+def test_a_quantized_bank_is_not_trained_on(digits, tmp_path):
+    tokenizer = load_tokenizer(digits / "tokenizer", CPU)
+    save_start(tokenizer, tmp_path / "start", memory=MOVE)
+    convert_quantize_bank(tmp_path / "start", 8, tmp_path / "int8")
+    changes = {"model": SIZES, "init_from": tmp_path / "int8", "steps": 4}
+    with pytest.raises(ValueError, match="bits 8"):
+        train_generator(train_config(digits, tmp_path / "out", **changes), CPU)
 
 
 def test_other_classes_get_a_new_label_table(digits, tmp_path, capsys):

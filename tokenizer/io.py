@@ -167,7 +167,7 @@ def load_weights(
     expected, state = module.state_dict(), {}
     for name in sorted(expected.keys() | weights.keys()):
         stored, wanted = (
-            list(tensors[name].shape) if name in tensors else "nothing"
+            list(tensors[name].shape) if name in tensors else "absent"
             for tensors in (weights, expected)
         )
         if stored != wanted:

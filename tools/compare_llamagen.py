@@ -23,7 +23,7 @@ import torch
 import typer
 
 from moveimg.config import ModelConfig, OptimizerConfig, SamplingSettings
-from moveimg.model import Transformer, decoding_model
+from moveimg.model import Transformer, prepare_for_sampling
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.optimizer import make_optimizers
 
@@ -59,7 +59,7 @@ def prepare_sample(name: str, batch_size: int, dtype: str, quantize: str) -> Cal
     if name == LLAMAGEN:
         generate = importlib.import_module("autoregressive.models.generate").generate
         return lambda: generate(model, labels, 256, cfg_scale=2.0, top_k=0, top_p=1.0)
-    settings, fast = SamplingSettings(cfg_scale=2.0), decoding_model(model, quantize or None)
+    settings, fast = SamplingSettings(cfg_scale=2.0), prepare_for_sampling(model, quantize or None)
     return lambda: sample_codes(fast, labels, settings, image_rngs(range(batch_size)))
 
 

@@ -115,7 +115,7 @@ def main(
             generator.head.reset_parameters()  # not zeros
             names, settings = list(map(str, range(1000))), SamplingSettings(cfg_scale=2)
             tokenizer = vq.AutoencoderTokenizer(vq.VQConfig())
-            save_model(folder, ModelParts(generator, tokenizer, names, settings), {})
+            save_model(folder, ModelParts(generator, tokenizer, names, settings))
             model = folder
         if kill or minutes:
             with service(model, "--replicas", 1 + kill):

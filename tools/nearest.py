@@ -14,9 +14,9 @@ import typer
 from torch import Tensor
 
 from moveimg import Pipeline
-from moveimg.data import open_images
+from moveimg.data import evenly_spaced, open_images
 from moveimg.evaluation.sets import source_images
-from moveimg.images import labelled_grid, to_pil
+from moveimg.images import draw_grid, to_pil
 from moveimg.tables import markdown_table
 
 
@@ -38,7 +38,7 @@ def main(
     for split in ("train", "val"):
         images = source_images(open_images(source, split, val_fraction), pipeline.image_size)
         sets[split] = torch.from_numpy(np.concatenate(list(images.read(1000)))).float()
-    held_out = sets["val"][torch.linspace(0, len(sets["val"]) - 1, num).long()]
+    held_out = sets["val"][evenly_spaced(len(sets["val"]), num)]
     drawn = pipeline.sample([i % len(pipeline.class_names) for i in range(num)], seed=seed)
     samples = torch.from_numpy(np.stack([np.asarray(image) for image in drawn])).float()
     (near, rows), (new, _) = (find_nearest(images, sets["train"]) for images in (samples, held_out))
@@ -55,7 +55,7 @@ def main(
     ]
     print(markdown_table(table))
     shown = to_pil(sets["train"][rows[:20]].permute(0, 3, 1, 2) / 127.5 - 1)
-    labelled_grid([drawn[:20], shown], ["sample", "nearest"]).save(out)
+    draw_grid([drawn[:20], shown], ["sample", "nearest"]).save(out)
 
 
 if __name__ == "__main__":

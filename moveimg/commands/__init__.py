@@ -1,6 +1,6 @@
 """The commands of `moveimg`; importing a file registers its commands.
 
-torch is imported inside the commands, so that help comes at once.
+torch is imported inside the commands, to keep --help fast.
 """
 
 from moveimg.commands import sample, serve, inspect, train, evaluation, convert  # noqa: F401, I001 (the help's order)

@@ -73,7 +73,7 @@ Classes = Annotated[list[str] | None, Argument(help="Class names or indices.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, mps, ...; default: an accelerator, or cpu.")]
 Dtype = Annotated[str | None, Option(help="float32, bfloat16 or float64; default: by device.")]
 Set = Annotated[list[str] | None, Option(metavar="KEY.PATH=VALUE", help="Override a setting.")]
-Restart = Annotated[bool, Option("--restart", help="Start the run again from its beginning.")]
+Restart = Annotated[bool, Option("--restart", help="Delete the run, and start over.")]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Image i has the seed SEED + i.")]
 Num = Annotated[int, Option(min=1, max=10_000, help="Images (per class).")]
 ImageSize = Annotated[str, Option("--size", help="Pixels of a square's side, or HEIGHTxWIDTH.")]
@@ -126,7 +126,7 @@ def find_config(name: str, kind: type, overrides: list[str] | None) -> Any:
     return None
 
 
-def device_of(name: str | None) -> Any:
+def prepare_device(name: str | None) -> Any:
     """The torch device of a --device option; on a CPU, also lets malloc keep freed memory."""
     from moveimg.device import keep_memory, pick_device
 
@@ -137,12 +137,12 @@ def device_of(name: str | None) -> Any:
 
 
 @contextmanager
-def processes_of(device: str | None) -> Iterator[Any]:
+def open_world(device: str | None) -> Iterator[Any]:
     """Yield the World of a command started by torchrun or alone, with its device prepared."""
     from moveimg.dist import processes
 
     with processes(device) as world:
-        device_of(str(world.device))
+        prepare_device(str(world.device))
         yield world
 
 

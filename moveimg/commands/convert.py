@@ -63,7 +63,7 @@ def upcycle(
     from moveimg.pretrained.upcycle import convert_upcycle
 
     if (slots is None) == (memory is None):
-        raise ValueError(f"expected --slots or --memory (got {slots} and {memory})")
+        raise ValueError(f"expected one of --slots and --memory (got {slots} and {memory})")
     settings = parse_yaml(memory, "--memory") if memory else {"kind": "move", "slots": slots}
     print(f"{out}: memory {convert_upcycle(resolve(model), settings, out).memory!r}")
 
@@ -106,9 +106,9 @@ def push(
         raise ValueError(f"push {repo}: expected OWNER/NAME on the Hub, --out DIRECTORY, or both")
     name = repo or f"owner/{Path(str(out)).name}"
     about: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": dataset}
-    folder_made: Any = atomic_directory(out) if out else TemporaryDirectory()
-    with folder_made as made:
-        folder = Path(made)
+    target: Any = atomic_directory(out) if out else TemporaryDirectory()
+    with target as path:
+        folder = Path(path)
         if space:
             share.write_space(model, folder, name)
         else:

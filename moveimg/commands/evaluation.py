@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import command, device_of
+from moveimg.commands.common import command, prepare_device
 from moveimg.config import as_pair, override, parse_size
 
 Split = Literal["train", "val"]
@@ -41,13 +41,13 @@ def evaluate(
     make_extractor: Path | None = Option(
         None, metavar="FILE", help="Train a classifier on images into FILE."
     ),
-    size: common.ImageSize = "256",
+    size: str = Option("256", help="With --make-extractor: pixels of a side, or HEIGHTxWIDTH."),
     device: common.Device = None,
     dtype: common.Dtype = None,
 ) -> None:
     """Measure FID, sFID, IS, precision, recall and KID of a model or a set of samples."""
     from moveimg.checkpoint import read_class_names
-    from moveimg.device import own_device
+    from moveimg.device import resolve_device
     from moveimg.evaluation import extractors, run, sets
     from moveimg.evaluation.reference import open_reference
     from moveimg.pipeline import Pipeline, resolve
@@ -62,7 +62,7 @@ def evaluate(
     name = names[0] if names else DEFAULT_MODEL
     if make_extractor is not None:
         pixels = as_pair(parse_size(size))
-        accuracy = extractors.make_extractor(name, pixels, device_of(device), make_extractor)
+        accuracy = extractors.train_classifier(name, pixels, prepare_device(device), make_extractor)
         print(f"{make_extractor}: {accuracy:.1%} of held-out real images recognised")
         return
     reference = reference or (None if samples else run.REFERENCES.get(name))
@@ -70,14 +70,14 @@ def evaluate(
         raise ValueError(f"{samples or name}: expected --reference imagenet256, .npz or folder")
     results: list[dict[str, Any]] = []
     if samples is not None:
-        network = run.open_extractor(reference, *files, device_of(device))
+        network = run.open_extractor(reference, *files, prepare_device(device))
         classes = read_class_names(resolve(name)) if names else None
         images = sets.open_set(samples)
         real = open_reference(reference, images.size, network)
         about = {"name": samples.name}
         results.append(run.score(images, real, network, classes, about, out))
     else:
-        pipeline = Pipeline.from_pretrained(name, device=own_device(device), dtype=dtype)
+        pipeline = Pipeline.from_pretrained(name, device=resolve_device(device), dtype=dtype)
         network = run.open_extractor(reference, *files, pipeline.device)
         num = num or (50_000 if network.class_names is None else 2_000)
         for folder, changes in _list_changes(out, set or [], sweep):
@@ -122,7 +122,7 @@ def reconstruct(
     from moveimg.images import save_png
 
     pixels = as_pair(parse_size(size))
-    vq = load_tokenizer(tokenizer, where := device_of(device))
+    vq = load_tokenizer(tokenizer, where := prepare_device(device))
     source, network, real = open_images(images, split), None, None
     files = (extractor, inception_weights)
     try:

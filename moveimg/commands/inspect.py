@@ -12,7 +12,7 @@ from typer import Argument, Option, Typer
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import app, command, device_of, find_config, format_numbers
+from moveimg.commands.common import app, command, find_config, format_numbers, prepare_device
 from moveimg.config import ModelFile, SamplingSettings, TrainConfig, load_config
 from moveimg.errors import validate
 
@@ -59,15 +59,15 @@ def info(
 def inspect(
     model: str = Argument(help="A model's name or directory."),
     codes: Path | None = Option(None, help="Packed codes; default: the model's samples."),
-    num: common.Num = 256,
+    num: int = Option(256, min=1, max=10_000, help="Images to read."),
     batch_size: common.BatchSize = 32,
     seed: common.Seed = 0,
     out: Path = Option(Path("inspection"), help="The folder for the report."),
-    row: int | None = Option(None, metavar="CODE", help="Report what this code's rows do, too."),
+    row: int | None = Option(None, metavar="CODE", help="Also report what this code's rows do."),
     device: common.Device = None,
 ) -> None:
     """Report gates, memory, gradients and experts of a model as JSON, and plot its gates."""
-    device_of(device)
+    prepare_device(device)
     from moveimg.files import lock
     from moveimg.inspect import inspect_model
     from moveimg.pipeline import Pipeline
@@ -78,12 +78,12 @@ def inspect(
     for layer, gates in report.get("layers", {}).items():
         means = [sum(heads) / len(heads) for heads in zip(*gates["mean"], strict=True)]
         line = format_numbers(dict(zip(gates["gates"], means, strict=True)))
-        print(f"layer {layer}: {line}; memory's share of V {gates['memory_share']:.0%}")
-    if found := report.get("row"):
-        raised = format_numbers({f"code {code}": change for code, change in found["raised"][:4]})
-        print(f"row {row}: {found['positions']} positions, KL {found['kl']:.4f} nats; {raised}")
+        print(f"layer {layer}: {line}; memory share {gates['memory_share']:.0%}")
+    if effect := report.get("row"):
+        raised = format_numbers({f"code {code}": change for code, change in effect["raised"][:4]})
+        print(f"row {row}: {effect['positions']} positions, KL {effect['kl']:.4f} nats; {raised}")
     for layer, load in report["experts"].items():
-        print(f"layer {layer}: busiest expert {max(load) * len(load):.2f} times its even share")
+        print(f"layer {layer}: maximum expert load {max(load) * len(load):.2f} x uniform")
     print(f"-> {out}/ (inspection.json, gates.png)")
 
 
@@ -105,7 +105,7 @@ def bench_sample(
 ) -> None:
     """Measure how many images and codes per second are drawn."""
     settings = validate(SamplingSettings, {"cfg_scale": cfg_scale}, "sampling settings")
-    where = device_of(device)
+    where = prepare_device(device)
     from moveimg.bench import bench_sample, describe_figures, make_random_model
     from moveimg.checkpoint import load_generator
     from moveimg.device import pick_dtype
@@ -130,7 +130,7 @@ def bench_train(
     micro = settings.micro_batch or batch_size
     micro = batch_size if batch_size % micro else micro
     settings = settings.model_copy(update={"batch_size": batch_size, "micro_batch": micro})
-    where = device_of(device)
+    where = prepare_device(device)
     from moveimg.bench import bench_train, describe_figures
 
     print(describe_figures(bench_train(settings, repeats, where), where))

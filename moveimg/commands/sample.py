@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import command, device_of, format_count, sampling_options
+from moveimg.commands.common import command, format_count, prepare_device, sampling_options
 
 GRID = (64, 32)  # maximum rows and columns of grid.png
 
@@ -34,9 +34,9 @@ def sample(
     bank: common.Bank = None,
 ) -> None:
     """Draw images of classes (default: the first 20) as PNG files and a labelled grid."""
-    device_of(device)
+    prepare_device(device)
     from moveimg.files import lock
-    from moveimg.images import labelled_grid, save_png
+    from moveimg.images import draw_grid, save_png
     from moveimg.pipeline import Pipeline
     from moveimg.progress import progress_bar
 
@@ -65,7 +65,7 @@ def sample(
                 save_png(image, out / f"{label:04d}-{slug}-seed{seed + i}.png", about)
                 if i // num < GRID[0] and i % num < GRID[1]:
                     rows[i // num].append(image)
-    grid = labelled_grid(rows, [names[label] for label in chosen[: GRID[0]]])
+    grid = draw_grid(rows, [names[label] for label in chosen[: GRID[0]]])
     save_png(grid, out / "grid.png", {"classes": chosen, "num": num, "seed": seed, **origin})
     print(f"{format_count(len(labels), 'image')} -> {out}/ (see {out / 'grid.png'})")
 
@@ -95,8 +95,9 @@ def edit(
     """
     if keep is not None and hole is not None:
         raise ValueError(f"--keep {keep} and --hole {hole}: expected one of the two")
-    device_of(device)
-    from moveimg.images import labelled_grid, read_image, save_png
+    prepare_device(device)
+    from moveimg.files import lock
+    from moveimg.images import draw_grid, read_image, save_png
     from moveimg.pipeline import Pipeline
 
     text = hole or keep or "top"
@@ -110,27 +111,28 @@ def edit(
     pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype, compile=compile)
     names = pipeline.class_names
     if not classes:
-        likeliest, share = pipeline.classify([original], top_k=1)[0][0]
-        print(f"class {likeliest} ({share:.1%} by likelihood)")
+        likeliest, probability = pipeline.classify([original], top_k=1)[0][0]
+        print(f"class {likeliest} ({probability:.1%} by likelihood)")
         classes = [str(names.index(likeliest))]
     labels = [pipeline.label(name) for name in classes]
     options: dict[str, Any] = {"num": num, "seed": seed, "passes": passes, **settings}
     redraw: Any = pipeline.complete if hole is None else pipeline.edit
     images = redraw(original, labels, **{"keep" if hole is None else "hole": area}, **options)
     about = {"model": model, "image": image.name, "keep": keep, "hole": hole, **options}
-    for i, edited in enumerate(images):
-        label = labels[i // num]
-        described = about | {"class": label, "class_name": names[label], "seed": seed + i}
-        save_png(edited, out / f"{image.stem}-{label:04d}-seed{seed + i}.png", described)
     rows = [[pipeline.crop(original), *images[i : i + num]] for i in range(0, len(images), num)]
-    save_png(labelled_grid(rows, [names[label] for label in labels]), out / "grid.png", about)
+    with lock(out, "moveimg edit"):
+        for i, edited in enumerate(images):
+            label = labels[i // num]
+            described = about | {"class": label, "class_name": names[label], "seed": seed + i}
+            save_png(edited, out / f"{image.stem}-{label:04d}-seed{seed + i}.png", described)
+        save_png(draw_grid(rows, [names[label] for label in labels]), out / "grid.png", about)
     print(f"{format_count(len(images), 'image')} -> {out}/ (with the original: {out}/grid.png)")
 
 
 @command
 def score(
     source: str = Argument(help="A folder of images or of class folders, or a data set."),
-    split: str | None = Option(None, help="train, val or test; default: val, if there is one."),
+    split: str | None = Option(None, help="train, val or test; default: val, or a whole folder."),
     classify: bool = Option(False, "--classify", help="Find the likeliest class, too (slow)."),
     model: common.Model = DEFAULT_MODEL,
     batch_size: common.BatchSize = 32,
@@ -142,9 +144,9 @@ def score(
 
     Images with classes are scored given their class, other images given their likeliest class.
     """
-    device_of(device)
+    prepare_device(device)
     from moveimg.files import atomic
-    from moveimg.images import labelled_grid, save_png
+    from moveimg.images import draw_grid, save_png
     from moveimg.pipeline import Pipeline
     from moveimg.progress import progress_bar
 
@@ -160,14 +162,14 @@ def score(
             chosen = likeliest if labels is None else [labels[images.labels[row]] for row in rows]
             likelihood = pipeline.log_likelihood(codes, chosen)
             nats += likelihood.nats_per_code.tolist()
-            correct += sum(map(int.__eq__, likeliest, chosen))
+            correct += sum(a == b for a, b in zip(likeliest, chosen, strict=False))
             for i, row in enumerate(rows):
                 line: dict[str, Any] = {"image": images.identifiers[row], "class": names[chosen[i]]}
                 for key in ("nats_per_code", "bits_per_code", "bits_per_pixel"):
                     line[key] = f"{getattr(likelihood, key)[i]:.5f}"
                 if guesses:
-                    line["likeliest"], share = guesses[i][0]
-                    line["probability"] = f"{share:.5f}"
+                    line["likeliest"], probability = guesses[i][0]
+                    line["probability"] = f"{probability:.5f}"
                 lines.append(line)
             bar.update(len(rows))
     order = sorted(range(len(lines)), key=lambda row: -nats[row])
@@ -177,7 +179,7 @@ def score(
         writer.writerows(lines[row] for row in order)
     grid, ends = out.with_name(f"{out.stem}.png"), (order[:10], order[::-1][:10])
     shown = [[pipeline.crop(images.load(row)) for row in end] for end in ends]
-    save_png(labelled_grid(shown, ["least likely", "likeliest"]), grid, {"source": source})
+    save_png(draw_grid(shown, ["least likely", "likeliest"]), grid, {"source": source})
     mean = sum(nats) / len(nats)
     print(f"{format_count(len(nats), 'image')}: {mean:.4f} nats per code -> {out}, {grid.name}")
     if classify and labels is not None:

@@ -9,15 +9,15 @@ from typing import Any
 from typer import Argument, Option
 
 from moveimg.commands import common
-from moveimg.commands.common import Device, Set, command, device_of, processes_of
+from moveimg.commands.common import Device, Set, command, open_world, prepare_device
 from moveimg.config import (
     ImagesConfig,
     TokenizerTrainConfig,
     TrainConfig,
+    format_recipe,
     list_recipes,
     load_config,
     parse_size,
-    yaml_of,
 )
 from moveimg.errors import validate
 from moveimg.tables import markdown_table
@@ -40,8 +40,12 @@ def encode(
     out: Path = Option(help="The folder for train/ and val/ codes."),
     size: common.ImageSize = "256",
     crops: str = Option("center", help="Views: center, flip, five or ten."),
-    ranges: list[float] = Option([1.0], "--range", help="Cut from size * range; repeatable."),
-    val_fraction: float | None = Option(None, help="Held-out share; default: the source's split."),
+    ranges: list[float] = Option(
+        [1.0], "--range", help="Resize to size * range first; repeatable."
+    ),
+    val_fraction: float | None = Option(
+        None, help="Share to hold out; default: the source's split."
+    ),
     data_root: Path | None = Option(None, help="Folder of downloads; default: $MOVEIMG_DATA."),
     batch_size: int | None = Option(None, min=1, max=65536, help="Views; default: by device."),
     device: Device = None,
@@ -50,7 +54,7 @@ def encode(
     """Encode images as packed codes; the same command continues a run that was stopped."""
     data = {"source": images, "size": parse_size(size), "crops": crops, "ranges": ranges}
     settings = validate(ImagesConfig, data | {"val_fraction": val_fraction}, "encode")
-    with processes_of(device) as world:
+    with open_world(device) as world:
         from moveimg.checkpoint import load_tokenizer
         from moveimg.data import encode_splits
         from moveimg.device import pick_dtype
@@ -71,7 +75,7 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on images; the same command continues a run that was stopped."""
     settings = load_config(config, TokenizerTrainConfig, set or [])
-    with processes_of(device) as world:
+    with open_world(device) as world:
         from moveimg.training import tokenizer
 
         result = tokenizer.train_tokenizer(settings, world, restart)
@@ -84,7 +88,7 @@ def train(
     config: common.Config,
     set: Set = None,
     init_from: str | None = Option(None, help="Start from this model: a directory or a name."),
-    train: str | None = Option(None, help="all, or memory: bank and routers (with --init-from)."),
+    train: str | None = Option(None, help="Weights to train: all, or memory (bank and routers)."),
     restart: common.Restart = False,
     device: Device = None,
 ) -> None:
@@ -92,7 +96,7 @@ def train(
     chosen = {"init_from": init_from, "train": train}
     extra = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     settings = load_config(config, TrainConfig, [*(set or []), *extra])
-    with processes_of(device) as world:
+    with open_world(device) as world:
         from moveimg.training.generator import train_generator
 
         result = train_generator(settings, world, restart)
@@ -105,9 +109,11 @@ def compare(
     configs: list[str] = Argument(help="A study's YAML file, or configs as for `train`."),
     out: Path = Option(help="The folder for the runs and the report."),
     seeds: str | None = Option(None, help="Comma-separated; default: the study's, or 0,1,2."),
-    jobs: int = Option(1, min=1, max=256, help="Trainings at the same time."),
+    jobs: int = Option(1, min=1, max=256, help="Runs to train in parallel."),
     set: Set = None,
-    vary: list[str] = Option([], metavar="KEY.PATH", help="Another key that may differ."),
+    vary: list[str] = Option(
+        [], metavar="KEY.PATH", help="Another key that may differ; repeatable."
+    ),
     rounds: int = Option(0, min=0, max=1000, help="Measure speed in this many rounds."),
     device: Device = None,
 ) -> None:
@@ -115,7 +121,7 @@ def compare(
 
     Finished runs are not repeated; the same command continues stopped runs.
     """
-    where = device_of(device)
+    where = prepare_device(device)
     from moveimg.compare import compare, load_study
     from moveimg.files import lock
 
@@ -130,7 +136,7 @@ def configs(
 ) -> None:
     """List the recipes, which commands accept by name, or print one as YAML."""
     if name is not None:
-        print(yaml_of(name), end="")
+        print(format_recipe(name), end="")
         return
     for recipe, about in list_recipes().items():
         print(f"{recipe:<36}{about}")

@@ -1,7 +1,7 @@
 """Every setting of the program, with its default, its range and its help text."""
 
 # ruff: noqa: F401 (re-exports)
-from moveimg.config.model import SIZES, Config, ModelConfig, SamplingSettings, SwiGLUConfig
+from moveimg.config.model import SIZES, Config, ModelConfig, SwiGLUConfig
 from moveimg.config.run import (
     SUFFIXES,
     AdversarialConfig,
@@ -13,9 +13,10 @@ from moveimg.config.run import (
     TokenizerTrainConfig,
     TrainConfig,
     as_pair,
+    format_recipe,
     list_recipes,
     load_config,
     override,
     parse_size,
-    yaml_of,
 )
+from moveimg.config.sampling import SamplingSettings

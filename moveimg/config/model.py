@@ -1,4 +1,4 @@
-"""Settings of the generator (its size, its codes and its three slots), and of sampling.
+"""Settings of the generator: its size, its codes and its three slots.
 
 Each slot (attention, memory, feed-forward) is a union that pydantic resolves by `kind`. When a
 config is read, each slot checks its settings against those of the model.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=1024)]  # layers, heads, experts
 Width = Annotated[int, Field(ge=1, le=2**16)]
@@ -17,7 +17,6 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Rows = Annotated[int, Field(ge=1, le=2**26)]
 Logit = Annotated[float, Field(ge=-20, le=20)]
 Layers = Literal["alternate", "all"] | tuple[Annotated[int, Field(ge=0, le=1023)], ...]
-ClassRows = Annotated[bool, Field(description="the class token has memory rows, too; false: zeros")]
 
 
 class Config(BaseModel):
@@ -79,7 +78,9 @@ class GatedMemoryConfig(SlotConfig):
     """Settings of memories that weight their rows by gates 2 sigmoid(x W_G + b)."""
 
     gate_standard: bool
-    class_rows: ClassRows = False
+    class_rows: bool = Field(
+        False, description="the class token has memory rows, too; false: zeros"
+    )
     gate_bias: tuple[Logit, Logit] = Field(
         (0.0, 0.0), description="initial b of g_0 and of the slots' gates; zeros: no b (paper)"
     )
@@ -105,7 +106,7 @@ class MoVEConfig(GatedMemoryConfig):
     kind: Literal["move"] = "move"
     slots: int = Field(ge=1, le=256, description="value embeddings per code; x1 is n_layer / 2")
     gate_standard: bool = Field(True, description="gate the standard path V by g_0")
-    rows: Rows | None = Field(None, description="rows, shared by similar codes; null: one per code")
+    rows: Rows | None = Field(None, description="bank rows; similar codes share one; null: V")
     context: Literal["left", "above"] | None = Field(
         None, description="also add rows for each pair of a code and the code left of or above it"
     )
@@ -159,7 +160,7 @@ class MoEConfig(SparseConfig):
     choices: ClassVar[str] = "n_experts"
     kind: Literal["moe"] = "moe"
     n_experts: Count = Field(description="routed experts")
-    top_k: int = Field(2, ge=2, le=1024, description="experts per token; 1 trains no router")
+    top_k: int = Field(2, ge=2, le=1024, description="experts per token; one would train no router")
     hidden: Width = Field(description="hidden width of an expert")
     shared_hidden: Width = Field(description="hidden width of the shared expert")
     balance: float = Field(0.01, ge=0, le=100, description="weight of the load-balancing loss")
@@ -275,27 +276,3 @@ class ModelConfig(Config):
     def seq_len(self) -> int:
         """T, the number of codes in an image."""
         return self.grid[0] * self.grid[1]
-
-
-Schedule = Literal["constant", "linear", "power-cosine"]
-
-
-class SamplingSettings(Config):
-    """Settings for drawing codes from logits; a model's defaults are in its `sampling.json`."""
-
-    # The command line, the APIs and the page take names, ranges and help texts from these fields.
-
-    cfg_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1: none")
-    cfg_schedule: Schedule = Field("constant", description="growth of guidance over the codes")
-    cfg_power: float = Field(2.75, gt=0, le=100, description="exponent of power-cosine")
-    cfg_start: Rate = Field(0.0, description="share of the codes drawn before guidance starts")
-    temperature: float = Field(1.0, ge=0, le=1000, description="divides the logits; 0: greedy")
-    top_k: int = Field(0, ge=0, le=2**20, description="draw from the k likeliest codes; 0: all")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from likeliest codes of total mass p")
-
-    @field_validator("temperature")
-    @classmethod
-    def _check_divisor(cls, value: float) -> float:
-        if 0 < value < 1e-4:
-            raise ValueError(f"expected 0 (greedy) or at least 0.0001 (got {value})")
-        return value

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
-from moveimg.config.model import Config, MLAConfig, ModelConfig, Rate, SamplingSettings, Width
+from moveimg.config.model import Config, MLAConfig, ModelConfig, Rate, Width
+from moveimg.config.sampling import SamplingSettings
 from moveimg.errors import shorten, validate
 from moveimg.files import parse_yaml, read_yaml
 
@@ -82,7 +83,7 @@ class DataConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """Settings of AdamW or Muon, which decay only weights of two or more dimensions."""
+    """Settings of AdamW or Muon; only weights of two or more dimensions are decayed."""
 
     kind: Literal["adamw", "muon"] = Field("adamw", description="muon: for blocks' matrices only")
     lr: LearningRate = Field(1e-4, description="peak learning rate (LlamaGen: 1e-4 per 256 images)")
@@ -119,17 +120,17 @@ class TrainConfig(RunConfig):
 
     data: DataConfig
     model: ModelConfig
-    init_from: Path | None = Field(None, description="model to start from; fills settings left out")
+    init_from: Path | None = Field(None, description="initial model; its settings are defaults")
     train: Literal["all", "memory"] = Field("all", description="memory: only bank and routers")
-    class_dropout: Share = Field(0.1, description="share of labels made null, for guidance")
+    class_dropout: Share = Field(0.1, description="probability of the null label, for guidance")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="autocast dtype; auto: bfloat16 on CUDA from capability 8.0"
     )
-    micro_batch: BatchSize | None = Field(None, description="images per accumulated forward pass")
+    micro_batch: BatchSize | None = Field(None, description="images per micro-batch; null: all")
     distributed: Literal["ddp", "fsdp"] = Field("ddp", description="replicated or sharded weights")
-    activation_checkpointing: bool = Field(False, description="less memory, a second forward pass")
+    activation_checkpointing: bool = Field(False, description="recompute activations in backward")
     compile: bool = Field(False, description="torch.compile each block for training")
-    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews and the model")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="of previews and exports")
     memory_every: StepsFromZero = Field(
         0, description="steps between logs of gates and bank gradients; 0: never (not with fsdp)"
     )
@@ -202,10 +203,11 @@ def list_recipes() -> dict[str, str]:
     """Map names of recipes to one-line descriptions: bundled models, files, then FORMS."""
     models = {name: f"The bundled model {name}: {recipe}." for name, recipe in MODELS.items()}
     paths = sorted(CONFIGS.glob("*.yaml"))
-    return models | {path.stem: path.open().readline()[2:].rstrip() for path in paths} | FORMS
+    abouts = {path.stem: path.read_text("utf-8").partition("\n")[0][2:].strip() for path in paths}
+    return models | abouts | FORMS
 
 
-def yaml_of(name: str) -> str:
+def format_recipe(name: str) -> str:
     """Return a recipe as YAML: the text of its file, or all settings of a composed recipe.
 
     Raises FileNotFoundError for an unknown name.
@@ -229,7 +231,8 @@ def read_settings(source: str, folder: Path = Path(), depth: int = 0) -> dict[st
     data = read_yaml(path) if is_file else _compose(source)
     base = data.pop("base", None) if isinstance(data, dict) else data
     if not isinstance(data, dict) or not isinstance(base, str | None):
-        raise ValueError(f"{path}: expected a mapping, `base` a file or recipe (got {base})")
+        got = shorten(base)
+        raise ValueError(f"{path}: expected a mapping, `base` a file or recipe (got {got})")
     if depth > 20:
         raise ValueError(f"{path}: `base` includes itself, expected no cycle")
     return data if base is None else _merge(read_settings(base, path.parent, depth + 1), data)

@@ -177,15 +177,16 @@ def draw_views(
 
 
 def draw_batch(
-    codes: PackedCodes, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1
+    codes: PackedCodes, batch_size: int, seed: int, step: int, micro_batch: int = 0, count: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Return a rank's slice of a step's batch: codes int64 [b, T], labels and image indices [b].
+    """Return a micro-batch of a step: codes int64 [b, T], labels and image indices [b].
 
-    b = batch_size / world_size; the batch of all ranks depends on (seed, step) alone. The last,
-    partial batch of an epoch is dropped; with fewer images than `batch_size`, a batch spans epochs.
+    b = batch_size / count, the number of micro-batches; the whole batch depends on (seed, step)
+    alone. The last, partial batch of an epoch is dropped; with fewer images than `batch_size`, a
+    batch spans epochs.
     """
-    n, local = len(codes), batch_size // world_size
-    start = step * batch_size + rank * local
+    n, local = len(codes), batch_size // count
+    start = step * batch_size + micro_batch * local
     per_epoch = n - n % batch_size or n
     indices, crops = draw_views(start + np.arange(local), per_epoch, n, codes.n_crops, seed)
     return *codes.get(indices, crops), indices

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moveimg.data.images import ImageSource, Splits
+from moveimg.data.images import SPLIT_OF, ImageSource, Splits
 from moveimg.errors import describe
 from moveimg.files import atomic
 from moveimg.images import UnreadableImageError, read_image, to_rgb
@@ -62,7 +62,6 @@ DATASETS: dict[str, tuple[str, Arguments, str]] = {
 REFUSED = {"celeba", "coco", "voc", "inaturalist", "kitti", "cityscapes", "widerface", "sbd"}
 REFUSED |= {"lsun", "lfw", "flickr8k", "flickr30k", "sbu", "phototour", "moving-mnist", "omniglot"}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
-SPLIT_OF = {"train": "train", "test": "test", "validation": "val", "val": "val", "valid": "val"}
 
 
 def is_named_source(source: str | Path) -> bool:

@@ -28,6 +28,7 @@ from moveimg.images import UnreadableImageError, normalize
 from moveimg.progress import progress_bar
 
 SMALL_SOURCE = 2048  # images; below it, starting worker processes costs more than it saves
+MAX_WORKERS = 8
 
 
 def encode_images(
@@ -70,7 +71,7 @@ def encode_images(
             return [tokenizer.encode(normalize(part)).cpu() for part in parts]
 
     with all_ranks() as world, lock(out, "moveimg encode"):
-        world.run_first(lambda: _prepare(out, settings))
+        world.run_on_rank0(lambda: _prepare(out, settings))
         if not (out / MANIFEST).exists():
             size, n = settings.shard_size, len(source)
             own = range(world.rank, math.ceil(n / size), world.size)
@@ -80,16 +81,21 @@ def encode_images(
                 for number in missing:
                     _encode_shard(number, source, settings, encode, out, bar)
             world.wait()
-            world.run_first(lambda: _write_manifest(out, math.ceil(n / size)))
+            world.run_on_rank0(lambda: _write_manifest(out, math.ceil(n / size)))
         world.wait()
     return PackedCodes(out).manifest
+
+
+def count_workers(images: int) -> int:
+    """Return the number of processes that load a source's images: 0 for a small source."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if images < SMALL_SOURCE else max(1, min(MAX_WORKERS, cores))
 
 
 def _encode_shard(
     number: int, source: ImageSource, settings: EncodeSettings, encode: Any, out: Path, bar: Any
 ) -> None:
     """Encode a shard, and write it and its manifest."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     rows: Any = range(len(source))[number * settings.shard_size :][: settings.shard_size]
     codes: list[torch.Tensor] = []
     labels: list[int] = []
@@ -97,7 +103,7 @@ def _encode_shard(
     for views, more, unreadable in DataLoader(
         rows,
         batch_size=max(1, settings.batch_size // settings.n_crops),
-        num_workers=0 if len(source) < SMALL_SOURCE else max(1, min(8, cores)),
+        num_workers=count_workers(len(source)),
         collate_fn=partial(_read_views, source, settings),
         generator=torch.Generator(),  # else its seed comes from torch's global random stream
     ):
@@ -143,7 +149,7 @@ def _prepare(out: Path, settings: EncodeSettings) -> None:
     if not stored and not names <= {"codes", "labels"}:
         raise ValueError(f"'{out}' is not empty and holds no packed codes: expected a new folder")
     differing = [
-        f"{name} is {shorten(was, 40)} there, {shorten(getattr(settings, name), 40)} asked"
+        f"{name} was {shorten(was, 40)}, now {shorten(getattr(settings, name), 40)}"
         if name != "source_digest"
         else "the images have changed"
         for name, was in (packed.load_manifest(stored[0]).settings if stored else ())
@@ -200,7 +206,7 @@ def encode_splits(
         raise ValueError(f"{out} is inside the image folder {folder}: expected a folder outside it")
     batch_size = default_batch_size(images.size, torch.device(options.get("device", "cpu")))
     options = {"batch_size": batch_size, "image_size": images.size} | options
-    with all_ranks() as world, world.first_alone():  # rank 0 downloads
+    with all_ranks() as world, world.rank0_first():  # rank 0 downloads
         train, val = (
             open_images(images.source, split, images.val_fraction, data_root)
             for split in ("train", "val")

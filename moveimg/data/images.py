@@ -207,6 +207,11 @@ def imagenet_names(folders: list[str]) -> list[str] | None:
     return [names[wnid] for wnid in folders] if names.keys() >= set(folders) else None
 
 
+def evenly_spaced(n: int, count: int) -> list[int]:
+    """Return at most `count` evenly spaced indices in 0..n-1, of all classes in a sorted list."""
+    return np.linspace(0, n - 1, min(n, count)).round().astype(int).tolist()
+
+
 def drop_unreadable(source: ImageSource) -> ImageSource:
     """Return `source` without unreadable images, which are counted and named on stderr."""
     readable, unreadable = [], []

@@ -78,7 +78,7 @@ def _draw_split(labels: np.ndarray, split: str, val_fraction: float) -> np.ndarr
     return np.sort(np.concatenate(chosen))
 
 
-def digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def load_digit_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return a split of scikit-learn's digits: uint8 [N, 8, 8], labels [N] and row numbers [N]."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -91,7 +91,7 @@ def digits_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _open_digits(split: str) -> ImageSource:
-    pixels, labels, rows = digits_arrays(split)
+    pixels, labels, rows = load_digit_arrays(split)
     names = [f"digits/{row:04d}" for row in rows]
     load = [Image.fromarray(image).convert("RGB") for image in pixels].__getitem__
     content = [image.tobytes().hex() for image in pixels].__getitem__

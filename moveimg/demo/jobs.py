@@ -22,7 +22,7 @@ from moveimg.config import ModelConfig, SamplingSettings
 from moveimg.device import release_memory
 from moveimg.editing import HALVES
 from moveimg.errors import describe
-from moveimg.images import png_bytes, read_image
+from moveimg.images import encode_png, read_image
 from moveimg.model.analysis import scale_bank
 from moveimg.pipeline import Pipeline, find_label, resolve
 from moveimg.sampling import UNKNOWN, Likelihood, code_log_probs
@@ -146,7 +146,7 @@ def draw(
         if edit:
             original, passes = pipeline.crop(read_upload(edit.image)), edit.passes
             half = edit.hole if edit.hole in HALVES else None
-            hole = pipeline.hole(half or read_upload(edit.hole))
+            hole = pipeline.code_mask(half or read_upload(edit.hole))
             if not hole.any():
                 raise ValueError("no code is masked: expected a painted part to redraw")
             known = pipeline.encode([original])[0].masked_fill(hole, UNKNOWN)
@@ -185,7 +185,8 @@ def score(
         yield len(log_probs) * 8 / len(names), {}
         if is_gone():
             raise ValueError("stopped")
-        log_probs.append(code_log_probs(pipeline.decoder, codes.expand(len(batch), -1), batch))
+        repeated = codes.expand(len(batch), -1)
+        log_probs.append(code_log_probs(pipeline.prepared_generator, repeated, batch))
     likelihood = Likelihood(torch.cat(log_probs).cpu(), image.width * image.height)
     shares, nats = likelihood.total.softmax(0).tolist(), likelihood.nats_per_code
     best = nats.argsort()[:10].tolist()  # all classes have equal priors
@@ -206,4 +207,4 @@ def read_upload(data: str) -> Image.Image:
 
 def image_uri(image: Image.Image, about: dict[str, Any]) -> str:
     """Return a data URI of a PNG that holds the image and `about`."""
-    return f"data:image/png;base64,{base64.b64encode(png_bytes(image, about)).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(encode_png(image, about)).decode()}"

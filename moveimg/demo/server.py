@@ -22,7 +22,7 @@ from moveimg.demo.page import build_page, read
 from moveimg.errors import describe, shorten
 from moveimg.files import parse_json
 
-QUEUE = 64  # maximum waiting jobs, of one address or account half as many
+QUEUE = 64  # maximum waiting jobs; half as many per address or account
 JOBS_OF_A_TAB = 2  # maximum jobs of a browser's tab
 MAX_BODY = 12 * 2**20  # bytes of a request, enough for MAX_UPLOAD in base64
 LOGIN_WAIT = 3.0  # minimum seconds between login attempts of an address
@@ -105,7 +105,7 @@ def build_server(
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None), page, path="", auth=auth or None, theme=theme,
         # not `css`, whose selectors gradio rewrites: it gets :is() and body wrong
-        head=f"<style>{read('page.css')}</style>", js=read("page.js"), footer_links=["api"],
+        head=f"<style>{read('page.css')}</style>", js=read("keys.js"), footer_links=["api"],
         enable_monitoring=False, run_history=False, ssr_mode=False, mcp_server=False,
         show_error=False,  # no details of errors in answers
     )  # fmt: skip
@@ -117,7 +117,7 @@ def build_server(
 
 
 def limit_visitors(queue: Any) -> None:
-    """Make gradio's queue refuse more than JOBS_OF_A_TAB, or half of QUEUE for an address."""
+    """Limit gradio's queue to JOBS_OF_A_TAB jobs per tab, QUEUE / 2 per address or account."""
     push = queue.push
 
     async def push_within_limits(body: Any, request: Any, username: str | None) -> Any:

@@ -158,7 +158,7 @@ class Classifier(nn.Module):
         return {"fid": features, "logits": self.head(features)}
 
 
-def make_extractor(images: str, size: tuple[int, int], device: torch.device, out: Path) -> float:
+def train_classifier(images: str, size: tuple[int, int], device: torch.device, out: Path) -> float:
     """Train a classifier on the train split of `images`; returns its accuracy on the val split.
 
     Takes 1,200 steps of AdamW (4,000 for 20,000 images or more) and writes a safetensors file.
@@ -194,7 +194,7 @@ def make_extractor(images: str, size: tuple[int, int], device: torch.device, out
 
 
 def load_classifier(path: Path, device: torch.device) -> Extractor:
-    """Load a classifier that make_extractor wrote. Raises FileNotFoundError or ValueError."""
+    """Load a classifier that train_classifier wrote. Raises FileNotFoundError or ValueError."""
     try:
         with safe_open(require_file(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -20,7 +20,7 @@ WINDOW = 11  # of SSIM
 Statistics = tuple[np.ndarray, np.ndarray]  # mu float64 [D] and sigma float64 [D, D]
 
 
-def statistics_of(features: np.ndarray) -> Statistics:
+def compute_statistics(features: np.ndarray) -> Statistics:
     """Return mean and unbiased covariance of features [N, D] (torch-fidelity's are float32)."""
     mu = features.mean(axis=0, dtype=np.float64)
     centred = features - mu

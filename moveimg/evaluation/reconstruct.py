@@ -10,12 +10,18 @@ import torch
 from PIL import Image
 
 import tokenizer as vq
-from moveimg.data import ImageSource, code_grid, default_batch_size, drop_unreadable
+from moveimg.data import (
+    ImageSource,
+    code_grid,
+    default_batch_size,
+    drop_unreadable,
+    evenly_spaced,
+)
 from moveimg.evaluation.extractors import Extractor, run
-from moveimg.evaluation.metrics import WINDOW, frechet_distance, ssim, statistics_of
+from moveimg.evaluation.metrics import WINDOW, compute_statistics, frechet_distance, ssim
 from moveimg.evaluation.reference import Reference, make_reference
 from moveimg.evaluation.sets import source_images
-from moveimg.images import labelled_grid, normalize, to_pil, to_uint8
+from moveimg.images import draw_grid, normalize, to_pil, to_uint8
 from moveimg.progress import progress_bar
 
 
@@ -45,7 +51,7 @@ def reconstruct(
         reference = make_reference(source_images(source, size), extractor)
     counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     errors, similarities, features, shown = [], [], [], []
-    spread = {*np.linspace(0, len(source) - 1, 10).round().astype(int).tolist()}
+    columns = {*evenly_spaced(len(source), 10)}
     step = default_batch_size(size, next(tokenizer.parameters()).device)
     with progress_bar(len(source), "reconstruct", "image") as bar:
         for views in source_images(source, size).read(step):
@@ -60,7 +66,7 @@ def reconstruct(
                 similarities.append(ssim(a, b))
             if extractor is not None:
                 features.append(run(extractor, pair[1])["fid"])
-            rows = [i for i in range(len(views)) if bar.n + i in spread]
+            rows = [i for i in range(len(views)) if bar.n + i in columns]
             shown.append(torch.stack([images[rows], decoded[rows]]))
             bar.update(len(views))
     mse = torch.cat(errors).double().mean().item()
@@ -75,8 +81,8 @@ def reconstruct(
         "rfid": None,
     }
     if extractor is not None and reference is not None:
-        ours = statistics_of(np.concatenate(features))
+        ours = compute_statistics(np.concatenate(features))
         results["rfid"] = frechet_distance(ours, reference.statistics["fid"])
         results |= {"rfid_space": extractor.space, "rfid_reference": reference.name}
     pairs = torch.cat(shown, dim=1)  # [2, 10, 3, H, W]
-    return results, labelled_grid([*map(to_pil, pairs)], ["image", "decoded"])
+    return results, draw_grid([*map(to_pil, pairs)], ["image", "decoded"])

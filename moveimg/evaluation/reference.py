@@ -11,7 +11,7 @@ import numpy as np
 from moveimg.data import is_named_source, open_flat_folder, open_images, sha256_file
 from moveimg.evaluation import sets
 from moveimg.evaluation.extractors import INCEPTION, Extractor, extract
-from moveimg.evaluation.metrics import Statistics, statistics_of
+from moveimg.evaluation.metrics import Statistics, compute_statistics
 from moveimg.files import fetch
 from moveimg.pretrained.hub import cache_directory
 
@@ -71,7 +71,7 @@ def make_reference(images: sets.ImageSet, extractor: Extractor) -> Reference:
     """Compute a reference from a set of real images."""
     digest, _ = sets.scan_image_set(images)
     features = extract(images, digest, extractor)
-    statistics = {role: statistics_of(features[role]) for role in KEYS if role in features}
+    statistics = {role: compute_statistics(features[role]) for role in KEYS if role in features}
     return Reference(images.name, digest, statistics, features["fid"])
 
 

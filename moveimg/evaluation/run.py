@@ -46,7 +46,7 @@ SHOWN += ("precision", "recall", "kid", "accuracy")
 def open_extractor(
     reference: str | None, classifier: Path | None, inception: Path | None, device: torch.device
 ) -> Extractor:
-    """Load the classifier of a file, or else of a bundled model's data set, or else Inception."""
+    """Load the named classifier, else the one bundled for the reference's data, else Inception."""
     if reference is not None:
         locate(reference)  # refuses an unknown reference before Inception is downloaded
     if classifier is inception is None:
@@ -104,7 +104,7 @@ def sample_set(pipeline: Pipeline, plan: dict[str, Any], folder: Path) -> Path |
             raise ValueError(f"{path} has another model or settings: expected another --out")
 
     with all_ranks() as ranks:
-        ranks.run_first(write_plan)
+        ranks.run_on_rank0(write_plan)
         mine = [] if target.exists() else starts[ranks.rank :: ranks.size]
         with progress_bar(len(mine) * batch_size, "sample", "image") as bar:
             for start in mine:
@@ -174,7 +174,7 @@ def score(
     features = extractors.extract(images, digest, extractor)
     warnings, count, width = [], images.count, features["fid"].shape[1]
     numbers: dict[str, Any] = {
-        role: metrics.frechet_distance(metrics.statistics_of(features[role]), statistics)
+        role: metrics.frechet_distance(metrics.compute_statistics(features[role]), statistics)
         for role, statistics in real.statistics.items()
     }
     if "sfid" in features:  # Inception: IS is defined by its classes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moveimg.model.memory import ValueBank, mixers_by_layer, record_mixing
+from moveimg.model.memory import ValueBank, hook_mixers, mixers_by_layer
 from moveimg.model.transformer import Transformer
 
 # A gate below NEAR_ZERO counts as closed, a gate above NEAR_TWO as fully open.
@@ -54,7 +54,7 @@ class BankMap:
 
 
 @torch.no_grad()
-def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, BankMap]:
+def compute_bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, BankMap]:
     """The BankMap of each layer with memory, by layer index from 0, in one pass over codes [B, T].
 
     Position s is the input code s; the last code is only predicted, so S = T - 1.
@@ -70,15 +70,15 @@ def bank_maps(model: Transformer, codes: Tensor, labels: Tensor) -> dict[int, Ba
         norms = (part.flatten(2).norm(dim=-1).cpu() for part in (kept, memory))
         maps[layer] = BankMap(gates.cpu(), g_0 is not None, *norms)
 
-    with record_mixing(model, record):
+    with hook_mixers(model, record):
         model(codes, labels)
     if not maps:
         raise ValueError("this model has no value memory to map")
     return maps
 
 
-def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, Any]]:
-    """Gate statistics of every layer with memory, as plain data.
+def compute_gate_stats(model: Transformer, batches: Batches) -> dict[int, dict[str, Any]]:
+    """Gate statistics of every layer with memory, by layer number from 1, as plain data.
 
     gates                                   names of the G gates
     mean, spread, near_zero, near_two       per head and gate, [H, G]; shares below 0.1, above 1.9
@@ -87,7 +87,7 @@ def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, An
     sums: dict[int, Any] = defaultdict(int)  # over images and positions, [4, H, G]
     norms: dict[int, Any] = defaultdict(int)  # sums over images and positions, [2]
     for batch in batches:
-        for layer, bank_map in bank_maps(model, *batch).items():
+        for layer, bank_map in compute_bank_maps(model, *batch).items():
             g = bank_map.gates
             each = torch.stack([g, g.square(), (g < NEAR_ZERO).double(), (g > NEAR_TWO).double()])
             sums[layer] += each.sum((1, 2))
@@ -110,32 +110,32 @@ def gather_gates(model: Transformer, batches: Batches) -> dict[int, dict[str, An
 
 
 class ScaledRows(nn.Module):
-    """A memory whose rows are multiplied by `share`; the gates stay unchanged."""
+    """A memory whose rows are multiplied by `factor`; the gates stay unchanged."""
 
-    def __init__(self, memory: Any, share: float) -> None:
+    def __init__(self, memory: Any, factor: float) -> None:
         super().__init__()
-        self.memory, self.share = memory, share
+        self.memory, self.factor = memory, factor
         self.context = memory.context
 
-    def rows(self, *args: Any) -> Tensor | None:
-        rows: Tensor | None = self.memory.rows(*args)
-        return None if rows is None else rows * self.share
+    def gather_rows(self, *args: Any) -> Tensor | None:
+        rows: Tensor | None = self.memory.gather_rows(*args)
+        return None if rows is None else rows * self.factor
 
     def neighbours(self, *args: Any) -> Tensor:
         codes: Tensor = self.memory.neighbours(*args)
         return codes
 
 
-def scale_bank(model: Transformer, share: float) -> Transformer:
-    """A copy of `model` whose memory rows are multiplied by `share`; all weights are shared."""
+def scale_bank(model: Transformer, factor: float) -> Transformer:
+    """A copy of `model` whose memory rows are multiplied by `factor`; all weights are shared."""
     scaled = copy.copy(model)
     scaled._modules = dict(model._modules)  # else `model` would get the scaled memory, too
-    scaled.memory = ScaledRows(model.memory, share)
+    scaled.memory = ScaledRows(model.memory, factor)
     return scaled
 
 
-def gradient_sources(model: Transformer, codes: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The gradient of the cross-entropy with respect to the memory's rows, by layer.
+def compute_gradient_sources(model: Transformer, codes: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The gradient of the cross-entropy with respect to the memory's rows, by layer from 1.
 
     Each layer reads a separate copy of the rows, whose gradient is that layer's contribution: the
     gradient of a table used by this layer alone. The bank's gradient is the sum over layers.
@@ -166,22 +166,22 @@ def gradient_sources(model: Transformer, codes: Tensor, labels: Tensor) -> dict[
             handle.remove()
     rows, count = memory.row_indices(codes[:, :-1]).flatten(), memory.n_rows
     total = torch.zeros(count, memory.slots * memory.value_width, device=codes.device).double()
-    parts: dict[int, Tensor] = {}
+    by_layer: dict[int, Tensor] = {}
     for (layer, mixer), gradient in zip(mixers.items(), gradients, strict=True):
         by_slot = gradient[:, 1:].transpose(2, 3).flatten(2)  # columns ordered as in the bank
-        part = torch.zeros_like(total).index_add_(0, rows, by_slot.flatten(0, 1).double())
-        total += part
+        contribution = torch.zeros_like(total).index_add_(0, rows, by_slot.flatten(0, 1).double())
+        total += contribution
         width, slots = memory.value_width, mixer.slots
-        parts[layer + 1] = part[:, slots.start * width : slots.stop * width].flatten()
-    stacked = torch.stack(list(parts.values()))
+        by_layer[layer + 1] = contribution[:, slots.start * width : slots.stop * width].flatten()
+    stacked = torch.stack(list(by_layer.values()))
     norms = stacked.norm(dim=1)
     unit = stacked / norms.clamp(min=1e-30)[:, None]
     updated = len(rows.unique())
     return {
         "bank": total.norm().item(),
-        "by_layer": dict(zip(parts, norms.tolist(), strict=True)),
+        "by_layer": dict(zip(by_layer, norms.tolist(), strict=True)),
         "cosines": (unit @ unit.T).tolist(),
         "alignment": (stacked.sum(0).norm() / norms.sum().clamp(min=1e-30)).item(),
         "rows_updated": updated / count,
-        "reads_per_row": len(rows) * len(parts) / updated,
+        "reads_per_row": len(rows) * len(by_layer) / updated,
     }

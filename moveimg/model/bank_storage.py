@@ -1,4 +1,4 @@
-"""Value banks in compressed or offloaded storage: 8 or 4 bits, on disk, or in pinned CPU memory.
+"""Value banks in compressed or offloaded storage: 8 or 4 bits, on disk, or in CPU memory.
 
     V rows   M slots   W width of a slot
 
@@ -32,7 +32,9 @@ class QuantizedRows(nn.Module):
     def __init__(self, rows: int, slots: int, width: int, bits: int) -> None:
         super().__init__()
         if bits not in (4, 8) or width % (8 // bits):
-            raise ValueError(f"bank of {bits} bits and width {width}: expected 8, or 4 and even")
+            raise ValueError(
+                f"bank of {bits} bits and width {width}: expected 8 bits, or 4 and an even width"
+            )
         self.bits, self.embedding_dim = bits, slots * width
         dtype, per_byte = (torch.int8, 1) if bits == 8 else (torch.uint8, 2)
         self.register_buffer("packed", torch.zeros(rows, slots, width // per_byte, dtype=dtype))
@@ -40,29 +42,29 @@ class QuantizedRows(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, weight: Tensor, slots: int, bits: int) -> QuantizedRows:
+    def quantize(cls, weight: Tensor, slots: int, bits: int) -> QuantizedRows:
         """Quantize a bank's weight [V, M W]."""
         table = cls(len(weight), slots, weight.shape[1] // slots, bits).to(weight.device)
-        for part, packed, scale in zip(
+        for chunk, packed, scale in zip(
             weight.split(256), table.packed.split(256), table.scale.split(256), strict=True
         ):
-            values = part.float().unflatten(1, (slots, -1))
+            values = chunk.float().unflatten(1, (slots, -1))
             largest = 2 ** (bits - 1) - 1
             scale.copy_(values.abs().amax(dim=-1, keepdim=True).div(largest).clamp(min=1e-30))
-            whole = (values / scale).round().to(torch.int8)
+            integers = (values / scale).round().to(torch.int8)
             if bits == 4:
-                nibbles = (whole + 8).view(torch.uint8)
-                whole = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
-            packed.copy_(whole)
+                nibbles = (integers + 8).view(torch.uint8)
+                integers = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+            packed.copy_(integers)
         return table
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes int64 [...] -> rows [..., M W] in the scales' dtype."""
-        whole = self.packed[codes]
+        integers = self.packed[codes]
         if self.bits == 4:
-            pairs = torch.stack([whole & 15, whole >> 4], dim=-1)
-            whole = pairs.flatten(-2).view(torch.int8) - 8
-        return (whole * self.scale[codes]).flatten(-2)
+            pairs = torch.stack([integers & 15, integers >> 4], dim=-1)
+            integers = pairs.flatten(-2).view(torch.int8) - 8
+        return (integers * self.scale[codes]).flatten(-2)
 
 
 class DiskRows(nn.Module):
@@ -78,7 +80,7 @@ class DiskRows(nn.Module):
             entry: dict[str, Any] = json.loads(file.read(start - 8)).get(name, {})
             self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if entry.get("dtype") not in DTYPES or len(entry["shape"]) != 2:
-            raise ValueError(f"{path}: no matrix '{name}': expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: '{name}': expected a matrix of {', '.join(DTYPES)}")
         shape, begin = entry["shape"], start + entry["data_offsets"][0]
         count = shape[0] * shape[1]
         dtype = DTYPES[entry["dtype"]]
@@ -96,33 +98,31 @@ class DiskRows(nn.Module):
         return self  # the rows are read-only
 
 
-class PinnedRows(nn.Module):
-    """Rows in pinned CPU memory, copied to the codes' device when gathered."""
+class CPURows(nn.Module):
+    """Rows in CPU memory, copied to the codes' device when gathered."""
 
     __deepcopy__ = DiskRows.__deepcopy__
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.rows = weight.detach().cpu()
-        if torch.cuda.is_available():
-            self.rows = self.rows.pin_memory()
         self.embedding_dim = weight.shape[1]
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes int64 [...] -> rows [..., M W] on the codes' device."""
-        return self.rows[codes.cpu()].to(codes.device, non_blocking=True)
+        return self.rows[codes.cpu()].to(codes.device)
 
 
-def place_rows(kind: str, path: Path, name: str, weight: Tensor, slots: int) -> nn.Module:
+def make_bank_storage(kind: str, path: Path, name: str, weight: Tensor, slots: int) -> nn.Module:
     """A module that stores a bank's `weight`, the tensor `name` of a safetensors file, as `kind`.
 
-    int8 and int4 quantize the rows, disk reads rows from the file, cpu keeps them in pinned memory.
+    int8 and int4 quantize the rows, disk reads rows from the file, cpu keeps them in CPU memory.
     Raises ValueError for another kind.
     """
     if kind in ("int8", "int4"):
-        return QuantizedRows.of(weight, slots, int(kind[3:]))
+        return QuantizedRows.quantize(weight, slots, int(kind[3:]))
     if kind == "disk":
         return DiskRows(path, name)
     if kind == "cpu":
-        return PinnedRows(weight)
+        return CPURows(weight)
     raise ValueError(f"bank {kind!r}: expected int8, int4, disk or cpu")

@@ -15,7 +15,7 @@ from torch import nn
 from moveimg.config import TrainConfig
 from moveimg.config.model import ModelConfig, SwiGLUConfig
 from moveimg.device import shapes_only
-from moveimg.model import transformer
+from moveimg.model import loss
 from moveimg.model.memory import GatedMixer, ValueBank
 from moveimg.model.product_keys import TableLayer
 from moveimg.model.swiglu import SwiGLU, swiglu_hidden
@@ -49,7 +49,7 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
     caches = [layer.make_cache(1, length, model.norm.weight) for layer in model.attentions()]
     bank = memory.slots * memory.value_width if isinstance(memory, ValueBank) else 0
     bank *= 1 + (memory.context is not None)
-    reads = sum(ffn.active_own() for ffn in model.feedforwards() if isinstance(ffn, TableLayer))
+    reads = sum(ffn.own_active() for ffn in model.feedforwards() if isinstance(ffn, TableLayer))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         active=active_parameters(model),
@@ -65,17 +65,17 @@ def model_cost(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Cost:
 def count_parameters(model: Transformer) -> dict[str, int]:
     """The number of parameters in the backbone, embeddings, routers and bank."""
     counts = {"backbone": 0, "embeddings": 0, "router": 0, "bank": 0}
-    parts = {"memory": "bank", "label_embedding": "embeddings", "code_embedding": "embeddings"}
+    groups = {"memory": "bank", "label_embedding": "embeddings", "code_embedding": "embeddings"}
     for name, parameter in model.named_parameters():
-        part = parts.get(name.partition(".")[0], "router" if ".router." in name else "backbone")
-        counts[part] += parameter.numel()
+        group = groups.get(name.partition(".")[0], "router" if ".router." in name else "backbone")
+        counts[group] += parameter.numel()
     return counts
 
 
 def active_parameters(model: Transformer) -> int:
     """Parameters used per token (see Cost.active).
 
-    A module that uses only a part of its parameters returns their number from `active_own()`.
+    A module that uses only a part of its parameters returns their number from `own_active()`.
     """
 
     def active(module: nn.Module) -> int:
@@ -84,7 +84,7 @@ def active_parameters(model: Transformer) -> int:
         if isinstance(module, nn.Embedding):
             return module.embedding_dim
         own = sum(p.numel() for p in module.parameters(recurse=False))
-        return getattr(module, "active_own", lambda: own)()
+        return getattr(module, "own_active", lambda: own)()
 
     return sum(active(module) for module in model.modules())
 
@@ -140,7 +140,7 @@ def train_budget(config: TrainConfig, gpus: int = 8, gpu: str = "H100") -> dict[
     size, width = config.model.codebook_size, config.model.width
     # The loss keeps a chunk's float32 logits and log-softmax, the head's weight in bfloat16 and its
     # gradient in float32, and the gradient of the head's input.
-    logits = min(max(transformer.CHUNK, size), tokens * size)
+    logits = min(max(loss.CHUNK, size), tokens * size)
     activations = tokens * (kept + 4 * width) + 8 * logits + 6 * size * width
     flops = (3 + recompute) * cost.flops_per_token * length * config.batch_size
     hours = config.steps * flops / gpus / PEAK_FLOPS[gpu] / 3600

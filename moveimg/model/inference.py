@@ -1,9 +1,9 @@
 """Models prepared for sampling: prepacked or int8 weights on a CPU, a compiled step on CUDA.
 
 On a CPU, reading the weights takes most of a decoding step, so weights are prepacked for products
-with a few rows: float32 by oneDNN; bfloat16 as float16 by FBGEMM, if the processor has no bfloat16
-instructions; int8 by FBGEMM on request. Linear layers whose `weight` a module reads directly are
-listed in its attribute `unpacked` and stay unchanged.
+with a few rows: float32 by oneDNN; bfloat16 as float16 by FBGEMM, if oneDNN has no bfloat16
+products for this CPU; int8 by FBGEMM on request. Linear layers whose `weight` a module reads
+directly are listed in its attribute `unpacked` and stay unchanged.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ ROWS = 16  # oneDNN packs for inputs of this many rows; other numbers work, too
 INT8_LIMIT = 63  # largest int8 weight: AVX2 adds two 7-bit by 8-bit products in 16 bits
 
 
-def decoding_model(
+def prepare_for_sampling(
     model: Transformer, quantize: str | None = None, compile: bool = False
 ) -> Transformer:
-    """`model` (in eval mode) prepared for fast decoding; not for training.
+    """Prepare `model` (in eval mode) for fast sampling; not for training.
 
-    On a CPU, returns a copy that shares embeddings and memory with `model`; a bfloat16 model
-    computes in float32 if the processor has no bfloat16 instructions. On other devices and in
-    float64, returns `model`. quantize: None, or "int8", which changes the logits
-    (docs/performance.md). compile: one compiled decoding step over a static cache, for CUDA.
+    On a CPU, returns a copy, which shares weights with `model` unless they are cast: a bfloat16
+    model computes in float32 if oneDNN has no bfloat16 products for this CPU, and int8 starts from
+    float32. Without an option, other devices and dtypes get `model` itself. quantize: None, or
+    "int8", which changes the logits (docs/performance.md). compile: one compiled decoding step over
+    a static cache, for CUDA.
     Raises ValueError for an unknown `quantize`, or `quantize` on another device or with `compile`.
     """
     weight = model.head.weight
@@ -43,8 +44,8 @@ def decoding_model(
         where = "compile" if compile else weight.device.type
         raise ValueError(f"quantize {quantize} with {where}: expected a CPU and no compile")
     if compile:
-        return StaticDecoder(model, mode="reduce-overhead", fullgraph=True)
-    return _pack(model, quantize) if quantize or packable(weight) else model
+        return StaticTransformer(model, mode="reduce-overhead", fullgraph=True)
+    return _pack(model, quantize) if quantize or can_pack(weight) else model
 
 
 def _pack(model: Transformer, quantize: str | None) -> Transformer:
@@ -69,7 +70,7 @@ def _pack(model: Transformer, quantize: str | None) -> Transformer:
     return fast
 
 
-def packable(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN can prepack matrices of this dtype and device."""
     known = weight.dtype in (torch.float32, torch.bfloat16)
     return weight.device.type == "cpu" and known and torch.backends.mkldnn.is_available()
@@ -131,7 +132,7 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x.contiguous(), self.packed)
 
 
-class StaticDecoder(Transformer):
+class StaticTransformer(Transformer):
     """`model` in eval mode with a decoding step of the same shapes at every position.
 
     As in gpt-fast, the step is compiled once and replayed as a CUDA graph. Batches are padded to a
@@ -142,7 +143,7 @@ class StaticDecoder(Transformer):
     def __init__(self, model: Transformer, **compiler: Any) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
-        step = model.decoding_step
+        step = model._step
         self._step_function = torch.compile(step, dynamic=False, **compiler) if compiler else step
         self._compiled = bool(compiler)
         self._idle: dict[int, list[Cache]] = defaultdict(list)  # by batch size
@@ -154,10 +155,9 @@ class StaticDecoder(Transformer):
         idle = self._idle[size]
         buffers = idle.pop() if idle else Cache(self, size, static=True)
         tensors = [tensor for layer in buffers.layers for tensor in layer.tensors]
-        for tensor in (
-            (*tensors, buffers.rope, buffers.index, buffers.codes) if self._compiled else ()
-        ):
-            if isinstance(tensor, Tensor):
+        if self._compiled:
+            inputs = (*tensors, buffers.rope, buffers.index, buffers.codes)
+            for tensor in filter(torch.is_tensor, inputs):
                 torch._dynamo.mark_static_address(tensor)
         cache = copy.copy(buffers)  # the same tensors, at position 0
         cache.index.zero_()  # type: ignore[union-attr]
@@ -165,15 +165,15 @@ class StaticDecoder(Transformer):
         return cache
 
     @torch.inference_mode()
-    def start(self, labels: Tensor, cache: Cache, codes: Tensor | None = None) -> Tensor:
+    def prefill(self, labels: Tensor, cache: Cache, codes: Tensor | None = None) -> Tensor:
         padded = None if codes is None else _pad(codes, cache.batch)
-        return super().start(_pad(labels, cache.batch), cache, padded)[: len(labels)]
+        return super().prefill(_pad(labels, cache.batch), cache, padded)[: len(labels)]
 
     @torch.inference_mode()
-    def decode(self, codes: Tensor, cache: Cache) -> Tensor:
-        return super().decode(_pad(codes, cache.batch), cache)[: len(codes)]
+    def step(self, codes: Tensor, cache: Cache) -> Tensor:
+        return super().step(_pad(codes, cache.batch), cache)[: len(codes)]
 
-    def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
+    def _step(self, codes: Tensor, cache: Cache) -> Tensor:
         if not self._compiled:
             return self._step_function(codes, cache)
         torch.compiler.cudagraph_mark_step_begin()

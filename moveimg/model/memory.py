@@ -106,7 +106,7 @@ class NoMemory(nn.Module):
     def mixer(self, layer: int) -> Mixer:
         return PassThrough()
 
-    def rows(
+    def gather_rows(
         self, labels: Tensor | None, codes: Tensor | None, neighbours: Tensor | None = None
     ) -> Rows:
         return None
@@ -151,7 +151,7 @@ class ValueBank(nn.Module):
         self.class_bank = nn.Embedding(config.n_classes + 1, width) if spec.class_rows else None
 
     def init_weights(self) -> None:
-        """Initialise the rows of pairs to zero, so that unseen pairs add nothing."""
+        """Initialise the table of pairs to zero, so that unseen pairs add nothing."""
         if self.context_bank is not None:
             nn.init.zeros_(self.context_bank.weight)
 
@@ -174,10 +174,10 @@ class ValueBank(nn.Module):
         width = self.config.grid[1]
         step = 1 if self.context == "left" else width
         inside = indices % width > 0 if self.context == "left" else indices >= width
-        found = codes.index_select(1, (indices - step).clamp(min=0))
-        return torch.where(inside, found, self.config.codebook_size)
+        shifted = codes.index_select(1, (indices - step).clamp(min=0))
+        return torch.where(inside, shifted, self.config.codebook_size)
 
-    def rows(
+    def gather_rows(
         self, labels: Tensor | None, codes: Tensor | None, neighbours: Tensor | None = None
     ) -> Tensor:
         """Gather the rows of all layers, [B, S or 1 + S, H, slots, K].
@@ -194,10 +194,8 @@ class ValueBank(nn.Module):
         if labels is not None and self.class_bank is not None:
             rows.insert(0, self.class_bank(labels)[:, None])
         elif labels is not None:
-            shape, dtype = (
-                (len(labels), 1, self.bank.embedding_dim),
-                rows[0].dtype if rows else None,
-            )
+            shape = len(labels), 1, self.bank.embedding_dim
+            dtype = rows[0].dtype if rows else None
             rows.insert(0, torch.zeros(shape, dtype=dtype, device=labels.device))
         gathered = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         device = gathered.device.type
@@ -216,7 +214,7 @@ class ValueBank(nn.Module):
                     f"expected 0..{self.n_rows - 1}"
                 )
 
-    def share_rows(self, codebook: Tensor) -> None:
+    def cluster_codes(self, codebook: Tensor) -> None:
         """If rows < V, assign codes to rows by k-means over the tokenizer's codebook [V, width]."""
         if self.row_of_code is not None:
             from sklearn.cluster import KMeans  # importing it takes half a second
@@ -227,7 +225,7 @@ class ValueBank(nn.Module):
 
 
 def hash_pairs(codes: Tensor, neighbours: Tensor, codebook_size: int) -> Tensor:
-    """The hash in 0..2^32-1 of each (code, neighbour) pair, int64 (murmur3's finalizer)."""
+    """A hash in 0..2^32-1 of each (code, neighbour) pair, int64 (murmur3's, with other shifts)."""
     h = (codes * (codebook_size + 1) + neighbours) & 0xFFFFFFFF
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         h = ((h ^ (h >> 15)) * factor) & 0xFFFFFFFF
@@ -274,8 +272,8 @@ def mixers_by_layer(model: nn.Module) -> dict[int, GatedMixer]:
 
 
 @contextmanager
-def record_mixing(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
-    """Call `record(layer, g_0, g_i, values, rows)` for each layer with memory in a forward pass.
+def hook_mixers(model: nn.Module, callback: Callable[..., None]) -> Iterator[None]:
+    """Call `callback(layer, g_0, g_i, values, rows)` for each layer with memory in a forward pass.
 
     g_0 [B, S, H, 1] (or None) gates the standard values, g_i [B, S, H, M] the slots; `values`
     [B, S, H, K] are ungated, rows [B, S, H, M, K]. The class token's position is left out.
@@ -283,9 +281,9 @@ def record_mixing(model: nn.Module, record: Callable[..., None]) -> Iterator[Non
 
     def make_hook(layer: int) -> Callable[..., None]:
         def hook(mixer: GatedMixer, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            x, v, rows = (part[:, 1:] for part in args)
+            x, v, rows = (tensor[:, 1:] for tensor in args)
             own = rows[..., mixer.slots.start : mixer.slots.stop, :]
-            record(layer, *mixer.gates(x), v, own)
+            callback(layer, *mixer.gates(x), v, own)
 
         return hook
 

@@ -44,9 +44,9 @@ class MoE(FeedForward):
 
     def own_flops(self, context: float) -> float:
         """FLOPs per token of the k chosen experts and their weighted sum, without padding."""
-        return 2.0 * (self.active_own() + self.spec.top_k * self.width)
+        return 2.0 * (self.own_active() + self.spec.top_k * self.width)
 
-    def active_own(self) -> int:
+    def own_active(self) -> int:
         """Parameters of the routed experts used per token."""
         return self.spec.top_k * 3 * self.width * self.spec.hidden
 
@@ -61,8 +61,8 @@ class MoE(FeedForward):
         weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.training:
             self.load = F.one_hot(chosen, n_experts).float().mean(dim=(0, 1))
-            balance = n_experts * (self.load * probabilities.mean(dim=0)).sum()
-            self.auxiliary = self.spec.balance * balance
+            loss = n_experts * (self.load * probabilities.mean(dim=0)).sum()
+            self.auxiliary = self.spec.balance * loss
         shared_out = self.shared_expert(x)  # under autocast, in the dtype for the routed experts
         routed = self._experts(tokens.to(shared_out.dtype), chosen)  # [N, k, D]
         mixed = torch.einsum("nk,nkd->nd", weights.to(routed.dtype), routed)
@@ -75,7 +75,7 @@ class MoE(FeedForward):
         one matrix product. All shapes depend on N alone.
         """
         n, k = chosen.shape
-        size, count = block_shape(n * k, self.spec.n_experts)
+        size, count = choose_block_shape(n * k, self.spec.n_experts)
         place, owner = sort_by_expert(chosen.flatten(), self.spec.n_experts, size, count)
         source = torch.arange(n, device=place.device).repeat_interleave(k)
         # padding rows are copies of token 0; their outputs are not read
@@ -87,7 +87,7 @@ class MoE(FeedForward):
         return out.flatten(0, 1)[place].unflatten(0, (n, k))
 
 
-def block_shape(rows: int, n_experts: int) -> tuple[int, int]:
+def choose_block_shape(rows: int, n_experts: int) -> tuple[int, int]:
     """Rows per block, and the largest number of blocks that `rows` rows of E experts can need.
 
     Larger blocks add more padding (up to E (size - 1) rows); smaller blocks read each expert's
@@ -103,13 +103,13 @@ def sort_by_expert(experts: Tensor, n_experts: int, size: int, count: int) -> tu
 
     Returns each row's position [R] in 0..count * size - 1, and each block's expert [count].
     """
-    n = torch.zeros(n_experts, dtype=experts.dtype, device=experts.device)
-    n = n.scatter_add(0, experts, torch.ones_like(experts))
-    padded = (n + size - 1) // size  # blocks of each expert
+    counts = torch.zeros(n_experts, dtype=experts.dtype, device=experts.device)
+    counts = counts.scatter_add(0, experts, torch.ones_like(experts))
+    padded = (counts + size - 1) // size  # blocks of each expert
     first = (padded.cumsum(0) - padded) * size  # each expert's first position
     order = experts.argsort(stable=True)
     ordered = experts[order]
-    rank = torch.arange(len(experts), device=experts.device) - (n.cumsum(0) - n)[ordered]
+    rank = torch.arange(len(experts), device=experts.device) - (counts.cumsum(0) - counts)[ordered]
     place = torch.zeros_like(experts).scatter(0, order, first[ordered] + rank)
     block = torch.arange(count, device=experts.device)
     owner = torch.searchsorted(padded.cumsum(0), block, right=True)

@@ -69,8 +69,8 @@ class Table(nn.Module):
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
-    def active_own(self) -> int:
-        """0, because TableLayer.active_own counts the rows that a layer reads."""
+    def own_active(self) -> int:
+        """0, because TableLayer.own_active counts the rows that a layer reads."""
         return 0
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -93,13 +93,13 @@ class TableLayer(FeedForward):
         super().__init__()
         self.spec, self.lookup, self.row_width = spec, lookup, row_width
 
-    def active_own(self) -> int:
+    def own_active(self) -> int:
         """Table elements read per token."""
         return self.spec.key_heads * self.spec.top_k * self.row_width
 
     def own_flops(self, context: float) -> float:
         """FLOPs per token: a multiply-add per table element read."""
-        return 2.0 * self.active_own()
+        return 2.0 * self.own_active()
 
 
 class ProductKeyMemory(TableLayer):

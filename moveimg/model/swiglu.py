@@ -19,7 +19,7 @@ class FeedForward(nn.Module):
     Attributes:
         auxiliary: a loss of the last forward pass in train mode, to be added to the cross-entropy.
         load: the share of routing choices of each expert in that pass, [E].
-        delay: layers after which the output of `remember` enters the stream; None: no `remember`.
+        delay: how many layers later `delayed_output` is added to the stream; None: there is none.
     """
 
     auxiliary: Tensor | None = None
@@ -39,8 +39,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, shared: Any = None) -> Tensor:
         raise NotImplementedError
 
-    def remember(self, x: Tensor) -> Tensor:
-        """The output [B, S, D], for stream x after this block, that a later layer adds."""
+    def delayed_output(self, x: Tensor) -> Tensor:
+        """The output [B, S, D] added `delay` layers later, from the stream x after this block."""
         raise NotImplementedError
 
 

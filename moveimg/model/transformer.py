@@ -1,4 +1,4 @@
-"""The class-conditional transformer (LlamaGen's decoder, arXiv 2406.06525) with value memory.
+"""The class-conditional transformer (LlamaGen's, arXiv 2406.06525) with value memory.
 
 B batch   S positions in this call   T codes in an image   D width   V codebook size   N rows
 """
@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from moveimg.config.model import ModelConfig, SlotConfig
 from moveimg.model.attention import ATTENTIONS, Index, LayerCache, rope_2d
 from moveimg.model.feedforward import FEEDFORWARDS
+from moveimg.model.loss import linear_cross_entropy
 from moveimg.model.memory import MEMORIES, Mixer, Rows
 from moveimg.model.swiglu import FeedForward
-from moveimg.rng import Dropout, rewound
-
-CHUNK = 2**24  # logits that the loss computes at a time (64 MiB in float32), at least one row
+from moveimg.rng import Dropout, rewind
 
 
 class Block(nn.Module):
@@ -57,7 +55,7 @@ class Cache:
     Attributes:
         length: T, the number of positions.
         position: position of the next decoding step, 0..T-1.
-        index: the same position as the layer caches need it: a tensor [1] if static, else an int.
+        index: `position` for the layer caches: a tensor [1] if the cache is static, else an int.
     """
 
     def __init__(self, model: Transformer, batch: int, static: bool = False) -> None:
@@ -183,7 +181,7 @@ class Transformer(nn.Module):
         """An empty cache for decoding `batch` sequences together."""
         return Cache(self, batch)
 
-    def start(self, labels: Tensor, cache: Cache, codes: Tensor | None = None) -> Tensor:
+    def prefill(self, labels: Tensor, cache: Cache, codes: Tensor | None = None) -> Tensor:
         """First decoding step: labels [B] -> logits of the first code [B, V].
 
         With the first P codes int64 [B, P] of each image, 0 <= P < T, the logits are those of the
@@ -195,8 +193,8 @@ class Transformer(nn.Module):
             x = torch.cat([x, self.code_embedding(codes)], dim=1)
         if cache.position or cache.batch != len(x) or x.shape[1] > cache.length:
             raise ValueError(
-                f"start of {len(x)} x {x.shape[1]} positions at position {cache.position} of a "
-                f"cache for {cache.batch} x {cache.length}: expected an empty one that fits"
+                f"{len(x)} x {x.shape[1]} inputs for a cache of {cache.batch} x {cache.length} at "
+                f"position {cache.position}: expected an empty cache of the same batch size"
             )
         if codes is not None and cache.codes is not None:
             cache.codes[:, : codes.shape[1]] = codes
@@ -205,23 +203,23 @@ class Transformer(nn.Module):
         cache.index += x.shape[1]  # in place if it is a tensor
         return self.logits(last)[:, 0]
 
-    def decode(self, codes: Tensor, cache: Cache) -> Tensor:
+    def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """Next decoding step: the codes just drawn [B] -> logits of the next ones [B, V]."""
         if not 0 < cache.position < cache.length:
             raise ValueError(f"decode at position {cache.position}: expected 1..{cache.length - 1}")
-        logits = self.decoding_step(codes, cache)
+        logits = self._step(codes, cache)
         cache.position += 1
         cache.index += 1
         return logits
 
-    def decoding_step(self, codes: Tensor, cache: Cache) -> Tensor:
+    def _step(self, codes: Tensor, cache: Cache) -> Tensor:
         """`decode` without check and increment of the position: for torch.compile."""
         codes, neighbours = codes[:, None], None
         if cache.codes is not None:
             index = torch.as_tensor(cache.index, device=codes.device).view(1) - 1
             cache.codes.index_copy_(1, index, codes)
             neighbours = self.memory.neighbours(cache.codes, index)
-        rows = self.memory.rows(None, codes, neighbours)
+        rows = self.memory.gather_rows(None, codes, neighbours)
         return self.logits(self._blocks(self.code_embedding(codes), rows, cache))[:, 0]
 
     def _rows(self, labels: Tensor, codes: Tensor | None) -> Rows:
@@ -230,7 +228,7 @@ class Transformer(nn.Module):
         if codes is not None and self.memory.context is not None:
             indices = torch.arange(codes.shape[1], device=codes.device)
             neighbours = self.memory.neighbours(codes, indices)
-        return self.memory.rows(labels, codes, neighbours)
+        return self.memory.gather_rows(labels, codes, neighbours)
 
     def _blocks(self, x: Tensor, rows: Rows, cache: Cache | None = None) -> Tensor:
         """The normalised stream [B, S, D] after all blocks, from the embeddings x [B, S, D]."""
@@ -255,8 +253,9 @@ class Transformer(nn.Module):
             ffn: Any = block.ffn
             if ffn.delay is not None:
                 later = layer + ffn.delay
-                remembered[later] = remembered.get(later, 0) + ffn.remember(x)
-            x = x + remembered.pop(layer) if layer in remembered else x
+                remembered[later] = remembered.get(later, 0) + ffn.delayed_output(x)
+            if layer in remembered:
+                x = x + remembered.pop(layer)
         return self.norm(x)
 
 
@@ -272,63 +271,9 @@ def _checkpoint_contexts(block: Any) -> tuple[Any, Any]:
     @contextmanager
     def recomputing() -> Iterator[None]:
         try:  # torch ends the recomputation early by an exception
-            with nullcontext() if generator is None or state is None else rewound(generator, state):
+            with nullcontext() if generator is None or state is None else rewind(generator, state):
                 yield
         finally:
             block.ffn.auxiliary = None
 
     return nullcontext(), recomputing()
-
-
-# --- the loss, without all logits at once ----------------------------------------------------
-
-
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats of the logits x W^T, and the top-1 accuracy.
-
-    x [N, D], weight [V, D], targets int64 [N]. Logits, the largest tensor of a training step, are
-    computed for CHUNK / V rows at a time, together with the gradients of x and W, so the head still
-    costs three matrix products. Under autocast, products use its dtype; softmax, loss and the sum
-    of W's gradient use float32 (float64 for float64). The accuracy has no gradient, the loss no
-    second derivative.
-    """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    return _LinearCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled())
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """With p the softmax of a row and e its target's unit vector: dL/dlogits = (p - e) / N."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, train: bool
-    ) -> tuple[Tensor, Tensor]:
-        low, wide = weight.to(dtype), torch.promote_types(dtype, torch.float32)
-        grad_x, loss = torch.empty_like(x), torch.zeros((), dtype=wide, device=x.device)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if train else None
-        hits, size = torch.zeros_like(loss), max(1, CHUNK // len(weight))
-        for start in range(0, len(x), size):
-            rows, target = x[start : start + size].to(dtype), targets[start : start + size, None]
-            logits = (rows @ low.T).to(wide)
-            hits += (logits.argmax(dim=1, keepdim=True) == target).sum()
-            logits = logits.log_softmax(dim=1)
-            loss -= logits.gather(1, target).sum()
-            if grad_weight is not None:
-                ones = logits.new_ones(target.shape)
-                error = logits.exp_().scatter_add_(1, target, -ones).to(dtype)  # p - e
-                grad_x[start : start + size] = error @ low
-                grad_weight += error.T @ rows
-                del error
-            del logits  # before those of the next chunk
-        accuracy, ctx.rows = hits / len(x), len(x)
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.mark_non_differentiable(accuracy)
-        return loss / len(x), accuracy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = (g * (grad / ctx.rows).to(g.dtype) for g in ctx.saved_tensors)
-        return grad_x, grad_weight, None, None, None

@@ -31,14 +31,16 @@ CANDIDATES = 128  # most candidate rows, and columns, per look-up (the paper)
 class UltraMem(TableLayer):
     """A SwiGLU, and a memory whose output enters the stream `delay` layers later.
 
-    In train mode `remember` sets `auxiliary` to penalty * mean_i max(0, sigma_i - margin)^2 over
-    the singular values sigma_2.. of C, which keeps C near its rank-1 approximation.
+    In train mode `delayed_output` sets `auxiliary` to penalty * mean_i max(0, sigma_i - margin)^2
+    over the singular values sigma_2.. of C, which keeps C near its rank-1 approximation.
     """
+
+    spec: UltraMemConfig
 
     def __init__(self, config: ModelConfig, spec: UltraMemConfig) -> None:
         width, cells = spec.value_width or config.width // 2, spec.n_keys**2
         super().__init__(spec, TuckerKeys(config, spec), row_width=width)
-        self.settings, self.delay = spec, spec.delay
+        self.delay = spec.delay
         self.dense = SwiGLU(config, spec.elsewhere)
         self.memory_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.values = ValueTable(cells // spec.expansion, width, std=0.02)
@@ -53,13 +55,13 @@ class UltraMem(TableLayer):
 
     def own_flops(self, context: float) -> float:
         """FLOPs per token of the weighted sums of values in E tables."""
-        return 2.0 * self.active_own() * self.settings.expansion
+        return 2.0 * self.own_active() * self.spec.expansion
 
     def forward(self, x: Tensor, shared: Any = None) -> Tensor:
         return self.dense(x)
 
-    def remember(self, x: Tensor) -> Tensor:
-        spec, rows = self.settings, len(self.values.weight)
+    def delayed_output(self, x: Tensor) -> Tensor:
+        spec, rows = self.spec, len(self.values.weight)
         if self.training and spec.rank > 1:
             excess = torch.linalg.svdvals(self.lookup.core.sum(0).float())[..., 1:] - spec.margin
             self.auxiliary = spec.penalty * excess.relu().square().mean()

@@ -48,7 +48,7 @@ def convert_llamagen(
         cfg_scale = PUBLISHED_CFG.get(SIZE_NAMES.get((config.n_layer, config.width), ""), 1.0)
         settings = SamplingSettings(cfg_scale=cfg_scale)
         about = {"source": "LlamaGen", "files": {"gpt": gpt.name, "vq": vq_file.name}}
-        save_model(temporary, ModelParts(generator, tokenizer, names, settings), about)
+        save_model(temporary, ModelParts(generator, tokenizer, names, settings, about))
     return config
 
 

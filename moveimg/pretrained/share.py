@@ -28,7 +28,9 @@ def write_model(directory: Path, out: Path, repo_id: str, **metadata: Any) -> No
     for file in MODEL_FILES:
         shutil.copyfile(directory / file, out / file)
     config = read_json(directory / "config.json")
-    config["about"] = {key: value for key, value in config["about"].items() if key in PUBLIC}
+    config["about"] = {
+        key: value for key, value in config.get("about", {}).items() if key in PUBLIC
+    }
     write_json(out / "config.json", config)
     write_text(out / "README.md", card)
     write_diffusers(out)

@@ -26,9 +26,9 @@ def convert_upcycle(source: Path, memory: dict[str, Any], out: Path) -> ModelCon
         parts = load_model(source)
         model = upcycle(parts.generator, memory)
         if isinstance(model.memory, ValueBank):
-            model.memory.share_rows(parts.tokenizer.quantize.codebook())
+            model.memory.cluster_codes(parts.tokenizer.quantize.codebook())
         about = {"source": "upcycled", "from": source.name, "before": parts.about}
-        save_model(temporary, replace(parts, generator=model), about)
+        save_model(temporary, replace(parts, generator=model, about=about))
     return model.config
 
 
@@ -45,11 +45,11 @@ def convert_quantize_bank(source: Path, bits: int, out: Path) -> ModelConfig:
             raise ValueError(f"{source}: memory {spec}: expected kind move without bits")
         memory: Any = spec.model_copy(update={"bits": bits})
         model = Transformer(old.config.model_copy(update={"memory": memory})).eval()
-        rows = QuantizedRows.of(old.memory.bank.weight, spec.slots, bits)
+        rows = QuantizedRows.quantize(old.memory.bank.weight, spec.slots, bits)
         old.memory.bank = rows
         model.load_state_dict(old.state_dict())
         about = {"source": "quantized bank", "from": source.name, "before": parts.about}
-        save_model(temporary, replace(parts, generator=model), about)
+        save_model(temporary, replace(parts, generator=model, about=about))
     return model.config
 
 
@@ -63,6 +63,8 @@ def upcycle(dense: Transformer, memory: dict[str, Any]) -> Transformer:
     if kinds[0] != "none" or kinds[1] == "none":
         raise ValueError(f"upcycle: memory {kinds[0]} to {kinds[1]}: expected none to lave or move")
     model = Transformer(config).to(dense.head.weight)
-    zeros = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
-    model.load_state_dict(zeros | dense.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(model.state_dict() | dense.state_dict())
     return model.train(dense.training)

@@ -47,7 +47,7 @@ ALLOWED_NAMES = {
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
-class Index(BaseModel):
+class CheckpointInfo(BaseModel):
     """The state of a run at a checkpoint."""
 
     step: int = Field(ge=0, le=10**12)
@@ -59,7 +59,7 @@ class Index(BaseModel):
 class IndexFile(BaseModel):
     """The content of checkpoint.json."""
 
-    checkpoint: Index
+    checkpoint: CheckpointInfo
 
 
 class Checkpoints:
@@ -82,8 +82,8 @@ class Checkpoints:
     ) -> None:
         """Copy `state` (of torch's get_*_state_dict), and write a checkpoint in the background.
 
-        `extra` is plain data and tensors, the same in all processes; `about` has fields of Index.
-        Raises OSError if this or the previous checkpoint cannot be written.
+        `extra` is plain data and tensors, the same in all processes; `about` has fields of
+        CheckpointInfo. Raises OSError if this or the previous checkpoint cannot be written.
         """
         self.wait()
         final = self.directory / f"step-{step:07d}"
@@ -95,7 +95,7 @@ class Checkpoints:
             torch.save(extra, buffer)
             (temporary / EXTRA).write_bytes(buffer.getbuffer())
 
-        self.world.run_first(begin)
+        self.world.run_on_rank0(begin)
         written: Any = dcp.async_save(state, checkpoint_id=temporary, **self.options)
         index = {"checkpoint": {"step": step, **about}}
         self.pending = self.writer.submit(self._seal, written, temporary, final, index)
@@ -131,8 +131,8 @@ class Checkpoints:
         self.world.wait()
         return next(reversed(self.complete()), None)
 
-    def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], Index]:
-        """Fill `state` from a checkpoint; return (extra, Index). ValueError if damaged."""
+    def load(self, path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], CheckpointInfo]:
+        """Fill `state` from a checkpoint; return (extra, CheckpointInfo). ValueError if damaged."""
         reader, planner = RestrictedReader(path), RestrictedPlanner()
         try:
             dcp.load(state, storage_reader=reader, planner=planner, **self.options)
@@ -140,7 +140,7 @@ class Checkpoints:
             extra = torch.load(path / EXTRA, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError(f"{path}: expected only tensors and plain data") from None
-        except (dcp.CheckpointException, Exception) as error:  # of many kinds
+        except (dcp.CheckpointException, Exception) as error:  # the first is a BaseException
             raise ValueError(
                 f"{path}: damaged, or of another model ({reason(error)}); delete it to continue "
                 "from the one before it, or start over with --restart"

@@ -24,11 +24,11 @@ from moveimg.data import MANIFEST, PackedCodes, draw_batch, encode_splits, sha25
 from moveimg.device import shapes_only
 from moveimg.dist import World, print_rank0
 from moveimg.files import lock
-from moveimg.images import labelled_grid, to_pil
+from moveimg.images import draw_grid, to_pil
 from moveimg.model import GatedMixer, Transformer, ValueBank
-from moveimg.model.analysis import bank_maps, gradient_sources
+from moveimg.model.analysis import compute_bank_maps, compute_gradient_sources
 from moveimg.pipeline import resolve
-from moveimg.rng import InitialValues
+from moveimg.rng import SeededInit
 from moveimg.sampling import image_rngs, sample_codes
 from moveimg.training.loop import Task, fit
 from moveimg.training.parallel import Parallelism, choose_parallelism
@@ -57,9 +57,10 @@ class GeneratorTask(Task):
         self.forward, self.codes, self.val = model, train, val
         self.class_names = train.class_names
 
-    def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         size, seed = self.config.batch_size, self.config.seed
-        codes, labels, _ = draw_batch(self.codes, size, seed, step, part, self.parallel.parts)
+        count = self.parallel.micro_batches
+        codes, labels, _ = draw_batch(self.codes, size, seed, step, micro_batch, count)
         codes, labels = codes.to(self.device), labels.to(self.device)
         draws = torch.rand(len(labels), device=self.device, generator=self.rng)
         dropped = draws < self.config.class_dropout
@@ -86,17 +87,18 @@ class GeneratorTask(Task):
     def record(self, step: int) -> dict[str, Any]:
         """Every memory_every steps: statistics of the bank's gradient, and each layer's mean gates.
 
-        Computed on the step's first micro-batch, without dropout (see gradient_sources).
+        Computed on the step's first micro-batch, without dropout (see compute_gradient_sources).
         """
         every = self.config.memory_every
         if not every or step % every or not isinstance(self.model.memory, ValueBank):
             return {}
-        size, parts = self.config.batch_size, self.parallel.parts
-        codes, labels, _ = draw_batch(self.codes, size, self.config.seed, step - 1, 0, parts)
+        size, count = self.config.batch_size, self.parallel.micro_batches
+        codes, labels, _ = draw_batch(self.codes, size, self.config.seed, step - 1, 0, count)
         batch = codes.to(self.device), labels.to(self.device)
         self.model.eval()
-        record = gradient_sources(self.model, *batch)
-        maps = bank_maps(self.model, *batch)
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would skip the hooks
+            record = compute_gradient_sources(self.model, *batch)
+            maps = compute_bank_maps(self.model, *batch)
         self.model.train()
         for key in ("g_0", "slots", "share"):
             record[key] = {i + 1: getattr(m, key).mean().item() for i, m in maps.items()}
@@ -109,11 +111,11 @@ class GeneratorTask(Task):
         codes = sample_codes(model, labels, self.config.sampling, image_rngs(range(len(labels))))
         images = to_pil(self.tokenizer.decode(codes, model.config.grid))
         rows = [images[i : i + PREVIEW_COLUMNS] for i in range(0, len(images), PREVIEW_COLUMNS)]
-        return labelled_grid(rows, names)
+        return draw_grid(rows, names)
 
     def export(self, model: Transformer, directory: Path, about: dict[str, Any]) -> None:
-        parts = ModelParts(model, self.tokenizer, self.class_names, self.config.sampling)
-        save_model(directory, parts, about)
+        parts = ModelParts(model, self.tokenizer, self.class_names, self.config.sampling, about)
+        save_model(directory, parts)
 
     def _loss(self, model: nn.Module, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss in nats per code, and the share of codes predicted right."""
@@ -139,7 +141,7 @@ def train_generator(
         assert images is not None
         directory = config.out / "codes"
         if restart and world.main and directory.exists():
-            with lock(config.out, "a training"):
+            with lock(config.out, "a training run"):
                 shutil.rmtree(directory)
         world.wait()
         encode_splits(images, tokenizer, directory, device=world.device)
@@ -148,10 +150,10 @@ def train_generator(
     for name, codes in (("train codes", train), ("val codes", val)):
         codes.require_tokenizer(tokenizer.fingerprint)
         data[name] = sha256_file(codes.directory / MANIFEST)
-    with InitialValues(config.seed):
+    with SeededInit(config.seed):
         model = initial_model(config, train, tokenizer.fingerprint)
     if config.init_from is None and isinstance(model.memory, ValueBank):
-        model.memory.share_rows(tokenizer.quantize.codebook())
+        model.memory.cluster_codes(tokenizer.quantize.codebook())
     task = GeneratorTask(config, model.to(world.device), tokenizer, train, val, parallel)
     return fit(task, config, parallel, restart, data)
 
@@ -168,9 +170,8 @@ def initial_model(config: TrainConfig, codes: PackedCodes, fingerprint: str) -> 
         if (chosen := getattr(config.model, key)) != needed[key]:
             raise ValueError(f"model.{key} is {chosen}, but {codes.directory} has {needed[key]}")
     settings = config.model.model_copy(update=needed)
-    if bits := getattr(settings.memory, "bits", None):
-        raise ValueError(f"memory.bits {bits}: a quantized bank cannot be trained")
     if config.init_from is None:
+        refuse_quantized(settings)
         return Transformer(settings)
     directory = resolve(config.init_from)
     if directory.resolve() == config.out.resolve():
@@ -183,12 +184,11 @@ def initial_model(config: TrainConfig, codes: PackedCodes, fingerprint: str) -> 
         )
     model = start_from(directory, settings, codes.class_names)
     if config.train == "memory":
-        same_classes = len(read_class_names(directory)) == len(codes.class_names)
-        if not isinstance(model.memory, ValueBank) or not same_classes:
-            raise ValueError(
-                f"train: memory, but {directory} has none (give it one by `moveimg convert "
-                "upcycle`), or other classes, whose label table must learn: expected train: all"
-            )
+        if not isinstance(model.memory, ValueBank):
+            upcycle = "see `moveimg convert upcycle`"
+            raise ValueError(f"train: memory: {directory} has no value memory ({upcycle})")
+        if len(read_class_names(directory)) != len(codes.class_names):
+            raise ValueError(f"train: memory: {directory} has other classes, expected train: all")
         freeze_backbone(model)
     return model
 
@@ -203,6 +203,7 @@ def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> 
     source = load_generator(directory)
     left_out = ModelConfig.model_fields.keys() - config.model_fields_set - FREE
     config = config.model_copy(update={key: getattr(source.config, key) for key in left_out})
+    refuse_quantized(config)
     there = source.config.model_dump(exclude=FREE)
     for key, value in config.model_dump(exclude=FREE).items():
         if value != there[key]:
@@ -221,6 +222,12 @@ def start_from(directory: Path, config: ModelConfig, class_names: list[str]) -> 
     model.load_state_dict(state, assign=True)
     break_symmetry(model)
     return model
+
+
+def refuse_quantized(config: ModelConfig) -> None:
+    """Raise ValueError for a model whose bank is quantized: it has no gradient."""
+    if bits := getattr(config.memory, "bits", None):
+        raise ValueError(f"memory.bits {bits}: a quantized bank cannot be trained")
 
 
 def freeze_backbone(model: Transformer) -> None:

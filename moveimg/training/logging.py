@@ -24,6 +24,9 @@ MAY_CHANGE = ("out", "log_every", "validate_every", "preview_every", "checkpoint
               "compile")  # fmt: skip
 
 
+MAX_LOG = 2**30  # bytes of a log that is read
+
+
 class Measurement(BaseModel):
     """A line of metrics.jsonl (held-out scores at a step, and their cost) or records.jsonl."""
 
@@ -37,8 +40,12 @@ class Measurement(BaseModel):
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The parsed lines of a metrics or records file; [] if it is missing. ValueError if damaged."""
-    lines = read_text(path).splitlines() if path.is_file() else []
+    """The parsed lines of a metrics or records file; [] if it is missing. ValueError if damaged.
+
+    A last line without its end, as a full disk leaves it, is ignored.
+    """
+    text = read_text(path, MAX_LOG) if path.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
     return [validate(Measurement, parse_json(line, str(path)), str(path)) for line in lines]
 
 
@@ -61,7 +68,7 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
         for key, (before, now) in changes.items():
             raise ValueError(
                 f"{config.out}: holds a run with {key} {shorten(before)}, now {shorten(now)}; "
-                "choose another `out` (and `init_from`), or start over with --restart"
+                "choose another `out` (`init_from` reuses the weights), or --restart"
             )
         if data.is_file() and read_json(data) != identity:
             raise ValueError(f"{data}: the run used other data; start over with --restart")
@@ -72,13 +79,13 @@ def check_or_write_settings(logs: Path, config: RunConfig, identity: dict[str, s
 def changed_settings(described: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings in which a run's config.yaml differs from `config`: {dotted key: (before, now)}.
 
-    Keys that the file lacks have their defaults; keys that no longer exist are ignored.
+    Keys that the file lacks have their defaults; unknown top-level keys are ignored.
     """
     stored = read_yaml(described)
     if isinstance(stored, dict):
         stored = {key: value for key, value in stored.items() if key in type(config).model_fields}
     before = flatten_settings(validate(type(config), stored, str(described)), MAY_CHANGE)
-    return differing(before, flatten_settings(config, MAY_CHANGE))
+    return find_differences(before, flatten_settings(config, MAY_CHANGE))
 
 
 def flatten_settings(config: RunConfig, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def flatten_settings(config: RunConfig, left_out: tuple[str, ...] = ()) -> dict[
     return flatten(config.model_dump(mode="json"))
 
 
-def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def find_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ in two flat dictionaries, with both values."""
     return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
@@ -106,6 +113,10 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter  # importing it takes a second
 
         self.logs, self.main, self.wandb = logs, main, None
+        for path in (logs / "metrics.jsonl", logs / "records.jsonl") if main else ():
+            if path.is_file():  # a resumed run writes its later lines again
+                kept = [line for line in read_records(path) if line["step"] <= step]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         if main and config.wandb:
             try:
                 import wandb
@@ -155,10 +166,8 @@ class RunLogger:
             self.message(", ".join(f"{key} {value:.5g}" for key, value in line.items()))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Add a line to a file, and drop lines of the same or later steps (a resumed run's)."""
-        path = self.logs / name
-        kept = [one for one in read_records(path) if one["step"] < line["step"]]
-        write_text(path, "".join(json.dumps(one) + "\n" for one in [*kept, line]))
+        with (self.logs / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""

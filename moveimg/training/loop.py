@@ -46,8 +46,8 @@ class Task(Protocol):
     forward: nn.Module  # the model, or DDP around it
     rng: torch.Generator | None = None  # seeded by step
 
-    def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a step's micro-batch `part`, and scalars to log."""
+    def loss(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step's micro-batch, and scalars to log."""
 
     def validate(self, model: Any) -> dict[str, float]:
         """Held-out scalars; the model with the smallest first one is the best."""
@@ -86,21 +86,26 @@ def fit(
     Raises ValueError for a directory in use or of another run, a damaged checkpoint or a loss that
     is not finite; OSError if a file cannot be written.
     """
-    with lock(config.out, "a training"):
+    with lock(config.out, "a training run"):
         run = Run(task, config, parallel)
         run.resume(restart, data or {})
-        with RunLogger(run.logs, config, run.step, run.world.main) as logger, catch_stop() as asked:
+        with (
+            RunLogger(run.logs, config, run.step, run.world.main) as logger,
+            catch_stop() as stop_signals,
+        ):
             while run.step < config.steps:
                 scalars = run.advance()
                 logger.bar.update()
                 run.report(scalars, logger)
-                often = run.device.type == "cpu" or run.world.size == 1  # `any` would sync GPUs
-                if (often or run.step % 10 == 0) and run.world.any(bool(asked)):
+                # world.any waits for a GPU
+                every_step = run.device.type == "cpu" or run.world.size == 1
+                if (every_step or run.step % 10 == 0) and run.world.any(bool(stop_signals)):
                     run.require_finite()
                     run.save(gather_full_model(run.averaged))
                     run.checkpoints.wait()
                     logger.message(f"stopped at step {run.step}; the same command continues")
-                    raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))
+                    number = stop_signals[0] if stop_signals else signal.SIGTERM
+                    raise SystemExit(128 + number)
         run.checkpoints.wait()
         return {**run.held_out, "seconds": run.seconds}
 
@@ -130,7 +135,7 @@ class Run:
     def advance(self) -> dict[str, Tensor]:
         """Do one optimizer step; return the scalars to log, as tensors."""
         begun = time.perf_counter()
-        config, task, mine = self.config, self.task, self.parallel.mine
+        config, task, mine = self.config, self.task, self.parallel.local_micro_batches
         task.model.train()
         rate = learning_rate(config.optimizer, self.step, config.steps)
         for optimizer in self.optimizers:
@@ -138,13 +143,13 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_factor", 1.0)
         scalars: list[dict[str, Tensor]] = []
-        for part in mine:
-            seed = micro_batch_seed(config.seed, self.step, part)
+        for micro_batch in mine:
+            seed = micro_batch_seed(config.seed, self.step, micro_batch)
             self.rng.manual_seed(seed)
             if self.parallel.compiled:  # compiled graphs draw from torch's default generator
                 torch.manual_seed(seed)
-            with sync_gradients(task.forward, last=part == mine[-1]):
-                loss, more = task.loss(self.step, part)
+            with sync_gradients(task.forward, last=micro_batch == mine[-1]):
+                loss, more = task.loss(self.step, micro_batch)
                 (loss / len(mine)).backward()
             scalars.append({"loss": loss.detach(), **more})
         norm = clip_gradients(self.optimizers, config.optimizer)
@@ -248,8 +253,8 @@ class Run:
         if len(bad := (~losses.isfinite()).nonzero()):
             step = self.step - len(losses) + int(bad[0])
             raise ValueError(
-                f"loss {losses[bad[0]].item()} at step {step} (from 0): try a lower optimizer.lr "
-                f"(now {self.config.optimizer.lr}) or a longer warmup, and --restart"
+                f"loss or gradient not finite at step {step} (counted from 0): try a lower "
+                f"optimizer.lr (now {self.config.optimizer.lr}) or a longer warmup, and --restart"
             )
 
 

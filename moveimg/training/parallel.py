@@ -1,4 +1,4 @@
-"""Distribution of a training over processes: micro-batches, DDP and FSDP2.
+"""Parallel training: micro-batches, DDP and FSDP2.
 
 A step's batch is cut into the same micro-batches for any number of processes.
 """
@@ -25,29 +25,29 @@ from moveimg.model import Transformer
 
 @dataclass(frozen=True)
 class Parallelism:
-    """The processes, micro-batches, sharding and dtype of a training."""
+    """The processes, micro-batches, sharding and dtype of a training run."""
 
     world: World = field(default_factory=World)
-    parts: int = 1  # micro-batches per step, over all processes
+    micro_batches: int = 1  # micro-batches per step, over all processes
     sharded: bool = False  # FSDP2 (a process holds a shard of the weights), not DDP (a replica)
     dtype: torch.dtype = torch.float32  # of the forward pass
     checkpointing: bool = False  # recompute a block's activations in the backward pass
     compiled: bool = False  # run each block through torch.compile
 
     @property
-    def mine(self) -> range:
+    def local_micro_batches(self) -> range:
         """The micro-batches of this process."""
-        share = self.parts // self.world.size
-        return range(self.world.rank * share, (self.world.rank + 1) * share)
+        count = self.micro_batches // self.world.size
+        return range(self.world.rank * count, (self.world.rank + 1) * count)
 
 
 def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
-    """The Parallelism of a generator's training. ValueError for a batch that does not divide."""
+    """The Parallelism of a training run. ValueError for a batch size that does not divide."""
     size, micro = config.batch_size, config.micro_batch or config.batch_size
     if size % (micro * world.size):
         raise ValueError(
-            f"micro_batch {micro} of batch_size {size}: expected an equal number of micro-batches "
-            f"per process, in all a multiple of {world.size} micro-batches"
+            f"batch_size {size}: expected a multiple of micro_batch ({micro}) x processes "
+            f"({world.size})"
         )
     if config.distributed == "fsdp" and config.optimizer.kind == "muon":
         raise ValueError("optimizer.kind muon needs whole matrices: expected `distributed: ddp`")
@@ -56,11 +56,11 @@ def choose_parallelism(config: TrainConfig, world: World) -> Parallelism:
     return Parallelism(world, size // micro, sharded, dtype, recompute, compiled)
 
 
-def micro_batch_seed(seed: int, step: int, part: int) -> int:
+def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
     """The seed of a micro-batch's random numbers (dropout, dropped labels)."""
-    if part == 0:
+    if micro_batch == 0:
         return seed * 1_000_003 + step
-    return int(np.random.SeedSequence((seed, step, part)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1)[0])
 
 
 def parallelize(model: nn.Module, average: nn.Module | None, parallel: Parallelism) -> nn.Module:

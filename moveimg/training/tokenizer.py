@@ -18,13 +18,22 @@ from torch.utils.data import DataLoader, Dataset
 import tokenizer as vq
 from moveimg.checkpoint import load_tokenizer
 from moveimg.config import AdversarialConfig, TokenizerTrainConfig, as_pair
-from moveimg.data import ImageSource, code_grid, count_views, crop_views, draw_views, open_images
+from moveimg.data import (
+    ImageSource,
+    code_grid,
+    count_views,
+    count_workers,
+    crop_views,
+    draw_views,
+    evenly_spaced,
+    open_images,
+)
 from moveimg.data.images import print_once
 from moveimg.device import pick_dtype
 from moveimg.dist import World, reduce_mean
 from moveimg.files import fetch
-from moveimg.images import UnreadableImageError, labelled_grid, to_pil, to_tensor
-from moveimg.rng import InitialValues
+from moveimg.images import UnreadableImageError, draw_grid, to_pil, to_tensor
+from moveimg.rng import SeededInit
 from moveimg.training.loop import Task, fit
 from moveimg.training.optimizer import learning_rate
 from moveimg.training.parallel import Parallelism
@@ -71,7 +80,9 @@ class RandomViews(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         (index, view), cut = key, self.images
-        return to_tensor([crop_views(self.image(index), cut.size, cut.crops, cut.ranges)[view]])[0]
+        ratio, number = divmod(view, count_views(cut.crops, (1.0,)))
+        ranges = cut.ranges[ratio : ratio + 1]
+        return to_tensor([crop_views(self.image(index), cut.size, cut.crops, ranges)[number]])[0]
 
     def image(self, index: int) -> Image.Image:
         """The image at `index`, or the next readable image if it is unreadable."""
@@ -148,13 +159,13 @@ class TokenizerTask(Task):
     """loss = reconstruction (l1, l2, LPIPS) + quantizer + adversarial (VQGAN, eq. 6)."""
 
     def __init__(
-        self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, plan: Parallelism
+        self, config: TokenizerTrainConfig, model: vq.AutoencoderTokenizer, parallel: Parallelism
     ) -> None:
-        self.config, self.model, self.forward, self.plan = config, model, model, plan
-        self.device = device = plan.world.device
+        self.config, self.model, self.forward, self.parallel = config, model, model, parallel
+        self.device = device = parallel.world.device
         cut, judge, self.perceptual = config.images, config.adversarial, None
         self.reconstruction_weights = {"l1": config.l1_weight, "l2": config.l2_weight}
-        with plan.world.first_alone():  # a named data set and LPIPS are downloaded once
+        with parallel.world.rank0_first():  # a named data set and LPIPS are downloaded once
             self.train, val = (
                 RandomViews(open_images(cut.source, split, cut.val_fraction), config)
                 for split in ("train", "val")
@@ -162,25 +173,24 @@ class TokenizerTask(Task):
             if config.perceptual_weight:
                 self.perceptual = load_perceptual_loss(config.perceptual_folder, device)
                 self.reconstruction_weights["perceptual"] = config.perceptual_weight
-        images = map(val.image, spread_indices(len(val.source), MAX_VALIDATION))
+        images = map(val.image, evenly_spaced(len(val.source), MAX_VALIDATION))
         self.val = to_tensor([crop_views(i, cut.size, "center", cut.ranges[:1])[0] for i in images])
         self.weights = self.reconstruction_weights | model.quantize.loss_weights
         self.adversary = Adversary(judge, config, device) if judge else None
         self._batches: Iterator[Tensor] | None = None
 
-    def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self._batches is None:
-            small = len(self.train.source) < MAX_VALIDATION
             loader = DataLoader(
                 self.train,
                 batch_sampler=self._keys(step),
-                num_workers=0 if small else min(4, (os.cpu_count() or 1) - 1),
+                num_workers=count_workers(len(self.train.source)),
                 generator=torch.Generator(),  # or it would draw from torch's default generator
             )
             self._batches = iter(loader)
         images = next(self._batches).to(self.device)
-        low = self.plan.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, self.plan.dtype, enabled=low):
+        low = self.parallel.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, self.parallel.dtype, enabled=low):
             out = self.forward(images)
             losses = dict(out.losses)
             if self.perceptual is not None:
@@ -198,7 +208,7 @@ class TokenizerTask(Task):
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:
         """Mean squared error, on [-1, 1], and code usage of held-out images, over all processes."""
-        world, error = self.plan.world, torch.zeros(1).double()
+        world, error = self.parallel.world, torch.zeros(1).double()
         counts = torch.zeros(self.model.codebook_size).double()
         batches = self.val.split(max(32, self.config.batch_size))  # without gradients: less memory
         for images in batches[world.rank :: world.size]:
@@ -211,9 +221,9 @@ class TokenizerTask(Task):
 
     def preview(self, model: Any) -> Image.Image:
         """Held-out images above their reconstructions."""
-        images = self.val[spread_indices(len(self.val), 8)]
+        images = self.val[evenly_spaced(len(self.val), 8)]
         rows = [to_pil(images), to_pil(reconstruct(model, images)[1])]
-        return labelled_grid(rows, ["image", "decoded"])
+        return draw_grid(rows, ["image", "decoded"])
 
     def export(self, model: Any, directory: Path, about: dict[str, Any]) -> None:
         vq.save(model, directory)
@@ -235,7 +245,7 @@ class TokenizerTask(Task):
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
         """(image, view) keys of this process's part of each batch from `step` on, by the seed."""
-        world, n, size = self.plan.world, len(self.train.source), self.config.batch_size
+        world, n, size = self.parallel.world, len(self.train.source), self.config.batch_size
         n_views = count_views(self.config.images.crops, self.config.images.ranges)
         share = size // world.size
         for start in count(step * size + world.rank * share, size):
@@ -247,11 +257,6 @@ class TokenizerTask(Task):
 def sum_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The weighted sum of the losses that have a weight."""
     return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
-
-
-def spread_indices(n: int, count: int) -> list[int]:
-    """At most `count` evenly spaced indices in 0..n-1: of a list sorted by class, all classes."""
-    return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().tolist()
 
 
 def reconstruct(model: vq.AutoencoderTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,9 +289,10 @@ def train_tokenizer(
     world = World(device=world) if isinstance(world, torch.device) else world
     if config.batch_size % world.size:
         raise ValueError(f"batch_size {config.batch_size}: expected a multiple of {world.size}")
-    plan = Parallelism(world, parts=world.size, dtype=pick_dtype(config.dtype, world.device))
-    with InitialValues(config.seed):
+    dtype = pick_dtype(config.dtype, world.device)
+    parallel = Parallelism(world, micro_batches=world.size, dtype=dtype)
+    with SeededInit(config.seed):
         model = make_tokenizer(config).to(world.device)
         code_grid(config.images.size, model.downsample)  # refuses a size it does not divide
-        task = TokenizerTask(config, model, plan)
-    return fit(task, config, plan, restart)
+        task = TokenizerTask(config, model, parallel)
+    return fit(task, config, parallel, restart)
