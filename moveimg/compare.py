@@ -198,7 +198,9 @@ def compare(
     another run, for test codes of another tokenizer, or, after all other runs, for failed runs.
     """
     runs, failures = list_runs(study, out, overrides), []
-    settings = flatten_settings(runs[0].config, (*COMPARED, *study.vary))
+    # without paths, which say nothing on another machine
+    left_out = (*COMPARED, *study.vary, "data.codes", "data.tokenizer", "init_from")
+    settings = flatten_settings(runs[0].config, left_out)
     about = {"settings": settings, "hardware": {**hardware(device), "jobs": jobs}}
     if rounds:
         configs = {run.name: run.config for run in reversed(runs)}  # of a row's first seed

@@ -42,6 +42,7 @@ def write_report(
         config = done[0].config.model
         result = {"name": name, **asdict(model_cost(config)), "runs": outcomes}
         result |= config.model_dump(mode="json", include={"attention", "memory", "ffn"})
+        result["optimizer"] = done[0].config.optimizer.model_dump(mode="json")
         result |= summarize(outcomes)
         baseline = [run.outcome() for run in runs if run.name == runs[0].name and run.scored()]
         results.append(result | {"difference": difference(outcomes, baseline)})
@@ -50,6 +51,7 @@ def write_report(
     speed = out / "speed.json"
     times = read_json(speed) if speed.is_file() else {}
     for result in results:
+        result["seconds"] = times.get(result["name"])  # of each round
         result["relative_seconds"] = relative_seconds(times, result["name"], runs[0].name)
     report = {**about, "rows": results, "questions": compare_pairs(questions, results)}
     write_json(out / "comparison.json", report)
@@ -147,7 +149,12 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         mean, std = result[key]["mean"], result[key]["std"]
         return format(mean, form) + ("" if std is None else f" ± {format(std, form)}")
 
-    relative = result["relative_seconds"] or {}
+    def milliseconds(key: str) -> str:
+        if not result["relative_seconds"]:
+            return ""
+        median = 1e3 * statistics.median(result["seconds"][key])
+        return f"{median:.0f} ({result['relative_seconds'][key]:.2f})"
+
     return {
         "row": result["name"],
         "seeds": len(result["runs"]),
@@ -158,8 +165,8 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "parameters": f"{result['parameters']:,}",
         "active": f"{result['active']:,}",
         "MFLOPs per token": f"{result['flops_per_token'] / 1e6:.3f}",
-        "step": f"{relative['step']:.2f}" if relative else "",
-        "sampling": f"{relative['sample']:.2f}" if relative else "",
+        "ms per step": milliseconds("step"),
+        "ms for 8 images": milliseconds("sample"),
         "peak MiB": f"{result['peak_memory'] / 2**20:,.0f}",
     }
 

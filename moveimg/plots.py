@@ -16,7 +16,7 @@ LOSS = "loss (nats per code)"
 COSTS = {
     "parameters": "million parameters",
     "flops_per_token": "MFLOPs per token (forward; training takes 3 times)",
-    "seconds": "seconds per training step, relative to the first row",
+    "seconds": "ms per training step",
 }
 MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.", (0, (5, 1)))  # one each for 10 colours
 STATISTICS = {
@@ -97,8 +97,8 @@ def _plot_costs(rows: Sequence[dict[str, Any]], style: dict[str, Any], out: Path
     panels = figure.subplots(1, len(COSTS), sharey=True)
     for panel, (key, label) in zip(panels, COSTS.items(), strict=True):
         for row in rows:
-            relative = (row["relative_seconds"] or {}).get("step")
-            cost = relative if key == "seconds" else row[key] / 1e6
+            measured = row["seconds"] and 1e3 * np.median(row["seconds"]["step"])
+            cost = measured if key == "seconds" else row[key] / 1e6
             if cost is not None:
                 panel.errorbar(cost, row["loss"]["mean"], yerr=row["loss"]["std"] or 0,
                                capsize=3, **style[row["name"]] | {"linestyle": ""})  # fmt: skip

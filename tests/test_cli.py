@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from moveimg import __version__
 from moveimg.commands import app
+from moveimg.commands.common import find_commands
 from moveimg.config import SamplingSettings
 from tools.api_reference import api_reference
 
@@ -115,8 +116,11 @@ def test_memory_errors_get_one_line(monkeypatch):
 def test_help_and_version():
     assert run("--version").stdout == f"moveimg {__version__}\n"
     text = run(code=2).output
-    for name, command in typer.main.get_command(app).commands.items():
-        assert re.search(rf"^  {name} +[A-Z].*", text, re.M)
+    group = typer.main.get_command(app)
+    for name, (_, about) in find_commands().items():  # as the sources say, without importing them
+        assert re.search(rf"^  {name} +{re.escape(about[:20])}", text, re.M)
+        command = group.get_command(None, name)
+        assert command.get_short_help_str(200) == about
         for part in [command, *getattr(command, "commands", {}).values()]:
             assert re.fullmatch(r"[A-Z].*\.", part.help.split("\n\n")[0].strip(), re.S), name
     assert "Commands:" in run("bench", code=2).output

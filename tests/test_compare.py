@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -273,6 +274,20 @@ def test_documents_show_the_numbers_of_the_json():
     assert len(shown) > 10
     for a, b, numbers in shown:
         assert format_difference(difference(runs[a], runs[b])) == numbers, (a, b)
+    rows = {row["name"]: row for row in report["rows"]}
+    move, standard = rows["MoVE x1"], rows["Standard"]
+    fids = f"from {standard['fid']['mean']:.3f} to {move['fid']['mean']:.3f}"
+    assert f"by {standard['loss']['mean'] - move['loss']['mean']:.2f} nats per code. FID" in text
+    readme = (docs.parent / "README.md").read_text().replace("\n", " ")
+    assert fids in text and fids in readme
+    assert f"at {move['relative_seconds']['step']:.2f} times the time" in readme
+    for key in ("step", "sample"):
+        medians = [1e3 * statistics.median(row["seconds"][key]) for row in (move, standard)]
+        assert "{:.0f} instead of {:.0f} ms".format(*medians) in text
+    for run in json.loads((docs / "comparison-search.json").read_text()):
+        (line,) = re.findall(rf"^\| {run['lr']} \|.*", text, re.MULTILINE)
+        column = ["Standard", "LaVE x1", "MoVE x1"].index(run["row"])
+        assert line.replace("*", "").split(" | ")[1 + column].startswith(f"{run['val_loss']:.3f}")
     for name in (*OPTIONS, "UltraMem"):
         line = format_difference(difference(runs[name], runs["MoVE x1"]))
         assert f"| {line} |" in (docs / "memory.md").read_text(), name

@@ -250,7 +250,8 @@ def test_a_space_runs_the_demo_of_its_model(directory, tmp_path, api, monkeypatc
     monkeypatch.setenv("SPACE_HOST", "me-show.hf.space")
     runpy.run_path("uploaded/app.py")
     _, name, *words = sys.argv
-    options = typer.main.get_command(app).commands[name].make_context(name, words).params
+    command = typer.main.get_command(app).get_command(None, name)
+    options = command.make_context(name, words).params
     wanted = {"host": "0.0.0.0", "port": 7860, "allow_host": ["*"], "trust_proxy": True}
     assert name == "demo" and options | wanted == options
     (model,) = options["model"]

@@ -1,9 +1,8 @@
-"""The commands of `moveimg`; importing a file registers its commands.
+"""The commands of `moveimg`, each imported when it is used.
 
-torch is imported inside the commands, to keep --help fast.
+torch and pydantic are imported inside the commands, to keep --help fast.
 """
 
-from moveimg.commands import sample, serve, inspect, train, evaluation, convert  # noqa: F401, I001 (the help's order)
 from moveimg.commands.common import app
 
 __all__ = ["app"]

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from typer import Argument, Exit, Option, Typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_group
 
 from moveimg import __version__
-from moveimg.config import SUFFIXES, SamplingSettings, load_config
-from moveimg.errors import describe, shorten
 
+MODULES = ("sample", "serve", "inspect", "train", "evaluation", "convert")  # in the help's order
+GROUPS = {  # the modules and help texts of groups of commands
+    "bench": ("inspect", "Measure this machine's speed."),
+    "convert": (
+        "convert",
+        "Convert LlamaGen's or taming's weights, or a model, to a new directory.",
+    ),
+}
 OUT_OF_MEMORY = ("memoryerror", "out of memory", "can't allocate memory")
+
+
+class Group(TyperGroup):
+    """A group whose help shows the whole first sentence of each command."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(k, c.get_short_help_str(200)) for k, c in self.commands.items()])
 
 
 class Commands(TyperGroup):
     """The group of all commands: their errors are one line on stderr and exit code 2."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(find_commands())
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        """Import the command's module, which registers it."""
+        if name not in find_commands():
+            return None
+        import_module(f"moveimg.commands.{find_commands()[name][0]}")
+        return get_group(app).commands[name]
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         try:
@@ -38,19 +65,41 @@ class Commands(TyperGroup):
             expected = memory or isinstance(error, ValueError | OSError | OverflowError)
             if os.environ.get("MOVEIMG_TRACEBACK") or not expected:
                 raise
+            from moveimg.errors import describe
+
             message = f"error: {'not enough memory: ' if memory else ''}{describe(error)}"
         print(message, file=sys.stderr)
         raise SystemExit(2)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):  # not shortened
-            formatter.write_dl([(k, c.get_short_help_str(200)) for k, c in self.commands.items()])
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in find_commands().items()])
+
+
+@cache
+def find_commands() -> dict[str, tuple[str, str]]:
+    """The module and the first sentence of the help of each command, by its name.
+
+    They are read from the sources, since importing all modules would triple the time of --help.
+    """
+    commands: dict[str, tuple[str, str]] = {}
+    for module in MODULES:
+        source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef):
+                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                about = (ast.get_docstring(node) or "").partition("\n")[0]
+                if "command" in decorators:
+                    commands[node.name.replace("_", "-")] = module, about
+    return commands | GROUPS
 
 
 def describe_usage(error: Any) -> str:
     """typer's message on an option or argument, with the refused value and the help command."""
     if type(error).__name__ == "NoArgsIsHelpError":  # a group's name alone prints its help
         return error.format_message()
+    from moveimg.errors import shorten
+
     message = " ".join(error.format_message()[:600].split()).rstrip(".")[:300]
     problems: Any = getattr(error.__cause__, "errors", list)()  # pydantic's, for a range
     got = f" (got {shorten(problems[0]['input'])})" if problems else ""
@@ -65,6 +114,14 @@ app = Typer(
     pretty_exceptions_enable=False,
 )
 command = app.command()  # the name of `train_tokenizer` is `train-tokenizer`
+
+
+def make_group(name: str) -> Typer:
+    """Add a group of commands to the application."""
+    group = Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help=GROUPS[name][1])
+    app.add_typer(group, name=name)
+    return group
+
 
 Model = Annotated[str, Option(help="A name, a model directory or a Hub id.")]
 ModelOrConfig = Annotated[str, Argument(metavar="MODEL", help="A model, YAML file or recipe.")]
@@ -93,6 +150,8 @@ def main(version: bool = Option(False, "--version", help="Print the version.")) 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Replace a command's parameter `settings`, a dictionary, by the options that it holds."""
+    from moveimg.config import SamplingSettings
+
     signature = inspect.signature(function, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.name != "settings"]
     for name, field in SamplingSettings.model_fields.items():
@@ -114,6 +173,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def find_config(name: str, kind: type, overrides: list[str] | None) -> Any:
     """The settings of a YAML file or recipe as `kind`; None for a model, which has no overrides."""
     from moveimg.checkpoint import BUNDLED
+    from moveimg.config import SUFFIXES, load_config
 
     if not (Path(name).is_dir() or (BUNDLED / name).is_dir()):
         try:

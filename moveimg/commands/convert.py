@@ -6,18 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-from typer import Argument, Option, Typer
+from typer import Argument, Option
 
-from moveimg.commands.common import app, command
+from moveimg.commands.common import command, make_group
 from moveimg.files import atomic_directory, parse_yaml
 
-convert = Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Convert LlamaGen's or taming's weights, or a model, to a new directory.",
-)
-app.add_typer(convert, name="convert")
-conversion = convert.command()
+conversion = make_group("convert").command()
 
 Out = Annotated[Path, Option(help="The new directory.")]
 

@@ -8,11 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option, Typer
+from typer import Argument, Option
 
 from moveimg import DEFAULT_MODEL
 from moveimg.commands import common
-from moveimg.commands.common import app, command, find_config, format_numbers, prepare_device
+from moveimg.commands.common import (
+    command,
+    find_config,
+    format_numbers,
+    make_group,
+    prepare_device,
+)
 from moveimg.config import ModelFile, SamplingSettings, TrainConfig, load_config
 from moveimg.errors import validate
 
@@ -87,8 +93,7 @@ def inspect(
     print(f"-> {out}/ (inspection.json, gates.png)")
 
 
-bench = Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's speed.")
-app.add_typer(bench, name="bench")
+bench = make_group("bench")
 Repeats = Annotated[int, Option(min=1, max=10_000, help="Timed repetitions, after one more.")]
 
 
