@@ -16,6 +16,7 @@ from moveimg.model import GatedMixer, Transformer
 from moveimg.model.attention import ATTENTIONS
 from moveimg.model.feedforward import FEEDFORWARDS
 from moveimg.model.memory import MEMORIES
+from moveimg.rng import Dropout
 from tests import conftest, reference
 from tests.conftest import (
     PAIRED,
@@ -166,3 +167,13 @@ def test_experts_are_chosen_in_float32_under_autocast(monkeypatch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert ffn(x).dtype == torch.bfloat16
     assert torch.equal(*chosen)
+
+
+def test_dropout_draws_from_its_generator_and_nothing_for_a_rate_of_0():
+    x, generator = torch.ones(64), torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    for rate in (0.0, 0.5):
+        dropout = Dropout(rate)
+        dropout.generator = generator
+        assert set(dropout(x).tolist()) == ({1.0} if rate == 0 else {0.0, 2.0})
+        assert torch.equal(generator.get_state(), before) == (rate == 0)

@@ -25,6 +25,9 @@ def test_records_change_no_weight_and_are_the_same_after_an_interruption(
     assert same_end(plain.out, whole.out) and same_end(plain.out, stopped.out)
     none, lines, again = (read_records(c.out / "training/records.jsonl") for c in configs)
     assert not none and lines == again and [line["step"] for line in lines] == [2, 4, 6, 8]
+    with (whole.out / "training/records.jsonl").open("a") as file:
+        file.write('{"step": 9, "ba')  # as a full disk leaves it
+    assert read_records(whole.out / "training/records.jsonl") == lines
     for line in lines:
         assert list(line["by_layer"]) == list(line["slots"]) == ["1", "2"]
         assert 0 < line["rows_updated"] <= 1 and len(line["cosines"]) == 2

@@ -96,9 +96,8 @@ class GeneratorTask(Task):
         codes, labels, _ = draw_batch(self.codes, size, self.config.seed, step - 1, 0, count)
         batch = codes.to(self.device), labels.to(self.device)
         self.model.eval()
-        with torch.compiler.set_stance("force_eager"):  # compiled blocks would skip the hooks
-            record = compute_gradient_sources(self.model, *batch)
-            maps = compute_bank_maps(self.model, *batch)
+        record = compute_gradient_sources(self.model, *batch)
+        maps = compute_bank_maps(self.model, *batch)
         self.model.train()
         for key in ("g_0", "slots", "share"):
             record[key] = {i + 1: getattr(m, key).mean().item() for i, m in maps.items()}
