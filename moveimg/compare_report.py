@@ -48,8 +48,11 @@ def write_report(
         results.append(result | {"difference": difference(outcomes, baseline)})
     if not results:
         return ""
-    speed = out / "speed.json"
-    times = read_json(speed) if speed.is_file() else {}
+    speed, earlier, times = out / "speed.json", out / "comparison.json", {}
+    if speed.is_file():
+        times = read_json(speed)
+    elif earlier.is_file():
+        times = {row["name"]: row.get("seconds") for row in read_json(earlier)["rows"]}
     for result in results:
         result["seconds"] = times.get(result["name"])  # of each round
         result["relative_seconds"] = relative_seconds(times, result["name"], runs[0].name)
@@ -113,7 +116,7 @@ def compare_pairs(
 
 def relative_seconds(times: dict[str, Any], name: str, baseline: str) -> dict[str, float] | None:
     """The median over rounds of a row's seconds divided by the baseline's; None if unmeasured."""
-    if name not in times or baseline not in times:
+    if not times.get(name) or not times.get(baseline):
         return None
     ratios = {
         key: [a / b for a, b in zip(times[name][key], times[baseline][key], strict=True)]

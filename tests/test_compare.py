@@ -127,6 +127,8 @@ def test_report_holds_every_row(configs, out, trained, monkeypatch):
         assert row["peak_memory"] == 3 * 2**20 and row["steps_per_second"] == 2
         line = next(line for line in table.splitlines() if line.startswith(f"| {row['name']} |"))
         assert f"{row['active']:,}" in line and f"{row['flops_per_token'] / 1e6:.3f}" in line
+    (out / "speed.json").unlink()  # the report alone keeps the measured times
+    assert compare(load_study(configs, "0,1"), out, [], CPU) == table
     monkeypatch.undo()
     _, move, _ = rows = report["rows"]
     plots.plot_comparison(rows, out)
