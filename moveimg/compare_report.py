@@ -34,6 +34,7 @@ def write_report(
     seeds; while the first has no finished run, these columns are empty.
     """
     results: list[dict[str, Any]] = []
+    baseline = [run.outcome() for run in runs if run.name == runs[0].name and run.scored()]
     for name in dict.fromkeys(run.name for run in runs):
         done = [run for run in runs if run.name == name and run.scored()]
         if not done:
@@ -44,7 +45,6 @@ def write_report(
         result |= config.model_dump(mode="json", include={"attention", "memory", "ffn"})
         result["optimizer"] = done[0].config.optimizer.model_dump(mode="json")
         result |= summarize(outcomes)
-        baseline = [run.outcome() for run in runs if run.name == runs[0].name and run.scored()]
         results.append(result | {"difference": difference(outcomes, baseline)})
     if not results:
         return ""

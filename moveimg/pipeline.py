@@ -225,13 +225,9 @@ class Pipeline:
         codes = self.encode(images, batch_size=batch_size)
         scores = sampling.class_log_likelihoods(self.prepared_generator, codes, batch_size)
         best = scores.softmax(dim=1).topk(min(top_k, len(self.class_names)), dim=1)
-        return [
-            [
-                (self.class_names[label], probability)
-                for label, probability in zip(*row, strict=True)
-            ]
-            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        names = self.class_names
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(names[label], p) for label, p in zip(*row, strict=True)] for row in rows]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -261,7 +257,7 @@ class Pipeline:
             return torch.cat([encode(to_tensor(batch).to(self.device)) for batch in batches])
 
     def code_mask(self, area: Area, invert: bool = False) -> Tensor:
-        """The codes that overlap an area or, with `kept`, its outside: bool [T]."""
+        """Which codes overlap an area or, with `invert`, its outside: bool [T]."""
         pixels = area_pixels(area, self.image_size, self.tokenizer.downsample) ^ invert
         codes = max_pool2d(pixels[None].float(), self.tokenizer.downsample)
         return codes.bool().flatten().to(self.device)
@@ -284,10 +280,9 @@ class Pipeline:
         for first in range(0, len(labels), batch_size):
             part = slice(first, first + batch_size)
             kept = known[part] if known is not None and known.ndim == 2 else known
-            drawing = self.iter_codes(
+            *_, (_, codes) = self.iter_codes(
                 labels[part], settings, seed=seed + first, known=kept, passes=passes
             )
-            *_, (_, codes) = drawing
             drawn.append(codes)
         return torch.cat(drawn)
 

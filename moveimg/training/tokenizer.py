@@ -184,7 +184,7 @@ class TokenizerTask(Task):
             loader = DataLoader(
                 self.train,
                 batch_sampler=self._keys(step),
-                num_workers=count_workers(len(self.train.source)),
+                num_workers=max(0, min(4, count_workers(len(self.train.source)) - 1)),
                 generator=torch.Generator(),  # or it would draw from torch's default generator
             )
             self._batches = iter(loader)
